@@ -1,0 +1,142 @@
+"""SVG-EAR attention on a CPU: the reference's stages with the skipped blocks never touched.
+
+Clustering is the reference's, already a few large matrix products. Probe and attend walk one head
+at a time over keys sorted by cluster, so that a block is a slice. Half-precision inputs are
+computed in float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.reference import Clusters, Probe, Result
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    text: tuple[int, int] = (0, 0),
+    centroids: tuple[Tensor, Tensor] | None = None,
+    return_lse: bool = False,
+) -> Result:
+    """All five stages; arguments and result as `reference.sparse_attention`.
+
+    The output has the dtype and layout of q; `Result.lse` is empty unless `return_lse`.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    groups = q.shape[1] // k.shape[1]
+    wide_q, wide_k, wide_v = q.float(), k.float(), v.float()
+    queries, keys = reference.cluster(wide_q, wide_k, plan, attn_mask, text, centroids)
+    shared = Clusters(*(t.repeat_interleave(groups, 1) for t in keys))
+    order = shared.labels.argsort(dim=-1, stable=True)  # [B, H, N_k]
+    bounds = _bounds(shared)
+    pairs = [(b, h) for b in range(q.shape[0]) for h in range(q.shape[1])]
+    heads = {
+        (b, h): (wide_k[b, h // groups][order[b, h]], wide_v[b, h // groups][order[b, h]])
+        for b, h in pairs
+    }
+    probes = [_probe(queries.centroids[p], *heads[p], bounds[p], scale) for p in pairs]
+    found = Probe(
+        *(torch.stack(part).unflatten(0, q.shape[:2]) for part in zip(*probes, strict=True))
+    )
+    exact = reference.route(found, queries, shared, plan)
+    value_means, _ = reference.cluster_means(
+        wide_v.repeat_interleave(groups, 1), shared.labels, exact.shape[3]
+    )
+    tables = reference.compensation_tables(found, queries, shared, value_means, plan, scale)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    for p in pairs:
+        _attend(
+            wide_q[p], *heads[p], queries.labels[p], bounds[p], exact[p],
+            (tables[0][p], tables[1][p], tables[2][p]), scale, out[p], lse[p],
+        )  # fmt: skip
+    area = reference.row_area(exact, shared)
+    return Result(out, lse if return_lse else lse.new_empty(0), queries, keys, exact, area)
+
+
+def _bounds(keys: Clusters) -> dict[tuple[int, int], list[int]]:
+    """Per head, where each cluster starts in the sorted keys; then exact keys, then padding."""
+    batch, heads, clusters = keys.sizes.shape
+    exact = (keys.labels == clusters).sum(-1, keepdim=True)
+    starts = torch.cat([keys.sizes, exact], -1).cumsum(-1).tolist()
+    return {(b, h): [0, *starts[b][h]] for b in range(batch) for h in range(heads)}
+
+
+def _probe(centroids: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float) -> Probe:
+    """`reference.probe` of one head: centroids (Qc, D), k and v (N, D) sorted by cluster."""
+    clusters = len(bounds) - 2
+    q_clusters, dim = centroids.shape
+    log_error = centroids.new_full((q_clusters, clusters), -math.inf)
+    log_mass, centroid_logit = log_error.clone(), torch.zeros_like(log_error)
+    mean_key = centroids.new_zeros(q_clusters, clusters, dim)
+    mean_value = torch.zeros_like(mean_key)
+    logits = scale * centroids @ k.T  # [Qc, N]
+    for j in range(clusters):
+        inside = slice(bounds[j], bounds[j + 1])
+        if inside.start == inside.stop:
+            continue
+        block, keys, values = logits[:, inside], k[inside], v[inside]
+        center = values.mean(0)
+        spread = values - center  # [n, D], sums to zero: the expansion below cannot cancel
+        c = block.mean(1, keepdim=True)  # the centroid logit is the mean of the block's logits
+        shift = block.amax(1, keepdim=True)
+        weight, central = (block - shift).exp(), (c - shift).exp()
+        lag = weight - central
+        error = (
+            lag.square().sum(1) * center.square().sum()
+            + 2 * (weight * lag) @ (spread @ center)
+            + weight.square() @ spread.square().sum(1)
+        )
+        mass = weight.sum(1, keepdim=True)
+        log_error[:, j] = error.clamp(min=0).log() + 2 * shift[:, 0]
+        log_mass[:, j] = (mass.log() + shift)[:, 0]
+        centroid_logit[:, j] = c[:, 0]
+        mean_key[:, j], mean_value[:, j] = weight @ keys / mass, weight @ values / mass
+    return Probe(log_error, log_mass, mean_key, mean_value, centroid_logit)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_labels: Tensor,
+    bounds: list[int],
+    exact: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """`reference.attend` of one head, k and v sorted by cluster; writes out (N, D) and lse (N,)."""
+    q_clusters, clusters = exact.shape
+    stand_in_key, stand_in_value, bias = tables
+    bias = bias.masked_fill(exact, -math.inf)
+    block_of = torch.repeat_interleave(torch.arange(clusters + 1), torch.tensor(bounds).diff())
+    taken = torch.nn.functional.pad(exact, (0, 1, 0, 1), value=True)  # [Qc + 1, Kc + 1]
+    for i in range(q_clusters + 1):
+        rows = (q_labels == i).nonzero().squeeze(1)
+        if not rows.numel():
+            continue
+        columns = taken[i][block_of].nonzero().squeeze(1)
+        mine, values = q[rows] * scale, v[columns]
+        logits = mine @ k[columns].T
+        if i < q_clusters:
+            skipped = bias[i].isfinite().nonzero().squeeze(1)
+            rest = mine @ stand_in_key[i, skipped].T + bias[i, skipped]
+            logits = torch.cat([logits, rest], 1)
+            values = torch.cat([values, stand_in_value[i, skipped]])
+        total = logits.logsumexp(1)
+        lse[rows] = total
+        # A row without keys has no columns or only -inf: its weights must be 0, not NaN.
+        weights = (logits - total.masked_fill(total == -math.inf, 0.0)[:, None]).exp()
+        out[rows] = (weights @ values).to(out.dtype)

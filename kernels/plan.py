@@ -1,0 +1,118 @@
+"""What one attention call is asked to do: clusters, routing, compensation.
+
+A plan is plain data. It crosses the compiled graph as one string (`AttentionPlan.encode`),
+so that it is readable in a printed graph and part of every compile-cache key.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from typing import Literal, get_args
+
+Routing = Literal["density", "top_p", "threshold"]
+Compensation = Literal["first_order", "centroid"]
+
+HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128, 160, 192, 256)
+"""Head dims that the kernels are built and tested for."""
+
+# Means, in tokens. First-order compensation gains with every halving of the query clusters until a
+# cluster is about one 128-row tile; below that the tiles run half empty. 64 keys is one key tile.
+QUERIES_PER_CLUSTER = 128
+KEYS_PER_CLUSTER = 64
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How one attention call spends its exact blocks.
+
+    Attributes:
+        density: share of the video query-key area computed exactly, in [0, 1]. Used by
+            ``routing="density"``; at 1 every routing gives dense attention.
+        routing: ``"density"`` (per row of blocks, best score first until the area is spent),
+            ``"top_p"`` (the area of the centroid softmax's top-p set, with a floor) or
+            ``"threshold"`` (every block whose scale-free error ``rho`` reaches ``threshold``).
+        top_p: mass of the centroid softmax whose area is the budget of ``routing="top_p"``.
+        min_block_ratio: share of a row's blocks guaranteed by ``routing="top_p"``.
+        threshold: smallest ``rho`` computed exactly by ``routing="threshold"``.
+        cost_exponent: gamma of the error-to-cost score ``log E - gamma * log(m * n)``.
+        compensation: form of the skipped blocks, ``"first_order"`` or ``"centroid"``.
+        q_clusters: number of query clusters; None takes one per 128 queries.
+        k_clusters: number of key clusters; None takes one per 64 keys.
+        first_iterations: k-means iterations where nothing is remembered.
+        warm_iterations: k-means iterations from remembered centroids.
+        seed: seed of the stratified sample that starts the first k-means.
+
+    Raises:
+        ValueError: a field is out of its range; the message names the field.
+    """
+
+    density: float = 0.2
+    routing: Routing = "density"
+    top_p: float = 0.9
+    min_block_ratio: float = 0.1
+    threshold: float = 1e-3
+    cost_exponent: float = 1.0
+    compensation: Compensation = "first_order"
+    q_clusters: int | None = None
+    k_clusters: int | None = None
+    first_iterations: int = 5
+    warm_iterations: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("density", "top_p", "min_block_ratio"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
+        for name in ("threshold", "cost_exponent"):
+            value = getattr(self, name)
+            if not (value >= 0.0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+        if self.routing not in get_args(Routing):
+            raise ValueError(f"routing must be one of {get_args(Routing)}, got {self.routing!r}")
+        if self.compensation not in get_args(Compensation):
+            raise ValueError(
+                f"compensation must be one of {get_args(Compensation)}, got {self.compensation!r}"
+            )
+        for name in ("q_clusters", "k_clusters"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}")
+        for name in ("first_iterations", "warm_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+
+    def encode(self) -> str:
+        """JSON of the fields that differ from the defaults, keys in field order."""
+        default = asdict(_DEFAULT)
+        return json.dumps({k: v for k, v in asdict(self).items() if v != default[k]})
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def decode(text: str) -> AttentionPlan:
+        """The plan that `encode` wrote.
+
+        Raises:
+            ValueError: `text` is not a JSON object of plan fields.
+        """
+        given = json.loads(text)
+        known = {f.name for f in fields(AttentionPlan)}
+        if not isinstance(given, dict) or not given.keys() <= known:
+            raise ValueError(f"plan must be a JSON object with keys among {sorted(known)}: {text}")
+        return AttentionPlan(**given)
+
+    @property
+    def is_dense(self) -> bool:
+        """True where the plan asks for every block."""
+        return self.density >= 1.0
+
+    def clusters(self, q_tokens: int, k_tokens: int) -> tuple[int, int]:
+        """(Qc, Kc) for that many clustered tokens: never more clusters than tokens, at least 1."""
+        q_clusters = self.q_clusters or math.ceil(q_tokens / QUERIES_PER_CLUSTER)
+        k_clusters = self.k_clusters or math.ceil(k_tokens / KEYS_PER_CLUSTER)
+        return max(1, min(q_clusters, q_tokens)), max(1, min(k_clusters, k_tokens))
+
+
+_DEFAULT = AttentionPlan()

@@ -1,0 +1,473 @@
+"""SVG-EAR attention in plain PyTorch: the definition that every other form is tested against.
+
+Works in any float dtype and on any device; float64 is the oracle of the tests. The five stages are
+those of "SVG-EAR: Parameter-Free Linear Compensation for Sparse Video Generation via Error-aware
+Routing" (arXiv 2603.08982); the ``"first_order"`` form of the compensation is ours.
+
+Notation: query cluster ``i`` of ``m_i`` queries with mean ``q_i``; key cluster ``j`` of ``n_j``
+keys with means ``k_j`` and ``v_j``; scale ``s``. A token's label is its cluster, or ``C`` for a
+token that is always exact (text, or a non-finite query or key), or ``C + 1`` for a padding key,
+which carries no mass; ``C`` is the number of clusters.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from svg_ear_compile.kernels.plan import AttentionPlan
+
+
+class Clusters(NamedTuple):
+    """Labelled tokens of G heads.
+
+    Attributes:
+        labels: (B, H, N) int64 in [0, C + 1], see the module's notation.
+        centroids: (B, H, C, D) mean of each cluster's tokens; an empty cluster keeps the centroid
+            that it was started from.
+        sizes: (B, H, C) int64 tokens in each cluster.
+    """
+
+    labels: Tensor
+    centroids: Tensor
+    sizes: Tensor
+
+
+class Probe(NamedTuple):
+    """What every block looks like from its query centroid, all (B, H, Qc, Kc[, D]).
+
+    Attributes:
+        log_error: ``log E_ij``, the paper's error of compensating the block (natural log).
+        log_mass: ``log Z_ij``, ``Z_ij = sum_t exp(a_it)`` over the block's keys.
+        mean_key: ``sum_t exp(a_it) k_t / Z_ij``.
+        mean_value: ``sum_t exp(a_it) v_t / Z_ij``.
+        centroid_logit: ``c_ij = s q_i . k_j``.
+    """
+
+    log_error: Tensor
+    log_mass: Tensor
+    mean_key: Tensor
+    mean_value: Tensor
+    centroid_logit: Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    """One attention call with everything that led to it.
+
+    Attributes:
+        out: (B, H, N_q, D) in the dtype of q.
+        lse: (B, H, N_q) natural log-sum-exp of the logits, float32 or wider.
+        queries, keys: the clusters (`Clusters`).
+        exact: (B, H, Qc, Kc) bool, the blocks computed exactly.
+        row_area: (B, H, Qc) integer, clustered keys computed exactly for each query cluster.
+    """
+
+    out: Tensor
+    lse: Tensor
+    queries: Clusters
+    keys: Clusters
+    exact: Tensor
+    row_area: Tensor
+
+    @property
+    def exact_pairs(self) -> Tensor:
+        """() float64, query-key pairs of clustered tokens computed exactly."""
+        return (self.row_area * self.queries.sizes).sum(dtype=torch.float64)
+
+
+def key_mask_of(attn_mask: Tensor | None, k: Tensor) -> Tensor | None:
+    """Key-padding mask (B, H_kv, N_k) bool of a (B|1, H|1, 1, N_k) bool mask; True takes part."""
+    if attn_mask is None:
+        return None
+    return attn_mask[:, :, 0, :].expand(k.shape[0], k.shape[1], k.shape[2])
+
+
+@functools.lru_cache(maxsize=256)
+def stratified_jitter(clusters: int, seed: int, device: torch.device) -> Tensor:
+    """(clusters,) float32 in [0, 1): where in its stratum each starting centroid is drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    # Float64 would let CPU and GPU disagree in the last bit after the cast; this is the cast.
+    return torch.rand(clusters, generator=generator, dtype=torch.float32).to(device)
+
+
+def initial_centroids(
+    x: Tensor, key_mask: Tensor | None, clusters: int, text: tuple[int, int], seed: int
+) -> Tensor:
+    """Starting centroids: one token from each of `clusters` equal strata of the video tokens.
+
+    Neighbouring tokens of a video are alike, so strata of the token order cover space and time at
+    the cost of one gather; the jitter keeps the samples off a common image column.
+
+    Args:
+        x: (B, H, N, D) queries or keys.
+        key_mask: (B, H, N) bool or None; masked tokens are not drawn.
+        clusters: C.
+        text: text tokens before and after the video tokens.
+        seed: seed of the jitter.
+
+    Returns:
+        (B, H, C, D) in the dtype of x, finite.
+    """
+    tokens = x.shape[2]
+    before, after = text
+    jitter = stratified_jitter(clusters, seed, x.device)
+    strata = (torch.arange(clusters, device=x.device) + jitter) / clusters  # [C] in [0, 1)
+    if key_mask is None:
+        video = tokens - before - after
+        index = before + (strata * video).long().clamp(0, max(video - 1, 0))
+        drawn = x[:, :, index.clamp(max=tokens - 1)]
+    else:
+        valid = key_mask.clone()
+        valid[..., :before] = False
+        valid[..., tokens - after :] = False
+        rank = valid.long().cumsum(-1)  # [B, H, N] valid tokens up to and including each
+        wanted = (strata * rank[..., -1:]).long() + 1  # [B, H, C] in 1..n
+        index = torch.searchsorted(rank.contiguous(), wanted).clamp(max=tokens - 1)
+        drawn = x.gather(2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]))
+    return torch.nan_to_num(drawn, 0.0, 0.0, 0.0)
+
+
+def cluster(
+    q: Tensor,
+    k: Tensor,
+    plan: AttentionPlan,
+    attn_mask: Tensor | None,
+    text: tuple[int, int],
+    centroids: tuple[Tensor, Tensor] | None,
+) -> tuple[Clusters, Clusters]:
+    """Stage 1 for queries and keys, warm from `centroids` or cold; see `sparse_attention`."""
+    mask = key_mask_of(attn_mask, k)
+    q_clusters, k_clusters = plan.clusters(q.shape[2] - sum(text), k.shape[2] - sum(text))
+    if centroids is not None:
+        q_start, k_start = centroids[0].to(q.dtype), centroids[1].to(k.dtype)
+        iterations = plan.warm_iterations
+    else:
+        q_start = initial_centroids(q, None, q_clusters, text, plan.seed)
+        k_start = initial_centroids(k, mask, k_clusters, text, plan.seed)
+        iterations = plan.first_iterations
+    return kmeans(q, None, q_start, text, iterations), kmeans(k, mask, k_start, text, iterations)
+
+
+def cluster_means(x: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """Mean of x over each cluster, and the cluster sizes; empty clusters have mean 0.
+
+    Args:
+        x: (B, H, N, D).
+        labels: (B, H, N) int64 in [0, C + 1].
+        clusters: C.
+
+    Returns:
+        (B, H, C, D) means and (B, H, C) int64 sizes.
+    """
+    batch, heads, _, dim = x.shape
+    sums = x.new_zeros(batch, heads, clusters + 2, dim)
+    sums.scatter_add_(2, labels.unsqueeze(-1).expand_as(x), x)
+    sizes = torch.zeros(batch, heads, clusters + 2, dtype=torch.int64, device=x.device)
+    sizes.scatter_add_(2, labels, torch.ones_like(labels))
+    sums, sizes = sums[:, :, :clusters], sizes[:, :, :clusters]
+    return sums / sizes.clamp(min=1).unsqueeze(-1), sizes
+
+
+def kmeans(
+    x: Tensor,
+    key_mask: Tensor | None,
+    centroids: Tensor,
+    text: tuple[int, int],
+    iterations: int,
+) -> Clusters:
+    """Stage 1. Euclidean k-means from given centroids; ties go to the lowest cluster.
+
+    Args:
+        x: (B, H, N, D).
+        key_mask: (B, H, N) bool or None.
+        centroids: (B, H, C, D), finite.
+        text: text tokens before and after the video tokens.
+        iterations: number of assign-and-update rounds, at least 1.
+
+    Returns:
+        `Clusters`, whose centroids are the means of the returned labels.
+    """
+    clusters = centroids.shape[2]
+    tokens = x.shape[2]
+    position = torch.arange(tokens, device=x.device)
+    always_exact = (position < text[0]) | (position >= tokens - text[1])
+    always_exact = always_exact | ~x.isfinite().all(-1)
+    finite = torch.where(always_exact.unsqueeze(-1), torch.zeros_like(x), x)
+    labels = sizes = None
+    for _ in range(iterations):
+        distance = centroids.square().sum(-1).unsqueeze(2) - 2 * finite @ centroids.transpose(2, 3)
+        labels = torch.where(always_exact, clusters, distance.argmin(-1))
+        if key_mask is not None:
+            labels = torch.where(key_mask, labels, clusters + 1)
+        means, sizes = cluster_means(finite, labels, clusters)
+        centroids = torch.where(sizes.unsqueeze(-1) > 0, means, centroids)
+    assert labels is not None
+    assert sizes is not None
+    return Clusters(labels, centroids, sizes)
+
+
+def probe(queries: Clusters, keys: Clusters, k: Tensor, v: Tensor, scale: float) -> Probe:
+    """Stage 2. Every block as its query centroid sees it (METHOD of the paper, eq. for E_ij).
+
+    ``E_ij = sum_t || exp(a_it) v_t - exp(c_ij) v_j ||^2`` with ``a_it = s q_i . k_t`` and
+    ``c_ij = s q_i . k_j``, evaluated under a shift of the logits by the block's largest.
+
+    Args:
+        queries, keys: clusters; `queries` of H heads, `keys` of the same H.
+        k, v: (B, H, N_k, D).
+        scale: s.
+
+    Returns:
+        `Probe`; an empty key cluster has log_error and log_mass -inf and zero means.
+    """
+    clusters = keys.centroids.shape[2]
+    member = torch.nn.functional.one_hot(keys.labels, clusters + 2)[..., :clusters].bool()
+    logits = scale * queries.centroids @ k.transpose(2, 3)  # [B, H, Qc, N]
+    value_means, _ = cluster_means(v, keys.labels, clusters)
+    log_error, log_mass, mean_key, mean_value = [], [], [], []
+    centroid_logit = scale * queries.centroids @ keys.centroids.transpose(2, 3)
+    for j in range(clusters):
+        inside = member[..., j].unsqueeze(2)  # [B, H, 1, N]
+        block = logits.masked_fill(~inside, -math.inf)
+        c = centroid_logit[..., j : j + 1]  # [B, H, Qc, 1]
+        shift = block.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+        weight = (block - shift).exp()  # [B, H, Qc, N]
+        mass = weight.sum(-1)
+        central = inside * (c - shift).exp()  # exp(c) at the block's keys
+        mean = value_means[:, :, j]  # [B, H, D]
+        norm = v.square().sum(-1).unsqueeze(2)
+        dot = (v @ mean.unsqueeze(-1)).transpose(2, 3)  # [B, H, 1, N]
+        square = mean.square().sum(-1)[..., None, None]
+        error = (
+            weight.square() * norm - 2 * weight * central * dot + central.square() * square
+        ).sum(-1)
+        log_error.append(error.clamp(min=0).log() + 2 * shift.squeeze(-1))
+        log_mass.append(mass.log() + shift.squeeze(-1))
+        divisor = mass.unsqueeze(-1).clamp(min=torch.finfo(mass.dtype).tiny)
+        mean_key.append(weight @ k / divisor)
+        mean_value.append(weight @ v / divisor)
+    return Probe(
+        torch.stack(log_error, -1),
+        torch.stack(log_mass, -1),
+        torch.stack(mean_key, -2),
+        torch.stack(mean_value, -2),
+        centroid_logit,
+    )
+
+
+def take_until(score: Tensor, weight: Tensor, budget: Tensor) -> Tensor:
+    """The best-scoring entries of each row, while the weight before them is below the budget.
+
+    The entry that crosses the budget is taken; ties go to the lowest index; NaN counts as the
+    highest score.
+
+    Args:
+        score, weight: (..., K); weights are not negative.
+        budget: (...).
+
+    Returns:
+        (..., K) bool.
+    """
+    ranked = score.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    sorted_weight = weight.gather(-1, order)
+    before = sorted_weight.cumsum(-1) - sorted_weight
+    return torch.zeros_like(order, dtype=torch.bool).scatter(
+        -1, order, before < budget.unsqueeze(-1)
+    )
+
+
+def block_score(found: Probe, queries: Clusters, keys: Clusters, cost_exponent: float) -> Tensor:
+    """``log E_ij - gamma log(m_i n_j)``, (B, H, Qc, Kc); -inf for an empty block."""
+    area = queries.sizes.unsqueeze(-1) * keys.sizes.unsqueeze(-2)
+    score = found.log_error - cost_exponent * area.clamp(min=1).to(found.log_error.dtype).log()
+    return score.masked_fill(area == 0, -math.inf)
+
+
+def area_budget(keys: Clusters, plan: AttentionPlan) -> Tensor:
+    """(B, H) float64 whole number: a row takes blocks while the area before them is below it.
+
+    Rounded up from ``density * sum_j n_j`` in float64 so that every dtype draws the same line.
+    """
+    return torch.ceil(plan.density * keys.sizes.sum(-1).double())
+
+
+def route(found: Probe, queries: Clusters, keys: Clusters, plan: AttentionPlan) -> Tensor:
+    """Stage 3. The blocks computed exactly, (B, H, Qc, Kc) bool.
+
+    * ``"density"``: in every row the best-scoring blocks while the area before them is below
+      ``density * sum_j n_j``.
+    * ``"top_p"``: the same with the paper's budget, the area of the smallest set of blocks that
+      holds ``top_p`` of ``softmax_j(c_ij + log n_j)``; the best ``min_block_ratio`` of the row's
+      blocks by that softmax are guaranteed and their area counts.
+    * ``"threshold"``: every block with ``rho_ij = E_ij / (Z_i^2 n_j) >= threshold``, where
+      ``Z_i = sum_t exp(a_it)`` over the clustered keys. Shifting all keys by one vector leaves
+      ``rho`` as it was, so rows, heads and layers share one unit.
+    """
+    sizes = keys.sizes.unsqueeze(-2).to(found.log_error.dtype).expand_as(found.log_error)
+    occupied = sizes > 0
+    if plan.is_dense:
+        return occupied
+    score = block_score(found, queries, keys, plan.cost_exponent)
+    total = sizes.sum(-1)
+    if plan.routing == "density":
+        return take_until(score, sizes, area_budget(keys, plan).unsqueeze(-1)) & occupied
+    if plan.routing == "threshold":
+        log_row_mass = torch.logsumexp(found.log_mass, -1, keepdim=True)
+        log_rho = found.log_error - 2 * log_row_mass - sizes.clamp(min=1).log()
+        log_threshold = math.log(plan.threshold) if plan.threshold > 0 else -math.inf
+        return (log_rho.nan_to_num(nan=math.inf, posinf=math.inf) >= log_threshold) & occupied
+    mass_logit = (found.centroid_logit + sizes.log()).masked_fill(~occupied, -math.inf)
+    mass = torch.softmax(mass_logit, -1).nan_to_num(0.0)
+    top_p = take_until(mass_logit, mass, torch.full_like(total, plan.top_p)) & occupied
+    budget = (top_p * sizes).sum(-1)
+    floor_count = torch.ceil(plan.min_block_ratio * occupied.sum(-1).to(total.dtype))
+    guaranteed = take_until(mass_logit, torch.ones_like(sizes), floor_count) & occupied
+    left = budget - (guaranteed * sizes).sum(-1)
+    best = take_until(
+        score.masked_fill(guaranteed, -math.inf), sizes.masked_fill(guaranteed, 0.0), left
+    )
+    return guaranteed | (best & occupied)
+
+
+def row_area(exact: Tensor, keys: Clusters) -> Tensor:
+    """(B, H, Qc) int64, keys computed exactly in each row of blocks."""
+    return (exact * keys.sizes.unsqueeze(2)).sum(-1)
+
+
+def compensation_tables(
+    found: Probe,
+    queries: Clusters,
+    keys: Clusters,
+    value_means: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One stand-in key, value and logit bias for every block.
+
+    A skipped block acts on a query q of cluster i as one key ``K`` with value ``V`` and logit
+    ``s q . K + bias``. The paper's centroid form takes ``K = k_j, V = v_j, bias = log n_j``. The
+    first-order form takes the block's posterior means at the query centroid and
+    ``bias = log Z_ij - s q_i . K_ij``: mass and its gradient are exact at ``q = q_i``.
+
+    Args:
+        found, queries, keys: see `probe`.
+        value_means: (B, H, Kc, D).
+        plan: names the form.
+        scale: s.
+
+    Returns:
+        keys and values (B, H, Qc, Kc, D), bias (B, H, Qc, Kc).
+    """
+    if plan.compensation == "first_order":
+        bias = found.log_mass - scale * torch.einsum(
+            "bhid,bhijd->bhij", queries.centroids, found.mean_key
+        )
+        return found.mean_key, found.mean_value, bias
+    shape = found.mean_key.shape
+    bias = keys.sizes.to(value_means.dtype).log().unsqueeze(2).expand(shape[:4])
+    return keys.centroids.unsqueeze(2).expand(shape), value_means.unsqueeze(2).expand(shape), bias
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_labels: Tensor,
+    k_labels: Tensor,
+    exact: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Stages 4 and 5. One softmax over exact keys and the stand-ins of skipped blocks.
+
+    Queries labelled ``Qc`` (text, non-finite) attend to every key; keys labelled ``Kc`` are exact
+    for every query; keys labelled ``Kc + 1`` are padding. A row with no key gives output 0 and
+    log-sum-exp -inf, as PyTorch's boolean masks do.
+
+    Args:
+        q: (B, H, N_q, D). k, v: (B, H, N_k, D).
+        q_labels: (B, H, N_q). k_labels: (B, H, N_k).
+        exact: (B, H, Qc, Kc) bool.
+        tables: see `compensation_tables`.
+        scale: s.
+
+    Returns:
+        out (B, H, N_q, D) and lse (B, H, N_q).
+    """
+    batch, heads, q_clusters, k_clusters = exact.shape
+    stand_in_key, stand_in_value, bias = tables
+    # Row Qc takes everything; column Kc is always taken; column Kc + 1 never.
+    allowed = exact.new_ones(batch, heads, q_clusters + 1, k_clusters + 2)
+    allowed[:, :, :q_clusters, :k_clusters] = exact
+    allowed[..., k_clusters + 1] = False
+    bias = bias.masked_fill(exact, -math.inf)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
+    for b in range(batch):
+        for h in range(heads):
+            row = q_labels[b, h]
+            logits = scale * q[b, h] @ k[b, h].T
+            logits = logits.masked_fill(~allowed[b, h][row][:, k_labels[b, h]], -math.inf)
+            merged_lse = torch.logsumexp(logits, -1)
+            weights = torch.softmax(logits, -1).masked_fill((merged_lse == -math.inf)[:, None], 0.0)
+            result = weights @ v[b, h]
+            for i in range(q_clusters):
+                mine = row == i
+                if not mine.any():
+                    continue
+                rest = scale * q[b, h][mine] @ stand_in_key[b, h, i].T + bias[b, h, i]
+                both = torch.cat(
+                    [logits[mine], rest.masked_fill(bias[b, h, i] == -math.inf, -math.inf)], -1
+                )
+                merged_lse[mine] = torch.logsumexp(both, -1)
+                p = torch.softmax(both, -1).masked_fill(
+                    (merged_lse[mine] == -math.inf)[:, None], 0.0
+                )
+                result[mine] = (
+                    p[:, : k.shape[2]] @ v[b, h] + p[:, k.shape[2] :] @ stand_in_value[b, h, i]
+                )
+            out[b, h], lse[b, h] = result, merged_lse
+    return out, lse
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    text: tuple[int, int] = (0, 0),
+    centroids: tuple[Tensor, Tensor] | None = None,
+) -> Result:
+    """All five stages.
+
+    Args:
+        q: (B, H, N_q, D) of any float dtype. k, v: (B, H_kv, N_k, D), H_kv dividing H.
+        plan: see `AttentionPlan`.
+        attn_mask: (B|1, H_kv|1, 1, N_k) bool key-padding mask, True takes part.
+        scale: logit scale, 1/sqrt(D) by default.
+        text: text tokens at the start and at the end of both sequences.
+        centroids: remembered centroids (B, H, Qc, D) and (B, H_kv, Kc, D).
+
+    Returns:
+        `Result`; its key clusters are those of the H_kv heads.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    groups = q.shape[1] // k.shape[1]
+    queries, keys = cluster(q, k, plan, attn_mask, text, centroids)
+    shared = Clusters(*(t.repeat_interleave(groups, 1) for t in keys))
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    found = probe(queries, shared, k, v, scale)
+    exact = route(found, queries, shared, plan)
+    value_means, _ = cluster_means(v, shared.labels, exact.shape[3])
+    tables = compensation_tables(found, queries, shared, value_means, plan, scale)
+    out, lse = attend(q, k, v, queries.labels, shared.labels, exact, tables, scale)
+    return Result(out, lse, queries, keys, exact, row_area(exact, shared))
