@@ -1,0 +1,297 @@
+"""Train the video DiT for a given number of minutes: ``python -m benchmarks.video_dit.train``.
+
+The learning rate, and the moment when long clips join, follow the WALL CLOCK: the run ends
+annealed and on time on a fast device and on a slow one. Short clips come first, because attention
+makes a long clip about six times as expensive; later every other batch is of long clips.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import imageio.v3 as imageio
+import torch
+import torch._dynamo
+
+from benchmarks.video_dit.data import (
+    CAMERA_FIELDS,
+    DEMO_SHAPE,
+    LABELS,
+    TRAIN_SHAPE,
+    Clips,
+    PhotoBank,
+    draw_clips,
+    load_photo_bank,
+)
+from benchmarks.video_dit.model import VideoDiT, VideoDiTConfig, velocity_target
+from benchmarks.video_dit.sample import generate
+
+_LABEL_DROP = 0.1
+_EMA_DECAY = 0.998
+_LOG_SECONDS = 15.0
+_CHECKPOINT_SECONDS = 120.0
+_WARM_UP, _LONG_FROM, _DECAY_FROM = 0.03, 0.5, 0.6  # shares of the training time
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What is trained, on which clips, and for how long.
+
+    ``short`` and ``long`` are clip shapes (frames, height, width), each with its batch size;
+    ``minutes`` is the wall time of everything but the imports, final samples included.
+    """
+
+    config: VideoDiTConfig
+    minutes: float
+    short: tuple[int, int, int] = DEMO_SHAPE
+    short_batch: int = 48
+    long: tuple[int, int, int] = TRAIN_SHAPE
+    long_batch: int = 12
+    learning_rate: float = 1e-3
+    sample_steps: int = 40
+    sample_labels: int = len(LABELS)
+    seed: int = 0
+
+
+def learning_rate_factor(progress: float) -> float:
+    """Warm-up, plateau, then a square-root decay to zero, over ``progress`` in [0, 1]."""
+    if progress < _WARM_UP:
+        return (progress + 0.001) / (_WARM_UP + 0.001)
+    if progress < _DECAY_FROM:
+        return 1.0
+    return 1.0 - math.sqrt(min(1.0, (progress - _DECAY_FROM) / (1 - _DECAY_FROM)))
+
+
+def flow_matching_loss(
+    model: VideoDiT, clips: Clips, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Mean squared error of the velocity at one random noise level per clip, a scalar."""
+    video, label = clips.video, clips.label
+    batch, device = len(label), video.device
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, device=device, generator=generator)
+
+    # Logit-normal, moved towards high noise: neighbouring pixels and frames agree so much that a
+    # clip stays readable under noise that would drown a single independent value.
+    sigma = torch.sigmoid(0.9 + 1.1 * normal(batch))
+    weight = sigma.view(-1, 1, 1, 1, 1)
+    noisy = video + weight * (normal(*video.shape) - video)
+    dropped = torch.rand(batch, device=device, generator=generator) < _LABEL_DROP
+    label = torch.where(dropped, model.config.null_label, label)
+    timestep = 1000 * sigma
+    velocity = model(noisy, timestep, label, clips.camera)
+    return (velocity - velocity_target(noisy, video, timestep)).square().mean()
+
+
+def loss_with_gradients(model: VideoDiT, clips: Clips, generator: torch.Generator) -> torch.Tensor:
+    """The loss, a scalar still on the device; its gradients are added to the parameters'."""
+    with torch.autocast(clips.video.device.type, torch.bfloat16):
+        loss = flow_matching_loss(model, clips, generator)
+    loss.backward()
+    return loss.detach()
+
+
+def training_step(
+    model: VideoDiT, optimizer: torch.optim.Optimizer, clips: Clips, generator: torch.Generator
+) -> torch.Tensor:
+    """One optimiser step; returns the loss, a scalar still on the device."""
+    loss = loss_with_gradients(model, clips, generator)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss
+
+
+def make_optimizer(model: VideoDiT, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW with a little weight decay on matrices and none on vectors."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.01},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = parameters[0].is_cuda
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=fused)
+
+
+def train(plan: TrainingPlan, out: Path, device: torch.device) -> VideoDiT:
+    """Carry out ``plan``; leaves weights, configuration, losses and samples in ``out``."""
+    started = time.perf_counter()
+    finish = started + 60 * plan.minutes
+    # The rest of the time is for the final samples.
+    stop_training = finish - min(25.0, 0.25 * 60 * plan.minutes)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(plan.seed)
+    torch.set_float32_matmul_precision("high")
+    generator = torch.Generator(device).manual_seed(plan.seed)
+
+    bank = load_photo_bank(plan.short[2], device)
+    model = VideoDiT(plan.config).to(device)
+    smoothed = copy.deepcopy(model).requires_grad_(False)
+    optimizer = make_optimizer(model, plan.learning_rate)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{count / 1e6:.2f} M parameters on {device}, torch {torch.__version__}", flush=True)
+    _write_data_sheet(bank, plan, out, device)
+    if device.type == "cuda":
+        _compile_blocks(model, bank, plan, generator)
+    print(f"ready after {time.perf_counter() - started:.1f} s", flush=True)
+
+    first_step = time.perf_counter()
+    weights, smoothed_weights = list(model.parameters()), list(smoothed.parameters())
+    losses: list[dict[str, float]] = []
+    loss_sum = {shape: torch.zeros((), device=device) for shape in (plan.short, plan.long)}
+    loss_count = dict.fromkeys(loss_sum, 0)
+    last_log = last_checkpoint = first_step
+    step = logged_step = 0
+    while (now := time.perf_counter()) < stop_training:
+        progress = (now - first_step) / (stop_training - first_step)
+        for group in optimizer.param_groups:
+            group["lr"] = plan.learning_rate * learning_rate_factor(progress)
+        is_long = progress >= _LONG_FROM and step % 2 == 1
+        shape = plan.long if is_long else plan.short
+        clips = draw_clips(bank, plan.long_batch if is_long else plan.short_batch, shape, generator)
+        loss_sum[shape] += training_step(model, optimizer, clips, generator)
+        loss_count[shape] += 1
+        step += 1
+        decay = min(_EMA_DECAY, (1 + step) / (10 + step))
+        torch._foreach_lerp_(smoothed_weights, weights, 1 - decay)
+
+        if now - last_log >= _LOG_SECONDS:
+            means = {
+                f"loss_{name}": loss_sum[shape].item() / loss_count[shape]
+                for name, shape in (("short", plan.short), ("long", plan.long))
+                if loss_count[shape]
+            }
+            now = time.perf_counter()
+            rate = (step - logged_step) / (now - last_log)
+            losses.append({"step": step, "seconds": now - started, **means})
+            text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+            print(f"{now - started:6.1f} s  step {step}  {text}  {rate:.2f} it/s", flush=True)
+            for shape in loss_sum:
+                loss_sum[shape].zero_()
+                loss_count[shape] = 0
+            last_log, logged_step = now, step
+        if now - last_checkpoint >= _CHECKPOINT_SECONDS:
+            smoothed.save(out)
+            last_checkpoint = now
+
+    smoothed.save(out)
+    print(f"trained {step} steps, {time.perf_counter() - started:.1f} s", flush=True)
+    record = {
+        "steps": step,
+        "minutes": plan.minutes,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "short": {"shape": plan.short, "batch": plan.short_batch},
+        "long": {"shape": plan.long, "batch": plan.long_batch},
+        "losses": losses,
+    }
+    (out / "loss.json").write_text(json.dumps(record, indent=1) + "\n")
+    _write_samples(VideoDiT.from_pretrained(out), plan, out, device, finish)
+    print(f"done after {time.perf_counter() - started:.1f} s", flush=True)
+    return smoothed
+
+
+def write_contact_sheet(path: Path, clips: Iterable[torch.Tensor]) -> None:
+    """Write clips ``(T, H, W, 3)`` in [0, 1] as a PNG: a row per clip, up to 7 frames."""
+    rows = []
+    for clip in clips:
+        chosen = torch.linspace(0, len(clip) - 1, min(7, len(clip))).round().long()
+        rows.append(torch.cat(list(clip[chosen]), dim=1))
+    sheet = torch.cat(rows, dim=0)
+    imageio.imwrite(path, (sheet * 255).round().byte().cpu().numpy())
+
+
+def _compile_blocks(
+    model: VideoDiT, bank: PhotoBank, plan: TrainingPlan, generator: torch.Generator
+) -> None:
+    """Compile the blocks, which share one graph per clip shape, before the clock of training."""
+    # Were the graph not shared, eight blocks at two shapes would pass the default limit of 8 and
+    # the rest would silently run eager.
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    for shape, batch in ((plan.short, plan.short_batch), (plan.long, plan.long_batch)):
+        clips = draw_clips(bank, batch, shape, generator)
+        for run in ("first, with its compilation", "second"):
+            started = time.perf_counter()
+            loss_with_gradients(model, clips, generator)
+            model.zero_grad(set_to_none=True)
+            torch.cuda.synchronize()
+            milliseconds = 1000 * (time.perf_counter() - started)
+            print(f"{shape} x {batch}: {milliseconds:.1f} ms a pass ({run})", flush=True)
+    print(f"at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB allocated", flush=True)
+
+
+def _write_data_sheet(bank: PhotoBank, plan: TrainingPlan, out: Path, device: torch.device) -> None:
+    generator = torch.Generator(device).manual_seed(plan.seed)
+    video = draw_clips(bank, plan.sample_labels, plan.short, generator).video
+    write_contact_sheet(out / "data.png", (video.permute(0, 2, 3, 4, 1) + 1) / 2)
+
+
+def _write_samples(
+    model: VideoDiT, plan: TrainingPlan, out: Path, device: torch.device, finish: float
+) -> None:
+    """Sample every label short, then long, as far as the time until ``finish`` goes."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for name, shape in (("short", plan.short), ("long", plan.long)):
+        clips = []
+        for label in range(plan.sample_labels):
+            if clips and time.perf_counter() > finish:
+                break
+            # A different motion for every label, with a cut-out in every other clip.
+            camera = [math.cos(label), math.sin(label), math.cos(3 * label), 0.0, label % 2]
+            clips.append(
+                generate(
+                    model,
+                    label=label,
+                    camera=camera,
+                    seed=label,
+                    steps=plan.sample_steps,
+                    guidance=2.0,
+                    shape=shape,
+                    device=device,
+                    dtype=dtype,
+                )
+            )
+        write_contact_sheet(out / f"samples_{name}.png", clips)
+
+
+def main() -> None:
+    """Read the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, required=True, help="wall time, samples included")
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights and samples")
+    parser.add_argument("--short-batch", type=int, default=TrainingPlan.short_batch)
+    parser.add_argument("--long-batch", type=int, default=TrainingPlan.long_batch)
+    parser.add_argument("--learning-rate", type=float, default=TrainingPlan.learning_rate)
+    parser.add_argument("--tiny", action="store_true", help="a smoke run for a CPU")
+    arguments = parser.parse_args()
+    plan = TrainingPlan(
+        config=VideoDiTConfig(class_names=LABELS, camera_fields=CAMERA_FIELDS),
+        minutes=arguments.minutes,
+        short_batch=arguments.short_batch,
+        long_batch=arguments.long_batch,
+        learning_rate=arguments.learning_rate,
+    )
+    if arguments.tiny:
+        plan = replace(
+            plan,
+            config=replace(plan.config, width=64, heads=2, layers=2, mlp_width=128, cond_width=32),
+            short=(3, 48, 48),
+            short_batch=8,
+            long=(6, 48, 48),
+            long_batch=4,
+            sample_steps=8,
+            sample_labels=2,
+        )
+    train(plan, arguments.out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+if __name__ == "__main__":
+    main()
