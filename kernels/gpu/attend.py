@@ -1,0 +1,160 @@
+"""Stages 4 and 5 on a GPU: exact keys and the stand-ins of skipped blocks in one online softmax.
+
+Queries are gathered by cluster and the output scattered to its token inside the kernel, so neither
+Q, K, V nor the output is ever permuted in memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def listed_token(at, listed, run, run_keys, text_start, list_row, order_row):
+    """Key token at place `at` of a row: its list, then its crossing block, then the exact keys."""
+    in_list = at < listed
+    in_run = at < listed + run_keys
+    place = tl.where(in_run, run + at - listed, text_start + at - listed - run_keys)
+    from_order = tl.load(order_row + place, mask=~in_list, other=0)
+    return tl.where(in_list, tl.load(list_row + at, mask=in_list, other=0), from_order)
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr,  # (B, H, N_q, D)
+    k_ptr,  # (B, H_kv, N_k, D)
+    v_ptr,  # (B, H_kv, N_k, D)
+    out_ptr,  # (B, H, N_q, D)
+    lse_ptr,  # (B, H, N_q) float32
+    tile_cluster_ptr,  # (G, T) int32, query cluster of each tile, > Qc where there is none
+    tile_place_ptr,  # (G, T) int32, place of the tile's first query in the sorted order
+    q_order_ptr,  # (G, N_q) int32
+    q_start_ptr,  # (G, Qc + 3) int32
+    k_order_ptr,  # (G_kv, N_k) int32
+    k_start_ptr,  # (G_kv, Kc + 3) int32
+    list_ptr,  # (L, Qc, pitch) int32
+    row_ptr,  # (L, Qc, 3) int32
+    stand_in_key_ptr,  # (L, Qc, Kc, D), or (G_kv, Kc, D) in the centroid form
+    stand_in_value_ptr,  # like stand_in_key_ptr
+    bias_ptr,  # (L, Qc, Kc) float32 log2, -inf where the block is exact or empty
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    first_head,
+    heads,
+    kv_heads,
+    q_tokens,
+    k_tokens,
+    q_clusters,
+    k_clusters,
+    tiles,
+    pitch,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FIRST_ORDER: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
+):
+    """One tile of BLOCK_M queries of one cluster."""
+    local = tl.program_id(1).to(tl.int64)
+    g = first_head + local
+    tile = tl.program_id(0)
+    i = tl.load(tile_cluster_ptr + g * tiles + tile)
+    if i > q_clusters:
+        return
+    b, h = g // heads, g % heads
+    kv_head = h // (heads // kv_heads)
+    g_kv = b * kv_heads + kv_head
+    m = tl.load(tile_place_ptr + g * tiles + tile) + tl.arange(0, BLOCK_M)  # [BM]
+    in_cluster = m < tl.load(q_start_ptr + g * (q_clusters + 3) + i + 1)
+    token = tl.load(q_order_ptr + g * q_tokens + m, mask=in_cluster, other=0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)  # [BD]
+    in_dim = d < D
+    q_row = q_ptr + b * stride_qb + h * stride_qh + token[:, None] * stride_qn + d[None, :]
+    q_mask = in_cluster[:, None] & in_dim[None, :]
+    q = tl.load(q_row, mask=q_mask, other=0.0)  # [BM, BD]
+    to_log2 = scale * LOG2E
+
+    k_start = k_start_ptr + g_kv * (k_clusters + 3)
+    text_start = tl.load(k_start + k_clusters)
+    text_end = tl.load(k_start + k_clusters + 1)
+    if i == q_clusters:  # text and non-finite queries: every key, in sorted order
+        listed, run, run_keys, text_keys = 0, 0, text_end, 0
+        row = local * q_clusters
+        stand_ins = 0
+    else:
+        row = local * q_clusters + i
+        listed = tl.load(row_ptr + row * 3)
+        run = tl.load(row_ptr + row * 3 + 1)
+        run_keys = tl.load(row_ptr + row * 3 + 2)
+        text_keys = text_end - text_start
+        stand_ins = k_clusters
+    keys = listed + run_keys + text_keys
+    list_row = list_ptr + row * pitch
+    order_row = k_order_ptr + g_kv * k_tokens
+    k_base = k_ptr + b * stride_kb + kv_head * stride_kh
+    v_base = v_ptr + b * stride_vb + kv_head * stride_vh
+
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(0, keys, BLOCK_N):
+        at = first + tl.arange(0, BLOCK_N)  # [BN]
+        inside = at < keys
+        key = listed_token(at, listed, run, run_keys, text_start, list_row, order_row)
+        key = tl.where(inside, key, 0).to(tl.int64)
+        k = tl.load(k_base + key[:, None] * stride_kn + d[None, :], mask=in_dim[None, :], other=0.0)
+        logit = tl.dot(q, tl.trans(k), input_precision="ieee") * to_log2  # [BM, BN]
+        logit = tl.where(inside[None, :], logit, float("-inf"))
+        now = tl.maximum(largest, tl.max(logit, 1))
+        shift = tl.where(now == float("-inf"), 0.0, now)
+        shrink = tl.exp2(largest - shift)
+        weight = tl.exp2(logit - shift[:, None])
+        total = total * shrink + tl.sum(weight, 1)
+        v_mask = inside[:, None] & in_dim[None, :]
+        v = tl.load(v_base + key[:, None] * stride_vn + d[None, :], mask=v_mask, other=0.0)
+        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        largest = now
+
+    # Tables of one row lie next to each other; the centroid form's are shared by all rows.
+    table = row * k_clusters if FIRST_ORDER else g_kv * k_clusters
+    bias_row = bias_ptr + row * k_clusters
+    for first in range(0, stand_ins, BLOCK_N):
+        j = first + tl.arange(0, BLOCK_N)  # [BN]
+        inside = j < k_clusters
+        bias = tl.load(bias_row + j, mask=inside, other=float("-inf"))
+        at_table = (table + j)[:, None] * D + d[None, :]
+        table_mask = inside[:, None] & in_dim[None, :]
+        k = tl.load(stand_in_key_ptr + at_table, mask=table_mask, other=0.0)
+        logit = tl.dot(q, tl.trans(k), input_precision="ieee") * to_log2 + bias[None, :]
+        now = tl.maximum(largest, tl.max(logit, 1))
+        shift = tl.where(now == float("-inf"), 0.0, now)
+        shrink = tl.exp2(largest - shift)
+        weight = tl.exp2(logit - shift[:, None])
+        total = total * shrink + tl.sum(weight, 1)
+        v = tl.load(stand_in_value_ptr + at_table, mask=table_mask, other=0.0)
+        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        largest = now
+
+    # A row without any key gives 0 and -inf, as PyTorch's boolean masks do; a NaN row stays NaN.
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_row = out_ptr + b * stride_ob + h * stride_oh + token[:, None] * stride_on + d[None, :]
+    tl.store(out_row, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+    if WRITE_LSE:
+        lse = (largest + tl.log2(total)) * LN2
+        tl.store(lse_ptr + g * q_tokens + token, lse, mask=in_cluster)

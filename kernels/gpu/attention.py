@@ -1,0 +1,166 @@
+"""All five stages on a GPU, a few heads at a time so that the tables stay small."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.gpu.attend import attend_kernel
+from svg_ear_compile.kernels.gpu.kmeans import SortedClusters, cluster_means, kmeans
+from svg_ear_compile.kernels.gpu.launch import LaunchConfig, launch_config
+from svg_ear_compile.kernels.gpu.probe import probe_kernel
+from svg_ear_compile.kernels.gpu.route import list_keys_kernel, route_kernel
+from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.reference import Clusters, Result
+
+# Tables and lists of the heads in flight, as a share of the bytes of Q, K, V and the output; the
+# floor keeps small problems in one launch.
+WORKSPACE_SHARE = 0.35
+WORKSPACE_FLOOR = 256 << 20
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    text: tuple[int, int] = (0, 0),
+    centroids: tuple[Tensor, Tensor] | None = None,
+    return_lse: bool = False,
+) -> Result:
+    """All five stages; arguments and result as `reference.sparse_attention`.
+
+    Nothing waits for the device. The output has the dtype and layout of q; `Result.lse` is empty
+    unless `return_lse`; labels and sizes are int32.
+    """
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    batch, heads, q_tokens, dim = q.shape
+    kv_heads, k_tokens = k.shape[1], k.shape[2]
+    scale = dim**-0.5 if scale is None else scale
+    config = launch_config(dim, q.element_size())
+    mask = None if attn_mask is None else attn_mask[:, :, 0, :]
+    q_clusters, k_clusters = plan.clusters(q_tokens - sum(text), k_tokens - sum(text))
+    if centroids is None:
+        full_mask = reference.key_mask_of(attn_mask, k)
+        q_init = reference.initial_centroids(q, None, q_clusters, text, plan.seed)
+        k_init = reference.initial_centroids(k, full_mask, k_clusters, text, plan.seed)
+        iterations = plan.first_iterations
+    else:
+        (q_init, k_init), iterations = centroids, plan.warm_iterations
+    queries = kmeans(q, None, q_init, text, iterations, config)
+    keys = kmeans(k, mask, k_init, text, iterations, config)
+    value_means = torch.zeros_like(keys.centroids)
+    rounded_value_means, _ = cluster_means(v, keys.order, keys.starts, value_means, config)
+
+    groups = batch * heads
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
+    exact = torch.empty(groups, q_clusters, k_clusters, dtype=torch.bool, device=q.device)
+    row_area = torch.empty(groups, q_clusters, dtype=torch.int32, device=q.device)
+    clustered_keys = keys.starts[:, k_clusters]
+    budget = torch.ceil(plan.density * clustered_keys.double()).float()
+    listed = math.ceil(plan.density * k_tokens) if plan.routing == "density" else k_tokens
+    tile_cluster, tile_place = query_tiles(queries, q_tokens, config)
+    first_order = plan.compensation == "first_order"
+    pairs = q_clusters * k_clusters
+    table_bytes = 2 * dim * q.element_size() if first_order else 0
+    per_head = pairs * (table_bytes + 4 * 5) + q_clusters * listed * 4
+    tensors = (2 * q.numel() + 2 * k.numel()) * q.element_size()
+    room = max(WORKSPACE_FLOOR, int(WORKSPACE_SHARE * tensors))
+    step = min(groups, max(1, room // per_head))
+
+    def table(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(step, q_clusters, *shape, dtype=dtype, device=q.device)
+
+    log_error, log_mass, logit, bias = (table(k_clusters) for _ in range(4))
+    offset = table(k_clusters, dtype=torch.int32)
+    rows = table(3, dtype=torch.int32)
+    key_list = table(listed, dtype=torch.int32)
+    if first_order:
+        stand_in_key = table(k_clusters, dim, dtype=k.dtype)
+        stand_in_value = table(k_clusters, dim, dtype=v.dtype)
+    else:
+        stand_in_key, stand_in_value = keys.rounded, rounded_value_means
+    head_counts = (heads, kv_heads)
+    tiles = tile_cluster.shape[1]
+    log_threshold = math.log(plan.threshold) if plan.threshold > 0 else -math.inf
+    for first_head in range(0, groups, step):
+        launched = min(step, groups - first_head)
+        probe_kernel[(k_clusters, triton.cdiv(q_clusters, config.probe.rows), launched)](
+            queries.rounded, k, v, keys.order, keys.starts, keys.centroids, value_means,
+            log_error, log_mass, logit, bias, stand_in_key, stand_in_value,
+            *k.stride()[:3], *v.stride()[:3], first_head, *head_counts,
+            k_tokens, q_clusters, k_clusters, scale,
+            D=dim, BLOCK_D=config.block_dim, BLOCK_Q=config.probe.rows,
+            BLOCK_N=config.probe.columns, FIRST_ORDER=first_order,
+            num_warps=config.probe.warps, num_stages=config.probe.stages,
+        )  # fmt: skip
+        block_k = triton.next_power_of_2(k_clusters)
+        route_kernel[(q_clusters, launched)](
+            log_error, log_mass, logit, bias, queries.starts, keys.starts, budget,
+            exact, row_area, offset, rows, first_head, *head_counts, q_clusters, k_clusters,
+            plan.cost_exponent, plan.top_p, plan.min_block_ratio, log_threshold,
+            BLOCK_K=block_k, ROUTING=plan.routing, FIRST_ORDER=first_order,
+            num_warps=min(16, max(4, block_k // 512)),
+        )  # fmt: skip
+        list_keys_kernel[(q_clusters, triton.cdiv(k_clusters, 16), launched)](
+            offset, keys.starts, keys.order, key_list, first_head, *head_counts,
+            k_tokens, q_clusters, k_clusters, listed, BLOCK_J=16, BLOCK_N=64,
+        )  # fmt: skip
+        attend_kernel[(tiles, launched)](
+            q, k, v, out, lse, tile_cluster, tile_place, queries.order, queries.starts,
+            keys.order, keys.starts, key_list, rows, stand_in_key, stand_in_value, bias,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            first_head, *head_counts, q_tokens, k_tokens, q_clusters, k_clusters, tiles, listed,
+            scale,
+            D=dim, BLOCK_D=config.block_dim, BLOCK_M=config.attend.rows,
+            BLOCK_N=config.attend.columns, FIRST_ORDER=first_order, WRITE_LSE=return_lse,
+            num_warps=config.attend.warps, num_stages=config.attend.stages,
+        )  # fmt: skip
+    return Result(
+        out,
+        lse,
+        _clusters(queries, batch, heads),
+        _clusters(keys, batch, kv_heads),
+        exact.unflatten(0, (batch, heads)),
+        row_area.unflatten(0, (batch, heads)),
+    )
+
+
+def query_tiles(
+    queries: SortedClusters, q_tokens: int, config: LaunchConfig
+) -> tuple[Tensor, Tensor]:
+    """Cut every query cluster into tiles of `config.attend.rows` queries.
+
+    Returns:
+        (G, T) int32 cluster of each tile, more than Qc where there is none, and (G, T) int32 place
+        of its first query; T bounds the number of tiles whatever the sizes.
+    """
+    rows = config.attend.rows
+    clusters = queries.starts.shape[1] - 2  # the special cluster included
+    sizes = queries.starts.diff()[:, :clusters]
+    ends = ((sizes + rows - 1) // rows).cumsum(-1, dtype=torch.int32)  # [G, C]
+    tile = torch.arange(
+        triton.cdiv(q_tokens, rows) + clusters, device=ends.device, dtype=torch.int32
+    )
+    tile = tile.expand(ends.shape[0], -1).contiguous()
+    cluster = torch.searchsorted(ends, tile, right=True, out_int32=True)  # [G, T]
+    known = cluster.clamp(max=clusters - 1).long()
+    first_tile = torch.where(known > 0, ends.gather(1, (known - 1).clamp(min=0)), 0)
+    place = queries.starts.gather(1, known) + (tile - first_tile) * rows
+    return cluster, place
+
+
+def _clusters(found: SortedClusters, batch: int, heads: int) -> Clusters:
+    clusters = found.centroids.shape[1]
+    sizes = found.starts.diff()[:, :clusters]
+    return Clusters(
+        *(t.unflatten(0, (batch, heads)) for t in (found.labels, found.centroids, sizes))
+    )

@@ -1,0 +1,214 @@
+"""Stage 1 on a GPU: batched k-means with a fixed number of rounds and no host synchronisation.
+
+Heads are flattened to G = B * H. A round assigns every token to its nearest centroid, sorts the
+tokens by label, and averages each run of the sorted tokens in float32, so that the result does not
+depend on the order in which programs run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from svg_ear_compile.kernels.gpu.launch import LaunchConfig
+
+
+class SortedClusters(NamedTuple):
+    """Tokens of G heads sorted by label.
+
+    Attributes:
+        labels: (G, N) int32 in [0, C + 1]: cluster, always exact (C), padding (C + 1).
+        order: (G, N) int32 token at each place of the stable sort by label.
+        starts: (G, C + 3) int32 first place of each label; the last entry is N.
+        centroids: (G, C, D) float32.
+        rounded: (G, C, D) the centroids in the dtype of the tokens.
+    """
+
+    labels: Tensor
+    order: Tensor
+    starts: Tensor
+    centroids: Tensor
+    rounded: Tensor
+
+
+@triton.jit
+def kmeans_assign_kernel(
+    x_ptr,  # (B, H, N, D)
+    centroid_ptr,  # (G, C, D) in the dtype of x
+    half_norm_ptr,  # (G, C) float32, |c|^2 / 2
+    mask_ptr,  # (B|1, H|1, N) bool, True takes part
+    label_ptr,  # (G, N) int32
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    heads,
+    tokens,
+    clusters,
+    text_before,
+    text_after,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Nearest centroid of each token, lowest index first; labels C and C + 1 as documented."""
+    g = tl.program_id(1).to(tl.int64)
+    b, h = g // heads, g % heads
+    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+    d = tl.arange(0, BLOCK_D)  # [BD]
+    x_base = x_ptr + b * stride_xb + h * stride_xh
+    x_row = x_base + token.to(tl.int64)[:, None] * stride_xn + d[None, :]
+    x = tl.load(x_row, mask=(token[:, None] < tokens) & (d[None, :] < D), other=0.0)  # [BN, BD]
+    best = tl.full([BLOCK_N], float("inf"), tl.float32)
+    label = tl.zeros([BLOCK_N], tl.int32)
+    for first in range(0, clusters, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)  # [BC]
+        row = centroid_ptr + (g * clusters + c)[None, :] * D + d[:, None]
+        centroid = tl.load(row, mask=(c[None, :] < clusters) & (d[:, None] < D), other=0.0)
+        half_norm = tl.load(half_norm_ptr + g * clusters + c, mask=c < clusters, other=float("inf"))
+        distance = half_norm[None, :] - tl.dot(x, centroid, input_precision="ieee")  # [BN, BC]
+        nearest = tl.min(distance, 1)
+        where = tl.argmin(distance, 1).to(tl.int32)
+        label = tl.where(nearest < best, first + where, label)
+        best = tl.minimum(best, nearest)
+    # x * 0 is NaN exactly where x is NaN or infinite.
+    spoiled = tl.sum(x.to(tl.float32) * 0.0, 1) != 0.0
+    text = (token < text_before) | (token >= tokens - text_after)
+    label = tl.where(spoiled | text, clusters, label)
+    if HAS_MASK:
+        mask_row = mask_ptr + b * stride_mb + h * stride_mh + token.to(tl.int64) * stride_mn
+        takes_part = tl.load(mask_row, mask=token < tokens, other=0)
+        label = tl.where(takes_part != 0, label, clusters + 1)
+    tl.store(label_ptr + g * tokens + token, label, mask=token < tokens)
+
+
+@triton.jit
+def cluster_mean_kernel(
+    x_ptr,  # (B, H, N, D)
+    order_ptr,  # (G, N) int32
+    start_ptr,  # (G, C + 3) int32
+    mean_ptr,  # (G, C, D) float32, in and out
+    rounded_ptr,  # (G, C, D) in the dtype of x
+    half_norm_ptr,  # (G, C) float32
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    heads,
+    tokens,
+    clusters,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Mean of each cluster's tokens; an empty cluster keeps what `mean_ptr` held."""
+    c = tl.program_id(0)
+    g = tl.program_id(1).to(tl.int64)
+    b, h = g // heads, g % heads
+    d = tl.arange(0, BLOCK_D)  # [BD]
+    first = tl.load(start_ptr + g * (clusters + 3) + c)
+    last = tl.load(start_ptr + g * (clusters + 3) + c + 1)
+    x_base = x_ptr + b * stride_xb + h * stride_xh
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for place in range(first, last, BLOCK_N):
+        at = place + tl.arange(0, BLOCK_N)  # [BN]
+        token = tl.load(order_ptr + g * tokens + at, mask=at < last, other=0).to(tl.int64)
+        row = x_base + token[:, None] * stride_xn + d[None, :]
+        x = tl.load(row, mask=(at[:, None] < last) & (d[None, :] < D), other=0.0)  # [BN, BD]
+        total += tl.sum(x.to(tl.float32), 0)
+    to = (g * clusters + c) * D + d
+    mean = total / tl.maximum(last - first, 1).to(tl.float32)
+    if first == last:
+        mean = tl.load(mean_ptr + to, mask=d < D, other=0.0)
+    tl.store(mean_ptr + to, mean, mask=d < D)
+    rounded = mean.to(rounded_ptr.dtype.element_ty)
+    tl.store(rounded_ptr + to, rounded, mask=d < D)
+    wide = rounded.to(tl.float32)
+    tl.store(half_norm_ptr + g * clusters + c, tl.sum(wide * wide, 0) * 0.5)
+
+
+def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """Stable sort: order (G, N) int32 and starts (G, C + 3) int32 of labels (G, N)."""
+    # Radix sort does one pass per byte; most cluster counts fit in two.
+    narrow = labels.to(torch.int16) if clusters + 2 < 2**15 else labels
+    ranked, order = narrow.sort(dim=-1, stable=True)
+    every = torch.arange(clusters + 3, device=labels.device, dtype=narrow.dtype)
+    starts = torch.searchsorted(
+        ranked, every.expand(labels.shape[0], -1).contiguous(), out_int32=True
+    )
+    return order.to(torch.int32), starts
+
+
+def cluster_means(
+    x: Tensor, order: Tensor, starts: Tensor, means: Tensor, config: LaunchConfig
+) -> tuple[Tensor, Tensor]:
+    """Overwrite `means` (G, C, D) float32 with the cluster means of x (B, H, N, D).
+
+    Returns:
+        The means in the dtype of x, and half their squared norms (G, C) float32.
+    """
+    _, heads, tokens, dim = x.shape
+    groups, clusters, _ = means.shape
+    rounded = torch.empty_like(means, dtype=x.dtype)
+    half_norm = means.new_empty(groups, clusters)
+    cluster_mean_kernel[(clusters, groups)](
+        x, order, starts, means, rounded, half_norm,
+        x.stride(0), x.stride(1), x.stride(2), heads, tokens, clusters,
+        D=dim, BLOCK_D=config.block_dim, BLOCK_N=32, num_warps=4,
+    )  # fmt: skip
+    return rounded, half_norm
+
+
+def kmeans(
+    x: Tensor,
+    key_mask: Tensor | None,
+    centroids: Tensor,
+    text: tuple[int, int],
+    iterations: int,
+    config: LaunchConfig,
+) -> SortedClusters:
+    """`reference.kmeans` on a GPU.
+
+    Args:
+        x: (B, H, N, D), last stride 1.
+        key_mask: (B|1, H|1, N) bool or None.
+        centroids: (B, H, C, D) finite, any float dtype; not modified.
+        text: text tokens before and after the video tokens.
+        iterations: assign-and-update rounds, at least 1.
+        config: see `launch_config`.
+    """
+    batch, heads, tokens, dim = x.shape
+    groups, clusters = batch * heads, centroids.shape[2]
+    means = centroids.reshape(groups, clusters, dim).to(torch.float32, copy=True)
+    rounded = means.to(x.dtype)
+    half_norm = rounded.float().square().sum(-1) * 0.5
+    labels = torch.empty(groups, tokens, dtype=torch.int32, device=x.device)
+    mask_strides = (0, 0, 0) if key_mask is None else _broadcast_strides(key_mask)
+    tiles = config.assign
+    for _ in range(iterations):
+        kmeans_assign_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
+            x, rounded, half_norm, x if key_mask is None else key_mask, labels,
+            x.stride(0), x.stride(1), x.stride(2), *mask_strides,
+            heads, tokens, clusters, *text,
+            D=dim, BLOCK_D=config.block_dim, BLOCK_N=tiles.rows, BLOCK_C=tiles.columns,
+            HAS_MASK=key_mask is not None, num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+        order, starts = sort_by_label(labels, clusters)
+        rounded, half_norm = cluster_means(x, order, starts, means, config)
+    return SortedClusters(labels, order, starts, means, rounded)
+
+
+def _broadcast_strides(mask: Tensor) -> tuple[int, int, int]:
+    batch, head, token = mask.stride()
+    return (
+        0 if mask.shape[0] == 1 else batch,
+        0 if mask.shape[1] == 1 else head,
+        token,
+    )

@@ -1,0 +1,126 @@
+"""Stage 2 on a GPU: every block as its query centroid sees it, in one pass over K and V."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def probe_kernel(
+    centroid_ptr,  # (G, Qc, D) query centroids in the dtype of k
+    k_ptr,  # (B, H_kv, N, D)
+    v_ptr,  # (B, H_kv, N, D)
+    order_ptr,  # (G_kv, N) int32
+    start_ptr,  # (G_kv, Kc + 3) int32
+    key_mean_ptr,  # (G_kv, Kc, D) float32
+    value_mean_ptr,  # (G_kv, Kc, D) float32
+    log_error_ptr,  # (L, Qc, Kc) float32, natural log of E_ij
+    log_mass_ptr,  # (L, Qc, Kc) float32, natural log of Z_ij
+    logit_ptr,  # (L, Qc, Kc) float32, c_ij
+    bias_ptr,  # (L, Qc, Kc) float32, log2 bias of the first-order stand-ins
+    mean_key_ptr,  # (L, Qc, Kc, D) in the dtype of k
+    mean_value_ptr,  # (L, Qc, Kc, D) in the dtype of v
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    first_head,  # this launch covers heads first_head .. first_head + L - 1 of G
+    heads,
+    kv_heads,
+    tokens,
+    q_clusters,
+    k_clusters,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FIRST_ORDER: tl.constexpr,
+):
+    """One key cluster against BLOCK_Q query centroids.
+
+    With ``v_t = v_j + delta_t`` the paper's error is
+    ``E_ij = sum_t (x - y)^2 |v_j|^2 + 2 x (x - y) v_j.delta_t + x^2 |delta_t|^2`` for
+    ``x = exp(a_it)``, ``y = exp(c_ij)``: the same sum without the cancellation between its terms.
+    """
+    j = tl.program_id(0)
+    local = tl.program_id(2).to(tl.int64)
+    g = first_head + local
+    b, h = g // heads, g % heads
+    kv_head = h // (heads // kv_heads)
+    g_kv = b * kv_heads + kv_head
+    i = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)  # [BQ]
+    d = tl.arange(0, BLOCK_D)  # [BD]
+    in_dim = d < D
+    q_mask = (i[:, None] < q_clusters) & in_dim[None, :]
+    q = tl.load(
+        centroid_ptr + (g * q_clusters + i)[:, None] * D + d[None, :], mask=q_mask, other=0.0
+    )  # [BQ, BD]
+    at_cluster = (g_kv * k_clusters + j) * D + d
+    key_mean = tl.load(key_mean_ptr + at_cluster, mask=in_dim, other=0.0)  # [BD]
+    value_mean = tl.load(value_mean_ptr + at_cluster, mask=in_dim, other=0.0)  # [BD]
+    mean_square = tl.sum(value_mean * value_mean, 0)
+    to_log2 = scale * LOG2E
+    central = tl.sum(q.to(tl.float32) * key_mean[None, :], 1) * to_log2  # [BQ] c_ij in log2
+    first = tl.load(start_ptr + g_kv * (k_clusters + 3) + j)
+    last = tl.load(start_ptr + g_kv * (k_clusters + 3) + j + 1)
+    k_base = k_ptr + b * stride_kb + kv_head * stride_kh
+    v_base = v_ptr + b * stride_vb + kv_head * stride_vh
+
+    # The mean of a cluster's logits is c_ij, so their maximum is never below it: x and y stay <= 1.
+    largest = central
+    error = tl.zeros([BLOCK_Q], tl.float32)
+    mass = tl.zeros([BLOCK_Q], tl.float32)
+    if FIRST_ORDER:
+        key_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        value_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for place in range(first, last, BLOCK_N):
+        at = place + tl.arange(0, BLOCK_N)  # [BN]
+        inside = at < last
+        token = tl.load(order_ptr + g_kv * tokens + at, mask=inside, other=0).to(tl.int64)
+        kv_mask = inside[:, None] & in_dim[None, :]
+        k = tl.load(k_base + token[:, None] * stride_kn + d[None, :], mask=kv_mask, other=0.0)
+        v = tl.load(v_base + token[:, None] * stride_vn + d[None, :], mask=kv_mask, other=0.0)
+        logit = tl.dot(q, tl.trans(k), input_precision="ieee") * to_log2  # [BQ, BN]
+        logit = tl.where(inside[None, :], logit, float("-inf"))
+        now = tl.maximum(largest, tl.max(logit, 1))
+        shrink = tl.exp2(largest - now)
+        x = tl.exp2(logit - now[:, None])  # [BQ, BN]
+        lag = tl.where(inside[None, :], x - tl.exp2(central - now)[:, None], 0.0)
+        delta = tl.where(kv_mask, v.to(tl.float32) - value_mean[None, :], 0.0)  # [BN, BD]
+        along = tl.sum(delta * value_mean[None, :], 1)  # [BN]
+        spread = tl.sum(delta * delta, 1)  # [BN]
+        term = lag * lag * mean_square + 2.0 * x * lag * along[None, :] + x * x * spread[None, :]
+        error = error * shrink * shrink + tl.sum(term, 1)
+        mass = mass * shrink + tl.sum(x, 1)
+        if FIRST_ORDER:
+            weight = x.to(k.dtype)
+            key_sum = key_sum * shrink[:, None]
+            key_sum = tl.dot(weight, k, key_sum, input_precision="ieee")
+            value_sum = value_sum * shrink[:, None]
+            value_sum = tl.dot(weight, v, value_sum, input_precision="ieee")
+        largest = now
+
+    pair = (local * q_clusters + i) * k_clusters + j  # [BQ]
+    row = i < q_clusters
+    # An empty cluster leaves log 0 = -inf in both; a block without error keeps a finite score.
+    floored = tl.where((last > first) & (error <= 0.0), 1e-37, error)
+    tl.store(log_error_ptr + pair, (tl.log2(floored) + 2.0 * largest) * LN2, mask=row)
+    log_mass = tl.log2(mass) + largest
+    tl.store(log_mass_ptr + pair, log_mass * LN2, mask=row)
+    tl.store(logit_ptr + pair, central * LN2, mask=row)
+    if FIRST_ORDER:
+        share = 1.0 / tl.maximum(mass, 1e-37)[:, None]
+        mean_key = (key_sum * share).to(mean_key_ptr.dtype.element_ty)  # [BQ, BD]
+        mean_value = (value_sum * share).to(mean_value_ptr.dtype.element_ty)
+        tl.store(mean_key_ptr + pair[:, None] * D + d[None, :], mean_key, mask=q_mask)
+        tl.store(mean_value_ptr + pair[:, None] * D + d[None, :], mean_value, mask=q_mask)
+        # From the rounded key, so that the logit is exactly log Z_ij at q = q_i.
+        own = tl.sum(q.to(tl.float32) * mean_key.to(tl.float32), 1) * to_log2
+        tl.store(bias_ptr + pair, log_mass - own, mask=row)

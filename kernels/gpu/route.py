@@ -1,0 +1,170 @@
+"""Stage 3 on a GPU: which blocks are exact, as lists of key tokens built on the device.
+
+A row of blocks is a query cluster against all key clusters. Its exact keys are listed packed, so
+that ragged clusters waste no key tile. Under a density budget the keys before the crossing block
+number less than the budget, which bounds the list; the crossing block itself and the always-exact
+keys are each one run of the sorted order and are not copied into the list.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rank_key(score):
+    """Unsigned integers in the order of the scores, NaN highest."""
+    score = tl.where(score != score, float("inf"), score)
+    bits = score.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return ordered.to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.jit
+def take_until(key, weight, budget):
+    """`reference.take_until` of one row without a sort.
+
+    Finds, bit by bit, the highest key down to which the weights reach the budget; everything above
+    it is taken, and its ties lowest index first.
+
+    Returns:
+        taken [K] bool and tied [K] bool, the entries at that key.
+    """
+    level = tl.full([], 0, tl.uint32)
+    for step in range(32):
+        candidate = level | (tl.full([], 0x80000000, tl.uint32) >> step)
+        reached = tl.sum(tl.where(key >= candidate, weight, 0.0), 0)
+        level = tl.where(reached >= budget, candidate, level)
+    above = key > level
+    tied = key == level
+    tied_weight = tl.where(tied, weight, 0.0)
+    before = tl.sum(tl.where(above, weight, 0.0), 0) + tl.cumsum(tied_weight, 0) - tied_weight
+    return above | (tied & (before < budget)), tied
+
+
+@triton.jit
+def route_kernel(
+    log_error_ptr,  # (L, Qc, Kc) float32
+    log_mass_ptr,  # (L, Qc, Kc) float32
+    logit_ptr,  # (L, Qc, Kc) float32
+    bias_ptr,  # (L, Qc, Kc) float32 log2, in (first order) and out
+    q_start_ptr,  # (G, Qc + 3) int32
+    k_start_ptr,  # (G_kv, Kc + 3) int32
+    budget_ptr,  # (G_kv,) float32, keys that a row may take before the crossing block
+    exact_ptr,  # (G, Qc, Kc) bool
+    row_area_ptr,  # (G, Qc) int32
+    offset_ptr,  # (L, Qc, Kc) int32, place of each listed block in its row's list, else -1
+    row_ptr,  # (L, Qc, 3) int32: keys listed, first place of the crossing block, its keys
+    first_head,
+    heads,
+    kv_heads,
+    q_clusters,
+    k_clusters,
+    cost_exponent,
+    top_p,
+    min_block_ratio,
+    log_threshold,
+    BLOCK_K: tl.constexpr,
+    ROUTING: tl.constexpr,
+    FIRST_ORDER: tl.constexpr,
+):
+    """One row of blocks."""
+    i = tl.program_id(0)
+    local = tl.program_id(1).to(tl.int64)
+    g = first_head + local
+    g_kv = (g // heads) * kv_heads + (g % heads) // (heads // kv_heads)
+    j = tl.arange(0, BLOCK_K)  # [BK]
+    inside = j < k_clusters
+    pair = (local * q_clusters + i) * k_clusters + j
+    k_start = k_start_ptr + g_kv * (k_clusters + 3) + j
+    start = tl.load(k_start, mask=inside, other=0)
+    size = tl.load(k_start + 1, mask=inside, other=0) - start  # [BK]
+    q_start = q_start_ptr + g * (q_clusters + 3) + i
+    rows = tl.load(q_start + 1) - tl.load(q_start)
+    occupied = size > 0
+    keys = size.to(tl.float32)
+    log_error = tl.load(log_error_ptr + pair, mask=inside, other=float("-inf"))
+    # m_i is the same along the row and cannot change its order.
+    score = log_error - cost_exponent * tl.log(tl.maximum(keys, 1.0))
+    score = tl.where(occupied, score, float("-inf"))
+    crossing = -1
+    if ROUTING == "density":
+        taken, tied = take_until(rank_key(score), keys, tl.load(budget_ptr + g_kv))
+        taken = taken & occupied
+        crossing = tl.max(tl.where(taken & tied, j, -1), 0)
+    elif ROUTING == "threshold":
+        log_mass = tl.load(log_mass_ptr + pair, mask=inside, other=float("-inf"))
+        largest = tl.max(log_mass, 0)
+        log_row_mass = largest + tl.log(tl.sum(tl.exp(log_mass - largest), 0))
+        log_rho = log_error - 2.0 * log_row_mass - tl.log(tl.maximum(keys, 1.0))
+        taken = ((log_rho >= log_threshold) | (log_rho != log_rho)) & occupied
+    else:
+        logit = tl.load(logit_ptr + pair, mask=inside, other=0.0)
+        mass_logit = tl.where(occupied, logit + tl.log(tl.maximum(keys, 1.0)), float("-inf"))
+        mass_key = rank_key(mass_logit)
+        mass = tl.exp(mass_logit - tl.max(mass_logit, 0))
+        top, _ = take_until(mass_key, mass, top_p * tl.sum(mass, 0))
+        budget = tl.sum(tl.where(top & occupied, keys, 0.0), 0)
+        floor_count = tl.ceil(min_block_ratio * tl.sum(occupied.to(tl.float32), 0))
+        guaranteed, _ = take_until(mass_key, occupied.to(tl.float32), floor_count)
+        guaranteed = guaranteed & occupied
+        left = budget - tl.sum(tl.where(guaranteed, keys, 0.0), 0)
+        rest_score = tl.where(guaranteed, float("-inf"), score)
+        best, _ = take_until(rank_key(rest_score), tl.where(guaranteed, 0.0, keys), left)
+        taken = guaranteed | (best & occupied)
+    # An empty query cluster lists nothing and counts nothing.
+    taken = taken & (rows > 0)
+    tl.store(exact_ptr + (g * q_clusters + i) * k_clusters + j, taken, mask=inside)
+    tl.store(row_area_ptr + g * q_clusters + i, tl.sum(tl.where(taken, size, 0), 0))
+    listed = taken & (j != crossing)
+    listed_size = tl.where(listed, size, 0)
+    offset = tl.cumsum(listed_size, 0) - listed_size
+    tl.store(offset_ptr + pair, tl.where(listed, offset, -1), mask=inside)
+    crosses = taken & (j == crossing)
+    row_to = row_ptr + (local * q_clusters + i) * 3
+    tl.store(row_to, tl.sum(listed_size, 0))
+    tl.store(row_to + 1, tl.sum(tl.where(crosses, start, 0), 0))
+    tl.store(row_to + 2, tl.sum(tl.where(crosses, size, 0), 0))
+    if FIRST_ORDER:
+        bias = tl.load(bias_ptr + pair, mask=inside, other=float("-inf"))
+    else:
+        bias = tl.log2(tl.maximum(keys, 1.0))
+    bias = tl.where(taken | (size == 0), float("-inf"), bias)
+    tl.store(bias_ptr + pair, bias, mask=inside)
+
+
+@triton.jit
+def list_keys_kernel(
+    offset_ptr,  # (L, Qc, Kc) int32
+    k_start_ptr,  # (G_kv, Kc + 3) int32
+    order_ptr,  # (G_kv, N) int32
+    list_ptr,  # (L, Qc, pitch) int32 key tokens of each row, packed
+    first_head,
+    heads,
+    kv_heads,
+    tokens,
+    q_clusters,
+    k_clusters,
+    pitch,
+    BLOCK_J: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Copy the tokens of BLOCK_J key clusters into one row's list."""
+    i = tl.program_id(0)
+    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)  # [BJ]
+    local = tl.program_id(2).to(tl.int64)
+    g = first_head + local
+    g_kv = (g // heads) * kv_heads + (g % heads) // (heads // kv_heads)
+    inside = j < k_clusters
+    row = local * q_clusters + i
+    offset = tl.load(offset_ptr + row * k_clusters + j, mask=inside, other=-1)
+    k_start = k_start_ptr + g_kv * (k_clusters + 3) + j
+    start = tl.load(k_start, mask=inside, other=0)
+    size = tl.load(k_start + 1, mask=inside, other=0) - start
+    size = tl.where(offset >= 0, size, 0)
+    for first in range(0, tl.max(size, 0), BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)  # [BN]
+        copied = n[None, :] < size[:, None]
+        token = tl.load(order_ptr + g_kv * tokens + start[:, None] + n[None, :], mask=copied)
+        tl.store(list_ptr + row * pitch + offset[:, None] + n[None, :], token, mask=copied)
