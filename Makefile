@@ -1,0 +1,44 @@
+# Everything on a fresh machine: `make demo`, `make test`. Both create .venv and install what they
+# need, once. `make test VENV= PYTHON=python3` uses an interpreter that already has torch and pytest
+# and needs no network.
+VENV ?= .venv
+PYTHON ?= python3
+export OMP_NUM_THREADS ?= 2
+
+ifeq ($(VENV),)
+RUN := $(PYTHON)
+READY := offline
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+.PHONY: demo test lint offline clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(RUN) -m benchmarks.video_dit.demo --out demo_out
+
+test: $(READY)
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+# mypy looks at the wheel's files: only there do the four rooms lie as one package.
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	rm -rf build/lint
+	$(RUN) -m pip install --quiet --no-deps --target build/lint .
+	cd build/lint && $(abspath $(RUN)) -m mypy --config-file $(CURDIR)/pyproject.toml -p svg_ear_compile
+
+# torch comes first and alone: its pinned version decides what every other package may pull in.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt torch
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[test,demo,lint]"
+	touch $@
+
+offline:
+	$(RUN) -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+
+clean:
+	rm -rf $(VENV) build demo_out *.egg-info

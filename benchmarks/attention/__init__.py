@@ -1,0 +1,1 @@
+"""How long attention takes, everything included, against the fastest dense attention."""

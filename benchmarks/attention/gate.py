@@ -1,0 +1,61 @@
+"""The gate before any speed: sampled rows of a sparse result against the float64 definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.reference import Result
+
+
+def definition_rows(
+    q: Tensor, k: Tensor, v: Tensor, result: Result, plan: AttentionPlan, text: tuple[int, int],
+    head: tuple[int, int], rows: Tensor,
+) -> Tensor:  # fmt: skip
+    """`reference.attend` of a few queries (R, D) float64, from the labels and blocks of `result`.
+
+    Tables are rounded to the inputs' dtype as the kernels hold them, so that what is left is the
+    arithmetic.
+    """
+    b, h = head
+    kv = h // (q.shape[1] // k.shape[1])
+    scale = q.shape[-1] ** -0.5
+    keys, values = k[b, kv].double(), v[b, kv].double()
+    k_labels, clusters = result.keys.labels[b, kv].long(), result.keys.sizes.shape[-1]
+    q_clusters = result.queries.sizes.shape[-1]
+    out = []
+    for row in rows.tolist():
+        i = int(result.queries.labels[b, h, row])
+        query = q[b, h, row].double()
+        if i == q_clusters:
+            out.append(torch.softmax(scale * keys @ query, 0) @ values)
+            continue
+        exact = torch.cat([result.exact[b, h, i], result.exact.new_ones(1)])
+        taken = exact[k_labels]
+        center = result.queries.centroids[b, h, i].to(q.dtype).double()
+        size = result.keys.sizes[b, kv].double()
+        weight = torch.exp(scale * keys @ center)
+        if plan.compensation == "centroid":
+            weight = torch.ones_like(weight)
+
+        def over_blocks(x: Tensor) -> Tensor:
+            sums = x.new_zeros(clusters + 1, *x.shape[1:])
+            return sums.index_add_(0, k_labels, x)[:clusters]
+
+        mass = over_blocks(weight)
+        safe = mass.clamp(min=1e-300)[:, None]
+        key = (over_blocks(weight[:, None] * keys) / safe).to(q.dtype).double()
+        value = (over_blocks(weight[:, None] * values) / safe).to(q.dtype).double()
+        own = scale * key @ center if plan.compensation == "first_order" else 0.0
+        bias = torch.where(
+            exact[:clusters] | (size == 0), -torch.inf, mass.clamp(min=1e-300).log() - own
+        )
+        logits = torch.cat([scale * keys[taken] @ query, scale * key @ query + bias])
+        out.append(torch.softmax(logits, 0) @ torch.cat([values[taken], value]))
+    return torch.stack(out)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want| in float64; NaN if either has a NaN."""
+    return float((got.double() - want.double()).norm() / want.double().norm())
