@@ -24,6 +24,41 @@ def listed_token(at, listed, run, run_keys, text_start, list_row, order_row):
 
 
 @triton.jit
+def load_rows(base, row, stride, d, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    """Gathered rows [BN, BD] of a (N, D) matrix; columns past D are 0."""
+    if WIDE:
+        row = row.to(tl.int64)
+    at = base + (row[:, None] * stride + d[None, :])
+    if D == BLOCK_D:
+        return tl.load(at)
+    return tl.load(at, mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def fold(q, k, v, bias, acc, total, largest, to_log2, BIASED: tl.constexpr):
+    """One step of the online softmax: q [BM, BD] over k, v [BN, BD].
+
+    `bias` [BN] is added to the logits in log2 units, and -inf there takes a key out; without it
+    every logit must be finite.
+    """
+    logit = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
+    if BIASED:
+        logit = logit * to_log2 + bias[None, :]
+        now = tl.maximum(largest, tl.max(logit, 1))
+        # Nothing seen so far: any finite shift will do.
+        shift = tl.where(now == float("-inf"), 0.0, now)
+        weight = tl.exp2(logit - shift[:, None])
+    else:
+        now = tl.maximum(largest, tl.max(logit, 1) * to_log2)
+        shift = now
+        weight = tl.exp2(logit * to_log2 - now[:, None])
+    shrink = tl.exp2(largest - shift)
+    total = total * shrink + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, total, now
+
+
+@triton.jit
 def attend_kernel(
     q_ptr,  # (B, H, N_q, D)
     k_ptr,  # (B, H_kv, N_k, D)
@@ -69,6 +104,7 @@ def attend_kernel(
     BLOCK_N: tl.constexpr,
     FIRST_ORDER: tl.constexpr,
     WRITE_LSE: tl.constexpr,
+    WIDE: tl.constexpr,  # offsets inside one head of K or V pass 2^31 elements
 ):
     """One tile of BLOCK_M queries of one cluster."""
     local = tl.program_id(1).to(tl.int64)
@@ -113,43 +149,39 @@ def attend_kernel(
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in range(0, keys, BLOCK_N):
-        at = first + tl.arange(0, BLOCK_N)  # [BN]
+    n = tl.arange(0, BLOCK_N)  # [BN]
+    no_bias = tl.zeros([BLOCK_N], tl.float32)
+    # Whole tiles of the list: the hot loop, whose loads have no mask but the head dim's.
+    whole = listed // BLOCK_N * BLOCK_N
+    for first in range(0, whole, BLOCK_N):
+        key = tl.load(list_row + first + n)
+        k = load_rows(k_base, key, stride_kn, d, D, BLOCK_D, WIDE)
+        v = load_rows(v_base, key, stride_vn, d, D, BLOCK_D, WIDE)
+        acc, total, largest = fold(q, k, v, no_bias, acc, total, largest, to_log2, False)
+    # What is left of the list, the crossing block and the always-exact keys.
+    for first in range(whole, keys, BLOCK_N):
+        at = first + n
         inside = at < keys
         key = listed_token(at, listed, run, run_keys, text_start, list_row, order_row)
-        key = tl.where(inside, key, 0).to(tl.int64)
-        k = tl.load(k_base + key[:, None] * stride_kn + d[None, :], mask=in_dim[None, :], other=0.0)
-        logit = tl.dot(q, tl.trans(k), input_precision="ieee") * to_log2  # [BM, BN]
-        logit = tl.where(inside[None, :], logit, float("-inf"))
-        now = tl.maximum(largest, tl.max(logit, 1))
-        shift = tl.where(now == float("-inf"), 0.0, now)
-        shrink = tl.exp2(largest - shift)
-        weight = tl.exp2(logit - shift[:, None])
-        total = total * shrink + tl.sum(weight, 1)
-        v_mask = inside[:, None] & in_dim[None, :]
-        v = tl.load(v_base + key[:, None] * stride_vn + d[None, :], mask=v_mask, other=0.0)
-        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        largest = now
+        key = tl.where(inside, key, 0)
+        k = load_rows(k_base, key, stride_kn, d, D, BLOCK_D, WIDE)
+        v = load_rows(v_base, key, stride_vn, d, D, BLOCK_D, WIDE)
+        # Key 0 stands in for places past the end; its value must not reach the sum as 0 * inf.
+        v = tl.where(inside[:, None], v, 0.0)
+        bias = tl.where(inside, 0.0, float("-inf"))
+        logit_key = tl.where(inside[:, None], k, 0.0)
+        acc, total, largest = fold(q, logit_key, v, bias, acc, total, largest, to_log2, True)
 
     # Tables of one row lie next to each other; the centroid form's are shared by all rows.
-    table = row * k_clusters if FIRST_ORDER else g_kv * k_clusters
+    table = (row if FIRST_ORDER else g_kv) * k_clusters * D
     bias_row = bias_ptr + row * k_clusters
     for first in range(0, stand_ins, BLOCK_N):
-        j = first + tl.arange(0, BLOCK_N)  # [BN]
-        inside = j < k_clusters
-        bias = tl.load(bias_row + j, mask=inside, other=float("-inf"))
-        at_table = (table + j)[:, None] * D + d[None, :]
-        table_mask = inside[:, None] & in_dim[None, :]
-        k = tl.load(stand_in_key_ptr + at_table, mask=table_mask, other=0.0)
-        logit = tl.dot(q, tl.trans(k), input_precision="ieee") * to_log2 + bias[None, :]
-        now = tl.maximum(largest, tl.max(logit, 1))
-        shift = tl.where(now == float("-inf"), 0.0, now)
-        shrink = tl.exp2(largest - shift)
-        weight = tl.exp2(logit - shift[:, None])
-        total = total * shrink + tl.sum(weight, 1)
-        v = tl.load(stand_in_value_ptr + at_table, mask=table_mask, other=0.0)
-        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        largest = now
+        j = first + n
+        bias = tl.load(bias_row + j, mask=j < k_clusters, other=float("-inf"))
+        j = tl.minimum(j, k_clusters - 1)
+        k = load_rows(stand_in_key_ptr + table, j, D, d, D, BLOCK_D, False)
+        v = load_rows(stand_in_value_ptr + table, j, D, d, D, BLOCK_D, False)
+        acc, total, largest = fold(q, k, v, bias, acc, total, largest, to_log2, True)
 
     # A row without any key gives 0 and -inf, as PyTorch's boolean masks do; a NaN row stays NaN.
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -40,6 +40,8 @@ def sparse_attention(
     Nothing waits for the device. The output has the dtype and layout of q; `Result.lse` is empty
     unless `return_lse`; labels and sizes are int32.
     """
+    if scale is not None and scale < 0:  # the kernels take the largest logit before they scale
+        q, scale = -q, -scale
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     batch, heads, q_tokens, dim = q.shape
     kv_heads, k_tokens = k.shape[1], k.shape[2]
@@ -89,6 +91,7 @@ def sparse_attention(
     else:
         stand_in_key, stand_in_value = keys.rounded, rounded_value_means
     head_counts = (heads, kv_heads)
+    wide = k_tokens * max(k.stride(2), v.stride(2)) >= 2**31
     tiles = tile_cluster.shape[1]
     log_threshold = math.log(plan.threshold) if plan.threshold > 0 else -math.inf
     for first_head in range(0, groups, step):
@@ -121,7 +124,7 @@ def sparse_attention(
             first_head, *head_counts, q_tokens, k_tokens, q_clusters, k_clusters, tiles, listed,
             scale,
             D=dim, BLOCK_D=config.block_dim, BLOCK_M=config.attend.rows,
-            BLOCK_N=config.attend.columns, FIRST_ORDER=first_order, WRITE_LSE=return_lse,
+            BLOCK_N=config.attend.columns, FIRST_ORDER=first_order, WRITE_LSE=return_lse, WIDE=wide,
             num_warps=config.attend.warps, num_stages=config.attend.stages,
         )  # fmt: skip
     return Result(
