@@ -67,18 +67,20 @@ def kmeans_assign_kernel(
     x_base = x_ptr + b * stride_xb + h * stride_xh
     x_row = x_base + token.to(tl.int64)[:, None] * stride_xn + d[None, :]
     x = tl.load(x_row, mask=(token[:, None] < tokens) & (d[None, :] < D), other=0.0)  # [BN, BD]
-    best = tl.full([BLOCK_N], float("inf"), tl.float32)
-    label = tl.zeros([BLOCK_N], tl.int32)
+    # The best of each column of tiles; one reduction after the loop instead of two in every step.
+    best = tl.full([BLOCK_N, BLOCK_C], float("inf"), tl.float32)
+    origin = tl.zeros([BLOCK_N, BLOCK_C], tl.int32)
     for first in range(0, clusters, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)  # [BC]
         row = centroid_ptr + (g * clusters + c)[None, :] * D + d[:, None]
         centroid = tl.load(row, mask=(c[None, :] < clusters) & (d[:, None] < D), other=0.0)
         half_norm = tl.load(half_norm_ptr + g * clusters + c, mask=c < clusters, other=float("inf"))
         distance = half_norm[None, :] - tl.dot(x, centroid, input_precision="ieee")  # [BN, BC]
-        nearest = tl.min(distance, 1)
-        where = tl.argmin(distance, 1).to(tl.int32)
-        label = tl.where(nearest < best, first + where, label)
-        best = tl.minimum(best, nearest)
+        origin = tl.where(distance < best, first, origin)
+        best = tl.minimum(best, distance)
+    nearest = tl.min(best, 1)
+    candidate = origin + tl.arange(0, BLOCK_C)[None, :]
+    label = tl.min(tl.where(best == nearest[:, None], candidate, clusters), 1)
     # x * 0 is NaN exactly where x is NaN or infinite.
     spoiled = tl.sum(x.to(tl.float32) * 0.0, 1) != 0.0
     text = (token < text_before) | (token >= tokens - text_after)

@@ -50,11 +50,11 @@ def launch_config(head_dim: int, element_size: int) -> LaunchConfig:
         return LaunchConfig(block_dim, tiles, tiles, tiles)
     if block_dim <= 64:
         return LaunchConfig(
-            block_dim, Tiles(128, 128, 8, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 4, 3)
+            block_dim, Tiles(128, 64, 4, 2), Tiles(64, 32, 4, 1), Tiles(128, 64, 4, 3)
         )
     if block_dim <= 128:
         return LaunchConfig(
-            block_dim, Tiles(128, 128, 8, 2), Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 3)
+            block_dim, Tiles(128, 64, 4, 2), Tiles(64, 32, 4, 1), Tiles(128, 32, 4, 4)
         )
     return LaunchConfig(block_dim, Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 1), Tiles(64, 32, 8, 2))
 
