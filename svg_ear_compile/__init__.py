@@ -1,0 +1,14 @@
+"""SVG-EAR sparse attention for video transformers, as a `torch.compile` backend.
+
+    model = torch.compile(model, backend="svg_ear", options={"density": 0.15})
+
+Nothing has to be imported for that line. `bind` tells a compiled model's layers and denoising steps
+apart, `explain` lists every attention and what was decided.
+"""
+
+from svg_ear_compile.backend import svg_ear
+from svg_ear_compile.explain import Explanation, explain
+from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.settings import Settings
+
+__all__ = ["AttentionPlan", "Explanation", "Settings", "explain", "svg_ear"]

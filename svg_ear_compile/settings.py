@@ -1,0 +1,94 @@
+"""The options of `torch.compile(model, backend="svg_ear", options={...})`, checked and typed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, get_type_hints
+
+import torch._inductor.config as inductor_config
+from torch._inductor import list_mode_options
+
+from svg_ear_compile.kernels.plan import AttentionPlan
+
+_PLAN_FIELDS = {f.name: f for f in fields(AttentionPlan)}
+_NUMBER_OF = {"top_p": "top_p", "min_block_ratio": "top_p", "threshold": "threshold"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a user asked for.
+
+    Attributes:
+        plan: the plan of every sparse site.
+        min_tokens: fewest video tokens of a sparse site; None leaves it to the size rule.
+        text_prefix, text_suffix: text tokens at the start and the end of joint sequences, for
+            models whose graph does not show them; None reads them off the graph.
+        inductor: Inductor's own configuration, mode included.
+    """
+
+    plan: AttentionPlan = field(default_factory=AttentionPlan)
+    min_tokens: int | None = None
+    text_prefix: int | None = None
+    text_suffix: int | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Settings:
+        """Settings of the two arguments that `torch.compile` hands to a backend.
+
+        Keys are the fields of `AttentionPlan`, those of `Settings`, ``"mode"``, or Inductor's.
+
+        Raises:
+            ValueError: an unknown key (the message names the nearest valid ones), a value out of
+                range, or options that contradict each other.
+            TypeError: a value of the wrong type; the message names the option.
+        """
+        given = dict(options or {})
+        if "mode" in given:
+            if mode is not None:
+                raise ValueError("mode is given twice: as an argument and in options")
+            mode = given.pop("mode")
+        inductor = dict(list_mode_options(mode)) if mode and mode != "default" else {}
+        known_inductor = set(inductor_config._config)
+        plan: dict[str, Any] = {}
+        own: dict[str, Any] = {}
+        for key, value in given.items():
+            if key in _PLAN_FIELDS:
+                plan[key] = _checked(key, value, get_type_hints(AttentionPlan)[key])
+            elif key in ("min_tokens", "text_prefix", "text_suffix"):
+                own[key] = _checked(key, value, int)
+                if own[key] < 0:
+                    raise ValueError(f"{key} must not be negative, got {value!r}")
+            elif key.replace("-", "_") in known_inductor:
+                inductor[key.replace("-", "_")] = value
+            else:
+                raise ValueError(f"unknown option {key!r}{_nearest(key, known_inductor)}")
+        routing = plan.get("routing", AttentionPlan.routing)
+        for key, wanted in _NUMBER_OF.items():
+            if key in plan and routing != wanted:
+                raise ValueError(f'{key} belongs to routing="{wanted}", but routing is "{routing}"')
+        if "density" in plan and routing != "density" and plan["density"] < 1:
+            raise ValueError(f'density belongs to routing="density", but routing is "{routing}"')
+        return cls(AttentionPlan(**plan), **own, inductor=inductor)
+
+
+def _nearest(key: str, known_inductor: set[str]) -> str:
+    ours = [*_PLAN_FIELDS, "min_tokens", "text_prefix", "text_suffix", "mode"]
+    near = difflib.get_close_matches(key, ours, 3, 0.5)
+    near += difflib.get_close_matches(key, sorted(known_inductor), 2, 0.7)
+    if near:
+        return f"; did you mean {' or '.join(repr(n) for n in near)}?"
+    return f"; valid are {', '.join(ours)} and Inductor's configuration keys"
+
+
+def _checked(key: str, value: object, kind: object) -> object:
+    """The value if it is of the annotated type, a float from an int where a float is wanted."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    allowed = {float: (float,), int: (int,), int | None: (int, type(None))}.get(kind, (str,))  # type: ignore[call-overload]
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        names = " or ".join(t.__name__ for t in allowed)
+        raise TypeError(f"{key} must be {names}, got {value!r} ({type(value).__name__})")
+    return value
