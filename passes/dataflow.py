@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 import networkx as nx
@@ -47,7 +47,7 @@ LINEAR_FUNCTIONS = frozenset({F.linear, torch._C._nn.linear, torch.addmm})
 CONV_FUNCTIONS = frozenset({F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d})
 
 
-def calls(node: Node, methods: frozenset[str], functions: frozenset[Callable[..., Any]]) -> bool:
+def calls(node: Node, methods: frozenset[str], functions: Set[Any]) -> bool:
     """True if the node calls one of these, by identity of the target."""
     if node.op == "call_method":
         return node.target in methods

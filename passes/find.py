@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 import torch
@@ -35,7 +36,7 @@ class _Arguments:
     attn_mask: Node | None
     dropout_p: object
     is_causal: object
-    scale: object
+    scale: Any
 
 
 def sdpa_arguments(node: Node) -> _Arguments | None:
@@ -108,8 +109,9 @@ def _reason_to_leave(given: _Arguments, role: Role) -> Reason | None:
         return Reason.CAUSAL
     if given.dropout_p != 0.0:
         return Reason.DROPOUT
-    tensors = [n.meta.get("example_value") for n in (given.query, given.key, given.value)]
-    if not all(isinstance(t, torch.Tensor) and t.dim() == 4 for t in tensors):
+    values = [n.meta.get("example_value") for n in (given.query, given.key, given.value)]
+    tensors = [t for t in values if isinstance(t, torch.Tensor) and t.dim() == 4]
+    if len(tensors) != 3:
         return Reason.LAYOUT
     q, k, v = tensors
     if q.dtype not in DTYPES or any(t.dtype != q.dtype for t in (k, v)):

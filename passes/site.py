@@ -91,7 +91,7 @@ class AttentionSite:
     k: Node
     v: Node
     mask: Node | None
-    scale: object
+    scale: float | Node | None
     layer: str
     layer_parameter: Node | None
     role: Role

@@ -44,16 +44,19 @@ def svg_ear(
     """
     settings = Settings.parse(options, mode)
     patches = dict(settings.inductor)
+    compiled: Any  # compile_fx is typed for all its uses, ahead-of-time ones included
     if needs_gradients(example_inputs):
         _warn_of_gradients()
-        return compile_fx(gm, list(example_inputs), config_patches=patches)
+        compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
+        return compiled
     report = rewrite_graph(gm, settings)
     for site in report.sites:
         log.info("%s (%s, %s): %s", site.site, site.role, site.shape, site.sentence)
     if report.sparse:
         stamp = _SourceStamp(patches.get("post_grad_custom_pre_pass"))
         patches["post_grad_custom_pre_pass"] = stamp
-    return compile_fx(gm, list(example_inputs), config_patches=patches)
+    compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
+    return compiled
 
 
 def needs_gradients(example_inputs: Sequence[Any]) -> bool:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
-import torch._inductor.config as inductor_config
-from torch._inductor import list_mode_options
+from torch._inductor import list_mode_options, list_options
 
 from svg_ear_compile.kernels.plan import AttentionPlan
 
@@ -51,7 +50,7 @@ class Settings:
                 raise ValueError("mode is given twice: as an argument and in options")
             mode = given.pop("mode")
         inductor = dict(list_mode_options(mode)) if mode and mode != "default" else {}
-        known_inductor = set(inductor_config._config)
+        known_inductor = set(list_options())
         plan: dict[str, Any] = {}
         own: dict[str, Any] = {}
         for key, value in given.items():

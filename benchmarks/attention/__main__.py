@@ -125,8 +125,9 @@ def measure_shape(
                 want = definition_rows(q, k, v, result, plan, text, head, sampled)
                 gate = relative_error(result.out[head][sampled], want)
                 row: dict[str, object] = {
-                    "shape": name, "clusters": count, "form": form, "density": density, "gate": gate,
-                    "dense_backend": best, "dense_samples_ms": dense, "dense_tflops": flop / dense_ms / 1e9,
+                    "shape": name, "clusters": count, "form": form, "density": density,
+                    "gate": gate, "dense_backend": best, "dense_samples_ms": dense,
+                    "dense_tflops": flop / dense_ms / 1e9,
                 }  # fmt: skip
                 rows.append(row)
                 if not gate < 1e-2:

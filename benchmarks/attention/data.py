@@ -44,7 +44,7 @@ def latent_video(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tenso
 
 
 def rope(x: Tensor, at: Tensor) -> Tensor:
-    """Rotate (N, D) by 3-D RoPE of the coordinates (N, 3), the bands split 2:1:1 like Wan's 44:42:42."""
+    """Rotate (N, D) by 3-D RoPE of the coordinates (N, 3), bands split as in Wan."""
     half = x.shape[-1] // 2
     share = [half - 2 * (half // 3), half // 3, half // 3]
     angles = torch.cat(
