@@ -7,8 +7,9 @@ apart, `explain` lists every attention and what was decided.
 """
 
 from svg_ear_compile.backend import svg_ear
+from svg_ear_compile.binding import Binding, bind
 from svg_ear_compile.explain import Explanation, explain
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.settings import Settings
 
-__all__ = ["AttentionPlan", "Explanation", "Settings", "explain", "svg_ear"]
+__all__ = ["AttentionPlan", "Binding", "Explanation", "Settings", "bind", "explain", "svg_ear"]
