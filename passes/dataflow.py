@@ -56,8 +56,11 @@ def calls(node: Node, methods: frozenset[str], functions: Set[Any]) -> bool:
 
 def memory_of(node: Node) -> Node:
     """The node that made the memory that `node` is a view of."""
-    while calls(node, VIEW_METHODS, VIEW_FUNCTIONS) and isinstance(node.args[0], Node):
-        node = node.args[0]
+    while calls(node, VIEW_METHODS, VIEW_FUNCTIONS):
+        viewed = node.args[0] if node.args else node.kwargs.get("input")
+        if not isinstance(viewed, Node):
+            break
+        node = viewed
     return node
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +12,21 @@ import networkx as nx
 import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from svg_ear_compile.kernels.op import DTYPES
 from svg_ear_compile.kernels.plan import HEAD_DIMS
-from svg_ear_compile.passes.dataflow import backward, dataflow
+from svg_ear_compile.passes.dataflow import backward, dataflow, projected_input
 from svg_ear_compile.passes.role import hint, role_of, shape_of, text_span
 from svg_ear_compile.passes.site import AttentionSite, Reason, Role, TextSpan
 
 SDPA_TARGETS = frozenset(
-    {F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
+    {
+        F.scaled_dot_product_attention,
+        torch._C._nn.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention.default,
+    }
 )
 # The builtin has no Python signature; these are its parameters in order.
 _POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -61,8 +68,9 @@ def find_sites(gm: GraphModule) -> list[AttentionSite]:
 def _sites_of(gm: GraphModule, seen: Counter[str]) -> list[AttentionSite]:
     flow: nx.DiGraph | None = None
     sites = []
+    calls = {n for n in gm.graph.nodes if n.op == "call_function" and n.target in SDPA_TARGETS}
     for node in gm.graph.nodes:
-        if node.op != "call_function" or node.target not in SDPA_TARGETS:
+        if node not in calls:
             continue
         arguments = sdpa_arguments(node)
         if arguments is None:
@@ -72,18 +80,19 @@ def _sites_of(gm: GraphModule, seen: Counter[str]) -> list[AttentionSite]:
         layer = layer_path(node)
         seen[layer] += 1
         name = layer if seen[layer] == 1 else f"{layer}#{seen[layer]}"
-        sites.append(_describe(flow, node, arguments, layer, name))
+        sites.append(_describe(flow, node, arguments, layer, name, calls))
     return sites
 
 
 def _describe(
-    flow: nx.DiGraph, node: Node, given: _Arguments, layer: str, name: str
+    flow: nx.DiGraph, node: Node, given: _Arguments, layer: str, name: str, calls: Set[Node]
 ) -> AttentionSite:
     q_shape, k_shape = shape_of(given.query) or (), shape_of(given.key) or ()
     value = given.query.meta.get("example_value")
     role = role_of(flow, given.query, given.key)
-    reason = _reason_to_leave(given, role)
-    text = text_span(flow, given.query, q_shape[2]) if reason is None else TextSpan()
+    out = node.meta.get("example_value")
+    reason = _reason_to_leave(given, role, out.dtype if isinstance(out, torch.Tensor) else None)
+    text = text_span(flow, given.query, q_shape[2], calls) if reason is None else TextSpan()
     return AttentionSite(
         name=name,
         node=node,
@@ -98,13 +107,13 @@ def _describe(
         text=text,
         q_shape=q_shape,
         k_shape=k_shape,
-        dtype=value.dtype if isinstance(value, torch.Tensor) else None,
+        dtype=out.dtype if isinstance(out, torch.Tensor) else None,
         device=value.device if isinstance(value, torch.Tensor) else None,
         reason=reason,
     )
 
 
-def _reason_to_leave(given: _Arguments, role: Role) -> Reason | None:
+def _reason_to_leave(given: _Arguments, role: Role, dtype: torch.dtype | None) -> Reason | None:
     if given.is_causal is not False:
         return Reason.CAUSAL
     if given.dropout_p != 0.0:
@@ -114,7 +123,7 @@ def _reason_to_leave(given: _Arguments, role: Role) -> Reason | None:
     if len(tensors) != 3:
         return Reason.LAYOUT
     q, k, v = tensors
-    if q.dtype not in DTYPES or any(t.dtype != q.dtype for t in (k, v)):
+    if dtype not in DTYPES or any(t.dtype != q.dtype for t in (k, v)):
         return Reason.DTYPE
     if q.shape[3] not in HEAD_DIMS or v.shape[3] != q.shape[3]:
         return Reason.HEAD_DIM
@@ -123,11 +132,21 @@ def _reason_to_leave(given: _Arguments, role: Role) -> Reason | None:
     q_tokens, k_tokens = hint(q.shape[2]), hint(k.shape[2])
     if role is Role.PREFIX or q_tokens != k_tokens:
         return Reason.ROLE
-    if k.shape[1] != v.shape[1] or hint(k.shape[0]) != hint(q.shape[0]):
+    if not _fit(q, k, v):
         return Reason.LAYOUT
     if given.attn_mask is not None and not _is_key_padding(given.attn_mask, k):
         return Reason.MASK
     return None
+
+
+def _fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """True if the operator takes these shapes: it has grouped heads, but does not broadcast."""
+    (batch, heads), (kv_batch, kv_heads, k_tokens), values = (
+        [hint(size) for size in shape] for shape in (q.shape[:2], k.shape[:3], v.shape[:3])
+    )
+    if [kv_batch, kv_heads, k_tokens] != values or kv_batch != batch:
+        return False
+    return heads == kv_heads or bool(heads and kv_heads and heads % kv_heads == 0)
 
 
 def _is_key_padding(mask: Node, k: torch.Tensor) -> bool:
@@ -146,22 +165,31 @@ def layer_path(node: Node) -> str:
     if not stack:
         return ""
     path = list(stack.values())[-1][0]
-    path = re.sub(r"^L\['[^']*'\]", "", path)
+    path = re.sub(r"^[LG]\['[^']*'\]", "", path)
     names = re.findall(r"\['([^']+)'\]|\[(\d+)\]|\.?([^.\[\]]+)", path)
     parts = [name for match in names for name in match if name]
     return ".".join(p for p in parts if p not in ("_modules", "__dict__", "_orig_mod"))
 
 
 def _layer_parameter(flow: nx.DiGraph, q: Node) -> Node | None:
-    """The nearest parameter from which q descends: its identity tells layers of one graph apart."""
-    for node in backward(flow, q, _is_parameter):
-        if _is_parameter(node):
+    """A parameter from which q descends: its identity tells layers of one graph apart.
+
+    The nearest projection's is the layer's own; a norm's on the way may be shared by all layers.
+    """
+    for node in backward(flow, q, lambda n: projected_input(n) is not None):
+        if projected_input(node) is not None:
+            for source in node.all_input_nodes:
+                if _is_plain_parameter(source):
+                    return source
+    for node in backward(flow, q, _is_plain_parameter):
+        if _is_plain_parameter(node):
             return node
     return None
 
 
-def _is_parameter(node: Node) -> bool:
+def _is_plain_parameter(node: Node) -> bool:
+    """A Parameter that any operator takes: quantised subclasses refuse those unknown to them."""
     if node.op not in ("placeholder", "get_attr"):
         return False
     value = node.meta.get("example_value")
-    return isinstance(value, torch.nn.Parameter)
+    return isinstance(value, torch.nn.Parameter) and not is_traceable_wrapper_subclass(value)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 import svg_ear_compile.kernels.op  # noqa: F401  registers torch.ops.svg_ear.attention
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.passes.site import AttentionSite
+from svg_ear_compile.passes.site import AttentionSite, TokenCount
 
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "example_value")
 
@@ -25,10 +25,12 @@ def rewrite_site(site: AttentionSite, plan: AttentionPlan) -> Node:
     """
     graph, old = site.node.graph, site.node
     with graph.inserting_before(old):
-        prefix, suffix = _length(site, site.text.prefix), _length(site, site.text.suffix)
+        prefix, suffix = (_count(graph, parts) for parts in (site.text.prefix, site.text.suffix))
+        # Autocast knows PyTorch's attention and not ours: the casts it would make are made here.
+        q, k, v = (_cast(graph, tensor, site.dtype) for tensor in (site.q, site.k, site.v))
         call = graph.call_function(
             torch.ops.svg_ear.attention.default,
-            (site.q, site.k, site.v, site.mask, site.layer_parameter),
+            (q, k, v, site.mask, site.layer_parameter),
             {
                 "plan": plan.encode(),
                 "site": site.name,
@@ -48,11 +50,19 @@ def rewrite_site(site: AttentionSite, plan: AttentionPlan) -> Node:
     return out
 
 
-def _length(site: AttentionSite, length: int | tuple[Node, int]) -> int | Node:
-    if isinstance(length, int):
-        return length
-    part, dim = length
-    return site.node.graph.call_function(torch.ops.aten.sym_size.int, (part, dim))
+def _count(graph: Graph, parts: tuple[int | TokenCount, ...]) -> int | Node:
+    total: int | Node = sum(part for part in parts if isinstance(part, int))
+    for part in parts:
+        if isinstance(part, TokenCount):
+            size = graph.call_function(torch.ops.aten.sym_size.int, (part.node, part.dim))
+            total = graph.call_function(operator.add, (total, size)) if total else size
+    return total
+
+
+def _cast(graph: Graph, tensor: Node, dtype: torch.dtype | None) -> Node:
+    if tensor.meta["example_value"].dtype == dtype:
+        return tensor
+    return graph.call_method("to", (tensor, dtype))
 
 
 def finish(gm: GraphModule) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import networkx as nx
 import torch
 from torch.fx import Node
@@ -13,7 +15,7 @@ from svg_ear_compile.passes.dataflow import (
     calls,
     projected_input,
 )
-from svg_ear_compile.passes.site import Role, TextSpan
+from svg_ear_compile.passes.site import Role, TextSpan, TokenCount
 
 
 def projection_sources(flow: nx.DiGraph, start: Node) -> frozenset[Node]:
@@ -42,9 +44,9 @@ def _tokens(node: Node) -> Node:
 
 
 def role_of(flow: nx.DiGraph, q: Node, k: Node) -> Role:
-    """Role by projection source; UNKNOWN where no projection reaches q or k."""
+    """Role by projection source; UNKNOWN where no projection reaches q nor k (a bare function)."""
     q_sources, k_sources = projection_sources(flow, q), projection_sources(flow, k)
-    if not q_sources or not k_sources:
+    if not q_sources and not k_sources:
         return Role.UNKNOWN
     if q_sources == k_sources:
         return Role.SELF if len(q_sources) == 1 else Role.JOINT
@@ -53,17 +55,20 @@ def role_of(flow: nx.DiGraph, q: Node, k: Node) -> Role:
     return Role.CROSS
 
 
-def text_span(flow: nx.DiGraph, q: Node, tokens: int | torch.SymInt) -> TextSpan:
+def text_span(
+    flow: nx.DiGraph, q: Node, tokens: int | torch.SymInt, attention: Set[Node]
+) -> TextSpan:
     """Text tokens of a sequence that was concatenated along its tokens, nearest `cat` first.
 
     The longest part is the video; what stands before and after it is text. The walk stays on nodes
     that still have the whole sequence in a dimension, so it never crosses a slice, a patch
-    embedding or another sequence.
+    embedding or another sequence, and never passes another attention call, whose keys may be
+    other tokens that happen to be as many.
     """
     whole = hint(tokens)
     if whole is None:
         return TextSpan()
-    for node in backward(flow, q, lambda n: not _has_extent(n, whole)):
+    for node in backward(flow, q, lambda n: n in attention or not _has_extent(n, whole)):
         if node.op != "call_function" or node.target not in (torch.cat, torch.concat):
             continue
         parts = node.args[0] if node.args else node.kwargs.get("tensors")
@@ -73,28 +78,18 @@ def text_span(flow: nx.DiGraph, q: Node, tokens: int | torch.SymInt) -> TextSpan
             continue
         dim %= len(shape)
         # Features are last and the batch is first: neither is the sequence.
-        if dim in (0, len(shape) - 1) or hint(shape[dim]) != whole or len(parts) < 2:
+        if dim in (0, len(shape) - 1) or hint(shape[dim]) != whole:
             continue
         spans = [(part, _extent(part, dim)) for part in parts if isinstance(part, Node)]
-        lengths = [hint(length) for _, length in spans]
-        if len(spans) != len(parts) or any(length is None for length in lengths):
+        lengths = [hint(length) or 0 for _, length in spans]
+        if len(spans) != len(parts) or 2 * max(lengths) <= whole:
             continue
-        video = max(range(len(spans)), key=lambda at: lengths[at] or 0)
-        if len(spans) - 1 - video > 1 or video > 1:
-            continue  # more than one text part on a side
-        before = spans[video - 1] if video else None
-        after = spans[video + 1] if video + 1 < len(spans) else None
-        return TextSpan(_length(before, dim), _length(after, dim))
+        video = lengths.index(max(lengths))
+        texts = [
+            length if isinstance(length, int) else TokenCount(part, dim) for part, length in spans
+        ]
+        return TextSpan(tuple(texts[:video]), tuple(texts[video + 1 :]))
     return TextSpan()
-
-
-def _length(
-    part: tuple[Node, int | torch.SymInt | None] | None, dim: int
-) -> int | tuple[Node, int]:
-    if part is None:
-        return 0
-    node, length = part
-    return length if isinstance(length, int) else (node, dim)
 
 
 def shape_of(node: Node) -> tuple[int | torch.SymInt, ...] | None:

@@ -32,7 +32,6 @@ class Reason(str, Enum):
     DTYPE = "dtype"
     LAYOUT = "layout"
     SHORT = "short"
-    DENSE_WISHED = "dense_wished"
 
     @property
     def sentence(self) -> str:
@@ -51,19 +50,38 @@ _SENTENCES = {
     Reason.DTYPE: "The kernels take float16, bfloat16 and float32, the same for q, k and v.",
     Reason.LAYOUT: "q, k, v are not (batch, heads, tokens, head dim) with matching heads.",
     Reason.SHORT: "Too few tokens: clustering would cost more than it saves.",
-    Reason.DENSE_WISHED: "The options ask for density 1.",
 }
 
 
 @dataclass(frozen=True)
+class TokenCount:
+    """A number of tokens that is known at run time only: the size of `node` in `dim`."""
+
+    node: Node
+    dim: int
+
+    @property
+    def traced(self) -> int:
+        """The number while tracing."""
+        size = self.node.meta["example_value"].shape[self.dim]
+        return size if isinstance(size, int) else int(size.node.hint)
+
+
+@dataclass(frozen=True)
 class TextSpan:
-    """Text tokens of a joint sequence: a length at the start and one at the end.
+    """Text tokens of a joint sequence: the parts before the video tokens and those after."""
 
-    A length is an int, or the `cat` input whose dimension `dim` holds it where it is symbolic.
-    """
+    prefix: tuple[int | TokenCount, ...] = ()
+    suffix: tuple[int | TokenCount, ...] = ()
 
-    prefix: int | tuple[Node, int] = 0
-    suffix: int | tuple[Node, int] = 0
+    @property
+    def traced(self) -> tuple[int, int]:
+        """Text tokens before and after the video tokens while tracing."""
+        before, after = (
+            sum(part if isinstance(part, int) else part.traced for part in parts)
+            for parts in (self.prefix, self.suffix)
+        )
+        return before, after
 
 
 @dataclass(frozen=True)
@@ -81,7 +99,8 @@ class AttentionSite:
         role: see `Role`.
         text: see `TextSpan`.
         q_shape, k_shape: (B, H, N, D), entries may be SymInt.
-        dtype, device: of q.
+        dtype: of the output; under autocast not that of q.
+        device: of q.
         reason: why the site cannot be sparse whatever it would gain, or None.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.compiler.config
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 from svg_ear_compile.planning import rewrite_graph
 from svg_ear_compile.settings import Settings
@@ -43,26 +44,34 @@ def svg_ear(
         ValueError, TypeError: see `Settings.parse`.
     """
     settings = Settings.parse(options, mode)
-    patches = dict(settings.inductor)
-    compiled: Any  # compile_fx is typed for all its uses, ahead-of-time ones included
-    if needs_gradients(example_inputs):
+    if needs_gradients(gm, example_inputs):
         _warn_of_gradients()
-        compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
-        return compiled
+        return _inductor(gm, example_inputs, settings)
     report = rewrite_graph(gm, settings)
     for site in report.sites:
         log.info("%s (%s, %s): %s", site.site, site.role, site.shape, site.sentence)
-    if report.sparse:
-        stamp = _SourceStamp(patches.get("post_grad_custom_pre_pass"))
-        patches["post_grad_custom_pre_pass"] = stamp
-    compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
+    if not report.sparse:
+        return _inductor(gm, example_inputs, settings)
+    # Schemas and fake implementations of operators are not in the compile caches' keys: without the
+    # tag an artefact made by other sources of ours would be served.
+    tag = f"{torch.compiler.config.cache_key_tag}svg_ear:{sources_digest()}"
+    with torch.compiler.config.patch(cache_key_tag=tag):
+        return _inductor(gm, example_inputs, settings)
+
+
+def _inductor(
+    gm: GraphModule, example_inputs: Sequence[Any], settings: Settings
+) -> Callable[..., Any]:
+    compiled: Any  # compile_fx is typed for all its uses, ahead-of-time ones included
+    compiled = compile_fx(gm, list(example_inputs), config_patches=dict(settings.inductor))
     return compiled
 
 
-def needs_gradients(example_inputs: Sequence[Any]) -> bool:
+def needs_gradients(gm: GraphModule, example_inputs: Sequence[Any]) -> bool:
     """True if autograd would record this graph."""
+    tensors = (x for x in example_inputs if isinstance(x, torch.Tensor))
     return torch.is_grad_enabled() and any(
-        isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
+        x.requires_grad for x in itertools.chain(tensors, gm.parameters())
     )
 
 
@@ -73,25 +82,6 @@ def _warn_of_gradients() -> None:
         "Call the model under torch.no_grad() or torch.inference_mode().",
         stacklevel=2,
     )
-
-
-class _SourceStamp(CustomGraphPass):
-    """Ties compiled artefacts to these sources.
-
-    Schemas and fake implementations of custom operators are not in the compile caches' keys, so an
-    artefact made by other sources would be served. The pass changes nothing; its uuid is a part of
-    the key.
-    """
-
-    def __init__(self, after: CustomGraphPass | None) -> None:
-        self.after = after
-
-    def __call__(self, graph: Graph) -> None:
-        if self.after is not None:
-            self.after(graph)
-
-    def uuid(self) -> object:
-        return (sources_digest(), self.after.uuid() if self.after is not None else None)
 
 
 @functools.cache

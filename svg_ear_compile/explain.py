@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,8 +93,14 @@ def explain(
         return gm.forward
 
     target = getattr(model, "_orig_mod", model)
-    torch._dynamo.reset()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    # Dynamo keeps what it compiled on the code object: one of its own leaves the user's alone.
+    fresh = types.FunctionType(
+        call.__code__.replace(), globals(), "explained", None, call.__closure__
+    )
     with torch.no_grad():
-        torch.compile(target, backend=record)(*args, **kwargs)
-    torch._dynamo.reset()
+        torch.compile(fresh, backend=record)(*args, **kwargs)
     return Explanation(graphs)

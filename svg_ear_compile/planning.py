@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from svg_ear_compile.cost_model.size_rule import min_tokens
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -27,7 +27,7 @@ class SiteReport:
         role: see `passes.site.Role`.
         shape: (B, H, N_q, N_k, D) as traced.
         text: text tokens before and after the video tokens.
-        dtype, device: of q.
+        dtype, device: of the output.
         plan: the plan of a sparse site, else None.
         clusters: (Qc, Kc) of a sparse site, else None.
         reason: code of why the site stays dense, else None.
@@ -70,8 +70,6 @@ def plan_site(site: AttentionSite, settings: Settings) -> AttentionPlan | Reason
     """The plan of a site, or why it stays dense."""
     if site.reason is not None:
         return site.reason
-    if settings.plan.is_dense:
-        return Reason.DENSE_WISHED
     assert site.device is not None
     least = settings.min_tokens
     if least is None:
@@ -80,7 +78,7 @@ def plan_site(site: AttentionSite, settings: Settings) -> AttentionPlan | Reason
     if isinstance(tokens, torch.SymInt):
         # One range guard: shorter sequences get a graph of their own, longer ones share this one.
         return settings.plan if bool(tokens >= least) else Reason.SHORT
-    return settings.plan if tokens - sum(text_tokens(site)) >= least else Reason.SHORT
+    return settings.plan if tokens - sum(site.text.traced) >= least else Reason.SHORT
 
 
 def rewrite_graph(gm: GraphModule, settings: Settings) -> GraphReport:
@@ -99,18 +97,6 @@ def rewrite_graph(gm: GraphModule, settings: Settings) -> GraphReport:
     return report
 
 
-def text_tokens(site: AttentionSite) -> tuple[int, int]:
-    """Text tokens before and after the video, at the traced sizes."""
-    return _traced(site.text.prefix), _traced(site.text.suffix)
-
-
-def _traced(length: int | tuple[Node, int]) -> int:
-    if isinstance(length, int):
-        return length
-    part, dim = length
-    return hint(part.meta["example_value"].shape[dim]) or 0
-
-
 def _with_given_text(site: AttentionSite, settings: Settings) -> AttentionSite:
     prefix, suffix = settings.text_prefix, settings.text_suffix
     if (prefix is None and suffix is None) or site.reason is not None:
@@ -118,15 +104,15 @@ def _with_given_text(site: AttentionSite, settings: Settings) -> AttentionSite:
     return replace(
         site,
         text=TextSpan(
-            site.text.prefix if prefix is None else prefix,
-            site.text.suffix if suffix is None else suffix,
+            site.text.prefix if prefix is None else (prefix,),
+            site.text.suffix if suffix is None else (suffix,),
         ),
     )
 
 
 def _report(site: AttentionSite, decided: AttentionPlan | Reason) -> SiteReport:
     q, k = ([hint(size) for size in shape] for shape in (site.q_shape, site.k_shape))
-    text = text_tokens(site)
+    text = site.text.traced
     plan = decided if isinstance(decided, AttentionPlan) else None
     clusters = None
     if plan is not None and q[2] is not None and k[2] is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
+import torch._inductor.config as inductor_config
 from torch._inductor import list_mode_options, list_options
 
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -49,7 +50,11 @@ class Settings:
             if mode is not None:
                 raise ValueError("mode is given twice: as an argument and in options")
             mode = given.pop("mode")
-        inductor = dict(list_mode_options(mode)) if mode and mode != "default" else {}
+        modes = list_mode_options()
+        if mode is not None and mode not in modes:
+            near = difflib.get_close_matches(str(mode), modes, 1, 0.0)
+            raise ValueError(f"unknown mode {mode!r}; did you mean {near[0]!r}?")
+        inductor = dict(modes[mode]) if mode else {}
         known_inductor = set(list_options())
         plan: dict[str, Any] = {}
         own: dict[str, Any] = {}
@@ -57,11 +62,11 @@ class Settings:
             if key in _PLAN_FIELDS:
                 plan[key] = _checked(key, value, get_type_hints(AttentionPlan)[key])
             elif key in ("min_tokens", "text_prefix", "text_suffix"):
-                own[key] = _checked(key, value, int)
-                if own[key] < 0:
+                own[key] = _checked(key, value, int | None)
+                if value is not None and own[key] < 0:
                     raise ValueError(f"{key} must not be negative, got {value!r}")
             elif key.replace("-", "_") in known_inductor:
-                inductor[key.replace("-", "_")] = value
+                inductor[key.replace("-", "_")] = _checked_inductor(key.replace("-", "_"), value)
             else:
                 raise ValueError(f"unknown option {key!r}{_nearest(key, known_inductor)}")
         routing = plan.get("routing", AttentionPlan.routing)
@@ -80,6 +85,15 @@ def _nearest(key: str, known_inductor: set[str]) -> str:
     if near:
         return f"; did you mean {' or '.join(repr(n) for n in near)}?"
     return f"; valid are {', '.join(ours)} and Inductor's configuration keys"
+
+
+def _checked_inductor(key: str, value: object) -> object:
+    """Inductor takes any value and fails later: the type of its own default is asked for here."""
+    default = getattr(inductor_config, key)
+    if default is not None and type(value) is not type(default):
+        wanted = type(default).__name__
+        raise TypeError(f"{key} must be {wanted}, got {value!r} ({type(value).__name__})")
+    return value
 
 
 def _checked(key: str, value: object, kind: object) -> object:

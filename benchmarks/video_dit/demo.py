@@ -157,7 +157,7 @@ def generate_run(
     Raises:
         RuntimeError: the clip has values that are not finite.
     """
-    # A clean slate, so that the first step of every run pays for its own compilation.
+    # Every run traces and compiles anew; Inductor's caches on disk still spare later runs a part.
     torch.compiler.reset()
     binding = None
     if compensation is None:
@@ -350,7 +350,7 @@ def print_results(
     console.print(
         f"The first {settings.dense_steps} steps are dense in every run and not in the median. "
         "Clips this short are here to compare pictures: sparse attention pays at tens of thousands "
-        "of tokens."
+        "of tokens. First steps do not compare: later runs find earlier kernels on disk."
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.gpu.attend import attend_kernel
 from svg_ear_compile.kernels.gpu.kmeans import SortedClusters, cluster_means, kmeans
-from svg_ear_compile.kernels.gpu.launch import LaunchConfig, launch_config
+from svg_ear_compile.kernels.gpu.launch import LaunchConfig, is_hopper, launch_config
 from svg_ear_compile.kernels.gpu.probe import probe_kernel
 from svg_ear_compile.kernels.gpu.route import list_keys_kernel, route_kernel
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -42,11 +42,12 @@ def sparse_attention(
     """
     if scale is not None and scale < 0:  # the kernels take the largest logit before they scale
         q, scale = -q, -scale
+    out = torch.empty_like(q)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     batch, heads, q_tokens, dim = q.shape
     kv_heads, k_tokens = k.shape[1], k.shape[2]
     scale = dim**-0.5 if scale is None else scale
-    config = launch_config(dim, q.element_size())
+    config = launch_config(dim, q.element_size(), is_hopper(q.device))
     mask = None if attn_mask is None else attn_mask[:, :, 0, :]
     q_clusters, k_clusters = plan.clusters(q_tokens - sum(text), k_tokens - sum(text))
     if centroids is None:
@@ -62,7 +63,6 @@ def sparse_attention(
     rounded_value_means, _ = cluster_means(v, keys.order, keys.starts, value_means, config)
 
     groups = batch * heads
-    out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
     exact = torch.empty(groups, q_clusters, k_clusters, dtype=torch.bool, device=q.device)
     row_area = torch.empty(groups, q_clusters, dtype=torch.int32, device=q.device)

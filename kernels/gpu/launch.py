@@ -6,7 +6,10 @@ without owning one (registers, spills, shared memory).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+
+import torch
 
 from svg_ear_compile.kernels.plan import HEAD_DIMS
 
@@ -38,9 +41,23 @@ class LaunchConfig:
     attend: Tiles
 
 
-def launch_config(head_dim: int, element_size: int) -> LaunchConfig:
-    """The configuration for a head dim in elements and an element size in bytes (2 or 4)."""
+@functools.lru_cache(maxsize=64)
+def is_hopper(device: torch.device) -> bool:
+    """True for sm_90, whose tiles are measured, and where kernels are interpreted."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> LaunchConfig:
+    """The configuration for a head dim in elements and an element size in bytes (2 or 4).
+
+    Tiles of `hopper` are measured at head dim 128. Elsewhere there is less shared memory (64 KiB
+    on gfx942) or a tile's accumulators take more registers; the tiles chosen there fit every
+    device. In 16 bits up to head dim 128 none spills registers.
+    """
     block_dim = max(16, 1 << (head_dim - 1).bit_length())
+    padded = head_dim < block_dim  # its masks take registers
     if element_size == 4:
         # tf32 would break the float32 tolerance, so float32 products run on the CUDA cores.
         if block_dim <= 64:
@@ -48,17 +65,25 @@ def launch_config(head_dim: int, element_size: int) -> LaunchConfig:
         else:
             tiles = Tiles(16, 32, 4, 1) if block_dim > 128 else Tiles(32, 32, 4, 1)
         return LaunchConfig(block_dim, tiles, tiles, tiles)
-    if block_dim <= 64:
-        return LaunchConfig(
-            block_dim, Tiles(128, 64, 4, 2), Tiles(64, 32, 4, 1), Tiles(128, 64, 4, 3)
-        )
-    if block_dim <= 128:
-        return LaunchConfig(
-            block_dim, Tiles(128, 64, 4, 2), Tiles(64, 32, 4, 1), Tiles(128, 32, 4, 4)
-        )
-    return LaunchConfig(block_dim, Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 1), Tiles(64, 32, 8, 2))
+    if block_dim > 128:
+        assign, probe, attend = Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 1), Tiles(64, 32, 8, 2)
+    elif not hopper:
+        # 72 is no multiple of 16: its loads are narrow and their addresses take the registers.
+        rows = 64 if head_dim == 72 else 128
+        attend = Tiles(rows, 32, 8 if padded or block_dim == 128 else 4, 2)
+        assign, probe = Tiles(64, 64, 4, 2), Tiles(32, 32, 8, 1)
+    elif padded or block_dim == 128:
+        assign, probe, attend = Tiles(64, 64, 4, 2), Tiles(64, 32, 8, 2), Tiles(128, 64, 8, 3)
+    else:
+        assign, probe, attend = Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 1), Tiles(128, 64, 4, 3)
+    return LaunchConfig(block_dim, assign, probe, attend)
 
 
-def all_launch_configs() -> list[tuple[int, int, LaunchConfig]]:
-    """(head_dim, element_size, configuration) for everything that `launch_config` can return."""
-    return [(dim, size, launch_config(dim, size)) for dim in HEAD_DIMS for size in (2, 4)]
+def all_launch_configs() -> list[tuple[int, int, bool, LaunchConfig]]:
+    """(head_dim, element_size, hopper, configuration) for everything `launch_config` returns."""
+    return [
+        (dim, size, hopper, launch_config(dim, size, hopper))
+        for dim in HEAD_DIMS
+        for size in (2, 4)
+        for hopper in (True, False)
+    ]

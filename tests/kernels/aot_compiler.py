@@ -1,0 +1,140 @@
+"""Compiles every kernel that one attention call launches, for a GPU that is not there.
+
+Run as a program with a JSON list of jobs on standard input; prints one JSON list of reports. It
+lives in its own process because Triton decides at import between its interpreter and its compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of the public function for one target; see `compile_job`."""
+
+    backend: str
+    arch: int | str
+    head_dim: int
+    dtype: str
+    compensation: str
+    masked: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of one kernel.
+
+    Attributes:
+        job: the call that launches it.
+        kernel: name of the kernel function.
+        tile: its integer constants and launch options.
+        shared: bytes of shared memory that a block asks for.
+        registers: registers of a thread, the vector registers on AMD.
+        spilled: bytes of a thread's spilled registers (NVIDIA), or registers spilled (AMD).
+        seconds: time that the compilation took.
+    """
+
+    job: dict[str, Any]
+    kernel: str
+    tile: dict[str, int]
+    shared: int
+    registers: int
+    spilled: int
+    seconds: float
+
+
+def resource_usage(kernel: Any) -> tuple[int, int]:
+    """(registers, spills) that the assembler reports for a compiled kernel."""
+    if "cubin" not in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        count = {
+            name: int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))  # type: ignore[union-attr]
+            for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        }
+        return count["vgpr_count"], count["vgpr_spill_count"] + count["sgpr_spill_count"]
+    import triton
+
+    cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True
+        ).stdout
+    registers, stack, local = (
+        int(re.search(rf"{name}:(\d+)", text).group(1))  # type: ignore[union-attr]
+        for name in ("REG", "STACK", "LOCAL")
+    )
+    return registers, stack + local
+
+
+def compile_job(job: Job) -> list[Report]:
+    """Compile what `sparse_attention` launches on contiguous, aligned inputs of `job`."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    from svg_ear_compile.kernels.gpu import attention
+    from svg_ear_compile.kernels.plan import AttentionPlan
+
+    target = GPUTarget(job.backend, job.arch, 64 if job.backend == "hip" else 32)
+    # Each target is its own device: kernels already compiled for it are not compiled again.
+    index = f"{job.backend}{job.arch}"
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target,
+            get_current_device=lambda: index,
+            get_current_stream=lambda device: 0,
+            get_active_torch_device=lambda: torch.device("cpu"),
+        )
+    )
+    attention.is_hopper = lambda device: job.arch == 90  # type: ignore[assignment]
+    reports: list[Report] = []
+    compile_and_launch = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        before = len(self.device_caches[index][0])
+        start = time.perf_counter()
+        kernel = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
+        seconds = time.perf_counter() - start
+        if len(self.device_caches[index][0]) > before:
+            tile = {k: v for k, v in options.items() if isinstance(v, int)}
+            registers, spilled = resource_usage(kernel)
+            reports.append(
+                Report(
+                    asdict(job), self.fn.__name__, tile, kernel.metadata.shared,
+                    registers, spilled, seconds,
+                )
+            )  # fmt: skip
+        return kernel
+
+    q, k, v = (
+        torch.zeros(1, 2048, 2, job.head_dim, dtype=getattr(torch, job.dtype)).transpose(1, 2)
+        for _ in range(3)
+    )
+    mask = torch.ones(1, 1, 1, 2048, dtype=torch.bool) if job.masked else None
+    plan = AttentionPlan(compensation=job.compensation, first_iterations=1)  # type: ignore[arg-type]
+    JITFunction.run = compile_only
+    try:
+        attention.sparse_attention(q, k, v, plan, attn_mask=mask, return_lse=True)
+    finally:
+        JITFunction.run = compile_and_launch
+    return reports
+
+
+if __name__ == "__main__":
+    jobs = [Job(**fields) for fields in json.load(sys.stdin)]
+    found = [asdict(report) for job in jobs for report in compile_job(job)]
+    json.dump(found, sys.stdout)

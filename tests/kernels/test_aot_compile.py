@@ -1,0 +1,117 @@
+"""Every launch configuration compiled for GPUs that are not there: shared memory and spills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svg_ear_compile.kernels.gpu.launch import LaunchConfig, all_launch_configs
+
+COMPILER = Path(__file__).parent / "aot_compiler.py"
+
+# Target: shared memory that one block can have, in bytes.
+SHARED_LIMIT = {
+    ("cuda", 80): 163 * 1024,
+    ("cuda", 89): 99 * 1024,
+    ("cuda", 90): 227 * 1024,
+    ("cuda", 100): 227 * 1024,
+    ("hip", "gfx942"): 64 * 1024,
+}
+TARGETS = pytest.mark.parametrize("target", SHARED_LIMIT, ids=lambda target: str(target[1]))
+
+# Bytes of spilled registers of a thread that are known and accepted: float32 products run on the
+# CUDA cores and exist for correctness, and a head dim above 128 fills the registers of every tile.
+SPILL_LIMIT = {"float32": 12 * 1024, "bfloat16": 512}
+
+
+def jobs(backend: str, arch: int | str) -> list[dict[str, Any]]:
+    """The widest and, in 16 bits, the narrowest head dim of each configuration of the target."""
+    dims: dict[tuple[int, LaunchConfig], list[int]] = {}
+    for dim, size, for_hopper, config in all_launch_configs():
+        if for_hopper == (arch == 90):
+            dims.setdefault((size, config), []).append(dim)
+    found = []
+    for (size, _), served in dims.items():
+        for dim in {max(served), min(served) if size == 2 else max(served)}:
+            for compensation in ("first_order", "centroid")[: 2 if size == 2 else 1]:
+                found.append(
+                    {
+                        "backend": backend,
+                        "arch": arch,
+                        "head_dim": dim,
+                        "dtype": "bfloat16" if size == 2 else "float32",
+                        "compensation": compensation,
+                        "masked": compensation == "centroid",
+                    }
+                )
+    return found
+
+
+def compile_all(target: tuple[str, int | str]) -> list[dict[str, Any]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # No CUDA device: what compiles here must not depend on the machine's own GPU.
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(COMPILER)],
+        input=json.dumps(jobs(*target)),
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[tuple[str, int | str], list[dict[str, Any]]]:
+    """Reports of `aot_compiler` per target, two targets at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(SHARED_LIMIT, pool.map(compile_all, SHARED_LIMIT), strict=True))
+
+
+def described(report: dict[str, Any]) -> str:
+    job = report["job"]
+    return (
+        f"{report['kernel']} D={job['head_dim']} {job['dtype']} {report['tile']}: "
+        f"{report['shared']} B shared, {report['registers']} registers, {report['spilled']} spilled"
+    )
+
+
+@TARGETS
+def test_every_kernel_is_compiled(reports, target) -> None:
+    kernels = {report["kernel"] for report in reports[target]}
+    assert len(kernels) >= 6
+    assert {report["job"]["dtype"] for report in reports[target]} == {"bfloat16", "float32"}
+
+
+@TARGETS
+def test_shared_memory_is_within_the_limit_of_the_device(reports, target) -> None:
+    over = [described(r) for r in reports[target] if r["shared"] > SHARED_LIMIT[target]]
+    assert not over, "\n".join(over)
+
+
+@TARGETS
+def test_no_spills_in_16_bit_types_up_to_head_dim_128(reports, target) -> None:
+    narrow = [
+        r
+        for r in reports[target]
+        if r["job"]["dtype"] == "bfloat16" and r["job"]["head_dim"] <= 128
+    ]
+    spilling = [described(r) for r in narrow if r["spilled"]]
+    assert len(narrow) > 10
+    assert not spilling, "\n".join(spilling)
+
+
+@TARGETS
+def test_spills_elsewhere_are_bounded_and_reported(reports, target) -> None:
+    spilling = [r for r in reports[target] if r["spilled"]]
+    print("\n".join(described(r) for r in spilling))
+    over = [described(r) for r in spilling if r["spilled"] > SPILL_LIMIT[r["job"]["dtype"]]]
+    assert not over, "\n".join(over)

@@ -1,0 +1,203 @@
+"""Clustering: nearest centroids, falling inertia, fixed points, odd counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import CUDA, FORMS, INTERPRETED, SEEDS, Form, random_qkv
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.reference import Clusters
+
+few = settings(max_examples=4, phases=[Phase.generate]) if INTERPRETED else settings()
+NO_TEXT = (0, 0)
+
+
+def kmeans(
+    form: Form, x: Tensor, start: Tensor, rounds: int, text: tuple[int, int] = NO_TEXT, mask=None
+) -> Clusters:
+    """Labels int64 (B, H, N), centroids and sizes of the form's k-means, on the CPU."""
+    if not form.is_triton:
+        found = reference.kmeans(x.float(), mask, start.float(), text, rounds)
+        return Clusters(*found)
+    from svg_ear_compile.kernels.gpu.kmeans import kmeans as triton_kmeans
+    from svg_ear_compile.kernels.gpu.launch import launch_config
+
+    config = launch_config(x.shape[-1], x.element_size())
+    found = triton_kmeans(x, mask, start, text, rounds, config)
+    clusters = start.shape[2]
+    sizes = found.starts.diff()[:, :clusters]
+    assert torch.equal(found.labels.gather(1, found.order.long()), found.labels.sort(-1).values)
+    tensors = (t.unflatten(0, x.shape[:2]).cpu() for t in (found.labels, found.centroids, sizes))
+    labels, centroids, sizes = tensors
+    return Clusters(labels.long(), centroids, sizes.long())
+
+
+def tokens_of(form: Form, seed: int, tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
+    return random_qkv(seed, 1, (2, 2), (tokens, tokens), dim, dtype, form.device)[0]
+
+
+def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
+    """(B, H, N, C) in float64."""
+    return (x.cpu().double().unsqueeze(3) - centroids.cpu().double().unsqueeze(2)).square().sum(-1)
+
+
+def inertia(x: Tensor, found: Clusters) -> float:
+    """Sum of squared distances to the mean of the own cluster, float64."""
+    means, _ = reference.cluster_means(x.cpu().double(), found.labels, found.centroids.shape[2])
+    return squared_distances(x, means).gather(3, found.labels.unsqueeze(-1)).sum().item()
+
+
+SHAPES = pytest.mark.parametrize(
+    ("dim", "dtype"), [(40, torch.float16), (64, torch.float32)], ids=str
+)
+EVERY_FORM = pytest.mark.parametrize("form", FORMS)
+COUNTS = st.sampled_from(((33, 4), (131, 7), (61, 11)))
+
+
+@few
+@given(seed=SEEDS, count=COUNTS, rounds=st.integers(1, 3))
+@SHAPES
+@EVERY_FORM
+def test_labels_are_the_nearest_centroids_of_the_round_before(
+    form: Form, dim: int, dtype: torch.dtype, seed: int, count: tuple[int, int], rounds: int
+) -> None:
+    x = tokens_of(form, seed, count[0], dim, dtype)
+    start = reference.initial_centroids(x, None, count[1], NO_TEXT, seed=0)
+    before = start if rounds == 1 else kmeans(form, x, start, rounds - 1).centroids
+    found = kmeans(form, x, start, rounds)
+    if form.is_triton:  # the product runs on centroids stored in the dtype of the tokens
+        before = before.to(dtype)
+    distance = squared_distances(x, before)
+    chosen = distance.gather(3, found.labels.unsqueeze(-1)).squeeze(-1)
+    assert (chosen <= distance.amin(-1) + 1e-4).all()
+    means, sizes = reference.cluster_means(x.cpu().double(), found.labels, count[1])
+    assert torch.equal(found.sizes, sizes)
+    torch.testing.assert_close(
+        found.centroids.cpu().double()[sizes > 0], means[sizes > 0], rtol=0, atol=1e-5
+    )
+
+
+@few
+@given(seed=SEEDS, count=COUNTS)
+@SHAPES
+@EVERY_FORM
+def test_inertia_falls_and_is_that_of_the_definition(
+    form: Form, dim: int, dtype: torch.dtype, seed: int, count: tuple[int, int]
+) -> None:
+    x = tokens_of(form, seed, count[0], dim, dtype)
+    start = reference.initial_centroids(x, None, count[1], NO_TEXT, seed=0)
+    reached = [inertia(x, kmeans(form, x, start, rounds)) for rounds in (1, 2, 4)]
+    assert reached[1] <= reached[0] * (1 + 1e-3)
+    assert reached[2] <= reached[1] * (1 + 1e-3)
+    wide = x.cpu().double()
+    for rounds, got in zip((1, 4), (reached[0], reached[2]), strict=True):
+        definition = reference.kmeans(wide, None, start.cpu().double(), NO_TEXT, rounds)
+        assert got <= inertia(wide, definition) * (1 + (1e-3 if rounds == 1 else 2e-2))
+
+
+@few
+@given(seed=SEEDS)
+@SHAPES
+@EVERY_FORM
+def test_converged_centroids_are_a_fixed_point(
+    form: Form, dim: int, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    centers = 4 * torch.randn(1, 2, 5, dim, generator=generator)
+    labels = torch.randint(5, (1, 2, 77), generator=generator)
+    labels[..., :5] = torch.arange(5)
+    noise = 0.1 * torch.randn(1, 2, 77, dim, generator=generator)
+    x = centers.gather(2, labels.unsqueeze(-1).expand_as(noise)) + noise
+    x = x.to(form.device, dtype)
+    means, _ = reference.cluster_means(x.cpu().float(), labels, 5)
+    found = kmeans(form, x, means.to(form.device), 2)
+    assert torch.equal(found.labels, labels)
+    torch.testing.assert_close(found.centroids, means, rtol=0, atol=1e-5)
+
+
+@few
+@given(seed=SEEDS)
+@EVERY_FORM
+def test_same_start_gives_the_same_bits(form: Form, seed: int) -> None:
+    x = tokens_of(form, seed, 131, 40, torch.float16)
+    start = reference.initial_centroids(x, None, 7, NO_TEXT, seed % 1000)
+    again = reference.initial_centroids(x, None, 7, NO_TEXT, seed % 1000)
+    assert torch.equal(start, again)
+    kept = start.clone()
+    for first, second in zip(kmeans(form, x, start, 3), kmeans(form, x, again, 3), strict=True):
+        assert torch.equal(first, second)
+    assert torch.equal(start, kept)
+
+
+@given(seed=SEEDS, text=st.sampled_from((NO_TEXT, (3, 0), (2, 4))), masked=st.booleans())
+def test_first_centroids_are_video_tokens_that_take_part(
+    seed: int, text: tuple[int, int], masked: bool
+) -> None:
+    x = torch.randn(2, 2, 41, 8, generator=torch.Generator().manual_seed(seed))
+    usable = torch.ones(2, 2, 41, dtype=torch.bool)
+    if masked:
+        usable = torch.rand(2, 2, 41, generator=torch.Generator().manual_seed(seed)) < 0.6
+        usable[..., 20] = True
+    drawn = reference.initial_centroids(x, usable if masked else None, 6, text, seed % 100)
+    usable[..., : text[0]] = False
+    usable[..., 41 - text[1] :] = False
+    same = squared_distances(drawn, x) == 0  # [B, H, C, N]
+    assert torch.equal(same.sum(-1), torch.ones(2, 2, 6, dtype=torch.long))
+    assert (same & usable.unsqueeze(2)).any(-1).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@EVERY_FORM
+def test_more_clusters_than_tokens(form: Form, tokens: int) -> None:
+    x = tokens_of(form, 3, tokens, 40, torch.float16)
+    start = torch.arange(9.0).reshape(1, 1, 9, 1).expand(1, 2, 9, 40).contiguous().to(form.device)
+    found = kmeans(form, x, start, 2)
+    assert found.centroids.isfinite().all()
+    assert found.sizes.sum(-1).tolist() == [[tokens, tokens]]
+    empty = found.sizes == 0
+    assert empty.any()
+    # An empty cluster keeps its centroid.
+    assert torch.equal(found.centroids[empty], start.cpu().float()[empty])
+
+
+@EVERY_FORM
+def test_duplicate_tokens_leave_clusters_empty_and_finite(form: Form) -> None:
+    x = torch.ones(1, 2, 50, 40, dtype=torch.float16, device=form.device)
+    start = reference.initial_centroids(x, None, 6, NO_TEXT, 0)
+    found = kmeans(form, x, start, 3)
+    assert found.centroids.isfinite().all()
+    # A tie goes to the lowest cluster.
+    assert found.sizes.tolist() == [[[50, 0, 0, 0, 0, 0]] * 2]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@EVERY_FORM
+def test_special_tokens_stay_out_of_the_centroids(form: Form, bad: float) -> None:
+    x = tokens_of(form, 5, 60, 40, torch.float16)
+    mask = torch.ones(1, 2, 60, dtype=torch.bool, device=form.device)
+    mask[:, :, 30:40] = False
+    x[:, :, 50] = bad
+    x[:, :, 35, 3] = bad
+    start = reference.initial_centroids(x, mask, 4, (2, 3), 0)
+    found = kmeans(form, x, start, 2, (2, 3), mask)
+    assert (found.labels[..., [0, 1, 50, 57, 58, 59]] == 4).all()
+    assert (found.labels[..., 30:40] == 5).all()
+    clustered = [t for t in range(2, 57) if t != 50 and not 30 <= t < 40]
+    assert (found.labels[..., clustered] < 4).all()
+    assert found.centroids.isfinite().all()
+
+
+@pytest.mark.gpu
+@given(seed=SEEDS)
+@settings(max_examples=3)
+def test_bfloat16_inertia_on_the_device(seed: int) -> None:
+    x = tokens_of(CUDA, seed, 4099, 128, torch.bfloat16)
+    start = reference.initial_centroids(x, None, 33, NO_TEXT, seed=0)
+    wide = x.cpu().double()
+    definition = reference.kmeans(wide, None, start.cpu().double(), NO_TEXT, 4)
+    got = inertia(x, kmeans(CUDA, x, start, 4))
+    assert got <= inertia(wide, definition) * (1 + 1e-2)

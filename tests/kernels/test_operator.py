@@ -1,0 +1,398 @@
+"""`torch.ops.svg_ear.attention`: its contract, its errors, its odd inputs and its memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_cases import CUDA, FORMS, LAYOUTS, SEEDS, Form, random_mask, random_qkv
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from svg_ear_compile.kernels import op, state
+from svg_ear_compile.kernels.plan import AttentionPlan
+
+attention = torch.ops.svg_ear.attention
+PLAN = AttentionPlan(density=0.3, q_clusters=3, k_clusters=7, first_iterations=2)
+DENSE = AttentionPlan(density=1.0)
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+EVERY_FORM = pytest.mark.parametrize("form", FORMS)
+
+
+def qkv(
+    device: str = "cpu",
+    heads: tuple[int, int] = (4, 2),
+    tokens: tuple[int, int] = (61, 45),
+    dtype: torch.dtype = torch.float32,
+    layout: str = "bhsd",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return random_qkv(seed, 2, heads, tokens, 32, dtype, device, layout)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"return_lse": True},
+        {"text_prefix": 2, "text_suffix": 3, "scale": 0.1},
+        {"attn_mask": torch.arange(45).expand(2, 1, 1, 45) < 40},
+        {"layer": torch.zeros(3)},
+    ],
+    ids=["plain", "lse", "text", "mask", "layer"],
+)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@DEVICES
+def test_opcheck(device: str, layout: str, arguments: dict[str, Any]) -> None:
+    given_here = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    torch.library.opcheck(
+        attention.default, qkv(device, layout=layout), {"plan": PLAN.encode(), **given_here}
+    )
+
+
+def wrong(**changed: Any) -> dict[str, Any]:
+    q, k, v = qkv()
+    return {"q": q, "k": k, "v": v, **changed}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        (wrong(q=torch.zeros(2, 61, 32)), ValueError, "q"),
+        (wrong(k=torch.zeros(2, 2, 45, 32, dtype=torch.float64)), TypeError, "k"),
+        (wrong(q=torch.zeros(2, 4, 61, 32, dtype=torch.int32)), TypeError, "q"),
+        (wrong(v=torch.zeros(2, 2, 45, 32, dtype=torch.float16)), TypeError, "v"),
+        (wrong(k=torch.zeros(2, 2, 45, 40)), ValueError, "k"),
+        (wrong(v=torch.zeros(2, 2, 44, 32)), ValueError, "v"),
+        (wrong(k=torch.zeros(1, 2, 45, 32), v=torch.zeros(1, 2, 45, 32)), ValueError, "k"),
+        (wrong(k=torch.zeros(2, 3, 45, 32), v=torch.zeros(2, 3, 45, 32)), ValueError, "k"),
+        (wrong(k=torch.zeros(2, 2, 45, 32, device="meta")), ValueError, "k"),
+        (
+            {name: torch.zeros(1, 1, 9, 33) for name in "qkv"},
+            ValueError,
+            "q",
+        ),
+        (wrong(text_prefix=-1), ValueError, "text_prefix"),
+        (wrong(text_suffix=46), ValueError, "text_suffix"),
+        (wrong(attn_mask=torch.zeros(2, 1, 1, 45)), TypeError, "attn_mask"),
+        (wrong(attn_mask=torch.ones(2, 1, 61, 45, dtype=torch.bool)), ValueError, "attn_mask"),
+        (wrong(attn_mask=torch.ones(2, 4, 1, 45, dtype=torch.bool)), ValueError, "attn_mask"),
+        (wrong(attn_mask=torch.ones(45, dtype=torch.bool)), ValueError, "attn_mask"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    arguments: dict[str, Any], error: type[Exception], named: str
+) -> None:
+    check = {
+        **{"attn_mask": None, "text_prefix": 0, "text_suffix": 0},
+        **arguments,
+    }
+    with pytest.raises(error, match=rf"\b{named}\b") as caught:
+        op.check_arguments(**check)
+    assert str(caught.value).startswith((named, "text_prefix + text_suffix"))
+
+
+def test_wrong_arguments_are_refused_by_the_operator() -> None:
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="v must have the shape of k"):
+        attention(q, k, v[:, :, :-1])
+    with pytest.raises(ValueError, match="plan must be a JSON object"):
+        attention(q, k, v, plan='{"densty": 0.1}')
+
+
+@given(
+    seed=SEEDS,
+    heads=st.sampled_from(((2, 2), (4, 2))),
+    tokens=st.tuples(st.sampled_from((1, 17, 61)), st.sampled_from((1, 17, 61))),
+    layout=st.sampled_from(LAYOUTS),
+    density=st.sampled_from((0.0, 0.4, 1.0)),
+    text=st.sampled_from(((0, 0), (1, 0), (0, 1))),
+    masked=st.booleans(),
+)
+@DEVICES
+def test_output_has_the_layout_that_the_fake_promises(
+    device: str, seed: int, heads, tokens, layout: str, density: float, text, masked: bool
+) -> None:
+    q, k, v = qkv(device, heads, tokens, torch.float16, layout, seed)
+    mask = random_mask(seed, (True, True), (2, heads[1]), tokens[1], device) if masked else None
+    arguments = {
+        "plan": AttentionPlan(density=density).encode(),
+        "text_prefix": text[0],
+        "text_suffix": text[1],
+        "return_lse": True,
+    }
+    found = attention(q, k, v, mask, **arguments)
+    on_meta = [None if t is None else t.to("meta") for t in (q, k, v, mask)]
+    on_meta[:3] = [torch.empty_strided(t.shape, t.stride(), device="meta", dtype=t.dtype)
+                   for t in (q, k, v)]  # fmt: skip
+    for real, promised in zip(found, attention(*on_meta, **arguments), strict=True):
+        assert real.shape == promised.shape
+        assert real.dtype == promised.dtype
+        assert real.stride() == promised.stride()
+        assert real.isfinite().all()
+
+
+@given(seed=SEEDS, masked=st.booleans(), layout=st.sampled_from(LAYOUTS))
+@DEVICES
+def test_density_one_is_bitwise_sdpa_whatever_is_remembered(
+    device: str, seed: int, masked: bool, layout: str
+) -> None:
+    q, k, v = qkv(device, (4, 4), (61, 45), torch.float16, layout, seed)
+    mask = random_mask(seed, (True, False), (2, 4), 45, device) if masked else None
+    wanted = F.scaled_dot_product_attention(q, k, v, mask, scale=32**-0.5)
+    memory = state.Memory(torch.full((2, 4, 1, 32), 9.0), torch.full((2, 4, 1, 32), 9.0))
+    with state.active(Always(DENSE, memory)):
+        found, _ = attention(q, k, v, mask, plan=PLAN.encode())
+    assert torch.equal(found, wanted)
+    assert torch.equal(attention(q, k, v, mask, plan=DENSE.encode())[0], wanted)
+
+
+@given(seed=SEEDS, masked=st.booleans())
+@DEVICES
+def test_density_one_log_sum_exp(device: str, seed: int, masked: bool) -> None:
+    q, k, v = qkv(device, seed=seed)
+    mask = random_mask(seed, (False, True), (2, 2), 45, device) if masked else None
+    _, lse = attention(q, k, v, mask, plan=DENSE.encode(), return_lse=True)
+    logits = 32**-0.5 * q.double() @ k.double().repeat_interleave(2, 1).transpose(2, 3)
+    if mask is not None:
+        logits = logits.masked_fill(~mask.repeat_interleave(2, 1), -math.inf)
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+class Always:
+    """A resolver that gives every call the same plan and memory, and records whom it was asked."""
+
+    def __init__(self, plan: AttentionPlan, memory: state.Memory | None = None) -> None:
+        self.call = state.Call(plan, memory)
+        self.layers: list[Tensor | None] = []
+
+    def resolve(self, layer: Tensor | None, site: str, plan: AttentionPlan) -> state.Call:
+        self.layers.append(layer)
+        return self.call
+
+
+def rows_close(found: Tensor, wanted: Tensor, form: Form, dtype: torch.dtype) -> None:
+    tolerance = 2e-3 if dtype != torch.float32 else 1e-5
+    torch.testing.assert_close(
+        found.float(), wanted.float(), rtol=tolerance, atol=tolerance, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("compensation", ["first_order", "centroid"])
+@EVERY_FORM
+def test_a_row_without_keys_gives_zero_and_minus_infinity(form: Form, compensation: str) -> None:
+    q, k, v = qkv(form.device, dtype=torch.float16)
+    mask = torch.ones(2, 1, 1, 45, dtype=torch.bool, device=form.device)
+    mask[1] = False
+    plan = AttentionPlan(density=0.3, q_clusters=3, k_clusters=7, compensation=compensation)
+    found = form(q, k, v, plan, attn_mask=mask, text=(2, 1), return_lse=True)
+    assert found.out[0].isfinite().all()
+    assert (found.out[1] == 0).all()
+    assert (found.lse[1] == -math.inf).all()
+    assert found.lse[0].isfinite().all()
+    dense = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    assert (dense[1] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@EVERY_FORM
+def test_a_non_finite_query_spoils_only_its_own_row(form: Form, bad: float) -> None:
+    q, k, v = qkv(form.device, dtype=torch.float16)
+    q[0, 1, 7, 3] = bad
+    found = form(q, k, v, PLAN).out
+    spoiled = torch.zeros(2, 4, 61, dtype=torch.bool, device=form.device)
+    spoiled[0, 1, 7] = True
+    assert found[~spoiled].isfinite().all()
+    assert found[spoiled].isnan().any()
+    # It is out of the clusters: the others are what they are without it.
+    other = q.clone()
+    other[0, 1, 7, 3] = math.nan
+    assert torch.equal(form(other, k, v, PLAN).out[~spoiled], found[~spoiled])
+
+
+@EVERY_FORM
+def test_a_non_finite_key_or_value_acts_as_in_dense_attention(form: Form) -> None:
+    q, k, v = qkv(form.device, heads=(2, 2), dtype=torch.float16)
+    k[0, 0, 5, 2] = math.nan
+    found = form(q, k, v, PLAN).out
+    assert found[0, 0].isnan().all()
+    assert found[0, 1].isfinite().all()
+    assert found[1].isfinite().all()
+    q, k, v = qkv(form.device, heads=(2, 2), dtype=torch.float16)
+    v[1, 1, 9, 4] = math.nan
+    found = form(q, k, v, PLAN).out
+    dense = F.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(found.isnan(), dense.isnan())
+
+
+@pytest.mark.parametrize("compensation", ["first_order", "centroid"])
+@EVERY_FORM
+def test_one_token_and_more_clusters_than_tokens(form: Form, compensation: str) -> None:
+    plan = AttentionPlan(density=0.0, q_clusters=9, k_clusters=9, compensation=compensation)
+    for tokens in ((1, 1), (5, 3)):
+        q, k, v = qkv(form.device, (2, 2), tokens, torch.float16)
+        found = form(q, k, v, plan)
+        # Every key has a cluster of its own or shares one with another: finite, and dense if alone.
+        assert found.out.isfinite().all()
+        assert found.queries.centroids.shape[2] == tokens[0]
+        if tokens == (1, 1):
+            torch.testing.assert_close(found.out, v, rtol=2e-3, atol=2e-3)
+
+
+@EVERY_FORM
+def test_density_zero_routes_nothing_and_text_keeps_its_keys(form: Form) -> None:
+    q, k, v = qkv(form.device, (2, 2), (61, 61), torch.float16)
+    plan = AttentionPlan(density=0.0, q_clusters=3, k_clusters=7)
+    found = form(q, k, v, plan, text=(4, 2), return_lse=True)
+    assert not found.exact.any()
+    dense = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    for text in (slice(0, 4), slice(59, 61)):
+        rows_close(found.out[:, :, text], dense[:, :, text], form, torch.float16)
+
+
+@given(seed=SEEDS)
+@pytest.mark.parametrize("form", [pytest.param(FORMS[0].values[0], id="cpu")])
+def test_nearly_coherent_blocks_keep_their_order(form: Form, seed: int) -> None:
+    check_nearly_coherent_blocks(form, seed)
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_nearly_coherent_blocks_keep_their_order_in_kernels(form: Form) -> None:
+    check_nearly_coherent_blocks(form, 11)
+
+
+def check_nearly_coherent_blocks(form: Form, seed: int) -> None:
+    """Errors a millionth of their terms decide the route: expanded naively they would cancel."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = 6 * torch.randn(1, 1, 6, 32, generator=generator)
+    labels = torch.arange(60) % 6
+    spread = torch.tensor([1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2])[labels]
+    k = centers[:, :, labels]
+    v = 10 + spread[:, None] * torch.randn(1, 1, 60, 32, generator=generator)
+    q = 1e-3 * torch.randn(1, 1, 30, 32, generator=generator)
+    q, k, v = (t.to(form.device) for t in (q, k, v))
+    plan = AttentionPlan(density=0.5, q_clusters=1, k_clusters=6)
+    start = (q[:, :, :1].float(), centers.to(form.device))
+    found = form(q, k, v, plan, centroids=start)
+    assert torch.equal(found.keys.labels[0, 0].cpu().long(), labels)
+    assert found.exact[0, 0, 0].tolist() == [False, False, False, True, True, True]
+
+
+@EVERY_FORM
+def test_same_inputs_give_the_same_bits(form: Form) -> None:
+    q, k, v = qkv(form.device, dtype=torch.float16)
+    first = form(q, k, v, PLAN, return_lse=True)
+    second = form(q, k, v, PLAN, return_lse=True)
+    assert torch.equal(first.out, second.out)
+    assert torch.equal(first.lse, second.lse)
+    assert torch.equal(first.exact, second.exact)
+
+
+@pytest.mark.parametrize("compensation", ["first_order", "centroid"])
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_a_few_heads_at_a_time_give_the_same_bits(
+    form: Form, compensation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = random_qkv(0, 1, (4, 2), (61, 45), 32, torch.float16, form.device)
+    plan = AttentionPlan(density=0.3, q_clusters=3, k_clusters=7, compensation=compensation)
+    together = form(q, k, v, plan, return_lse=True)
+    monkeypatch.setattr(form.module, "WORKSPACE_FLOOR", 1)
+    monkeypatch.setattr(form.module, "WORKSPACE_SHARE", 0.0)
+    apart = form(q, k, v, plan, return_lse=True)
+    for name in ("out", "lse", "exact", "row_area"):
+        assert torch.equal(getattr(together, name), getattr(apart, name))
+
+
+@DEVICES
+def test_memory_starts_the_next_call_and_reports_its_density(device: str) -> None:
+    q, k, v = qkv(device)
+    memory = state.Memory()
+    assert memory.density is None
+    with state.active(Always(PLAN, memory)):
+        attention(q, k, v)
+        remembered = (memory.q_centroids.clone(), memory.k_centroids.clone())
+        warm, _ = attention(q, k, v)
+    module = CUDA.module if device == "cuda" else FORMS[0].values[0].module
+    wanted = module.sparse_attention(q, k, v, PLAN, centroids=remembered)
+    assert torch.equal(warm, wanted.out)
+    density = (wanted.row_area.double() * wanted.queries.sizes).sum() / (2 * 4 * 61 * 45)
+    assert memory.density == pytest.approx(density.item())
+    assert memory.nbytes() == 4 * 32 * 2 * (4 * 3 + 2 * 7) + 8
+
+
+@DEVICES
+def test_memory_of_another_shape_starts_cold(device: str) -> None:
+    q, k, v = qkv(device)
+    cold, _ = attention(q, k, v, plan=PLAN.encode())
+    memory = state.Memory(
+        torch.ones(2, 4, 5, 32, device=device), torch.ones(2, 2, 7, 32, device=device)
+    )
+    with state.active(Always(PLAN, memory)):
+        found, _ = attention(q, k, v)
+    assert torch.equal(found, cold)
+    assert memory.q_centroids.shape == (2, 4, 3, 32)
+    assert memory.warm_start((2, 4, 3, 32), (2, 2, 7, 32), q.device) is not None
+    assert memory.warm_start((2, 4, 3, 32), (2, 2, 7, 32), torch.device("meta")) is None
+
+
+def test_nothing_is_remembered_outside_of_a_resolver() -> None:
+    q, k, v = qkv()
+    first, _ = attention(q, k, v, plan=PLAN.encode())
+    second, _ = attention(q, k, v, plan=PLAN.encode())
+    assert torch.equal(first, second)
+
+
+def leave_early(resolver: Always) -> None:
+    with state.active(resolver):
+        assert state.resolve(None, "", PLAN).plan == resolver.call.plan
+        raise RuntimeError("left early")
+
+
+def test_resolvers_nest() -> None:
+    outer, inner = Always(PLAN), Always(DENSE)
+    compiled = AttentionPlan(density=0.7)
+    with state.active(outer):
+        assert state.resolve(None, "", compiled).plan == PLAN
+        with pytest.raises(RuntimeError, match="left early"):
+            leave_early(inner)
+        assert state.resolve(None, "", compiled).plan == PLAN
+    assert state.resolve(None, "", compiled).plan == compiled
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_the_resolver_sees_the_parameter_itself(backend: str) -> None:
+    plan = PLAN.encode()
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(32, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = x @ self.weight
+            return attention(q, x, x, None, self.weight, plan=plan, site="s")[0] + 1
+
+    layer = Layer()
+    x = torch.randn(1, 2, 45, 32)
+    resolver = Always(PLAN)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    with torch.no_grad(), state.active(resolver):
+        found = compiled(x)
+        layer.weight.data = torch.randn(32, 32)
+        compiled(x)
+        wanted = layer(x)
+        torch.testing.assert_close(compiled(x), wanted, rtol=1e-4, atol=1e-4)
+    assert len(resolver.layers) == 4
+    assert all(seen is layer.weight for seen in resolver.layers)
+    assert not torch.equal(found, wanted)
+
+
+def test_gradients_are_refused() -> None:
+    q, k, v = (t.requires_grad_() for t in qkv())
+    out, _ = attention(q, k, v, plan=PLAN.encode())
+    with pytest.raises(RuntimeError, match="autograd"):
+        out.sum().backward()

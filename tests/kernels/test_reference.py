@@ -1,0 +1,391 @@
+"""The definition in float64: every exactness fact of the method as one property."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.reference import Clusters
+
+FORMS = ("centroid", "first_order")
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+class Labelled:
+    """Random float64 q, k, v of one batch element and two heads with random labels."""
+
+    def __init__(self, seed: int, q_clusters: int = 3, k_clusters: int = 5, dim: int = 6) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.q_clusters, self.k_clusters, self.dim = q_clusters, k_clusters, dim
+        self.scale = dim**-0.5
+        self.q, self.k, self.v = self.randn(1, 2, 19, dim), *self.randn(2, 1, 2, 23, dim)
+        self.q_labels = self.labels(19, q_clusters)
+        self.k_labels = self.labels(23, k_clusters)
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def labels(self, tokens: int, clusters: int) -> Tensor:
+        """Labels that give every cluster two tokens or more: one alone loses nothing."""
+        drawn = torch.randint(clusters, (1, 2, tokens), generator=self.generator)
+        drawn[..., : 2 * clusters] = torch.arange(clusters).repeat(2)
+        return drawn
+
+    def random_blocks(self) -> Tensor:
+        shape = (1, 2, self.q_clusters, self.k_clusters)
+        return torch.rand(shape, generator=self.generator) < 0.4
+
+    def clusters(self) -> tuple[Clusters, Clusters]:
+        return (
+            Clusters(self.q_labels, *reference.cluster_means(self.q, self.q_labels, 3)),
+            Clusters(
+                self.k_labels, *reference.cluster_means(self.k, self.k_labels, self.k_clusters)
+            ),
+        )
+
+    def probe(self) -> reference.Probe:
+        return reference.probe(*self.clusters(), self.k, self.v, self.scale)
+
+    def tables(self, form: str) -> tuple[Tensor, Tensor, Tensor]:
+        queries, keys = self.clusters()
+        value_means, _ = reference.cluster_means(self.v, self.k_labels, self.k_clusters)
+        plan = AttentionPlan(compensation=form)
+        return reference.compensation_tables(
+            self.probe(), queries, keys, value_means, plan, self.scale
+        )
+
+    def attend(self, exact: Tensor, form: str) -> tuple[Tensor, Tensor]:
+        return reference.attend(
+            self.q, self.k, self.v, self.q_labels, self.k_labels, exact, self.tables(form),
+            self.scale,
+        )  # fmt: skip
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        logits = self.scale * self.q @ self.k.transpose(2, 3)
+        return logits.softmax(-1) @ self.v, logits.logsumexp(-1)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@given(
+    seed=SEEDS,
+    kv_heads=st.sampled_from((1, 2, 4)),
+    tokens=st.tuples(st.integers(6, 40), st.integers(6, 40)),
+    text=st.sampled_from(((0, 0), (2, 0), (0, 3), (2, 3))),
+    masked=st.booleans(),
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_density_one_is_dense_attention(
+    form: str, seed: int, kv_heads: int, tokens: tuple[int, int], text: tuple[int, int], masked
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(2, 4, tokens[0], 8, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, 2, kv_heads, tokens[1], 8, generator=generator, dtype=torch.float64)
+    mask = torch.rand(2, 1, 1, tokens[1], generator=generator) < 0.7 if masked else None
+    plan = AttentionPlan(density=1.0, q_clusters=3, k_clusters=4, compensation=form)
+    found = reference.sparse_attention(q, k, v, plan, attn_mask=mask, text=text)
+    close(found.out, F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True))
+
+
+@given(seed=SEEDS)
+def test_density_zero_is_attention_over_weighted_centroids(seed: int) -> None:
+    case = Labelled(seed)
+    out, lse = case.attend(torch.zeros(1, 2, 3, 5, dtype=torch.bool), "centroid")
+    _, keys = case.clusters()
+    value_means, _ = reference.cluster_means(case.v, case.k_labels, 5)
+    logits = case.scale * case.q @ keys.centroids.transpose(2, 3)
+    logits = logits + keys.sizes.double().log().unsqueeze(2)
+    close(out, logits.softmax(-1) @ value_means)
+    close(lse, logits.logsumexp(-1))
+
+
+@given(seed=SEEDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_all_blocks_exact_is_dense_attention(form: str, seed: int) -> None:
+    case = Labelled(seed)
+    out, lse = case.attend(torch.ones(1, 2, 3, 5, dtype=torch.bool), form)
+    close(out, case.dense()[0])
+    close(lse, case.dense()[1])
+
+
+@given(seed=SEEDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_compensation_of_coinciding_keys_is_exact_whatever_the_values(form: str, seed: int) -> None:
+    case = Labelled(seed)
+    case.k = case.randn(1, 2, 5, 6).gather(2, case.k_labels.unsqueeze(-1).expand_as(case.k))
+    out, lse = case.attend(case.random_blocks(), form)
+    close(out, case.dense()[0])
+    close(lse, case.dense()[1])
+
+
+@given(seed=SEEDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_output_is_a_convex_combination_of_values(form: str, seed: int) -> None:
+    case = Labelled(seed)
+    out, _ = case.attend(case.random_blocks(), form)
+    assert (out <= case.v.amax(2, keepdim=True) + 1e-12).all()
+    assert (out >= case.v.amin(2, keepdim=True) - 1e-12).all()
+    case.v = case.randn(1, 2, 1, 6).expand_as(case.v).clone()
+    out, _ = case.attend(case.random_blocks(), form)
+    close(out, case.v[:, :, :1].expand_as(out))
+
+
+@given(seed=SEEDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_permuting_tokens_with_their_labels_permutes_the_output(form: str, seed: int) -> None:
+    case = Labelled(seed)
+    exact = case.random_blocks()
+    out, lse = case.attend(exact, form)
+    q_order = torch.randperm(19, generator=case.generator)
+    k_order = torch.randperm(23, generator=case.generator)
+    case.q, case.q_labels = case.q[:, :, q_order], case.q_labels[..., q_order]
+    case.k, case.v = case.k[:, :, k_order], case.v[:, :, k_order]
+    case.k_labels = case.k_labels[..., k_order]
+    permuted, permuted_lse = case.attend(exact, form)
+    close(permuted, out[:, :, q_order])
+    close(permuted_lse, lse[..., q_order])
+
+
+@given(seed=SEEDS, added=st.integers(1, 4))
+@pytest.mark.parametrize("form", FORMS)
+def test_empty_clusters_carry_no_mass(form: str, seed: int, added: int) -> None:
+    case = Labelled(seed)
+    exact = case.random_blocks()
+    out, lse = case.attend(exact, form)
+    case.k_clusters += added
+    assert (case.probe().log_mass[..., 5:] == -math.inf).all()
+    with_empty, with_empty_lse = case.attend(F.pad(exact, (0, added)), form)
+    close(with_empty, out)
+    close(with_empty_lse, lse)
+
+
+@given(seed=SEEDS, padded=st.integers(1, 7))
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_keys_carry_no_mass(form: str, seed: int, padded: int) -> None:
+    case = Labelled(seed)
+    exact = case.random_blocks()
+    out, lse = case.attend(exact, form)
+    case.k = torch.cat([case.k, case.randn(1, 2, padded, 6)], 2)
+    case.v = torch.cat([case.v, case.randn(1, 2, padded, 6)], 2)
+    case.k_labels = F.pad(case.k_labels, (0, padded), value=6)
+    with_padding, with_padding_lse = case.attend(exact, form)
+    close(with_padding, out)
+    close(with_padding_lse, lse)
+
+
+@given(seed=SEEDS)
+def test_first_order_is_exact_at_the_query_centroid(seed: int) -> None:
+    case = Labelled(seed)
+    queries, _ = case.clusters()
+    tables = case.tables("first_order")
+    case.q = queries.centroids.gather(2, case.q_labels.unsqueeze(-1).expand_as(case.q))
+    out, lse = reference.attend(
+        case.q, case.k, case.v, case.q_labels, case.k_labels, case.random_blocks(), tables,
+        case.scale,
+    )  # fmt: skip
+    close(out, case.dense()[0])
+    close(lse, case.dense()[1])
+
+
+def block_log_masses(case: Labelled, q: Tensor) -> Tensor:
+    """(1, 2, Qc, Kc) log of every block's mass as the query of each row in q sees it."""
+    logits = case.scale * q @ case.k.transpose(2, 3)
+    member = F.one_hot(case.k_labels, 5).bool().transpose(2, 3)  # [1, 2, Kc, N]
+    return logits.unsqueeze(3).masked_fill(~member.unsqueeze(2), -math.inf).logsumexp(-1)
+
+
+@given(seed=SEEDS)
+def test_first_order_has_the_mass_and_its_gradient_at_the_query_centroid(seed: int) -> None:
+    case = Labelled(seed)
+    stand_in, _, bias = case.tables("first_order")
+    center = case.clusters()[0].centroids.requires_grad_()
+    mass = block_log_masses(case, center)
+    close(case.scale * torch.einsum("bhid,bhijd->bhij", center, stand_in) + bias, mass)
+    for j in range(5):
+        (slope,) = torch.autograd.grad(mass[..., j].sum(), center, retain_graph=True)
+        close(case.scale * stand_in[..., j, :], slope)
+
+
+@given(seed=SEEDS)
+def test_first_order_tables_of_coinciding_keys_are_the_centroid_form(seed: int) -> None:
+    case = Labelled(seed)
+    case.k = case.randn(1, 2, 5, 6).gather(2, case.k_labels.unsqueeze(-1).expand_as(case.k))
+    for first_order, centroid in zip(
+        case.tables("first_order"), case.tables("centroid"), strict=True
+    ):
+        close(first_order, centroid.contiguous())
+
+
+@given(seed=SEEDS)
+def test_first_order_error_as_the_query_cluster_shrinks(seed: int) -> None:
+    """The mass is off by the square of the cluster's radius, the output by the radius itself."""
+    case = Labelled(seed)
+    spread = case.randn(1, 2, 19, 6)
+    means, _ = reference.cluster_means(spread, case.q_labels, 3)
+    at_label = case.q_labels.unsqueeze(-1).expand_as(spread)
+    spread = spread - means.gather(2, at_label)
+    center = case.randn(1, 2, 3, 6).gather(2, at_label)
+    none = torch.zeros(1, 2, 3, 5, dtype=torch.bool)
+    mass_error, output_error = [], []
+    for radius in (2e-3, 1e-3):
+        case.q = center + radius * spread
+        stand_in, _, bias = (t[0, 0, case.q_labels[0, 0]] for t in case.tables("first_order"))
+        own = case.q[0, 0]
+        logit = case.scale * torch.einsum("nd,njd->nj", own, stand_in) + bias
+        mass_error.append((logit - block_log_masses(case, case.q)[0, 0]).norm())
+        output_error.append((case.attend(none, "first_order")[0] - case.dense()[0]).norm())
+    assert 3.9 < mass_error[0] / mass_error[1] < 4.1
+    assert 1.9 < output_error[0] / output_error[1] < 2.1
+
+
+def log_rho(case: Labelled) -> Tensor:
+    """``log E_ij / (Z_i^2 n_j)``, from its definition."""
+    found, (_, keys) = case.probe(), case.clusters()
+    row_mass = found.log_mass.exp().sum(-1, keepdim=True)
+    return (found.log_error.exp() / (row_mass**2 * keys.sizes.unsqueeze(2))).log()
+
+
+@given(seed=SEEDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_shifting_all_keys_changes_neither_attention_nor_the_threshold_route(
+    form: str, seed: int
+) -> None:
+    case = Labelled(seed)
+    exact = case.random_blocks()
+    before, rho_before, error_before = case.attend(exact, form), log_rho(case), case.probe()[0]
+    threshold = float(rho_before.exp().median()) * (1 + 1e-6)
+    plan = AttentionPlan(routing="threshold", threshold=threshold)
+    route_before = reference.route(case.probe(), *case.clusters(), plan)
+    assert torch.equal(route_before, rho_before >= math.log(threshold))
+    case.k = case.k + case.randn(1, 2, 1, 6)
+    close(case.attend(exact, form)[0], before[0])
+    close(log_rho(case), rho_before)
+    assert torch.equal(reference.route(case.probe(), *case.clusters(), plan), route_before)
+    # The error itself has no common unit: it moved.
+    assert (case.probe()[0] - error_before).abs().min() > 1e-6
+
+
+@given(seed=SEEDS)
+def test_probe_error_is_the_sum_over_the_block(seed: int) -> None:
+    case = Labelled(seed)
+    queries, keys = case.clusters()
+    value_means, _ = reference.cluster_means(case.v, case.k_labels, 5)
+    found = case.probe()
+    for h in range(2):
+        for i in range(3):
+            for j in range(5):
+                inside = case.k_labels[0, h] == j
+                a = case.scale * case.k[0, h, inside] @ queries.centroids[0, h, i]
+                c = case.scale * queries.centroids[0, h, i] @ keys.centroids[0, h, j]
+                lost = a.exp()[:, None] * case.v[0, h, inside] - c.exp() * value_means[0, h, j]
+                error = lost.square().sum()
+                assert found.log_error[0, h, i, j].exp().item() == pytest.approx(
+                    error.item(), abs=1e-12
+                )
+                assert found.log_mass[0, h, i, j].item() == pytest.approx(a.logsumexp(0).item())
+                close(found.mean_value[0, h, i, j], a.softmax(0) @ case.v[0, h, inside])
+                close(found.mean_key[0, h, i, j], a.softmax(0) @ case.k[0, h, inside])
+
+
+def brute_force_until(order: list[int], weight: list[float], budget: float) -> set[int]:
+    """Entries in that order while the weight before them is below the budget."""
+    taken, before = set(), 0.0
+    for index in order:
+        if before >= budget:
+            break
+        taken.add(index)
+        before += weight[index]
+    return taken
+
+
+def descending(score: Tensor) -> list[int]:
+    return sorted(range(len(score)), key=lambda j: (-score[j].item(), j))
+
+
+@given(
+    seed=SEEDS,
+    density=st.floats(0.0, 1.0, exclude_max=True),
+    cost_exponent=st.sampled_from((0.0, 0.5, 1.0)),
+)
+def test_density_budget(seed: int, density: float, cost_exponent: float) -> None:
+    case = Labelled(seed)
+    plan = AttentionPlan(density=density, cost_exponent=cost_exponent)
+    queries, keys = case.clusters()
+    found = case.probe()
+    exact = reference.route(found, queries, keys, plan)
+    for h in range(2):
+        sizes = keys.sizes[0, h]
+        for i in range(3):
+            area = (queries.sizes[0, h, i] * sizes).double()
+            score = found.log_error[0, h, i] - cost_exponent * area.log()
+            wanted = brute_force_until(descending(score), sizes.tolist(), density * 23)
+            assert set(exact[0, h, i].nonzero().flatten().tolist()) == wanted
+    area = reference.row_area(exact, keys)
+    assert torch.equal(area, (exact.long() * keys.sizes.unsqueeze(2)).sum(-1))
+    if density > 0:
+        assert (area >= density * 23 - 1e-9).all()
+
+
+@given(
+    seed=SEEDS,
+    top_p=st.floats(0.05, 0.99),
+    floor=st.sampled_from((0.0, 0.2, 0.5, 1.0)),
+)
+def test_top_p_budget_and_floor(seed: int, top_p: float, floor: float) -> None:
+    case = Labelled(seed)
+    plan = AttentionPlan(routing="top_p", top_p=top_p, min_block_ratio=floor)
+    queries, keys = case.clusters()
+    found = case.probe()
+    exact = reference.route(found, queries, keys, plan)
+    for h in range(2):
+        sizes = keys.sizes[0, h].tolist()
+        for i in range(3):
+            mass = (found.centroid_logit[0, h, i] + keys.sizes[0, h].log()).softmax(0)
+            by_mass = descending(mass)
+            top = brute_force_until(by_mass, mass.tolist(), top_p)
+            budget = sum(sizes[j] for j in top)
+            wanted = set(by_mass[: math.ceil(floor * 5)])
+            left = budget - sum(sizes[j] for j in wanted)
+            score = found.log_error[0, h, i] - keys.sizes[0, h].log()
+            rest = [j for j in descending(score) if j not in wanted]
+            wanted |= brute_force_until(rest, sizes, left)
+            assert set(exact[0, h, i].nonzero().flatten().tolist()) == wanted
+
+
+@given(seed=SEEDS, entries=st.integers(1, 12), budget=st.floats(0, 20), levels=st.integers(1, 4))
+def test_take_until_with_ties(seed: int, entries: int, budget: float, levels: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.randint(levels, (entries,), generator=generator).double()
+    weight = torch.randint(4, (entries,), generator=generator).double()
+    taken = reference.take_until(score, weight, torch.tensor(budget, dtype=torch.float64))
+    wanted = brute_force_until(descending(score), weight.tolist(), budget)
+    assert set(taken.nonzero().flatten().tolist()) == wanted
+
+
+def test_take_until_takes_nan_first() -> None:
+    score = torch.tensor([3.0, math.nan, 1.0, -math.inf])
+    taken = reference.take_until(score, torch.ones(4), torch.tensor(1.0))
+    assert taken.tolist() == [False, True, False, False]
+
+
+@given(seed=SEEDS, density=st.floats(0.0, 1.0))
+@pytest.mark.parametrize("form", FORMS)
+def test_all_stages_stay_within_the_values(form: str, seed: int, density: float) -> None:
+    case = Labelled(seed)
+    plan = AttentionPlan(density=density, q_clusters=3, k_clusters=5, compensation=form)
+    found = reference.sparse_attention(case.q, case.k, case.v, plan)
+    assert (found.out <= case.v.amax(2, keepdim=True) + 1e-12).all()
+    assert (found.out >= case.v.amin(2, keepdim=True) - 1e-12).all()
+    again = reference.sparse_attention(case.q, case.k, case.v, replace(plan))
+    assert torch.equal(found.out, again.out)

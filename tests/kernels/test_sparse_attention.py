@@ -1,0 +1,201 @@
+"""All stages on a CPU and on a GPU, each judged on the labels and block lists that it returns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from attention_cases import (
+    CPU,
+    CUDA,
+    INTERPRETER,
+    LAYOUTS,
+    SEEDS,
+    Form,
+    Oracle,
+    assert_within_rounding,
+    needs_interpreter,
+    random_mask,
+    random_qkv,
+)
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.plan import HEAD_DIMS, AttentionPlan
+from svg_ear_compile.kernels.reference import Result
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+COMPENSATIONS = ("first_order", "centroid")
+
+# How far two float32 evaluations of one block's score may lie apart (natural log).
+SCORE_TOLERANCE = 2e-3
+# A block's error below this share of its terms is rounding; one key alone has no error at all.
+ERROR_FLOOR = 1e-9
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention call without its head dim and dtype."""
+
+    seed: int
+    batch: int
+    heads: tuple[int, int]
+    tokens: tuple[int, int]
+    layout: str
+    text: tuple[int, int]
+    mask: tuple[bool, bool] | None
+    clusters: tuple[int, int]
+    routing: str
+    density: float
+    scale: float | None
+
+    def plan(self, compensation: str) -> AttentionPlan:
+        return AttentionPlan(
+            density=self.density,
+            routing=self.routing,
+            threshold=10 ** (-4 * self.density),
+            compensation=compensation,
+            q_clusters=self.clusters[0],
+            k_clusters=self.clusters[1],
+            first_iterations=2,
+        )
+
+
+def cases(*tokens: int) -> st.SearchStrategy[Case]:
+    return st.builds(
+        Case,
+        seed=SEEDS,
+        batch=st.sampled_from((1, 2)),
+        heads=st.sampled_from(((2, 2), (4, 2), (3, 1))),
+        tokens=st.tuples(st.sampled_from(tokens), st.sampled_from(tokens)),
+        layout=st.sampled_from(LAYOUTS),
+        text=st.sampled_from(((0, 0), (0, 5), (3, 0), (2, 3))),
+        mask=st.sampled_from((None, (True, True), (True, False), (False, True), (False, False))),
+        clusters=st.sampled_from(((2, 5), (3, 7), (5, 11))),
+        routing=st.sampled_from(("density", "density", "top_p", "threshold")),
+        density=st.floats(0.0, 0.95),
+        scale=st.sampled_from((None, 0.2)),
+    )
+
+
+def check_clusters(found: reference.Clusters, x: Tensor, text: tuple[int, int], mask) -> None:
+    """Special labels where they belong, sizes that count them, centroids that are the means."""
+    labels, clusters = found.labels.cpu().long(), found.centroids.shape[2]
+    position = torch.arange(x.shape[2]).expand_as(labels)
+    always = (position < text[0]) | (position >= x.shape[2] - text[1])
+    padding = torch.zeros_like(always) if mask is None else ~mask.cpu().expand_as(always)
+    assert torch.equal(labels == clusters + 1, padding)
+    assert torch.equal(labels == clusters, always & ~padding)
+    assert labels.min() >= 0
+    means, sizes = reference.cluster_means(x.cpu().double(), labels, clusters)
+    assert torch.equal(found.sizes.cpu().long(), sizes)
+    difference = (found.centroids.cpu().double() - means)[sizes > 0]
+    assert difference.numel() == 0 or difference.abs().max() < 1e-5
+
+
+def check_route(oracle: Oracle, got: Result) -> None:
+    """Budget exact, best scores taken up to rounding, areas counted right."""
+    plan, sizes = oracle.plan, oracle.keys.sizes.unsqueeze(2)  # [B, H, 1, Kc]
+    exact = got.exact.cpu()
+    row = oracle.queries.sizes > 0  # [B, H, Qc]
+    area = (exact * sizes).sum(-1)
+    assert torch.equal(got.row_area.cpu().long()[row], area[row])
+    assert got.exact_pairs.item() == (area * oracle.queries.sizes).sum().item()
+    occupied = (sizes > 0).expand_as(exact)
+    assert not (exact & ~occupied)[row].any()
+    floor = 2 * oracle.probe.log_mass - sizes.clamp(min=1).log() + math.log(ERROR_FLOOR)
+    error = oracle.probe.log_error.masked_fill(oracle.probe.log_error < floor, -1e3)
+    if plan.routing == "threshold":
+        row_mass = oracle.probe.log_mass.logsumexp(-1, keepdim=True)
+        log_rho = oracle.probe.log_error - 2 * row_mass - sizes.clamp(min=1).log()
+        margin = log_rho - math.log(plan.threshold)
+        assert exact[(margin > SCORE_TOLERANCE) & row.unsqueeze(-1) & occupied].all()
+        assert not exact[(margin < -SCORE_TOLERANCE) & row.unsqueeze(-1)].any()
+        return
+    if plan.routing == "top_p":
+        bounds = []
+        for shift in (-1e-4, 1e-4):
+            near = AttentionPlan(routing="top_p", top_p=plan.top_p + shift)
+            bounds.append(reference.route(oracle.probe, oracle.queries, oracle.keys, near))
+        least, most = ((b * sizes).sum(-1)[row] for b in bounds)
+        assert (area[row] >= least).all()
+        assert (area[row] <= most).all()
+        return
+    score = (error - sizes.clamp(min=1).log()).masked_fill(~occupied, -math.inf)
+    worst = score.masked_fill(~exact, math.inf).amin(-1, keepdim=True)
+    left_out = score.masked_fill(exact, -math.inf).amax(-1, keepdim=True)
+    assert (left_out <= worst + SCORE_TOLERANCE)[row].all()
+    budget = torch.ceil(plan.density * sizes.sum(-1).double())  # [B, H, 1]
+    assert (area >= budget)[row].all()
+    crossing = (exact & (score <= worst + SCORE_TOLERANCE)) * sizes
+    before = area - crossing.amax(-1)
+    assert ((before < budget) | (area == 0))[row].all()
+    assert (area == 0)[row].all() or plan.density > 0
+
+
+def check_case(form: Form, dim: int, dtype: torch.dtype, compensation: str, case: Case) -> None:
+    q, k, v = random_qkv(
+        case.seed, case.batch, case.heads, case.tokens, dim, dtype, form.device, case.layout
+    )
+    mask = None
+    if case.mask is not None:
+        kv_shape = (case.batch, case.heads[1])
+        mask = random_mask(case.seed, case.mask, kv_shape, case.tokens[1], form.device)
+    plan = case.plan(compensation)
+    got = form(q, k, v, plan, attn_mask=mask, scale=case.scale, text=case.text, return_lse=True)
+    assert got.out.dtype == dtype
+    assert got.out.stride() == torch.empty_like(q, device="meta").stride()
+    check_clusters(got.queries, q, case.text, None)
+    check_clusters(got.keys, k, case.text, None if mask is None else mask[:, :, 0])
+    scale = dim**-0.5 if case.scale is None else case.scale
+    oracle = Oracle.of(form, q, k, v, plan, scale, got)
+    check_route(oracle, got)
+    out, lse = oracle.attend(got.exact.cpu())
+    near_out, near_lse = oracle.attend_stored_in(got.exact.cpu(), dtype)
+    ulp = torch.finfo(dtype).eps
+    assert_within_rounding(got.out, out, near_out, 2 * ulp if dtype == F32 else ulp / 2)
+    # Of the log-sum-exp only the stored stand-in keys are rounded, and few of them decide it.
+    assert_within_rounding(got.lse, lse, near_lse, torch.finfo(F32).eps + ulp / 32)
+
+
+@given(case=cases(33, 97, 150))
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(32, F32), (64, BF16), (72, F16), (128, F32), (192, BF16)], ids=str
+)
+def test_cpu_equals_the_definition_on_its_own_blocks(
+    dim: int, dtype: torch.dtype, compensation: str, case: Case
+) -> None:
+    check_case(CPU, dim, dtype, compensation, case)
+
+
+@needs_interpreter
+@given(case=cases(17, 45, 70))
+@settings(max_examples=3, phases=[Phase.generate])
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(40, F16), (64, F32), (80, F32), (128, F16), (160, F16)], ids=str
+)
+def test_interpreted_kernels_equal_the_definition_on_their_own_blocks(
+    dim: int, dtype: torch.dtype, compensation: str, case: Case
+) -> None:
+    check_case(INTERPRETER, dim, dtype, compensation, case)
+
+
+@pytest.mark.gpu
+@given(case=cases(257, 515, 1031))
+@settings(max_examples=6)
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [*((dim, BF16) for dim in HEAD_DIMS), (40, F16), (128, F16), (80, F32), (256, F32)],
+    ids=str,
+)
+def test_cuda_kernels_equal_the_definition_on_their_own_blocks(
+    dim: int, dtype: torch.dtype, compensation: str, case: Case
+) -> None:
+    check_case(CUDA, dim, dtype, compensation, case)

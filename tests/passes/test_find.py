@@ -1,0 +1,252 @@
+"""Which calls are found, with which arguments, in which layer, and why a call is left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+from traced_graphs import graphs_of, sites_of
+
+from svg_ear_compile.passes.find import find_sites, layer_path
+from svg_ear_compile.passes.site import Reason, Role
+
+HEADS, TOKENS, DIM = 2, 48, 32
+sdpa = F.scaled_dot_product_attention
+NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+def qkv(
+    tokens: int = TOKENS,
+    dim: int = DIM,
+    dtype: torch.dtype = torch.float32,
+    batch: int = 1,
+    heads: int = HEADS,
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(batch, heads, tokens, dim, dtype=dtype) for _ in range(3))
+    return q, k, v
+
+
+MASKS = {
+    "none": None,
+    "key_padding": torch.ones(1, 1, 1, TOKENS, dtype=torch.bool),
+    "key_padding_of_heads": torch.ones(1, HEADS, 1, TOKENS, dtype=torch.bool),
+    "square": torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool),
+    "square_2d": torch.ones(TOKENS, TOKENS, dtype=torch.bool),
+    "additive": torch.zeros(1, 1, 1, TOKENS),
+}
+KEY_PADDING = {"none", "key_padding", "key_padding_of_heads"}
+
+
+@given(
+    positional=st.integers(0, 6),
+    written=st.sets(st.sampled_from(["attn_mask", "dropout_p", "is_causal", "scale"])),
+    mask_kind=st.sampled_from(sorted(MASKS)),
+    bshd=st.booleans(),
+    causal=st.booleans(),
+    scale=st.sampled_from([None, 0.5, 1]),
+)
+def test_every_argument_form_says_the_same(
+    positional: int,
+    written: set[str],
+    mask_kind: str,
+    bshd: bool,
+    causal: bool,
+    scale: float | None,
+) -> None:
+    mask = MASKS[mask_kind]
+    causal = causal and mask is None
+    q, k, v = qkv()
+    if bshd:
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    given_values: dict[str, Any] = {
+        "attn_mask": mask,
+        "dropout_p": 0.0,
+        "is_causal": causal,
+        "scale": scale,
+    }
+    needed = {"attn_mask"} if mask is not None else set()
+    needed |= {"is_causal"} if causal else set()
+    needed |= {"scale"} if scale is not None else set()
+
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        values = {**given_values, "query": q, "key": k, "value": v, "attn_mask": mask}
+        args = [values[name] for name in NAMES[:positional]]
+        rest = [name for name in (*NAMES, "scale") if name not in NAMES[:positional]]
+        kwargs = {n: values[n] for n in rest if n in NAMES[:3] or n in written or n in needed}
+        return sdpa(*args, **kwargs)
+
+    (graph,) = graphs_of(call, q, k, v, mask)
+    (site,) = find_sites(graph)
+    assert [n.name for n in (site.q, site.k, site.v)] == ["l_q_", "l_k_", "l_v_"]
+    assert (site.mask and site.mask.name) == (None if mask is None else "l_mask_")
+    assert site.scale == scale
+    assert site.q_shape == (1, HEADS, TOKENS, DIM)
+    assert site.k_shape == (1, HEADS, TOKENS, DIM)
+    assert site.dtype is torch.float32
+    assert site.device == torch.device("cpu")
+    expected = Reason.CAUSAL if causal else None if mask_kind in KEY_PADDING else Reason.MASK
+    assert site.reason is expected
+
+
+class Attention(nn.Module):
+    """Self or cross attention with the knobs that decide whether it may be sparse."""
+
+    def __init__(self, dim: int = DIM, dropout: float = 0.0, causal: bool = False) -> None:
+        super().__init__()
+        self.dim, self.dropout, self.causal = dim, dropout, causal
+        self.to_q, self.to_k, self.to_v = (nn.Linear(16, HEADS * dim) for _ in range(3))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        source = x if context is None else context
+        q, k, v = (
+            t.unflatten(-1, (HEADS, self.dim)).transpose(1, 2)
+            for t in (self.to_q(x), self.to_k(source), self.to_v(source))
+        )
+        dropout = self.dropout if self.training else 0.0
+        return sdpa(q, k, v, dropout_p=dropout, is_causal=self.causal)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Attention(causal=True), Reason.CAUSAL),
+        (Attention(dropout=0.1).train(), Reason.DROPOUT),
+        (Attention(dropout=0.1).eval(), None),
+        (Attention(dim=24), Reason.HEAD_DIM),
+        (Attention().double(), Reason.DTYPE),
+        (Attention().bfloat16(), None),
+    ],
+    ids=["causal", "dropout", "eval", "head_dim", "float64", "bfloat16"],
+)
+def test_a_module_is_left_for_its_own_reason(module: Attention, reason: Reason | None) -> None:
+    x = torch.randn(1, TOKENS, 16, dtype=module.to_q.weight.dtype)
+    (site,) = sites_of(module, x)
+    assert site.reason is reason
+    assert site.role is Role.SELF
+
+
+def test_cross_attention_is_left_even_at_equal_lengths() -> None:
+    (site,) = sites_of(Attention(), torch.randn(1, TOKENS, 16), torch.randn(1, TOKENS, 16))
+    assert (site.role, site.reason) == (Role.CROSS, Reason.CROSS_ATTENTION)
+
+
+def _shape_case(**sizes: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
+    plain = {"batch": 1, "heads": HEADS, "tokens": TOKENS, "dim": DIM}
+    made = (qkv(**{**plain, **sizes.get(name, {})})[0] for name in "qkv")
+    q, k, v = made
+    return q, k, v
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        (_shape_case(v={"dim": 64}), Reason.HEAD_DIM),
+        (tuple(t[0] for t in qkv()), Reason.LAYOUT),
+        (_shape_case(k={"tokens": 32}, v={"tokens": 32}), Reason.ROLE),
+        (_shape_case(q={"batch": 2}), Reason.LAYOUT),
+        (_shape_case(q={"batch": 2}, k={"batch": 2}), Reason.LAYOUT),
+        (_shape_case(q={"heads": 1}), Reason.LAYOUT),
+        (_shape_case(v={"heads": 1}), Reason.LAYOUT),
+        (_shape_case(k={"heads": 1}, v={"heads": 1}), None),
+    ],
+    ids=[
+        "value_dim",
+        "three_dims",
+        "fewer_keys",
+        "one_batch_of_keys",
+        "one_batch_of_values",
+        "one_query_head_for_all_keys",
+        "one_value_head",
+        "one_key_head_for_all_queries",
+    ],
+)
+def test_a_bare_call_is_left_for_its_shapes(
+    tensors: tuple[Tensor, Tensor, Tensor], reason: Reason | None
+) -> None:
+    (site,) = sites_of(lambda q, k, v: sdpa(q, k, v), *tensors)
+    assert site.reason is reason
+    assert (site.role, site.layer, site.layer_parameter) == (Role.UNKNOWN, "", None)
+
+
+def test_mixed_dtypes_are_left() -> None:
+    q, k, v = qkv()
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return sdpa(q, k, v)
+
+    (site,) = sites_of(call, q, k.bfloat16(), v.bfloat16())
+    assert site.reason is Reason.DTYPE
+
+
+def test_every_reason_has_a_sentence() -> None:
+    assert all(reason.sentence.endswith(".") for reason in Reason)
+    assert len({reason.sentence for reason in Reason}) == len(Reason)
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"attn1": Attention()}) for _ in range(2))
+        self.back = nn.Linear(DIM, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + self.back(block["attn1"](x).mean(1))
+        return x + self.back(self.blocks[0]["attn1"](x).mean(1))
+
+
+def test_sites_are_named_by_layer_and_numbered_where_a_layer_attends_twice() -> None:
+    sites = sites_of(Stack(), torch.randn(1, TOKENS, 16))
+    assert [s.layer for s in sites] == ["blocks.0.attn1", "blocks.1.attn1", "blocks.0.attn1"]
+    assert [s.name for s in sites] == ["blocks.0.attn1", "blocks.1.attn1", "blocks.0.attn1#2"]
+    parameters = [s.layer_parameter for s in sites]
+    assert parameters[0] is parameters[2]
+    assert parameters[0] is not parameters[1]
+
+
+GLOBAL_STACK = Stack()
+
+
+def test_a_model_reached_as_a_global_has_the_same_paths() -> None:
+    sites = sites_of(lambda x: GLOBAL_STACK(x), torch.randn(1, TOKENS, 16))
+    assert [s.layer for s in sites] == ["blocks.0.attn1", "blocks.1.attn1", "blocks.0.attn1"]
+
+
+def _node_in(path: str) -> Node:
+    node = Graph().placeholder("x")
+    node.meta["nn_module_stack"] = {"outer": ("L['self']", Stack), "inner": (path, Attention)}
+    return node
+
+
+@pytest.mark.parametrize(
+    ("path", "layer"),
+    [
+        ("L['self'].blocks.0.attn1", "blocks.0.attn1"),
+        ("L['self'].blocks[0].attn1", "blocks.0.attn1"),
+        ("L['self']._modules['blocks']._modules['0'].attn1", "blocks.0.attn1"),
+        ("L['self']._modules['blocks']._modules['0']._modules['attn1']", "blocks.0.attn1"),
+        ("L['self']._orig_mod.blocks.0.attn1", "blocks.0.attn1"),
+        ("L['model'].blocks.11.attn", "blocks.11.attn"),
+        ("G['model'].blocks.11.attn", "blocks.11.attn"),
+        ("L['self']", ""),
+    ],
+)
+def test_layer_path_is_the_same_however_the_source_is_written(path: str, layer: str) -> None:
+    assert layer_path(_node_in(path)) == layer
+
+
+def test_a_function_has_no_layer() -> None:
+    assert layer_path(Graph().placeholder("x")) == ""
+
+
+def test_other_products_are_no_sites() -> None:
+    q, k, v = qkv()
+    assert sites_of(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, q, k, v) == []
