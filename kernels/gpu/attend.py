@@ -58,7 +58,19 @@ def fold(q, k, v, bias, acc, total, largest, to_log2, BIASED: tl.constexpr):
     return acc, total, now
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "first_head",
+        "heads",
+        "kv_heads",
+        "q_tokens",
+        "k_tokens",
+        "q_clusters",
+        "k_clusters",
+        "tiles",
+        "pitch",
+    ]
+)
 def attend_kernel(
     q_ptr,  # (B, H, N_q, D)
     k_ptr,  # (B, H_kv, N_k, D)

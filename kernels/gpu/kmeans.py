@@ -35,7 +35,7 @@ class SortedClusters(NamedTuple):
     rounded: Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "tokens", "clusters", "text_before", "text_after"])
 def kmeans_assign_kernel(
     x_ptr,  # (B, H, N, D)
     centroid_ptr,  # (G, C, D) in the dtype of x
@@ -92,7 +92,7 @@ def kmeans_assign_kernel(
     tl.store(label_ptr + g * tokens + token, label, mask=token < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "tokens", "clusters"])
 def cluster_mean_kernel(
     x_ptr,  # (B, H, N, D)
     order_ptr,  # (G, N) int32

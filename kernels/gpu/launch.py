@@ -1,7 +1,9 @@
 """Launch configurations: every tile shape that the kernels can be started with.
 
 The set is small and listed so that each configuration can be compiled for each supported GPU
-without owning one (registers, spills, shared memory).
+without owning one (registers, spills, shared memory). So that a new resolution compiles nothing,
+counts of heads, tokens and clusters are never specialised; strides are, because their divisibility
+makes loads wide.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> Laun
         # 72 is no multiple of 16: its loads are narrow and their addresses take the registers.
         rows = 64 if head_dim == 72 else 128
         attend = Tiles(rows, 32, 8 if padded or block_dim == 128 else 4, 2)
-        assign, probe = Tiles(64, 64, 4, 2), Tiles(32, 32, 8, 1)
+        assign, probe = Tiles(64, 64, 8 if padded else 4, 2), Tiles(32, 32, 8, 1)
     elif padded or block_dim == 128:
         assign, probe, attend = Tiles(64, 64, 4, 2), Tiles(64, 32, 8, 2), Tiles(128, 64, 8, 3)
     else:

@@ -9,7 +9,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["first_head", "heads", "kv_heads", "tokens", "q_clusters", "k_clusters"]
+)
 def probe_kernel(
     centroid_ptr,  # (G, Qc, D) query centroids in the dtype of k
     k_ptr,  # (B, H_kv, N, D)

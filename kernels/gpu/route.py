@@ -43,7 +43,7 @@ def take_until(key, weight, budget):
     return above | (tied & (before < budget)), tied
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head", "heads", "kv_heads", "q_clusters", "k_clusters"])
 def route_kernel(
     log_error_ptr,  # (L, Qc, Kc) float32
     log_mass_ptr,  # (L, Qc, Kc) float32
@@ -134,7 +134,17 @@ def route_kernel(
     tl.store(bias_ptr + pair, bias, mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "first_head",
+        "heads",
+        "kv_heads",
+        "tokens",
+        "q_clusters",
+        "k_clusters",
+        "pitch",
+    ]
+)
 def list_keys_kernel(
     offset_ptr,  # (L, Qc, Kc) int32
     k_start_ptr,  # (G_kv, Kc + 3) int32

@@ -1,0 +1,82 @@
+"""The explain report and the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+from transformer_models import TOKENS, stack, wan
+
+from svg_ear_compile import explain
+from svg_ear_compile.cli import main
+
+MODEL = ["explain", "--model", "transformer_models:explained_stack"]
+
+
+def test_every_attention_has_a_row_with_its_reason() -> None:
+    model, inputs, kwargs = wan()
+    found = explain(model, *inputs, options={"density": 0.3, "min_tokens": 64}, **kwargs)
+    rows = [(s.layer, s.role, s.plan is not None, s.reason) for s in found.sites]
+    assert rows == [
+        ("blocks.0.attn1", "self", True, None),
+        ("blocks.0.attn2", "cross", False, "cross_attention"),
+        ("blocks.1.attn1", "self", True, None),
+        ("blocks.1.attn2", "cross", False, "cross_attention"),
+    ]
+    assert found.graphs[0].rest.flops > 0
+    text = str(found)
+    assert "density 0.3" in text
+    assert "cross_attention: Queries and keys" in text
+
+
+def test_all_graphs_of_a_model_that_breaks_are_listed() -> None:
+    model, (x, _) = stack()
+
+    def broken(x: Tensor) -> Tensor:
+        x = model.blocks[0](x)
+        torch._dynamo.graph_break()
+        return model.blocks[1](x)
+
+    found = explain(broken, x, options={"min_tokens": TOKENS})
+    assert len(found.graphs) == 2
+    assert [site.layer for site in found.sites] == ["blocks.0", "blocks.1"]
+
+
+def test_explaining_leaves_what_is_compiled_alone() -> None:
+    model, inputs = stack()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(*inputs)
+        explain(model, *inputs)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            compiled(*inputs)
+
+
+def test_command_prints_a_table_or_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*MODEL, "--option", "density=0.3", "--option", f"min_tokens={TOKENS}"]) == 0
+    assert "density 0.3" in capsys.readouterr().out
+    assert main([*MODEL, "--json"]) == 0
+    (graph,) = json.loads(capsys.readouterr().out)
+    assert [site["reason"] for site in graph["sites"]] == ["short", "short"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*MODEL, "--option", "densty=0.3"], "did you mean 'density'"),
+        ([*MODEL, "--option", "density"], "KEY=VALUE"),
+        (["explain", "--model", "nowhere"], "MODULE:CALLABLE"),
+        (["explain", "--model", "no_such_module:f"], "no_such_module"),
+        (["explain", "--model", "transformer_models:nothing"], "nothing"),
+    ],
+)
+def test_wrong_arguments_say_what_is_wrong(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err

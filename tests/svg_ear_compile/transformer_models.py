@@ -1,0 +1,113 @@
+"""Small models for the tests: a hand-made video transformer and diffusers' own classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TOKENS, WIDTH, HEADS = 128, 64, 2
+
+
+class Block(nn.Module):
+    """Self-attention and a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            layer(x).unflatten(2, (HEADS, -1)).transpose(1, 2)
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Stack(nn.Module):
+    """Blocks of one class, as video transformers have them."""
+
+    def __init__(self, layers: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(layers))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x * (1 + timestep.view(-1, 1, 1) / 1000)
+
+
+def stack(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Stack, tuple[Any, ...]]:
+    """A seeded stack and its inputs."""
+    torch.manual_seed(0)
+    model = Stack().to(device, dtype).eval()
+    return model, (
+        torch.randn(1, TOKENS, WIDTH, device=device, dtype=dtype),
+        torch.tensor([500.0], device=device, dtype=dtype),
+    )
+
+
+def wan(image: bool = False) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """diffusers' Wan with random weights; `image` is the image-to-video form."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    image_form: dict[str, Any] = {"image_dim": 16, "added_kv_proj_dim": 64} if image else {}
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+        **image_form,
+    ).eval()
+    inputs = (torch.randn(1, 4, 3, 16, 16), torch.tensor([500.0]), torch.randn(1, 7, 16))
+    kwargs: dict[str, Any] = {"return_dict": False}
+    if image:
+        kwargs["encoder_hidden_states_image"] = torch.randn(1, 5, 16)
+    return model, inputs, kwargs
+
+
+def hunyuan() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """diffusers HunyuanVideo, random weights; 192 video tokens, 12 of text, 3 of them padding."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    torch.manual_seed(0)
+    model = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=1,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(8, 12, 12),
+    ).eval()
+    inputs = (
+        torch.randn(1, 4, 3, 8, 8),
+        torch.tensor([500]),
+        torch.randn(1, 12, 16),
+        torch.tensor([[1] * 9 + [0] * 3]),
+        torch.randn(1, 8),
+        torch.tensor([1000.0]),
+    )
+    return model, inputs, {"return_dict": False}
+
+
+def explained_stack() -> tuple[nn.Module, tuple[Any, ...]]:
+    """What `svg-ear explain --model` calls."""
+    return stack()
