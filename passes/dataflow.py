@@ -110,9 +110,19 @@ def projected_input(node: Node) -> Node | None:
     return found if isinstance(found, Node) else None
 
 
-def backward(flow: nx.DiGraph, start: Node, stop: Callable[[Node], bool]) -> Iterator[Node]:
-    """Nodes from which data reaches `start`, nearest first; what `stop` accepts is not passed."""
-    seen, queue = {start}, [start]
+def backward(
+    flow: nx.DiGraph, start: Node, stop: Callable[[Node], bool], reader: Node | None = None
+) -> Iterator[Node]:
+    """Nodes from which data reaches `start`, nearest first; what `stop` accepts is not passed.
+
+    Given the node that reads `start`, what was written into its memory before that counts too.
+    """
+    queue = [start]
+    for node in flow.predecessors(reader) if reader is not None else ():
+        target = written(node)
+        if target is not None and node is not start and memory_of(target) is memory_of(start):
+            queue.append(node)
+    seen = set(queue)
     for node in queue:
         yield node
         if stop(node):

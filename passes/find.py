@@ -89,7 +89,7 @@ def _describe(
 ) -> AttentionSite:
     q_shape, k_shape = shape_of(given.query) or (), shape_of(given.key) or ()
     value = given.query.meta.get("example_value")
-    role = role_of(flow, given.query, given.key)
+    role = role_of(flow, given.query, given.key, node)
     out = node.meta.get("example_value")
     reason = _reason_to_leave(given, role, out.dtype if isinstance(out, torch.Tensor) else None)
     text = text_span(flow, given.query, q_shape[2], calls) if reason is None else TextSpan()
@@ -102,7 +102,7 @@ def _describe(
         mask=given.attn_mask,
         scale=given.scale,
         layer=layer,
-        layer_parameter=_layer_parameter(flow, given.query),
+        layer_parameter=_layer_parameter(flow, given.query, node),
         role=Role.JOINT if role is Role.SELF and text != TextSpan() else role,
         text=text,
         q_shape=q_shape,
@@ -171,17 +171,17 @@ def layer_path(node: Node) -> str:
     return ".".join(p for p in parts if p not in ("_modules", "__dict__", "_orig_mod"))
 
 
-def _layer_parameter(flow: nx.DiGraph, q: Node) -> Node | None:
+def _layer_parameter(flow: nx.DiGraph, q: Node, reader: Node) -> Node | None:
     """A parameter from which q descends: its identity tells layers of one graph apart.
 
     The nearest projection's is the layer's own; a norm's on the way may be shared by all layers.
     """
-    for node in backward(flow, q, lambda n: projected_input(n) is not None):
+    for node in backward(flow, q, lambda n: projected_input(n) is not None, reader):
         if projected_input(node) is not None:
             for source in node.all_input_nodes:
                 if _is_plain_parameter(source):
                     return source
-    for node in backward(flow, q, _is_plain_parameter):
+    for node in backward(flow, q, _is_plain_parameter, reader):
         if _is_plain_parameter(node):
             return node
     return None

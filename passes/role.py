@@ -18,14 +18,14 @@ from svg_ear_compile.passes.dataflow import (
 from svg_ear_compile.passes.site import Role, TextSpan, TokenCount
 
 
-def projection_sources(flow: nx.DiGraph, start: Node) -> frozenset[Node]:
-    """The activations whose projections reach `start`.
+def projection_sources(flow: nx.DiGraph, start: Node, reader: Node) -> frozenset[Node]:
+    """The activations whose projections reach `start` as `reader` sees it.
 
     Walks back to the first linear layer or convolution on every path. Embeddings and products are
     passed: RoPE tables are made of them.
     """
     found = set()
-    for node in backward(flow, start, lambda n: projected_input(n) is not None):
+    for node in backward(flow, start, lambda n: projected_input(n) is not None, reader):
         if (source := projected_input(node)) is not None:
             found.add(_tokens(source))
     return frozenset(found)
@@ -43,9 +43,9 @@ def _tokens(node: Node) -> Node:
         node = source
 
 
-def role_of(flow: nx.DiGraph, q: Node, k: Node) -> Role:
+def role_of(flow: nx.DiGraph, q: Node, k: Node, reader: Node) -> Role:
     """Role by projection source; UNKNOWN where no projection reaches q nor k (a bare function)."""
-    q_sources, k_sources = projection_sources(flow, q), projection_sources(flow, k)
+    q_sources, k_sources = (projection_sources(flow, node, reader) for node in (q, k))
     if not q_sources and not k_sources:
         return Role.UNKNOWN
     if q_sources == k_sources:

@@ -42,19 +42,26 @@ def rest_of_model(gm: GraphModule) -> RestOfModel:
 
 
 def _projection_flops(node: Node) -> int:
-    """2 * output elements * (weight elements / output channels)."""
-    if projected_input(node) is None:
+    """2 * output elements * length of the sum behind each of them."""
+    source = projected_input(node)
+    if source is None:
         return 0
-    out = node.meta.get("example_value")
-    weights = [
-        value
-        for source in node.all_input_nodes
-        if isinstance(value := source.meta.get("example_value"), torch.nn.Parameter)
-        and value.dim() > 1
-    ]
-    if not isinstance(out, torch.Tensor) or not weights:
+    out, weight = node.meta.get("example_value"), _weight(node)
+    if not isinstance(out, torch.Tensor) or not isinstance(weight, torch.Tensor):
         return 0
-    return 2 * _numel(out) * (_numel(weights[0]) // (hint(weights[0].shape[0]) or 1))
+    # addmm's weight is (in, out), all others' (out, in, ...).
+    if node.target is torch.addmm:
+        return 2 * _numel(out) * (hint(weight.shape[0]) or 0)
+    return 2 * _numel(out) * (_numel(weight) // (hint(weight.shape[0]) or 1))
+
+
+def _weight(node: Node) -> object:
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        return None if owner is None else owner.get_submodule(str(node.target)).weight
+    position, name = (2, "mat2") if node.target is torch.addmm else (1, "weight")
+    found = node.args[position] if len(node.args) > position else node.kwargs.get(name)
+    return found.meta.get("example_value") if isinstance(found, Node) else None
 
 
 def _numel(tensor: torch.Tensor) -> int:

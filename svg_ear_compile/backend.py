@@ -53,9 +53,10 @@ def svg_ear(
     if not report.sparse:
         return _inductor(gm, example_inputs, settings)
     # Schemas and fake implementations of operators are not in the compile caches' keys: without the
-    # tag an artefact made by other sources of ours would be served.
+    # tag an artefact made by other sources of ours would be served. (mypy: `patch` is installed at
+    # run time.)
     tag = f"{torch.compiler.config.cache_key_tag}svg_ear:{sources_digest()}"
-    with torch.compiler.config.patch(cache_key_tag=tag):
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         return _inductor(gm, example_inputs, settings)
 
 

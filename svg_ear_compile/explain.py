@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -101,6 +102,11 @@ def explain(
     fresh = types.FunctionType(
         call.__code__.replace(), globals(), "explained", None, call.__closure__
     )
-    with torch.no_grad():
+    # Frames after a graph break are the model's own code objects: at its limit Dynamo runs them
+    # eagerly, and their attention would be missing from the report.
+    unlimited = torch._dynamo.config.patch(
+        recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize
+    )
+    with torch.no_grad(), unlimited:
         torch.compile(fresh, backend=record)(*args, **kwargs)
     return Explanation(graphs)
