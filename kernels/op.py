@@ -14,6 +14,7 @@ from svg_ear_compile.kernels import state
 from svg_ear_compile.kernels.plan import HEAD_DIMS, AttentionPlan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_ROWS_AT_A_TIME = 1024
 
 
 @torch.library.custom_op("svg_ear::attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -23,6 +24,9 @@ def attention(
     v: Tensor,
     attn_mask: Tensor | None = None,
     layer: Tensor | None = None,
+    padding_keys: Tensor | None = None,
+    padding_rows: Tensor | None = None,
+    padding_proven: Tensor | None = None,
     *,
     plan: str = "{}",
     site: str = "",
@@ -36,8 +40,11 @@ def attention(
     Args:
         q: (B, H, N_q, D) float16, bfloat16 or float32, any strides.
         k, v: (B, H_kv, N_k, D), same dtype and device; H_kv divides H.
-        attn_mask: (B|1, H_kv|1, 1, N_k) bool key-padding mask, True takes part.
+        attn_mask: (B|1, H_kv|1, 1, N_k) bool key-padding mask, True takes part. With the three
+            results of `key_padding` for it, any mask that PyTorch's attention takes: what is no
+            padding makes the call dense.
         layer: any parameter of the layer that makes q; its identity tells layers apart.
+        padding_keys, padding_rows, padding_proven: see `kernels.padding.key_padding`.
         plan: `AttentionPlan.encode` of the plan.
         site: name of the call in its graph.
         scale: logit scale, 1/sqrt(D) by default.
@@ -52,12 +59,17 @@ def attention(
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype or device; the message names it.
     """
-    check_arguments(q, k, v, attn_mask, text_prefix, text_suffix)
+    proof = (padding_keys, padding_rows, padding_proven)
+    key_mask = attn_mask if padding_proven is None else padding_keys
+    check_arguments(q, k, v, key_mask, text_prefix, text_suffix)
+    check_proof(attn_mask, *proof)
     call = state.resolve(layer, site, AttentionPlan.decode(plan))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     text = (text_prefix, text_suffix)
     video_q, video_k = q.shape[2] - sum(text), k.shape[2] - sum(text)
-    if call.plan.is_dense or min(video_q, video_k) <= 0 or q.numel() == 0:
+    is_padding = padding_proven is None or bool(padding_proven)
+    short = min(video_q, video_k) < max(1, call.plan.min_tokens)
+    if call.plan.is_dense or short or q.numel() == 0 or not is_padding:
         return dense_attention(q, k, v, attn_mask, scale, return_lse)
     if q.is_cuda:
         from svg_ear_compile.kernels.gpu.attention import sparse_attention
@@ -73,12 +85,16 @@ def attention(
         k,
         v,
         call.plan,
-        attn_mask=attn_mask,
+        attn_mask=key_mask,
         scale=scale,
         text=text,
         centroids=warm or None,
         return_lse=return_lse,
     )
+    if padding_rows is not None:
+        result.out.masked_fill_(~padding_rows, 0.0)
+        if return_lse:
+            result.lse.masked_fill_(~padding_rows[..., 0], float("-inf"))
     if memory is not None:
         memory.q_centroids = result.queries.centroids
         memory.k_centroids = result.keys.centroids
@@ -94,6 +110,9 @@ def _(
     v: Tensor,
     attn_mask: Tensor | None = None,
     layer: Tensor | None = None,
+    padding_keys: Tensor | None = None,
+    padding_rows: Tensor | None = None,
+    padding_proven: Tensor | None = None,
     *,
     plan: str = "{}",
     site: str = "",
@@ -110,12 +129,14 @@ def dense_attention(
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's own attention in the layout that the operator promises; see `attention`."""
     grouped = q.shape[1] != k.shape[1]
-    lse = _empty_lse(q, return_lse)
-    if return_lse:
-        lse.copy_(dense_lse(q, k, attn_mask, scale))
     mask = attn_mask
     if mask is not None and mask.shape[1] not in (1, q.shape[1]):
         mask = mask.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)
+    lse = _empty_lse(q, return_lse)
+    if return_lse:
+        lse.copy_(dense_lse(q, k, mask, scale))
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
     promised = torch.empty_like(q, device="meta").stride()
     if out.stride() != promised or any(out is t for t in (q, k, v)):
@@ -123,20 +144,25 @@ def dense_attention(
     return out, lse
 
 
-def dense_lse(q: Tensor, k: Tensor, attn_mask: Tensor | None, scale: float) -> Tensor:
-    """(B, H, N_q) float32 log-sum-exp of dense attention, a slice of queries at a time."""
+def dense_lse(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """(B, H, N_q) float32 log-sum-exp of dense attention, a slice of queries at a time.
+
+    Args:
+        q, k, scale: see `attention`.
+        mask: (B|1, H|1, N_q|1, N_k), bool or added to the logits, or None.
+    """
     groups = q.shape[1] // k.shape[1]
     keys = k.repeat_interleave(groups, 1).transpose(2, 3)
-    mask = None if attn_mask is None else attn_mask
-    if mask is not None and mask.shape[1] not in (1, q.shape[1]):
-        mask = mask.repeat_interleave(groups, 1)
     parts = []
-    for rows in q.split(1024, dim=2):
-        logits = (rows @ keys).float() * scale
+    for first in range(0, q.shape[2], _ROWS_AT_A_TIME):
+        rows = slice(first, first + _ROWS_AT_A_TIME)
+        logits = (q[:, :, rows] @ keys).float() * scale
         if mask is not None:
-            logits = logits.masked_fill(~mask, float("-inf"))
+            part = mask if mask.shape[2] == 1 else mask[:, :, rows]
+            is_bool = part.dtype == torch.bool
+            logits = logits.masked_fill(~part, float("-inf")) if is_bool else logits + part
         parts.append(logits.logsumexp(-1))
-    return torch.cat(parts, -1)
+    return torch.cat(parts, -1) if parts else _empty_lse(q, True)
 
 
 def _empty_lse(q: Tensor, return_lse: bool) -> Tensor:
@@ -192,3 +218,18 @@ def check_arguments(
             raise ValueError(
                 f"attn_mask must be on the device of q ({q.device}), got {attn_mask.device}"
             )
+
+
+def check_proof(
+    attn_mask: Tensor | None,
+    padding_keys: Tensor | None,
+    padding_rows: Tensor | None,
+    padding_proven: Tensor | None,
+) -> None:
+    """Raise a ValueError unless the results of `key_padding` come together and with their mask."""
+    given = [t is not None for t in (padding_keys, padding_rows, padding_proven)]
+    if any(given) and not (all(given) and attn_mask is not None):
+        raise ValueError(
+            "padding_keys, padding_rows and padding_proven are the results of key_padding for "
+            "attn_mask: give all four or attn_mask alone"
+        )

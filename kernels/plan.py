@@ -52,6 +52,8 @@ class AttentionPlan:
         first_iterations: k-means iterations where nothing is remembered.
         warm_iterations: k-means iterations from remembered centroids.
         seed: seed of the stratified sample that starts the first k-means.
+        min_tokens: a call with fewer video tokens is dense. For graphs that serve several lengths
+            and so cannot decide while they are compiled.
 
     Raises:
         ValueError: a field is out of its range; the message names the field.
@@ -69,6 +71,7 @@ class AttentionPlan:
     first_iterations: int = 5
     warm_iterations: int = 2
     seed: int = 0
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("density", "top_p", "min_block_ratio"):
@@ -88,6 +91,8 @@ class AttentionPlan:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
+        if self.min_tokens < 0:
+            raise ValueError(f"min_tokens must not be negative, got {self.min_tokens!r}")
         for name in ("first_iterations", "warm_iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")

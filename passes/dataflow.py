@@ -1,98 +1,143 @@
-"""Which node's data reaches which: the FX graph as a networkx graph, writes in place included."""
+"""Which node's data reaches which: a graph and its child graphs as one networkx graph.
+
+Writes in place are edges too: RoPE is often written by `setitem` into a buffer that is no FX
+ancestor of the query it becomes.
+"""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Set
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import networkx as nx
 import torch
-import torch.nn.functional as F
-from torch.fx import Graph, Node
+from torch.fx import GraphModule, Node
 
-# Their results share memory with their first argument: a write into one is seen by readers of the
-# other.
-# fmt: off
-VIEW_METHODS = frozenset({
-    "view", "reshape", "transpose", "permute", "unflatten", "flatten", "unsqueeze", "squeeze",
-    "expand", "narrow", "select", "chunk", "split", "unbind", "swapaxes", "movedim", "view_as",
-    "expand_as", "t", "mT",
-})
-# fmt: on
-VIEW_FUNCTIONS = frozenset(
-    {
-        operator.getitem,
-        torch.transpose,
-        torch.permute,
-        torch.reshape,
-        torch.flatten,
-        torch.unflatten,
-        torch.unsqueeze,
-        torch.squeeze,
-        torch.chunk,
-        torch.split,
-        torch.unbind,
-        torch.narrow,
-        torch.select,
-    }
-)
-# Their results are the same tokens under another type or in other memory.
-SAME_METHODS = frozenset(
-    {"to", "type_as", "contiguous", "clone", "float", "half", "bfloat16", "detach", "type"}
-)
-SAME_FUNCTIONS = frozenset({F.dropout, torch.clone, torch.detach})
-
-LINEAR_FUNCTIONS = frozenset({F.linear, torch._C._nn.linear, torch.addmm})
-CONV_FUNCTIONS = frozenset({F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d})
+from svg_ear_compile.passes.operation import CASTS, CONVOLUTIONS, LINEAR, VIEWS, operation
 
 
-def calls(node: Node, methods: frozenset[str], functions: Set[Any]) -> bool:
-    """True if the node calls one of these, by identity of the target."""
-    if node.op == "call_method":
-        return node.target in methods
-    return node.op == "call_function" and node.target in functions
+def _viewed(node: Node) -> Node | None:
+    """The tensor of which the node is a view, or None where it has memory of its own."""
+    name = operation(node)
+    viewed = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(viewed, Node):
+        return None
+    if name in VIEWS or (name.endswith("_") and not name.endswith("__")):
+        return viewed
+    if name in CASTS:
+        before, after = (n.meta.get("example_value") for n in (viewed, node))
+        if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
+            same = before.dtype == after.dtype and before.device == after.device
+            if same and (name != "contiguous" or before.is_contiguous()):
+                return viewed
+    return None
 
 
-def memory_of(node: Node) -> Node:
-    """The node that made the memory that `node` is a view of."""
-    while calls(node, VIEW_METHODS, VIEW_FUNCTIONS):
-        viewed = node.args[0] if node.args else node.kwargs.get("input")
-        if not isinstance(viewed, Node):
-            break
-        node = viewed
-    return node
+def written(node: Node) -> list[Node]:
+    """The tensors that the node writes into."""
+    found: list[object] = [node.kwargs.get("out")]
+    name = operation(node)
+    if (name.endswith("_") and not name.endswith("__")) or name == "setitem":
+        found += node.args[:1] or [node.kwargs.get("input")]
+    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+    if schema is not None and schema.is_mutable:
+        for position, argument in enumerate(schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = node.args[position] if position < len(node.args) else None
+                found.append(node.kwargs.get(argument.name, given))
+    return list(dict.fromkeys(n for n in found if isinstance(n, Node)))
 
 
-def written(node: Node) -> Node | None:
-    """The tensor that the node writes into, or None."""
-    in_place = node.op == "call_function" and node.target is operator.setitem
-    if node.op == "call_method" and isinstance(node.target, str):
-        in_place = node.target.endswith("_") and not node.target.endswith("__")
-    if in_place and node.args and isinstance(node.args[0], Node):
-        return node.args[0]
-    out = node.kwargs.get("out")
-    return out if isinstance(out, Node) else None
+class Dataflow:
+    """The dataflow of a graph module.
 
-
-def dataflow(graph: Graph) -> nx.DiGraph:
-    """Edges from every node to the nodes that read its data.
-
-    A write in place reaches all later readers of the written memory, though it is no FX ancestor of
-    theirs (RoPE is often written by `setitem` into a buffer).
+    Attributes:
+        graph: edges from every node to the nodes that read its data; a write in place reaches all
+            later readers of the written memory. Child graphs (branches, checkpoints) are part of
+            it: what a call hands to its child is the child's input.
+        position: place of each node in the order of its own graph.
     """
-    flow = nx.DiGraph()
-    writers: dict[Node, list[Node]] = {}
-    for node in graph.nodes:
-        flow.add_node(node)
-        for source in node.all_input_nodes:
-            flow.add_edge(source, node)
-            for writer in writers.get(memory_of(source), ()):
-                flow.add_edge(writer, node)
-        target = written(node)
-        if target is not None:
-            writers.setdefault(memory_of(target), []).append(node)
-    return flow
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.graph = nx.DiGraph()
+        self.position: dict[Node, int] = {}
+        self._memory: dict[Node, Node] = {}
+        self._writers: dict[Node, list[Node]] = {}
+        for module in gm.modules():
+            if isinstance(module, GraphModule):
+                self._add(module)
+
+    def _add(self, gm: GraphModule) -> None:
+        for place, node in enumerate(gm.graph.nodes):
+            self.position[node] = place
+            self.graph.add_node(node)
+            viewed = _viewed(node)
+            self._memory[node] = node if viewed is None else self._memory[viewed]
+            for source in node.all_input_nodes:
+                self.graph.add_edge(source, node)
+                # Earlier writers reach the last one: a writer reads what it writes into.
+                self.graph.add_edges_from((w, node) for w in self._writers_of(source)[-1:])
+            for target in written(node):
+                self._writers.setdefault(self._memory[target], []).append(node)
+            for child in _children(gm, node):
+                self._join(node, child)
+
+    def _join(self, call: Node, child: GraphModule) -> None:
+        """Operands come last among the arguments of whatever calls a child graph."""
+        inputs = [n for n in child.graph.nodes if n.op == "placeholder"]
+        handed = [n for n in call.all_input_nodes if n.op != "get_attr" or _is_tensor(n)]
+        for source, inside in zip(reversed(handed), reversed(inputs), strict=False):
+            self.graph.add_edge(source, inside)
+        (output,) = child.graph.find_nodes(op="output")
+        self.graph.add_edge(output, call)
+
+    def _writers_of(self, tensor: Node) -> list[Node]:
+        return self._writers.get(self._memory[tensor], [])
+
+    def sources(self, node: Node) -> Iterator[Node]:
+        """The nodes whose data the node reads."""
+        return self.graph.predecessors(node)
+
+    def backward(
+        self, start: Node, stop: Callable[[Node], bool], reader: Node | None = None
+    ) -> Iterator[Node]:
+        """Nodes from which data reaches `start`, nearest first; what `stop` accepts is not passed.
+
+        Given the node that reads `start`, what was written into its memory before that counts too.
+        """
+        queue = [start, *(self.writes_before(start, reader) if reader is not None else ())]
+        seen = set(queue)
+        for node in queue:
+            yield node
+            if stop(node):
+                continue
+            for source in self.sources(node):
+                if source not in seen:
+                    seen.add(source)
+                    queue.append(source)
+
+    def writes_before(self, tensor: Node, reader: Node) -> list[Node]:
+        """Nodes that write into the memory of `tensor` before `reader` runs, itself left out."""
+        end = self.position[reader]
+        return [n for n in self._writers_of(tensor) if self.position[n] < end and n is not tensor]
+
+    def is_before(self, first: Node, last: Node) -> bool:
+        """True if `first` runs before `last`, a node of the same graph."""
+        return self.position[first] < self.position[last]
+
+    def is_written_between(self, tensor: Node, first: Node, last: Node) -> bool:
+        """True if something writes into the memory of `tensor` after `first` and before `last`."""
+        start = self.position[first]
+        return any(self.position[n] > start for n in self.writes_before(tensor, last))
+
+
+def _children(gm: GraphModule, node: Node) -> list[GraphModule]:
+    names = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
+    found = [getattr(gm, name, None) for name in names if isinstance(name, str) and "." not in name]
+    return [child for child in found if isinstance(child, GraphModule)]
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("example_value"), torch.Tensor)
 
 
 def projected_input(node: Node) -> Node | None:
@@ -102,32 +147,9 @@ def projected_input(node: Node) -> Node | None:
         module = owner.get_submodule(str(node.target)) if owner is not None else None
         kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
         found: object = node.args[0] if isinstance(module, kinds) else None
-    elif calls(node, frozenset(), LINEAR_FUNCTIONS | CONV_FUNCTIONS):
-        position = 1 if node.target is torch.addmm else 0
+    elif (name := operation(node)) in LINEAR | CONVOLUTIONS:
+        position = 1 if name == "addmm" else 0
         found = node.args[position] if len(node.args) > position else node.kwargs.get("input")
     else:
         return None
     return found if isinstance(found, Node) else None
-
-
-def backward(
-    flow: nx.DiGraph, start: Node, stop: Callable[[Node], bool], reader: Node | None = None
-) -> Iterator[Node]:
-    """Nodes from which data reaches `start`, nearest first; what `stop` accepts is not passed.
-
-    Given the node that reads `start`, what was written into its memory before that counts too.
-    """
-    queue = [start]
-    for node in flow.predecessors(reader) if reader is not None else ():
-        target = written(node)
-        if target is not None and node is not start and memory_of(target) is memory_of(start):
-            queue.append(node)
-    seen = set(queue)
-    for node in queue:
-        yield node
-        if stop(node):
-            continue
-        for source in flow.predecessors(node):
-            if source not in seen:
-                seen.add(source)
-                queue.append(source)

@@ -4,159 +4,153 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import networkx as nx
 import torch
-import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from svg_ear_compile.kernels.op import DTYPES
 from svg_ear_compile.kernels.plan import HEAD_DIMS
-from svg_ear_compile.passes.dataflow import backward, dataflow, projected_input
-from svg_ear_compile.passes.role import hint, role_of, shape_of, text_span
-from svg_ear_compile.passes.site import AttentionSite, Reason, Role, TextSpan
-
-SDPA_TARGETS = frozenset(
-    {
-        F.scaled_dot_product_attention,
-        torch._C._nn.scaled_dot_product_attention,
-        torch.ops.aten.scaled_dot_product_attention,
-        torch.ops.aten.scaled_dot_product_attention.default,
-    }
-)
-# The builtin has no Python signature; these are its parameters in order.
-_POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
-
-
-@dataclass(frozen=True)
-class _Arguments:
-    """Arguments of one SDPA call, whatever form it was written in."""
-
-    query: Node
-    key: Node
-    value: Node
-    attn_mask: Node | None
-    dropout_p: object
-    is_causal: object
-    scale: Any
-
-
-def sdpa_arguments(node: Node) -> _Arguments | None:
-    """Arguments of an SDPA call by name, or None if q, k or v is not a node."""
-    given = {**_DEFAULTS, **dict(zip(_POSITIONAL, node.args, strict=False)), **node.kwargs}
-    given.pop("enable_gqa", None)  # the operator reads it off the head counts
-    if not all(isinstance(given.get(name), Node) for name in ("query", "key", "value")):
-        return None
-    return _Arguments(**given)  # type: ignore[arg-type]
+from svg_ear_compile.passes.dataflow import Dataflow, projected_input
+from svg_ear_compile.passes.folding import folds, role_in_clip
+from svg_ear_compile.passes.handwritten import read_handwritten
+from svg_ear_compile.passes.mask import judge_mask
+from svg_ear_compile.passes.operation import operation
+from svg_ear_compile.passes.role import are_same_tokens, projection_sources, role_of
+from svg_ear_compile.passes.sdpa import LEAF_TARGETS, SDPA_TARGETS, read_flex, read_leaf, read_sdpa
+from svg_ear_compile.passes.site import AttentionSite, Call, Reason, Role, Size, TextSpan
+from svg_ear_compile.passes.symbolic import hint
+from svg_ear_compile.passes.text import text_span
 
 
 def find_sites(gm: GraphModule) -> list[AttentionSite]:
     """Every attention call of the graph and of its child graphs, in the order of execution."""
-    sites: list[AttentionSite] = []
+    if not any(_may_be_attention(node) for node in _nodes(gm)):
+        return []
+    flow = Dataflow(gm)
+    calls = [call for node in _nodes(gm) if (call := _read(node, flow)) is not None]
+    describe = _Describer(flow, {node for call in calls for node in call.steps}, folds(flow))
     seen: Counter[str] = Counter()
-    for module in gm.modules():
-        if isinstance(module, GraphModule):
-            sites += _sites_of(module, seen)
-    return sites
-
-
-def _sites_of(gm: GraphModule, seen: Counter[str]) -> list[AttentionSite]:
-    flow: nx.DiGraph | None = None
     sites = []
-    calls = {n for n in gm.graph.nodes if n.op == "call_function" and n.target in SDPA_TARGETS}
-    for node in gm.graph.nodes:
-        if node not in calls:
-            continue
-        arguments = sdpa_arguments(node)
-        if arguments is None:
-            continue
-        if flow is None:
-            flow = dataflow(gm.graph)
-        layer = layer_path(node)
+    for call in calls:
+        layer = layer_path(call.node)
         seen[layer] += 1
         name = layer if seen[layer] == 1 else f"{layer}#{seen[layer]}"
-        sites.append(_describe(flow, node, arguments, layer, name, calls))
+        sites.append(describe(call, layer, name))
     return sites
 
 
-def _describe(
-    flow: nx.DiGraph, node: Node, given: _Arguments, layer: str, name: str, calls: Set[Node]
-) -> AttentionSite:
-    q_shape, k_shape = shape_of(given.query) or (), shape_of(given.key) or ()
-    value = given.query.meta.get("example_value")
-    role = role_of(flow, given.query, given.key, node)
-    out = node.meta.get("example_value")
-    reason = _reason_to_leave(given, role, out.dtype if isinstance(out, torch.Tensor) else None)
-    text = text_span(flow, given.query, q_shape[2], calls) if reason is None else TextSpan()
-    return AttentionSite(
-        name=name,
-        node=node,
-        q=given.query,
-        k=given.key,
-        v=given.value,
-        mask=given.attn_mask,
-        scale=given.scale,
-        layer=layer,
-        layer_parameter=_layer_parameter(flow, given.query, node),
-        role=Role.JOINT if role is Role.SELF and text != TextSpan() else role,
-        text=text,
-        q_shape=q_shape,
-        k_shape=k_shape,
-        dtype=out.dtype if isinstance(out, torch.Tensor) else None,
-        device=value.device if isinstance(value, torch.Tensor) else None,
-        reason=reason,
-    )
+def _nodes(gm: GraphModule) -> Iterator[Node]:
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            yield from module.graph.nodes
 
 
-def _reason_to_leave(given: _Arguments, role: Role, dtype: torch.dtype | None) -> Reason | None:
-    if given.is_causal is not False:
+def _may_be_attention(node: Node) -> bool:
+    if node.op == "call_function" and (
+        node.target in SDPA_TARGETS
+        or node.target in LEAF_TARGETS
+        or node.target is torch.ops.higher_order.flex_attention
+    ):
+        return True
+    return operation(node) == "softmax"
+
+
+def _read(node: Node, flow: Dataflow) -> Call | None:
+    if not _may_be_attention(node):
+        return None
+    found = read_sdpa(node) or read_flex(node) or read_leaf(node)
+    return found or read_handwritten(node, flow)
+
+
+@dataclass(frozen=True)
+class _Describer:
+    """Describes the calls of one graph module; see the modules of the same names."""
+
+    flow: Dataflow
+    attention: set[Node]
+    parts: dict[Node, int]
+
+    def __call__(self, call: Call, layer: str, name: str) -> AttentionSite:
+        flow = self.flow
+        first, last = call.steps[0], call.steps[-1]  # q and k are read by the one, v by the other
+        q_shape, k_shape = call.q.sizes() or (), call.k.sizes() or ()
+        q_sources, k_sources, v_sources = (
+            projection_sources(flow, operand.node, reader)
+            for operand, reader in ((call.q, first), (call.k, first), (call.v, last))
+        )
+        role = role_of(q_sources, k_sources)
+        if role in (Role.SELF, Role.JOINT) and q_shape:
+            tokens = hint(q_shape[2])
+            within = (role_in_clip(source, tokens, self.parts) for source in q_sources)
+            role = next((found for found in within if found is not None), role)
+        dtype = _computed_in(call)
+        prove_mask = False
+        reason = call.reason or _reason_to_leave(call, role, dtype)
+        if reason is None and not are_same_tokens(flow, k_sources, v_sources, hint(k_shape[2])):
+            reason = Reason.VALUES
+        if reason is None and call.mask is not None:
+            judged = judge_mask(flow, call.mask, q_shape, k_shape)
+            reason, prove_mask = (judged, False) if isinstance(judged, Reason) else (None, judged)
+        text = TextSpan()
+        if reason is None:
+            text = text_span(flow, call.q.node, q_shape[2], self.attention)
+        q = call.q.node.meta.get("example_value")
+        return AttentionSite(
+            name=name,
+            call=call,
+            layer=layer,
+            layer_parameter=_layer_parameter(flow, call.q.node, first),
+            role=Role.JOINT if role is Role.SELF and text != TextSpan() else role,
+            text=text,
+            q_shape=q_shape,
+            k_shape=k_shape,
+            dtype=dtype,
+            device=q.device if isinstance(q, torch.Tensor) else None,
+            prove_mask=prove_mask,
+            reason=reason,
+        )
+
+
+def _computed_in(call: Call) -> torch.dtype | None:
+    """The output's dtype; not that of q under autocast, nor where q and k were cast up."""
+    out = call.node.meta.get("example_value")
+    return out.dtype if isinstance(out, torch.Tensor) else None
+
+
+def _reason_to_leave(call: Call, role: Role, dtype: torch.dtype | None) -> Reason | None:
+    if call.is_causal is not False:
         return Reason.CAUSAL
-    if given.dropout_p != 0.0:
+    if call.dropout_p != 0.0:
         return Reason.DROPOUT
-    values = [n.meta.get("example_value") for n in (given.query, given.key, given.value)]
-    tensors = [t for t in values if isinstance(t, torch.Tensor) and t.dim() == 4]
-    if len(tensors) != 3:
+    shapes = [operand.sizes() for operand in (call.q, call.k, call.v)]
+    if any(shape is None for shape in shapes):
         return Reason.LAYOUT
-    q, k, v = tensors
-    if dtype not in DTYPES or any(t.dtype != q.dtype for t in (k, v)):
+    dtypes = {operand.node.meta["example_value"].dtype for operand in (call.q, call.k, call.v)}
+    if dtype not in DTYPES or len(dtypes) > 1:
         return Reason.DTYPE
-    if q.shape[3] not in HEAD_DIMS or v.shape[3] != q.shape[3]:
+    q, k, v = (shape for shape in shapes if shape is not None)
+    if q[3] not in HEAD_DIMS or v[3] != q[3]:
         return Reason.HEAD_DIM
     if role is Role.CROSS:
         return Reason.CROSS_ATTENTION
-    q_tokens, k_tokens = hint(q.shape[2]), hint(k.shape[2])
-    if role is Role.PREFIX or q_tokens != k_tokens:
-        return Reason.ROLE
-    if not _fit(q, k, v):
-        return Reason.LAYOUT
-    if given.attn_mask is not None and not _is_key_padding(given.attn_mask, k):
-        return Reason.MASK
-    return None
+    if role is Role.PREFIX or hint(q[2]) != hint(k[2]):
+        return Reason.PREFIX
+    if role in (Role.SPATIAL, Role.TEMPORAL):
+        return Reason.PART_OF_CLIP
+    return None if _fit(q, k, v) else Reason.LAYOUT
 
 
-def _fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+def _fit(q: tuple[Size, ...], k: tuple[Size, ...], v: tuple[Size, ...]) -> bool:
     """True if the operator takes these shapes: it has grouped heads, but does not broadcast."""
     (batch, heads), (kv_batch, kv_heads, k_tokens), values = (
-        [hint(size) for size in shape] for shape in (q.shape[:2], k.shape[:3], v.shape[:3])
+        [hint(size) for size in shape] for shape in (q[:2], k[:3], v[:3])
     )
     if [kv_batch, kv_heads, k_tokens] != values or kv_batch != batch:
         return False
     return heads == kv_heads or bool(heads and kv_heads and heads % kv_heads == 0)
-
-
-def _is_key_padding(mask: Node, k: torch.Tensor) -> bool:
-    """A bool mask of one query row is key padding by its shape, whatever it holds."""
-    value = mask.meta.get("example_value")
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool or value.dim() != 4:
-        return False
-    batch, heads, rows, keys = (hint(size) for size in value.shape)
-    fits = batch in (1, hint(k.shape[0])) and heads in (1, hint(k.shape[1]))
-    return fits and rows == 1 and keys == hint(k.shape[2])
 
 
 def layer_path(node: Node) -> str:
@@ -171,18 +165,18 @@ def layer_path(node: Node) -> str:
     return ".".join(p for p in parts if p not in ("_modules", "__dict__", "_orig_mod"))
 
 
-def _layer_parameter(flow: nx.DiGraph, q: Node, reader: Node) -> Node | None:
+def _layer_parameter(flow: Dataflow, q: Node, reader: Node) -> Node | None:
     """A parameter from which q descends: its identity tells layers of one graph apart.
 
     The nearest projection's is the layer's own; a norm's on the way may be shared by all layers.
     """
-    for node in backward(flow, q, lambda n: projected_input(n) is not None, reader):
+    for node in flow.backward(q, lambda n: projected_input(n) is not None, reader):
         if projected_input(node) is not None:
             for source in node.all_input_nodes:
-                if _is_plain_parameter(source):
+                if _is_plain_parameter(source) and source.graph is q.graph:
                     return source
-    for node in backward(flow, q, _is_plain_parameter, reader):
-        if _is_plain_parameter(node):
+    for node in flow.backward(q, _is_plain_parameter, reader):
+        if _is_plain_parameter(node) and node.graph is q.graph:
             return node
     return None
 

@@ -8,6 +8,8 @@ from enum import Enum
 import torch
 from torch.fx import Node
 
+Size = int | torch.SymInt
+
 
 class Role(str, Enum):
     """Which tokens attend to which, judged by the projections that q and k come from."""
@@ -16,18 +18,28 @@ class Role(str, Enum):
     JOINT = "joint"
     CROSS = "cross"
     PREFIX = "prefix"
+    SPATIAL = "spatial"
+    TEMPORAL = "temporal"
     UNKNOWN = "unknown"
 
 
 class Reason(str, Enum):
-    """Why a site is left dense. The value is the code; `sentence` says it in words."""
+    """Why a site is left as it is. The value is the code; `sentence` says it in words."""
 
     CAUSAL = "causal"
     DROPOUT = "dropout"
     GRADIENTS = "gradients"
     CROSS_ATTENTION = "cross_attention"
-    ROLE = "role"
+    PREFIX = "prefix"
+    VALUES = "values"
+    PART_OF_CLIP = "part_of_clip"
     MASK = "mask"
+    FLEX = "flex"
+    LEAF = "leaf"
+    SPELLING = "spelling"
+    WEIGHTS = "weights"
+    WRITTEN = "written"
+    SCALE = "scale"
     HEAD_DIM = "head_dim"
     DTYPE = "dtype"
     LAYOUT = "layout"
@@ -40,17 +52,92 @@ class Reason(str, Enum):
 
 
 _SENTENCES = {
-    Reason.CAUSAL: "Causal attention is a language model's, not a video's.",
+    Reason.CAUSAL: "Causal or windowed by position: a language model's attention, not a video's.",
     Reason.DROPOUT: "Attention dropout is on: this is training.",
     Reason.GRADIENTS: "The graph needs gradients; the sparse operator is for inference.",
     Reason.CROSS_ATTENTION: "Queries and keys come from different tokens; text keys are few.",
-    Reason.ROLE: "Queries are a part of the keys' tokens (cached or prefix keys).",
-    Reason.MASK: "The mask is not key padding by its shape and type (bool, one query row).",
+    Reason.PREFIX: "Queries are a part of the keys' tokens (cached or prefix keys).",
+    Reason.VALUES: "Values come from other tokens than the keys.",
+    Reason.PART_OF_CLIP: "Tokens of one frame, place or window attend to each other: short rows.",
+    Reason.MASK: "The mask's shape fits no key padding (per query head, or not over the keys).",
+    Reason.FLEX: "flex_attention with a mask or score function of its own is sparse already.",
+    Reason.LEAF: "Attention inside one PyTorch call, with its projections: it cannot be opened.",
+    Reason.SPELLING: "Attention written by hand with a step that the pass does not know.",
+    Reason.WEIGHTS: "The attention weights are used elsewhere, so they have to be computed.",
+    Reason.WRITTEN: "q, k, v or the mask is overwritten before the attention is complete.",
+    Reason.SCALE: "The logits are scaled by a tensor, not by one number.",
     Reason.HEAD_DIM: "The kernels are not built for this head dim, or values are of another one.",
     Reason.DTYPE: "The kernels take float16, bfloat16 and float32, the same for q, k and v.",
     Reason.LAYOUT: "q, k, v are not (batch, heads, tokens, head dim) with matching heads.",
     Reason.SHORT: "Too few tokens: clustering would cost more than it saves.",
 }
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of an attention call and what its dimensions are.
+
+    Attributes:
+        node: the tensor.
+        dims: one letter for each dimension: batch, heads, n tokens, d channels ("bhnd"); in a mask
+            q queries and k keys ("bhqk"). A letter that is missing has extent 1.
+    """
+
+    node: Node
+    dims: str = "bhnd"
+
+    def sizes(self, order: str = "bhnd") -> tuple[Size, ...] | None:
+        """Extents in that order of letters, as traced; None if the node is no such tensor."""
+        value = self.node.meta.get("example_value")
+        if not isinstance(value, torch.Tensor) or value.dim() != len(self.dims):
+            return None
+        return tuple(
+            value.shape[self.dims.index(letter)] if letter in self.dims else 1 for letter in order
+        )
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask of an attention call.
+
+    Attributes:
+        tensor: its tensor, dims over "bhqk".
+        inverted: True in a bool mask leaves a key out instead of keeping it.
+        finite_fill: a key that is left out gets a large negative logit, not -inf: a row without
+            any key is the mean of all values.
+    """
+
+    tensor: Operand
+    inverted: bool = False
+    finite_fill: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """An attention call as it is written, whatever its spelling.
+
+    Attributes:
+        node: the node that holds the output.
+        steps: all nodes that the rewrite replaces, in order of execution, `node` the last.
+        q, k, v: operands.
+        out_dims: letters of the output's dimensions.
+        mask: None where there is none.
+        scale: of the logits; None is 1/sqrt(D).
+        dropout_p, is_causal: as given to the call; hand-written attention has neither.
+        reason: why the call cannot be read any further, or None.
+    """
+
+    node: Node
+    steps: tuple[Node, ...]
+    q: Operand
+    k: Operand
+    v: Operand
+    out_dims: str = "bhnd"
+    mask: Mask | None = None
+    scale: float | Node | None = None
+    dropout_p: object = 0.0
+    is_causal: object = False
+    reason: Reason | None = None
 
 
 @dataclass(frozen=True)
@@ -86,37 +173,32 @@ class TextSpan:
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention call of a graph.
+    """One attention call of a graph and what is known of it.
 
     Attributes:
         name: unique in the graph and the same in every process: the layer path, numbered where a
             layer attends more than once.
-        node: the call.
-        q, k, v, mask: its tensor arguments; mask is None where there is none.
-        scale: the scale argument, a number, a node or None.
+        call: the call as it is written.
         layer: path of the module that attends, e.g. "blocks.3.attn1"; "" for a bare function.
         layer_parameter: node of the nearest parameter from which q descends, or None.
         role: see `Role`.
         text: see `TextSpan`.
-        q_shape, k_shape: (B, H, N, D), entries may be SymInt.
-        dtype: of the output; under autocast not that of q.
+        q_shape, k_shape: (B, H, N, D), entries may be SymInt; () where the call cannot be read.
+        dtype: in which attention is computed; under autocast not that of q.
         device: of q.
+        prove_mask: the mask's shape does not tell whether it is key padding: its values have to.
         reason: why the site cannot be sparse whatever it would gain, or None.
     """
 
     name: str
-    node: Node
-    q: Node
-    k: Node
-    v: Node
-    mask: Node | None
-    scale: float | Node | None
+    call: Call
     layer: str
     layer_parameter: Node | None
     role: Role
     text: TextSpan
-    q_shape: tuple[int | torch.SymInt, ...]
-    k_shape: tuple[int | torch.SymInt, ...]
+    q_shape: tuple[Size, ...]
+    k_shape: tuple[Size, ...]
     dtype: torch.dtype | None
     device: torch.device | None
+    prove_mask: bool
     reason: Reason | None

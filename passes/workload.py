@@ -10,8 +10,8 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from svg_ear_compile.passes.dataflow import projected_input
-from svg_ear_compile.passes.find import SDPA_TARGETS
-from svg_ear_compile.passes.role import hint
+from svg_ear_compile.passes.sdpa import SDPA_TARGETS
+from svg_ear_compile.passes.symbolic import hint
 
 
 @dataclass(frozen=True)

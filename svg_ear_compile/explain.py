@@ -43,7 +43,7 @@ class Explanation:
         for column in ("layer", "role", "B × H × N_q × N_k × D", "text", "plan", "why"):
             table.add_column(column, overflow="fold")
         for site in self.sites:
-            shape = " × ".join("?" if size is None else str(size) for size in site.shape)
+            shape = " × ".join("?" if size is None else str(size) for size in site.shape) or "?"
             text = "" if site.text == (0, 0) else f"{site.text[0]} + {site.text[1]}"
             table.add_row(
                 site.site or "(function)", site.role, shape, text, _plan(site), _why(site)

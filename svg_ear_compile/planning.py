@@ -10,9 +10,9 @@ from torch.fx import GraphModule
 from svg_ear_compile.cost_model.size_rule import min_tokens
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.passes.find import find_sites
-from svg_ear_compile.passes.rewrite import finish, rewrite_site
-from svg_ear_compile.passes.role import hint
+from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.site import AttentionSite, Reason, TextSpan
+from svg_ear_compile.passes.symbolic import hint
 from svg_ear_compile.passes.workload import RestOfModel, rest_of_model
 from svg_ear_compile.settings import Settings
 
@@ -76,24 +76,25 @@ def plan_site(site: AttentionSite, settings: Settings) -> AttentionPlan | Reason
         least = min_tokens(site.device.type)
     tokens = site.q_shape[2]
     if isinstance(tokens, torch.SymInt):
-        # One range guard: shorter sequences get a graph of their own, longer ones share this one.
-        return settings.plan if bool(tokens >= least) else Reason.SHORT
+        # The graph serves other lengths too. A guard on this one would compile once more for the
+        # others, so each call decides.
+        return replace(settings.plan, min_tokens=least)
     return settings.plan if tokens - sum(site.text.traced) >= least else Reason.SHORT
 
 
 def rewrite_graph(gm: GraphModule, settings: Settings) -> GraphReport:
     """Find, plan and rewrite every site of a graph in place; report each."""
     rest = rest_of_model(gm)
-    reports = []
-    for found in find_sites(gm):
-        site = _with_given_text(found, settings)
-        decided = plan_site(site, settings)
-        reports.append(_report(site, decided))
-        if isinstance(decided, AttentionPlan):
-            rewrite_site(site, decided)
-    report = GraphReport(reports, rest)
-    if report.sparse:
-        finish(gm)
+    sites = [_with_given_text(found, settings) for found in find_sites(gm)]
+    plans = [plan_site(site, settings) for site in sites]
+    report = GraphReport([_report(*pair) for pair in zip(sites, plans, strict=True)], rest)
+    planned = [
+        (site, plan)
+        for site, plan in zip(sites, plans, strict=True)
+        if isinstance(plan, AttentionPlan)
+    ]
+    if planned:
+        rewrite(gm, planned)
     return report
 
 
@@ -128,6 +129,17 @@ def _report(site: AttentionSite, decided: AttentionPlan | Reason) -> SiteReport:
         plan=plan,
         clusters=clusters,
         reason=decided.value if isinstance(decided, Reason) else None,
-        sentence=decided.sentence if isinstance(decided, Reason) else "sparse",
+        sentence=_sentence(site, decided),
         bound_by=site.layer_parameter.name if site.layer_parameter else None,
     )
+
+
+def _sentence(site: AttentionSite, decided: AttentionPlan | Reason) -> str:
+    if isinstance(decided, Reason):
+        return decided.sentence
+    conditions = []
+    if decided.min_tokens:
+        conditions.append(f"from {decided.min_tokens} video tokens on")
+    if site.prove_mask:
+        conditions.append("if the mask turns out to be padding")
+    return " ".join(["sparse", *([", ".join(conditions)] if conditions else [])])

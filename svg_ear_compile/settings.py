@@ -12,7 +12,8 @@ from torch._inductor import list_mode_options, list_options
 
 from svg_ear_compile.kernels.plan import AttentionPlan
 
-_PLAN_FIELDS = {f.name: f for f in fields(AttentionPlan)}
+# A plan's own min_tokens is for graphs of several lengths; the option is the same number for all.
+_PLAN_FIELDS = {f.name: f for f in fields(AttentionPlan) if f.name != "min_tokens"}
 _NUMBER_OF = {"top_p": "top_p", "min_block_ratio": "top_p", "threshold": "threshold"}
 
 

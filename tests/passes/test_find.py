@@ -84,15 +84,19 @@ def test_every_argument_form_says_the_same(
 
     (graph,) = graphs_of(call, q, k, v, mask)
     (site,) = find_sites(graph)
-    assert [n.name for n in (site.q, site.k, site.v)] == ["l_q_", "l_k_", "l_v_"]
-    assert (site.mask and site.mask.name) == (None if mask is None else "l_mask_")
-    assert site.scale == scale
+    call_read = site.call
+    assert [x.node.name for x in (call_read.q, call_read.k, call_read.v)] == [
+        "l_q_", "l_k_", "l_v_",
+    ]  # fmt: skip
+    found_mask = call_read.mask and call_read.mask.tensor.node.name
+    assert found_mask == (None if mask is None else "l_mask_")
+    assert call_read.scale == scale
     assert site.q_shape == (1, HEADS, TOKENS, DIM)
     assert site.k_shape == (1, HEADS, TOKENS, DIM)
     assert site.dtype is torch.float32
     assert site.device == torch.device("cpu")
-    expected = Reason.CAUSAL if causal else None if mask_kind in KEY_PADDING else Reason.MASK
-    assert site.reason is expected
+    assert site.reason is (Reason.CAUSAL if causal else None)
+    assert site.prove_mask == (mask_kind not in KEY_PADDING and not causal)
 
 
 class Attention(nn.Module):
@@ -148,8 +152,9 @@ def _shape_case(**sizes: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
     ("tensors", "reason"),
     [
         (_shape_case(v={"dim": 64}), Reason.HEAD_DIM),
-        (tuple(t[0] for t in qkv()), Reason.LAYOUT),
-        (_shape_case(k={"tokens": 32}, v={"tokens": 32}), Reason.ROLE),
+        (tuple(t[0] for t in qkv()), None),
+        (tuple(t[None] for t in qkv()), Reason.LAYOUT),
+        (_shape_case(k={"tokens": 32}, v={"tokens": 32}), Reason.PREFIX),
         (_shape_case(q={"batch": 2}), Reason.LAYOUT),
         (_shape_case(q={"batch": 2}, k={"batch": 2}), Reason.LAYOUT),
         (_shape_case(q={"heads": 1}), Reason.LAYOUT),
@@ -159,6 +164,7 @@ def _shape_case(**sizes: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
     ids=[
         "value_dim",
         "three_dims",
+        "five_dims",
         "fewer_keys",
         "one_batch_of_keys",
         "one_batch_of_values",
@@ -249,4 +255,5 @@ def test_a_function_has_no_layer() -> None:
 
 def test_other_products_are_no_sites() -> None:
     q, k, v = qkv()
-    assert sites_of(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, q, k, v) == []
+    assert sites_of(lambda q, k, v: (q @ k.mT).sigmoid() @ v, q, k, v) == []
+    assert sites_of(lambda q, k, v: (q + k).softmax(-1) @ v.mT, q, k, v) == []

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from traced_graphs import ALL_BLOCKS, Rewriting, graphs_of, run_rewritten
 
-from svg_ear_compile.passes.find import SDPA_TARGETS, find_sites
-from svg_ear_compile.passes.rewrite import finish, rewrite_site
+from svg_ear_compile.passes.find import find_sites
+from svg_ear_compile.passes.rewrite import rewrite
+from svg_ear_compile.passes.sdpa import SDPA_TARGETS
 
 VIDEO = 160
 OP = torch.ops.svg_ear.attention.default
@@ -25,9 +26,7 @@ def inputs(video: int = VIDEO) -> tuple[Tensor, Tensor]:
 
 
 def rewrite_all(gm: GraphModule) -> list[Node]:
-    made = [rewrite_site(s, ALL_BLOCKS) for s in find_sites(gm) if s.reason is None]
-    finish(gm)
-    return made
+    return rewrite(gm, [(s, ALL_BLOCKS) for s in find_sites(gm) if s.reason is None])
 
 
 def line(node: Node) -> tuple[Any, ...]:

@@ -151,7 +151,7 @@ def site_of(module: nn.Module, video: int = VIDEO) -> AttentionSite:
         (Lora, Role.SELF, (0, 0), None),
         (RopeIntoBuffer, Role.SELF, (0, 0), None),
         (CrossRopeIntoBuffer, Role.CROSS, (0, 0), Reason.CROSS_ATTENTION),
-        (Prefix, Role.PREFIX, (0, 0), Reason.ROLE),
+        (Prefix, Role.PREFIX, (0, 0), Reason.PREFIX),
         (RopeTables, Role.SELF, (0, 0), None),
     ],
 )

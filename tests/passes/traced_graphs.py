@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.passes.find import find_sites
-from svg_ear_compile.passes.rewrite import finish, rewrite_site
+from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.site import AttentionSite
 
 ALL_BLOCKS = AttentionPlan(density=0.999999)
@@ -49,11 +49,8 @@ class Rewriting:
 
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self.calls += 1
-        for site in find_sites(gm):
-            if site.reason is None:
-                rewrite_site(site, self.plan)
-                self.rewritten += 1
-        finish(gm)
+        planned = [(site, self.plan) for site in find_sites(gm) if site.reason is None]
+        self.rewritten += len(rewrite(gm, planned))
         return aot_eager(gm, example_inputs)
 
 

@@ -32,7 +32,7 @@ FAMILIES = {
     "hunyuan-video": (
         hunyuan,
         {"transformer_blocks.0.attn": "joint", "single_transformer_blocks.0.attn": "joint"},
-        {"context_embedder.token_refiner.refiner_blocks.0.attn": "mask"},
+        {"context_embedder.token_refiner.refiner_blocks.0.attn": "short"},
     ),
 }
 

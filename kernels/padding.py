@@ -1,0 +1,89 @@
+"""`torch.ops.svg_ear.key_padding`: whether a mask is only padding, proven on its values.
+
+The sparse operator takes masks that leave out whole keys. A mask with one row per query, or one
+that is added to the logits, may hold anything (causality, windows, biases) and its shape does not
+tell. One pass over its values does, once for all layers that share the mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+NEGLIGIBLE = -9000.0
+"""A bias from here on leaves a key out: models write -10000 (-9984 in bfloat16), and e^-9000 is 0
+in every dtype next to any other key."""
+
+_ROWS_AT_A_TIME = 4096
+
+_Proof = tuple[Tensor, Tensor, Tensor]
+# Blocks that are compiled one by one get the same mask object one after the other. Kept as long as
+# the mask lives, valid as long as its version counter stands.
+_PROOFS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@torch.library.custom_op(
+    "svg_ear::key_padding", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def key_padding(mask: Tensor, needs_a_key: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Take a mask apart into keys and queries that take part, if that is all it says.
+
+    ``mask[b, h, i, t] == rows[b, h, i] and keys[b, h, t]`` is what padding of keys and of queries
+    makes. Waits for the device, except for a mask that was proven before and not written since.
+
+    Args:
+        mask: (B|1, H|1, N_q|1, N_k) bool, True takes part, or float, added to the logits: 0 takes
+            part, a value of `NEGLIGIBLE` or less does not, any other is no padding.
+        needs_a_key: a row without keys refutes the mask. Always so for a float mask, which gives
+            such a row the mean of all values instead of the 0 of a bool mask.
+
+    Returns:
+        keys (B|1, H|1, 1, N_k) bool, rows (B|1, H|1, N_q|1, 1) bool, and proven, () bool on the
+        CPU; keys and rows mean nothing where it is False.
+    """
+    counted = not mask.is_inference()  # inference tensors have no version counter
+    if counted and mask in _PROOFS:
+        version, asked, proof = _PROOFS[mask]
+        if (version, asked) == (mask._version, needs_a_key):
+            return _copies(proof)
+    proof = _prove(mask, needs_a_key)
+    if counted:
+        _PROOFS[mask] = (mask._version, needs_a_key, proof)
+    return _copies(proof)
+
+
+def _copies(proof: _Proof) -> _Proof:
+    """An operator's outputs are its caller's to overwrite."""
+    keys, rows, proven = proof
+    return keys.clone(), rows.clone(), proven.clone()
+
+
+def _prove(mask: Tensor, needs_a_key: bool) -> _Proof:
+    additive = mask.dtype != torch.bool
+    keys = torch.zeros_like(mask[..., :1, :], dtype=torch.bool)
+    rows = torch.zeros_like(mask[..., :1], dtype=torch.bool)
+    proven = torch.ones((), dtype=torch.bool, device=mask.device)
+    parts = mask.split(_ROWS_AT_A_TIME, dim=-2)
+    row_parts = rows.split(_ROWS_AT_A_TIME, dim=-2)
+    for part, row_part in zip(parts, row_parts, strict=True):
+        taken = part == 0 if additive else part
+        if additive:
+            proven &= (taken | (part <= NEGLIGIBLE)).all()
+        row_part.copy_(taken.any(-1, keepdim=True))
+        keys |= taken.any(-2, keepdim=True)
+    for part, row_part in zip(parts, row_parts, strict=True):
+        taken = part == 0 if additive else part
+        proven &= (taken == (row_part & keys)).all()
+    if additive or needs_a_key:
+        proven &= rows.all()
+    return keys, rows, proven.cpu()
+
+
+@key_padding.register_fake
+def _(mask: Tensor, needs_a_key: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(mask[..., :1, :], dtype=torch.bool),
+        torch.empty_like(mask[..., :1], dtype=torch.bool),
+        torch.empty((), dtype=torch.bool, device="cpu"),
+    )

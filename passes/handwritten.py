@@ -1,0 +1,312 @@
+"""Reads hand-written attention off a graph: product, steps, softmax, steps, product.
+
+The walk starts at a softmax. Every tensor on the way has a letter for each of its dimensions, as in
+einsum's notation, so that it does not matter in which order somebody keeps them: it is attention if
+the letter under the softmax is the one that the second product contracts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from string import ascii_letters
+from typing import TypeVar
+
+import torch
+from torch.fx import Node
+
+from svg_ear_compile.passes.dataflow import Dataflow
+from svg_ear_compile.passes.operation import operation
+from svg_ear_compile.passes.site import Call, Mask, Operand, Reason
+from svg_ear_compile.passes.spellings import PRODUCTS, STEPS, Product, Step, softmax_dim
+
+# Longer than any spelling seen; bounds the walk on graphs that are no attention.
+_MAX_STEPS = 12
+_READ_PRODUCT = tuple(dict.fromkeys(spelling.read for spelling in PRODUCTS))
+_READ_STEP = tuple(dict.fromkeys(spelling.read for spelling in STEPS))
+_UPCASTS = frozenset({"to", "_to_copy", "float", "type"})
+
+_Found = TypeVar("_Found")
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A step on the way: its node, the node that carried the data into it, what it does."""
+
+    node: Node
+    source: Node
+    step: Step
+
+
+@dataclass
+class _Reading:
+    """What has been read of one attention so far; letters as in `Product`."""
+
+    letters: str
+    scale: float | None = 1.0
+    masks: list[Mask] = field(default_factory=list)
+
+    def take(self, step: Step) -> None:
+        if step.order is not None:
+            self.letters = "".join(self.letters[d] for d in step.order)
+        if self.scale is not None:
+            self.scale = None if step.factor is None else self.scale * step.factor
+        tensor = step.added or step.mask
+        if tensor is not None:
+            value = tensor.meta.get("example_value")
+            rank = value.dim() if isinstance(value, torch.Tensor) else 0
+            aligned = self.letters[len(self.letters) - rank :] if rank else ""
+            self.masks.append(Mask(Operand(tensor, aligned), step.inverted, step.finite_fill))
+
+
+def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
+    """The attention around a softmax, or None if it is none.
+
+    The call has a reason where it is attention that must stay as it is.
+    """
+    dim = softmax_dim(softmax)
+    data = softmax.args[0] if softmax.args else softmax.kwargs.get("input")
+    if dim is None or not isinstance(data, Node):
+        return None
+    after = _descend(softmax)
+    if after is None:
+        return None
+    weight_steps, out = after
+    before = _climb(data, softmax, flow)
+    if before is None:
+        return _unknown_spelling(softmax, out, flow)
+    product_node, score_steps = before
+    product = _product(product_node)
+    assert product is not None
+    reading = _Reading(product.out_dims, product.factor)
+    if product.added is not None:
+        reading.take(Step(added=product.added))
+    for taken in score_steps:
+        reading.take(taken.step)
+    normalised = reading.letters[dim]
+    for taken in weight_steps:
+        reading.take(taken.step)
+    weights = weight_steps[-1].node if weight_steps else softmax
+    value_product = _product(out)
+    assert value_product is not None
+    operands = _operands(product, value_product, weights, reading.letters, normalised)
+    if operands is None:
+        return None
+    nodes = [product_node, *(t.node for t in score_steps), softmax, *(t.node for t in weight_steps)]
+    return _call(flow, operands, [*nodes, out], reading)
+
+
+def _product(node: Node) -> Product | None:
+    return _first(read(node) for read in _READ_PRODUCT)
+
+
+def _step(node: Node, source: Node) -> Step | None:
+    return _first(read(node, source) for read in _READ_STEP)
+
+
+def _first(found: Iterator[_Found | None]) -> _Found | None:
+    return next((x for x in found if x is not None), None)
+
+
+def _climb(
+    node: Node, reader: Node, flow: Dataflow, depth: int = 0
+) -> tuple[Node, list[_Taken]] | None:
+    """The product whose scores reach `reader` through `node`, and the steps between, in order."""
+    # A step may be a statement whose result nobody names: `scores.masked_fill_(...)`.
+    writers = [w for w in flow.writes_before(node, reader) if flow.is_before(node, w)]
+    if writers:
+        node = writers[-1]
+    if _product(node) is not None:
+        return node, []
+    if depth == _MAX_STEPS:
+        return None
+    for source in node.all_input_nodes:
+        step = _step(node, source)
+        found = _climb(source, node, flow, depth + 1) if step is not None else None
+        if step is not None and found is not None:
+            return found[0], [*found[1], _Taken(node, source, step)]
+    return None
+
+
+def _descend(node: Node, depth: int = 0) -> tuple[list[_Taken], Node] | None:
+    """The steps from the softmax to a product that takes its weights, and that product."""
+    for user in node.users:
+        product = _product(user)
+        if product is not None and node in (product.left, product.right):
+            return [], user
+        step = _step(user, node)
+        if step is None or not step.keeps_weights or depth == _MAX_STEPS:
+            continue
+        found = _descend(user, depth + 1)
+        if found is not None:
+            return [_Taken(user, node, step), *found[0]], found[1]
+    return None
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """q, k, v with raw letters, those of the batch, and the letters of queries, keys, channels."""
+
+    q: Operand
+    k: Operand
+    v: Operand
+    out_dims: str
+    batch: str
+    query: str
+    key: str
+    channel: str
+    value_channel: str
+
+
+def _operands(
+    product: Product, value_product: Product, weights: Node, letters: str, normalised: str
+) -> _Operands | None:
+    """Which operand is which, by letters; None if the letters are not attention's."""
+    left, right = (
+        Operand(product.left, product.left_dims),
+        Operand(product.right, product.right_dims),
+    )
+    if (normalised in left.dims) == (normalised in right.dims):
+        return None
+    q, k = (right, left) if normalised in left.dims else (left, right)
+    contracted = (set(q.dims) & set(k.dims)) - set(product.out_dims)
+    if weights is value_product.left:
+        weight_dims, value_dims, value = (
+            value_product.left_dims, value_product.right_dims, value_product.right,
+        )  # fmt: skip
+    else:
+        weight_dims, value_dims, value = (
+            value_product.right_dims, value_product.left_dims, value_product.left,
+        )  # fmt: skip
+    if len(weight_dims) != len(letters) or len(contracted) != 1:
+        return None
+    # The second product has letters of its own: name them as the weights are named.
+    names = dict(zip(weight_dims, letters, strict=True))
+    free = iter(sorted(set(ascii_letters) - {*letters, *q.dims, *k.dims}))
+    for letter in value_dims:
+        if letter not in names:
+            names[letter] = next(free)
+    v = Operand(value, "".join(names[letter] for letter in value_dims))
+    out = "".join(names.get(letter, "?") for letter in value_product.out_dims)
+    value_channels = set(v.dims) - set(letters)
+    if normalised not in v.dims or normalised in out or len(value_channels) != 1:
+        return None
+    if value_product.factor != 1.0 or value_product.added is not None:
+        return None
+    (channel,), (value_channel,) = contracted, value_channels
+    # Where all heads share the keys, theirs is another letter that only q has; queries come last.
+    own = [x for x in product.out_dims if x in q.dims and x not in k.dims and x not in v.dims]
+    if not own:
+        return None
+    query = own[-1]
+    batch = [x for x in product.out_dims if x in q.dims and x != query]
+    if set(out) != {*batch, query, value_channel} or set(q.dims) != {*batch, query, channel}:
+        return None
+    if not set(k.dims) - {normalised, channel} <= set(batch):
+        return None
+    if set(k.dims) - {channel} != set(v.dims) - {value_channel}:
+        return None
+    return _Operands(q, k, v, out, "".join(batch), query, normalised, channel, value_channel)
+
+
+def _call(
+    flow: Dataflow,
+    found: _Operands,
+    nodes: list[Node],
+    reading: _Reading,
+) -> Call:
+    if len(found.batch) > 2:
+        return Call(
+            nodes[-1], tuple(nodes), found.q, found.k, found.v, found.out_dims,
+            reason=Reason.LAYOUT,
+        )  # fmt: skip
+    batch = dict(zip(found.batch, "bh"[2 - len(found.batch) :], strict=True))
+    tokens = {**batch, found.query: "n", found.channel: "d", found.value_channel: "d"}
+    keys = {**batch, found.key: "n", found.channel: "d", found.value_channel: "d"}
+    pairs = {**batch, found.query: "q", found.key: "k"}
+
+    def named(operand: Operand, names: dict[str, str]) -> Operand:
+        return Operand(operand.node, "".join(names[letter] for letter in operand.dims))
+
+    masks = [Mask(named(m.tensor, pairs), m.inverted, m.finite_fill) for m in reading.masks]
+    q, k, v = (named(found.q, tokens), named(found.k, keys), named(found.v, keys))
+    out_dims = "".join(tokens[letter] for letter in found.out_dims)
+    steps = tuple(sorted(nodes, key=flow.position.__getitem__))
+    reason = _reason_to_leave(flow, steps, [q, k, v, *(m.tensor for m in masks)])
+    if reason is None and reading.scale is None:
+        reason = Reason.SCALE
+    if reason is None and len(masks) > 1:
+        reason = Reason.MASK
+    if _dtype(q.node) != _dtype(v.node):
+        q, k = (_before_upcast(operand, v.node, flow, steps) for operand in (q, k))
+    return Call(
+        node=nodes[-1], steps=steps, q=q, k=k, v=v, out_dims=out_dims,
+        mask=masks[0] if masks else None, scale=reading.scale, reason=reason,
+    )  # fmt: skip
+
+
+def _reason_to_leave(
+    flow: Dataflow, steps: tuple[Node, ...], operands: list[Operand]
+) -> Reason | None:
+    inside, out = set(steps), steps[-1]
+    for node in steps[:-1]:
+        if not set(node.users) <= inside:
+            return Reason.WEIGHTS
+        if not set(flow.writes_before(node, out)) <= inside:
+            return Reason.SPELLING
+    for operand in operands:
+        readers = [n for n in steps if operand.node in n.all_input_nodes]
+        first = min(readers, key=flow.position.__getitem__, default=out)
+        if flow.is_written_between(operand.node, first, out):
+            return Reason.WRITTEN
+    return None
+
+
+def _before_upcast(
+    operand: Operand, value: Node, flow: Dataflow, steps: tuple[Node, ...]
+) -> Operand:
+    """The operand as it was before it was cast up to make the softmax precise.
+
+    The kernels accumulate in float32 whatever they are given.
+    """
+    node = operand.node
+    source = node.args[0] if node.args else None
+    if operation(node) not in _UPCASTS or not isinstance(source, Node):
+        return operand
+    if _dtype(source) != _dtype(value) or flow.is_written_between(source, node, steps[-1]):
+        return operand
+    return Operand(source, operand.dims)
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    value = node.meta.get("example_value")
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def _unknown_spelling(softmax: Node, out: Node, flow: Dataflow) -> Call | None:
+    """A softmax between two products, with a step before it that has no spelling."""
+    product = _nearby(softmax, flow, lambda n: _product(n) is not None)
+    read = _product(product) if product is not None else None
+    value_product = _product(out)
+    if product is None or read is None or value_product is None:
+        return None
+    q, k = Operand(read.left, read.left_dims), Operand(read.right, read.right_dims)
+    v = Operand(value_product.right, value_product.right_dims)
+    return Call(out, (product, softmax, out), q, k, v, reason=Reason.SPELLING)
+
+
+def _nearby(start: Node, flow: Dataflow, wanted: Callable[[Node], bool]) -> Node | None:
+    """The nearest such node from which data of the shape of `start` reaches it, or None."""
+    value = start.meta.get("example_value")
+    shape = value.shape if isinstance(value, torch.Tensor) else None
+
+    def other_shape(node: Node) -> bool:
+        found = node.meta.get("example_value")
+        return not isinstance(found, torch.Tensor) or found.shape != shape
+
+    for place, node in enumerate(flow.backward(start, lambda n: wanted(n) or other_shape(n))):
+        if node is not start and wanted(node) and not other_shape(node):
+            return node
+        if place > 4 * _MAX_STEPS:
+            break
+    return None

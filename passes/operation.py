@@ -1,0 +1,96 @@
+"""What a node computes, however it is spelled: `q @ k`, `torch.matmul`, `Tensor.matmul` alike."""
+
+from __future__ import annotations
+
+import functools
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+_SPACES = (torch, F, torch._C._nn, torch.special, torch.Tensor)
+_SYNONYMS = {
+    "truediv": "div",
+    "true_divide": "div",
+    "divide": "div",
+    "multiply": "mul",
+    "subtract": "sub",
+    "concat": "cat",
+    "concatenate": "cat",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "invert": "logical_not",
+    "bitwise_not": "logical_not",
+    "and": "logical_and",
+    "bitwise_and": "logical_and",
+    "or": "logical_or",
+    "bitwise_or": "logical_or",
+    "_softmax": "softmax",
+}
+_IN_PLACE_OPERATORS = {
+    "iadd": "add_",
+    "isub": "sub_",
+    "imul": "mul_",
+    "itruediv": "div_",
+    "iand": "logical_and_",
+    "ior": "logical_or_",
+    "ixor": "bitwise_xor_",
+    "ipow": "pow_",
+}
+
+
+def operation(node: Node) -> str:
+    """Name of the tensor operation that a node calls, "" for anything else.
+
+    Calls through methods, functions, operators and ATen give the same name; one that writes into
+    its first argument ends in "_", as PyTorch's own names do. Functions are told by identity, so a
+    function that is merely called like one of PyTorch's has no name here.
+    """
+    if node.op == "call_method":
+        return _common(str(node.target))
+    if node.target is getattr and len(node.args) > 1:  # x.mT
+        return str(node.args[1])
+    return _name_of(node.target) if node.op == "call_function" else ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _name_of(target: object) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        space, _, name = target._schema.name.partition("::")
+        return _common(name) if space == "aten" else ""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        space, _, name = target._qualified_op_name.partition("::")
+        return _common(name) if space == "aten" else ""
+    name = getattr(target, "__name__", "")
+    if any(getattr(space, name, None) is target for space in _SPACES):
+        return _common(name)
+    if getattr(operator, name, None) is target:
+        return _IN_PLACE_OPERATORS.get(name) or _common(name.rstrip("_"))
+    return ""
+
+
+def _common(name: str) -> str:
+    in_place = name.endswith("_") and not name.endswith("__")
+    plain = name[:-1] if in_place else name
+    return _SYNONYMS.get(plain, plain) + ("_" if in_place else "")
+
+
+# Results share memory with the first argument: a write into one is seen by readers of the other.
+# fmt: off
+VIEWS = frozenset({
+    "view", "reshape", "transpose", "permute", "unflatten", "flatten", "unsqueeze", "squeeze",
+    "expand", "narrow", "select", "chunk", "split", "split_with_sizes", "unbind", "movedim",
+    "view_as", "reshape_as", "expand_as", "t", "getitem", "slice", "tensor_split", "_unsafe_view",
+    "diagonal", "unfold", "squeeze_", "unsqueeze_", "transpose_", "alias", "detach", "lift_fresh",
+    "mT", "T", "data",
+})
+# fmt: on
+# Results are the same tokens under another type or in other memory. `to` and its kin return their
+# argument itself where nothing is to be changed.
+CASTS = frozenset(
+    {"to", "_to_copy", "type_as", "type", "float", "half", "bfloat16", "double", "contiguous"}
+)
+COPIES = frozenset({"clone", "dropout"})
+LINEAR = frozenset({"linear", "addmm"})
+CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})

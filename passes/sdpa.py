@@ -1,0 +1,123 @@
+"""Reads the attention calls that PyTorch has: SDPA, flex_attention, and leaves that hold one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import GraphModule, Node
+
+from svg_ear_compile.passes.operation import operation
+from svg_ear_compile.passes.site import Call, Mask, Operand, Reason
+
+SDPA_TARGETS = frozenset(
+    {
+        F.scaled_dot_product_attention,
+        torch._C._nn.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention.default,
+    }
+)
+# Attention together with its projections, in one call that Dynamo does not open.
+LEAF_TARGETS = frozenset(
+    {
+        F.multi_head_attention_forward,
+        torch._transformer_encoder_layer_fwd,
+        torch._native_multi_head_attention,
+        torch.ops.aten._transformer_encoder_layer_fwd.default,
+        torch.ops.aten._native_multi_head_attention.default,
+    }
+)
+# The builtin has no Python signature; these are its parameters in order.
+_POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_WHOLE_SEQUENCE = 1 << 30
+_BY_RANK = {2: "nd", 3: "hnd", 4: "bhnd"}
+
+
+def read_sdpa(node: Node) -> Call | None:
+    """An SDPA call in whatever argument form, or None for another node.
+
+    Of a 3-D call (B, N, D), which has no heads, the batch counts as heads.
+    """
+    if node.op != "call_function" or node.target not in SDPA_TARGETS:
+        return None
+    given: dict[str, Any] = {**dict(zip(_POSITIONAL, node.args, strict=False)), **node.kwargs}
+    tensors = [given[name] for name in ("query", "key", "value")]
+    q, k, v = (Operand(tensor, _BY_RANK.get(_rank(tensor), "")) for tensor in tensors)
+    mask = given.get("attn_mask")
+    return Call(
+        node,
+        (node,),
+        q,
+        k,
+        v,
+        out_dims=q.dims,
+        mask=None if mask is None else _mask(mask, q.dims),
+        scale=given.get("scale"),
+        dropout_p=given.get("dropout_p", 0.0),
+        is_causal=given.get("is_causal", False),
+        reason=None if q.dims and q.dims == k.dims == v.dims else Reason.LAYOUT,
+    )
+
+
+def _mask(node: Node, dims: str) -> Mask:
+    pairs = dims.replace("nd", "qk")
+    return Mask(Operand(node, pairs[max(0, len(pairs) - _rank(node)) :]))
+
+
+def _rank(node: Node) -> int:
+    value = node.meta.get("example_value")
+    return value.dim() if isinstance(value, torch.Tensor) else 0
+
+
+def read_flex(node: Node) -> Call | None:
+    """A flex_attention call, or None for another node. Its output is the first of its results."""
+    if node.op != "call_function" or node.target is not torch.ops.higher_order.flex_attention:
+        return None
+    arguments: tuple[Any, ...] = node.args
+    q, k, v = (Operand(tensor) for tensor in arguments[:3])
+    score_mod, block_mask, scale = arguments[3:6]
+    *_, key_block, mask_mod = block_mask
+    # A mask that takes every pair may still come with lists that leave blocks out, except where one
+    # block holds all keys: what flex_attention makes where it is given no mask.
+    everything = key_block == _WHOLE_SEQUENCE and _takes_every_pair(_graph(mask_mod))
+    if not (everything and _returns_its_score(_graph(score_mod))):
+        return Call(node, (node,), q, k, v, reason=Reason.FLEX)
+    outs = [u for u in node.users if operation(u) == "getitem" and u.args[1] == 0]
+    if not len(outs) == len(node.users) == 1:
+        return Call(node, (node,), q, k, v, reason=Reason.WEIGHTS)
+    return Call(outs[0], (node, outs[0]), q, k, v, scale=scale)
+
+
+def _graph(node: object) -> GraphModule | None:
+    if not isinstance(node, Node) or node.op != "get_attr" or node.graph.owning_module is None:
+        return None
+    found = getattr(node.graph.owning_module, str(node.target), None)
+    return found if isinstance(found, GraphModule) else None
+
+
+def _result(graph: GraphModule) -> object:
+    (output,) = graph.graph.find_nodes(op="output")
+    result = output.args[0]
+    return result[0] if isinstance(result, (tuple, list)) and len(result) == 1 else result
+
+
+def _returns_its_score(graph: GraphModule | None) -> bool:
+    return graph is not None and _result(graph) is next(iter(graph.graph.nodes))
+
+
+def _takes_every_pair(graph: GraphModule | None) -> bool:
+    if graph is None:
+        return False
+    result = _result(graph)
+    return isinstance(result, Node) and operation(result) in ("new_ones", "ones")
+
+
+def read_leaf(node: Node) -> Call | None:
+    """Attention inside one call together with its projections, or None for another node."""
+    if node.op != "call_function" or node.target not in LEAF_TARGETS:
+        return None
+    first, *_ = node.all_input_nodes
+    activation = Operand(first, "")
+    return Call(node, (node,), activation, activation, activation, reason=Reason.LEAF)

@@ -1,0 +1,27 @@
+"""Shapes as Dynamo traced them, read without specialising a symbol."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from svg_ear_compile.passes.site import Size
+
+
+def hint(size: Size | None) -> int | None:
+    """The traced value of a size; None where it is known at run time only."""
+    if size is None or isinstance(size, int):
+        return size
+    value = size.node.hint
+    return None if value is None else int(value)
+
+
+def shape_of(node: Node) -> tuple[Size, ...] | None:
+    """Shape of the node's tensor, or None for another value."""
+    value = node.meta.get("example_value")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def hints_of(node: Node) -> tuple[int | None, ...]:
+    """The traced shape of the node's tensor, () for another value."""
+    return tuple(hint(size) for size in shape_of(node) or ())
