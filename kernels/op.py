@@ -33,6 +33,7 @@ def attention(
     scale: float | None = None,
     text_prefix: int = 0,
     text_suffix: int = 0,
+    averages_empty_rows: bool = False,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """SVG-EAR attention of every head, or dense attention where the plan or the moment says so.
@@ -43,13 +44,16 @@ def attention(
         attn_mask: (B|1, H_kv|1, 1, N_k) bool key-padding mask, True takes part. With the three
             results of `key_padding` for it, any mask that PyTorch's attention takes: what is no
             padding makes the call dense.
+        padding_rows: (B|1, H_kv|1, N_q|1, 1) bool, queries that take part; the others give 0.
         layer: any parameter of the layer that makes q; its identity tells layers apart.
-        padding_keys, padding_rows, padding_proven: see `kernels.padding.key_padding`.
+        padding_keys, padding_proven: see `kernels.padding.key_padding`.
         plan: `AttentionPlan.encode` of the plan.
         site: name of the call in its graph.
         scale: logit scale, 1/sqrt(D) by default.
         text_prefix, text_suffix: tokens at the start and the end of both sequences that are text:
             their keys are exact for every query, their queries attend to every key.
+        averages_empty_rows: a row whose keys are all masked gives the mean of all values, as a mask
+            that fills in a large negative number does, instead of 0.
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -70,7 +74,12 @@ def attention(
     is_padding = padding_proven is None or bool(padding_proven)
     short = min(video_q, video_k) < max(1, call.plan.min_tokens)
     if call.plan.is_dense or short or q.numel() == 0 or not is_padding:
-        return dense_attention(q, k, v, attn_mask, scale, return_lse)
+        out, lse = dense_attention(q, k, v, attn_mask, scale, return_lse)
+        if padding_rows is not None and padding_proven is None:
+            _leave_out(out, lse, padding_rows)
+        if averages_empty_rows and attn_mask is not None:
+            _average_empty_rows(out, v, attn_mask, padding_rows)
+        return out, lse
     if q.is_cuda:
         from svg_ear_compile.kernels.gpu.attention import sparse_attention
     else:
@@ -92,9 +101,9 @@ def attention(
         return_lse=return_lse,
     )
     if padding_rows is not None:
-        result.out.masked_fill_(~padding_rows, 0.0)
-        if return_lse:
-            result.lse.masked_fill_(~padding_rows[..., 0], float("-inf"))
+        _leave_out(result.out, result.lse, padding_rows)
+    if averages_empty_rows and key_mask is not None:
+        _average_empty_rows(result.out, v, key_mask, padding_rows)
     if memory is not None:
         memory.q_centroids = result.queries.centroids
         memory.k_centroids = result.keys.centroids
@@ -119,6 +128,7 @@ def _(
     scale: float | None = None,
     text_prefix: int = 0,
     text_suffix: int = 0,
+    averages_empty_rows: bool = False,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), _empty_lse(q, return_lse)
@@ -163,6 +173,28 @@ def dense_lse(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor
             logits = logits.masked_fill(~part, float("-inf")) if is_bool else logits + part
         parts.append(logits.logsumexp(-1))
     return torch.cat(parts, -1) if parts else _empty_lse(q, True)
+
+
+def _leave_out(out: Tensor, lse: Tensor, rows: Tensor) -> None:
+    """Make the rows (B|1, H_kv|1, N_q|1, 1) that are False what a row without keys gives."""
+    if rows.shape[1] > 1:
+        rows = rows.repeat_interleave(out.shape[1] // rows.shape[1], 1)
+    out.masked_fill_(~rows, 0.0)
+    if lse.numel():
+        lse.masked_fill_(~rows[..., 0], float("-inf"))
+
+
+def _average_empty_rows(out: Tensor, v: Tensor, mask: Tensor, rows: Tensor | None) -> None:
+    """Write the mean of all values where a bool mask (B|1, H|1, N_q|1, N_k) leaves a row no key.
+
+    `rows` (B|1, H_kv|1, N_q|1, 1) may leave out whole rows besides.
+    """
+    taken = mask.any(-1, keepdim=True)
+    rows = taken if rows is None else taken & rows
+    groups = out.shape[1] // v.shape[1]
+    mean = v.mean(2, keepdim=True, dtype=torch.float32).to(out.dtype)
+    mean, rows = (t.repeat_interleave(groups, 1) if t.shape[1] > 1 else t for t in (mean, rows))
+    out.copy_(torch.where(rows, out, mean))
 
 
 def _empty_lse(q: Tensor, return_lse: bool) -> Tensor:
@@ -227,9 +259,10 @@ def check_proof(
     padding_proven: Tensor | None,
 ) -> None:
     """Raise a ValueError unless the results of `key_padding` come together and with their mask."""
-    given = [t is not None for t in (padding_keys, padding_rows, padding_proven)]
-    if any(given) and not (all(given) and attn_mask is not None):
+    proof = [t is not None for t in (padding_keys, padding_proven)]
+    whole = all(proof) and attn_mask is not None and padding_rows is not None
+    if any(proof) and not whole:
         raise ValueError(
-            "padding_keys, padding_rows and padding_proven are the results of key_padding for "
-            "attn_mask: give all four or attn_mask alone"
+            "padding_keys and padding_proven are results of key_padding: they come with its third, "
+            "padding_rows, and with the attn_mask that they are about"
         )

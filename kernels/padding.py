@@ -26,7 +26,7 @@ _PROOFS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 @torch.library.custom_op(
     "svg_ear::key_padding", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
 )
-def key_padding(mask: Tensor, needs_a_key: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def key_padding(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Take a mask apart into keys and queries that take part, if that is all it says.
 
     ``mask[b, h, i, t] == rows[b, h, i] and keys[b, h, t]`` is what padding of keys and of queries
@@ -34,9 +34,8 @@ def key_padding(mask: Tensor, needs_a_key: bool = False) -> tuple[Tensor, Tensor
 
     Args:
         mask: (B|1, H|1, N_q|1, N_k) bool, True takes part, or float, added to the logits: 0 takes
-            part, a value of `NEGLIGIBLE` or less does not, any other is no padding.
-        needs_a_key: a row without keys refutes the mask. Always so for a float mask, which gives
-            such a row the mean of all values instead of the 0 of a bool mask.
+            part, a value of `NEGLIGIBLE` or less does not, any other is no padding. A row without
+            keys refutes a float mask: softmax knows no difference from a row with all keys.
 
     Returns:
         keys (B|1, H|1, 1, N_k) bool, rows (B|1, H|1, N_q|1, 1) bool, and proven, () bool on the
@@ -44,12 +43,12 @@ def key_padding(mask: Tensor, needs_a_key: bool = False) -> tuple[Tensor, Tensor
     """
     counted = not mask.is_inference()  # inference tensors have no version counter
     if counted and mask in _PROOFS:
-        version, asked, proof = _PROOFS[mask]
-        if (version, asked) == (mask._version, needs_a_key):
+        version, proof = _PROOFS[mask]
+        if version == mask._version:
             return _copies(proof)
-    proof = _prove(mask, needs_a_key)
+    proof = _prove(mask)
     if counted:
-        _PROOFS[mask] = (mask._version, needs_a_key, proof)
+        _PROOFS[mask] = (mask._version, proof)
     return _copies(proof)
 
 
@@ -59,7 +58,7 @@ def _copies(proof: _Proof) -> _Proof:
     return keys.clone(), rows.clone(), proven.clone()
 
 
-def _prove(mask: Tensor, needs_a_key: bool) -> _Proof:
+def _prove(mask: Tensor) -> _Proof:
     additive = mask.dtype != torch.bool
     keys = torch.zeros_like(mask[..., :1, :], dtype=torch.bool)
     rows = torch.zeros_like(mask[..., :1], dtype=torch.bool)
@@ -75,13 +74,13 @@ def _prove(mask: Tensor, needs_a_key: bool) -> _Proof:
     for part, row_part in zip(parts, row_parts, strict=True):
         taken = part == 0 if additive else part
         proven &= (taken == (row_part & keys)).all()
-    if additive or needs_a_key:
+    if additive:
         proven &= rows.all()
     return keys, rows, proven.cpu()
 
 
 @key_padding.register_fake
-def _(mask: Tensor, needs_a_key: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(mask[..., :1, :], dtype=torch.bool),
         torch.empty_like(mask[..., :1], dtype=torch.bool),

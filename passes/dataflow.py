@@ -14,6 +14,9 @@ from torch.fx import GraphModule, Node
 
 from svg_ear_compile.passes.operation import CASTS, CONVOLUTIONS, LINEAR, VIEWS, operation
 
+# A tensor's size says nothing of what it holds.
+_SIZES = frozenset({"size", "shape", "sym_size", "numel", "sym_numel", "dim", "stride"})
+
 
 def _viewed(node: Node) -> Node | None:
     """The tensor of which the node is a view, or None where it has memory of its own."""
@@ -72,7 +75,7 @@ class Dataflow:
             self.graph.add_node(node)
             viewed = _viewed(node)
             self._memory[node] = node if viewed is None else self._memory[viewed]
-            for source in node.all_input_nodes:
+            for source in () if operation(node) in _SIZES else node.all_input_nodes:
                 self.graph.add_edge(source, node)
                 # Earlier writers reach the last one: a writer reads what it writes into.
                 self.graph.add_edges_from((w, node) for w in self._writers_of(source)[-1:])

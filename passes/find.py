@@ -17,10 +17,11 @@ from svg_ear_compile.passes.dataflow import Dataflow, projected_input
 from svg_ear_compile.passes.folding import folds, role_in_clip
 from svg_ear_compile.passes.handwritten import read_handwritten
 from svg_ear_compile.passes.mask import judge_mask
+from svg_ear_compile.passes.media import carries_media
 from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.role import are_same_tokens, projection_sources, role_of
 from svg_ear_compile.passes.sdpa import LEAF_TARGETS, SDPA_TARGETS, read_flex, read_leaf, read_sdpa
-from svg_ear_compile.passes.site import AttentionSite, Call, Reason, Role, Size, TextSpan
+from svg_ear_compile.passes.site import AttentionSite, Call, Padding, Reason, Role, Size, TextSpan
 from svg_ear_compile.passes.symbolic import hint
 from svg_ear_compile.passes.text import text_span
 
@@ -31,7 +32,8 @@ def find_sites(gm: GraphModule) -> list[AttentionSite]:
         return []
     flow = Dataflow(gm)
     calls = [call for node in _nodes(gm) if (call := _read(node, flow)) is not None]
-    describe = _Describer(flow, {node for call in calls for node in call.steps}, folds(flow))
+    attention = {node for call in calls for node in call.steps}
+    describe = _Describer(flow, attention, folds(flow), carries_media(flow))
     seen: Counter[str] = Counter()
     sites = []
     for call in calls:
@@ -72,6 +74,7 @@ class _Describer:
     flow: Dataflow
     attention: set[Node]
     parts: dict[Node, int]
+    media: dict[Node, bool]
 
     def __call__(self, call: Call, layer: str, name: str) -> AttentionSite:
         flow = self.flow
@@ -87,13 +90,16 @@ class _Describer:
             within = (role_in_clip(source, tokens, self.parts) for source in q_sources)
             role = next((found for found in within if found is not None), role)
         dtype = _computed_in(call)
-        prove_mask = False
+        padding = None
         reason = call.reason or _reason_to_leave(call, role, dtype)
         if reason is None and not are_same_tokens(flow, k_sources, v_sources, hint(k_shape[2])):
             reason = Reason.VALUES
+        if reason is None and q_sources and not any(self.media[source] for source in q_sources):
+            reason = Reason.TEXT
         if reason is None and call.mask is not None:
-            judged = judge_mask(flow, call.mask, q_shape, k_shape)
-            reason, prove_mask = (judged, False) if isinstance(judged, Reason) else (None, judged)
+            judged = judge_mask(flow, call, q_shape, k_shape)
+            reason = judged if isinstance(judged, Reason) else None
+            padding = judged if isinstance(judged, Padding) else None
         text = TextSpan()
         if reason is None:
             text = text_span(flow, call.q.node, q_shape[2], self.attention)
@@ -109,7 +115,7 @@ class _Describer:
             k_shape=k_shape,
             dtype=dtype,
             device=q.device if isinstance(q, torch.Tensor) else None,
-            prove_mask=prove_mask,
+            padding=padding,
             reason=reason,
         )
 

@@ -45,10 +45,15 @@ class _Reading:
     letters: str
     scale: float | None = 1.0
     masks: list[Mask] = field(default_factory=list)
+    scaled_mask: bool = False  # a mask was added to the scores and then scaled with them
 
     def take(self, step: Step) -> None:
         if step.order is not None:
             self.letters = "".join(self.letters[d] for d in step.order)
+        if self.masks and step.factor != 1.0:
+            # -inf and its like stay what they are, unless their sign turns.
+            fills = all(m.tensor.node.meta["example_value"].dtype == torch.bool for m in self.masks)
+            self.scaled_mask |= not fills or step.factor is None or step.factor <= 0
         if self.scale is not None:
             self.scale = None if step.factor is None else self.scale * step.factor
         tensor = step.added or step.mask
@@ -235,6 +240,8 @@ def _call(
     reason = _reason_to_leave(flow, steps, [q, k, v, *(m.tensor for m in masks)])
     if reason is None and reading.scale is None:
         reason = Reason.SCALE
+    if reason is None and reading.scaled_mask:
+        reason = Reason.SPELLING
     if reason is None and len(masks) > 1:
         reason = Reason.MASK
     if _dtype(q.node) != _dtype(v.node):

@@ -6,23 +6,26 @@ import torch
 from torch.fx import Node
 
 from svg_ear_compile.passes.dataflow import Dataflow, projected_input
-from svg_ear_compile.passes.operation import operation
-from svg_ear_compile.passes.site import Mask, Reason, Size
-from svg_ear_compile.passes.symbolic import hint
+from svg_ear_compile.passes.operation import CASTS, COPIES, operation
+from svg_ear_compile.passes.site import Call, Operand, Padding, Reason, Size
+from svg_ear_compile.passes.symbolic import hint, hints_of
 
-_COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
+_COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "sub"})
 _TRIANGLES = frozenset({"tril", "triu", "tril_", "triu_"})
 
 
 def judge_mask(
-    flow: Dataflow, mask: Mask, q_shape: tuple[Size, ...], k_shape: tuple[Size, ...]
-) -> Reason | bool:
-    """Why a mask is no key padding, else whether its values have to prove that it is.
+    flow: Dataflow, call: Call, q_shape: tuple[Size, ...], k_shape: tuple[Size, ...]
+) -> Reason | Padding | None:
+    """Why the mask of a call is no padding, or how it is made of padding, or None: it has to prove.
 
-    A bool mask without a row for each query is key padding by its shape. A mask that is added to
-    the logits can hold any bias, a square one can hold causality: where the graph does not show
-    that it does, the values are looked at, at run time.
+    A bool mask without a row for each query is key padding by its shape, and so is one that the
+    graph makes of such masks and of their transposes. A mask that is added to the logits can hold
+    any bias, a square one can hold causality: where the graph does not show that it does, the
+    values are looked at, at run time.
     """
+    mask = call.mask
+    assert mask is not None
     value = mask.tensor.node.meta.get("example_value")
     sizes = mask.tensor.sizes("bhqk")
     if not isinstance(value, torch.Tensor) or sizes is None:
@@ -39,13 +42,53 @@ def judge_mask(
     )
     if not fits:
         return Reason.MASK
-    if is_bool and rows == 1 and not mask.finite_fill:
-        return False
+    if is_bool and rows == 1:
+        return Padding(keys=(mask.tensor,))
+    if is_bool and not mask.inverted:
+        padding = _factors(flow, mask.tensor, call.node)
+        if padding is not None:
+            return padding
     if rows != 1 and _is_positional(flow, mask.tensor.node):
         return Reason.CAUSAL
-    if not is_bool and _is_learned(flow, mask.tensor.node):
-        return Reason.MASK
-    return True
+    return Reason.MASK if _is_learned(flow, mask.tensor.node) else None
+
+
+def _factors(flow: Dataflow, mask: Operand, reader: Node) -> Padding | None:
+    """A square mask as padding of keys and of queries, as far as the graph shows it."""
+    node, dims = mask.node, mask.dims
+    shape = hints_of(node)
+    if len(shape) != len(dims) or flow.writes_before(node, reader):
+        return None
+    extents = dict(zip(dims, shape, strict=True))
+    if extents.get("q", 1) == 1:
+        return Padding(keys=(mask,))
+    if extents.get("k", 1) == 1:
+        return Padding(rows=(mask,))
+    name = operation(node)
+    sources = [source for source in node.args if isinstance(source, Node)]
+    if name in ("repeat", "expand", "expand_as") or name in CASTS | COPIES:
+        value = sources[0].meta.get("example_value")
+        exact = isinstance(value, torch.Tensor) and not value.dtype.is_floating_point
+        return _factors(flow, Operand(sources[0], dims), reader) if exact else None
+    if name in ("transpose", "mT") and (swapped := _transposed_dims(node, dims)) is not None:
+        return _factors(flow, Operand(sources[0], swapped), reader)
+    if name == "logical_and" and len(sources) == 2:
+        found = [_factors(flow, Operand(source, dims), reader) for source in sources]
+        if any(padding is None for padding in found):
+            return None
+        parts = [padding for padding in found if padding is not None]
+        return Padding(*(tuple(sum((getattr(p, f) for p in parts), ())) for f in ("keys", "rows")))
+    return None
+
+
+def _transposed_dims(node: Node, dims: str) -> str | None:
+    """Letters of the operand of a transpose whose result has `dims`."""
+    first, second = (-2, -1) if operation(node) == "mT" else node.args[1:3]
+    if not isinstance(first, int) or not isinstance(second, int):
+        return None
+    letters = list(dims)
+    letters[first], letters[second] = letters[second], letters[first]
+    return "".join(letters)
 
 
 def _is_positional(flow: Dataflow, mask: Node) -> bool:
@@ -72,8 +115,9 @@ def _counts(flow: Dataflow, node: Node) -> bool:
 
 
 def _is_learned(flow: Dataflow, mask: Node) -> bool:
-    """True if a parameter reaches the mask: a bias, such as one for each relative position."""
+    """True if a parameter or a projection reaches the mask: a bias, not padding."""
     return any(
-        isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+        projected_input(node) is not None
+        or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
         for node in flow.backward(mask, lambda n: projected_input(n) is not None)
     )

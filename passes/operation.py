@@ -88,9 +88,12 @@ VIEWS = frozenset({
 # fmt: on
 # Results are the same tokens under another type or in other memory. `to` and its kin return their
 # argument itself where nothing is to be changed.
-CASTS = frozenset(
-    {"to", "_to_copy", "type_as", "type", "float", "half", "bfloat16", "double", "contiguous"}
-)
+# fmt: off
+CASTS = frozenset({
+    "to", "_to_copy", "type_as", "type", "float", "half", "bfloat16", "double", "bool",
+    "contiguous",
+})
+# fmt: on
 COPIES = frozenset({"clone", "dropout"})
 LINEAR = frozenset({"linear", "addmm"})
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})

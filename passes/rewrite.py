@@ -15,6 +15,7 @@ from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.passes.dataflow import Dataflow, written
 from svg_ear_compile.passes.site import AttentionSite, Mask, Operand, TokenCount
 
+_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "example_value")
 
 
@@ -56,7 +57,11 @@ class _Rewriter:
             q, k, v = (_tensor(graph, operand, site.dtype) for operand in (call.q, call.k, call.v))
             mask: tuple[Node | None, ...] = (None,)
             if call.mask is not None:
-                mask = self._mask(site, call.mask)
+                padding = site.padding
+                mask = self._proven(site, call.mask) if padding is None else (
+                    _conjunction(graph, padding.keys, call.mask.inverted), None,
+                    _conjunction(graph, padding.rows, False),
+                )  # fmt: skip
             done = graph.call_function(
                 torch.ops.svg_ear.attention.default,
                 (q, k, v, mask[0], site.layer_parameter, *mask[1:]),
@@ -66,6 +71,7 @@ class _Rewriter:
                     "scale": call.scale,
                     "text_prefix": prefix,
                     "text_suffix": suffix,
+                    "averages_empty_rows": call.mask is not None and call.mask.finite_fill,
                 },
             )
             out = graph.call_function(operator.getitem, (done, 0))
@@ -79,26 +85,32 @@ class _Rewriter:
         _remove(list(call.steps))
         return out
 
-    def _mask(self, site: AttentionSite, mask: Mask) -> tuple[Node, ...]:
-        """The mask as (B|1, H|1, N_q|1, N_k), and its proof where one is needed."""
+    def _proven(self, site: AttentionSite, mask: Mask) -> tuple[Node, ...]:
+        """The mask as (B|1, H|1, N_q|1, N_k) and what its values prove."""
         graph, old = site.call.node.graph, site.call.node
-        if not site.prove_mask:
-            return (_keeping(graph, mask),)
         assert self.flow is not None
         known = self.proofs.get((mask, graph))
         if known is not None and not self.flow.is_written_between(mask.tensor.node, known[0], old):
             return known[1]
-        kept = _keeping(graph, mask)
-        proof = graph.call_function(torch.ops.svg_ear.key_padding.default, (kept, mask.finite_fill))
+        kept = _conjunction(graph, (mask.tensor,), mask.inverted)
+        assert kept is not None
+        proof = graph.call_function(torch.ops.svg_ear.key_padding.default, (kept,))
         found = (kept, *(graph.call_function(operator.getitem, (proof, i)) for i in range(3)))
         self.proofs[mask, graph] = (old, found)
         return found
 
 
-def _keeping(graph: Graph, mask: Mask) -> Node:
-    """The mask in order, with True for what takes part."""
-    node = _in_order(graph, mask.tensor, "bhqk")
-    return graph.call_function(torch.logical_not, (node,)) if mask.inverted else node
+def _conjunction(graph: Graph, masks: tuple[Operand, ...], inverted: bool) -> Node | None:
+    """The masks in order, with True for what all of them let take part; None for no mask."""
+    found: Node | None = None
+    for mask in masks:
+        node = _in_order(graph, mask, "bhqk")
+        if inverted:
+            node = graph.call_function(torch.logical_not, (node,))
+        elif mask.node.meta["example_value"].dtype in _INTEGERS:
+            node = graph.call_method("bool", (node,))
+        found = node if found is None else graph.call_function(torch.logical_and, (found, node))
+    return found
 
 
 def _in_order(graph: Graph, operand: Operand, order: str) -> Node:

@@ -61,6 +61,12 @@ def read_sdpa(node: Node) -> Call | None:
     )
 
 
+def count_sdpa(gm: GraphModule) -> int:
+    """Number of SDPA calls in a graph and its child graphs."""
+    graphs = (module.graph for module in gm.modules() if isinstance(module, GraphModule))
+    return sum(node.target in SDPA_TARGETS for graph in graphs for node in graph.nodes)
+
+
 def _mask(node: Node, dims: str) -> Mask:
     pairs = dims.replace("nd", "qk")
     return Mask(Operand(node, pairs[max(0, len(pairs) - _rank(node)) :]))

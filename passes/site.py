@@ -27,6 +27,7 @@ class Reason(str, Enum):
     """Why a site is left as it is. The value is the code; `sentence` says it in words."""
 
     CAUSAL = "causal"
+    TEXT = "text"
     DROPOUT = "dropout"
     GRADIENTS = "gradients"
     CROSS_ATTENTION = "cross_attention"
@@ -53,6 +54,7 @@ class Reason(str, Enum):
 
 _SENTENCES = {
     Reason.CAUSAL: "Causal or windowed by position: a language model's attention, not a video's.",
+    Reason.TEXT: "The tokens come from token ids alone: a text model.",
     Reason.DROPOUT: "Attention dropout is on: this is training.",
     Reason.GRADIENTS: "The graph needs gradients; the sparse operator is for inference.",
     Reason.CROSS_ATTENTION: "Queries and keys come from different tokens; text keys are few.",
@@ -103,13 +105,26 @@ class Mask:
     Attributes:
         tensor: its tensor, dims over "bhqk".
         inverted: True in a bool mask leaves a key out instead of keeping it.
-        finite_fill: a key that is left out gets a large negative logit, not -inf: a row without
-            any key is the mean of all values.
+        finite_fill: a key that is left out gets a large negative logit instead of its own, not
+            -inf: a row without any key is the mean of all values.
     """
 
     tensor: Operand
     inverted: bool = False
     finite_fill: bool = False
+
+
+@dataclass(frozen=True)
+class Padding:
+    """A bool mask as the product of masks over keys and masks over queries.
+
+    Attributes:
+        keys: masks (B|1, H|1, 1, N_k) whose conjunction says which keys take part.
+        rows: masks (B|1, H|1, N_q, 1) whose conjunction says which queries do.
+    """
+
+    keys: tuple[Operand, ...] = ()
+    rows: tuple[Operand, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,10 +163,10 @@ class TokenCount:
     dim: int
 
     @property
-    def traced(self) -> int:
-        """The number while tracing."""
+    def traced(self) -> int | None:
+        """The number while tracing, None where even that is not known."""
         size = self.node.meta["example_value"].shape[self.dim]
-        return size if isinstance(size, int) else int(size.node.hint)
+        return size if isinstance(size, int) else size.node.hint
 
 
 @dataclass(frozen=True)
@@ -162,13 +177,15 @@ class TextSpan:
     suffix: tuple[int | TokenCount, ...] = ()
 
     @property
-    def traced(self) -> tuple[int, int]:
-        """Text tokens before and after the video tokens while tracing."""
-        before, after = (
-            sum(part if isinstance(part, int) else part.traced for part in parts)
-            for parts in (self.prefix, self.suffix)
-        )
-        return before, after
+    def traced(self) -> tuple[int | None, int | None]:
+        """Text tokens before and after the video tokens while tracing, None where not known."""
+        return _total(self.prefix), _total(self.suffix)
+
+
+def _total(parts: tuple[int | TokenCount, ...]) -> int | None:
+    counts = [part if isinstance(part, int) else part.traced for part in parts]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 @dataclass(frozen=True)
@@ -186,7 +203,8 @@ class AttentionSite:
         q_shape, k_shape: (B, H, N, D), entries may be SymInt; () where the call cannot be read.
         dtype: in which attention is computed; under autocast not that of q.
         device: of q.
-        prove_mask: the mask's shape does not tell whether it is key padding: its values have to.
+        padding: how the graph makes the mask out of padding, or None if that does not show: then
+            its values have to prove it.
         reason: why the site cannot be sparse whatever it would gain, or None.
     """
 
@@ -200,5 +218,10 @@ class AttentionSite:
     k_shape: tuple[Size, ...]
     dtype: torch.dtype | None
     device: torch.device | None
-    prove_mask: bool
+    padding: Padding | None
     reason: Reason | None
+
+    @property
+    def prove_mask(self) -> bool:
+        """True if the mask has to prove at run time that it is padding."""
+        return self.call.mask is not None and self.padding is None

@@ -16,6 +16,13 @@ def hint(size: Size | None) -> int | None:
     return None if value is None else int(value)
 
 
+def is_same(size: Size, other: Size) -> bool:
+    """True if two sizes are one number or one expression; guards nothing."""
+    if isinstance(size, int) or isinstance(other, int):
+        return hint(size) == hint(other) is not None
+    return size.node.expr == other.node.expr or hint(size) == hint(other) is not None
+
+
 def shape_of(node: Node) -> tuple[Size, ...] | None:
     """Shape of the node's tensor, or None for another value."""
     value = node.meta.get("example_value")

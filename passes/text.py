@@ -10,7 +10,9 @@ from torch.fx import Node
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.site import Size, TextSpan, TokenCount
-from svg_ear_compile.passes.symbolic import hint, hints_of, shape_of
+from svg_ear_compile.passes.symbolic import hint, hints_of, is_same, shape_of
+
+_CONSTANTS = frozenset({"zeros", "new_zeros", "zeros_like", "ones", "new_ones", "full", "new_full"})
 
 
 def text_span(flow: Dataflow, q: Node, tokens: Size, attention: Set[Node]) -> TextSpan:
@@ -24,18 +26,15 @@ def text_span(flow: Dataflow, q: Node, tokens: Size, attention: Set[Node]) -> Te
     A sequence that arrives in one piece (a block compiled by itself) shows its text where RoPE is
     applied to the video tokens alone.
     """
-    whole = hint(tokens)
-    if whole is None:
-        return TextSpan()
-    for node in flow.backward(q, lambda n: n in attention or not _has_extent(n, whole)):
-        span = _concatenated(node, whole) if operation(node) == "cat" else None
-        span = span or _rotated_in_part(node, whole)
+    for node in flow.backward(q, lambda n: n in attention or not _has_extent(n, tokens)):
+        span = _concatenated(node, tokens) if operation(node) == "cat" else None
+        span = span or _rotated_in_part(node, tokens)
         if span is not None:
             return span
     return TextSpan()
 
 
-def _concatenated(node: Node, whole: int) -> TextSpan | None:
+def _concatenated(node: Node, tokens: Size) -> TextSpan | None:
     parts = node.args[0] if node.args else node.kwargs.get("tensors")
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     shape = shape_of(node)
@@ -43,11 +42,14 @@ def _concatenated(node: Node, whole: int) -> TextSpan | None:
         return None
     dim %= len(shape)
     # Features are last and the batch is first: neither is the sequence.
-    if dim in (0, len(shape) - 1) or hint(shape[dim]) != whole:
+    if dim in (0, len(shape) - 1) or not is_same(shape[dim], tokens):
         return None
-    nodes = [part for part in parts if isinstance(part, Node)]
-    lengths = [hints_of(part)[dim] or 0 for part in nodes if hints_of(part)]
-    if len(lengths) != len(parts) or 2 * max(lengths) <= whole:
+    nodes = [part for part in parts if isinstance(part, Node) and hints_of(part)]
+    if len(nodes) != len(parts) or any(operation(part) in _CONSTANTS for part in nodes):
+        return None  # filled up with zeros, or with nothing
+    lengths = [hints_of(part)[dim] or 0 for part in nodes]
+    whole = hint(tokens)
+    if 2 * max(lengths) <= (whole or 0) or max(lengths) == 0:
         return None
     video = lengths.index(max(lengths))
     texts = [_count(part, dim) for part in nodes]
@@ -61,9 +63,10 @@ def _count(part: Node, dim: int) -> int | TokenCount:
     return length if isinstance(length, int) else TokenCount(part, dim)
 
 
-def _rotated_in_part(node: Node, whole: int) -> TextSpan | None:
-    """`q[:, :, text:] = rotated`: a write into a slice of the tokens, in a sequence of `whole`."""
-    if operation(node) != "setitem" or not isinstance(node.args[1], tuple):
+def _rotated_in_part(node: Node, tokens: Size) -> TextSpan | None:
+    """`q[:, :, text:] = rotated`: a write into a slice of the tokens."""
+    whole = hint(tokens)
+    if operation(node) != "setitem" or not isinstance(node.args[1], tuple) or whole is None:
         return None
     into = node.args[0]
     shape = hints_of(into) if isinstance(into, Node) else ()
@@ -88,11 +91,12 @@ def _indices(index: tuple[object, ...], rank: int) -> Iterator[object]:
             yield part
 
 
-def _has_extent(node: Node, extent: int) -> bool:
+def _has_extent(node: Node, extent: Size) -> bool:
     if operation(node) == "setitem":  # has no value of its own
         return True
     value = node.meta.get("example_value")
     tensors = value if isinstance(value, (list, tuple)) else [value]
     return any(
-        isinstance(t, torch.Tensor) and extent in [hint(size) for size in t.shape] for t in tensors
+        isinstance(t, torch.Tensor) and any(is_same(size, extent) for size in t.shape)
+        for t in tensors
     )

@@ -6,24 +6,51 @@ import io
 import json
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch._dynamo.utils import counters
 from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
 
+from svg_ear_compile.passes.sdpa import SDPA_TARGETS, count_sdpa
 from svg_ear_compile.planning import GraphReport, SiteReport, rewrite_graph
 from svg_ear_compile.settings import Settings
 
 
 @dataclass(frozen=True)
+class GraphBreak:
+    """Where Dynamo gave up tracing: what runs between two graphs, no backend sees.
+
+    Attributes:
+        reason: Dynamo's, its first line.
+        hints: what Dynamo proposes.
+        count: how often.
+    """
+
+    reason: str
+    hints: tuple[str, ...]
+    count: int
+
+
+@dataclass(frozen=True)
 class Explanation:
-    """Reports of every graph that a model was traced into, in the order of compilation."""
+    """Reports of every graph that a model was traced into, in the order of compilation.
+
+    Attributes:
+        graphs: a report for each graph.
+        breaks: why there is more than one.
+        unseen: attention calls that ran outside of all graphs and so stay as they are.
+    """
 
     graphs: list[GraphReport] = field(default_factory=list)
+    breaks: list[GraphBreak] = field(default_factory=list)
+    unseen: int = 0
 
     @property
     def sites(self) -> list[SiteReport]:
@@ -32,23 +59,45 @@ class Explanation:
 
     def to_json(self) -> str:
         """Everything, as JSON."""
-        return json.dumps([graph.to_dict() for graph in self.graphs], indent=1)
+        return json.dumps(
+            {
+                "graphs": [graph.to_dict() for graph in self.graphs],
+                "breaks": [asdict(found) for found in self.breaks],
+                "unseen": self.unseen,
+            },
+            indent=1,
+        )
 
     def table(self) -> Table:
-        """One row for each attention call."""
+        """One row for each attention call, and below them what broke the graph."""
         sparse = sum(graph.sparse for graph in self.graphs)
         table = Table(
-            title=f"{len(self.sites)} attention calls in {len(self.graphs)} graphs, {sparse} sparse"
+            title=f"{len(self.sites)} attention calls, {len(self.graphs)} graphs, {sparse} sparse",
+            caption=self._notes() or None,
+            caption_justify="left",
         )
         for column in ("layer", "role", "B × H × N_q × N_k × D", "text", "plan", "why"):
             table.add_column(column, overflow="fold")
         for site in self.sites:
             shape = " × ".join("?" if size is None else str(size) for size in site.shape) or "?"
-            text = "" if site.text == (0, 0) else f"{site.text[0]} + {site.text[1]}"
+            before, after = ("?" if count is None else count for count in site.text)
+            text = "" if site.text == (0, 0) else f"{before} + {after}"
             table.add_row(
                 site.site or "(function)", site.role, shape, text, _plan(site), _why(site)
             )
         return table
+
+    def _notes(self) -> str:
+        lines = []
+        if self.unseen:
+            lines.append(
+                f"{self.unseen} attention calls ran outside of all graphs, where no backend sees "
+                "them: take away the breaks."
+            )
+        for found in self.breaks:
+            lines.append(f"Graph break, {found.count} times: {found.reason}")
+            lines += [f"  {hint}" for hint in found.hints[:1]]
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=140)
@@ -57,14 +106,15 @@ class Explanation:
 
 
 def _plan(site: SiteReport) -> str:
-    if site.plan is None or site.clusters is None:
+    if site.plan is None:
         return "dense"
     how = {
         "density": f"density {site.plan.density:g}",
         "top_p": f"top-p {site.plan.top_p:g}",
         "threshold": f"threshold {site.plan.threshold:g}",
     }[site.plan.routing]
-    return f"{how}, {site.clusters[0]} × {site.clusters[1]} clusters, {site.plan.compensation}"
+    clusters = f"{' × '.join(map(str, site.clusters))} clusters, " if site.clusters else ""
+    return f"{how}, {clusters}{site.plan.compensation}"
 
 
 def _why(site: SiteReport) -> str:
@@ -79,7 +129,8 @@ def explain(
 ) -> Explanation:
     """What `torch.compile(model, backend="svg_ear", options=options)` would do, without Inductor.
 
-    Runs the model once on the given inputs, eagerly, without gradients.
+    Runs the model once on the given inputs, eagerly, without gradients; once more where Dynamo
+    breaks its graph, to count the attention that no graph holds.
 
     Args:
         model: an `nn.Module`, compiled or not, or a function.
@@ -88,10 +139,18 @@ def explain(
     """
     settings = Settings.parse(options)
     graphs: list[GraphReport] = []
+    in_graphs = 0
 
     def record(gm: GraphModule, example_inputs: object) -> Callable[..., Any]:
+        calls = count_sdpa(gm)
         graphs.append(rewrite_graph(gm, settings))
-        return gm.forward
+
+        def run(*inputs: Any) -> Any:
+            nonlocal in_graphs
+            in_graphs += calls
+            return gm.forward(*inputs)
+
+        return run
 
     target = getattr(model, "_orig_mod", model)
 
@@ -107,6 +166,30 @@ def explain(
     unlimited = torch._dynamo.config.patch(
         recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize
     )
+    before = Counter(counters["graph_break"])
     with torch.no_grad(), unlimited:
         torch.compile(fresh, backend=record)(*args, **kwargs)
-    return Explanation(graphs)
+        breaks = [_break(*item) for item in (Counter(counters["graph_break"]) - before).items()]
+        unseen = 0
+        if breaks:
+            with _CountingSDPA() as counted:
+                torch.compiler.disable(call)(*args, **kwargs)
+            unseen = counted.calls - in_graphs
+    return Explanation(graphs, breaks, unseen)
+
+
+class _CountingSDPA(TorchFunctionMode):
+    """Counts the attention calls of eager code."""
+
+    calls = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.calls += func in SDPA_TARGETS
+        return func(*args, **(kwargs or {}))
+
+
+def _break(message: str, count: int) -> GraphBreak:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return GraphBreak(lines[0], tuple(x for x in lines if x.startswith("Hint:")), count)

@@ -39,7 +39,7 @@ class SiteReport:
     site: str
     role: str
     shape: tuple[int | None, ...]
-    text: tuple[int, int]
+    text: tuple[int | None, int | None]
     dtype: str
     device: str
     plan: AttentionPlan | None
@@ -79,7 +79,8 @@ def plan_site(site: AttentionSite, settings: Settings) -> AttentionPlan | Reason
         # The graph serves other lengths too. A guard on this one would compile once more for the
         # others, so each call decides.
         return replace(settings.plan, min_tokens=least)
-    return settings.plan if tokens - sum(site.text.traced) >= least else Reason.SHORT
+    text = sum(count or 0 for count in site.text.traced)
+    return settings.plan if tokens - text >= least else Reason.SHORT
 
 
 def rewrite_graph(gm: GraphModule, settings: Settings) -> GraphReport:
@@ -116,8 +117,8 @@ def _report(site: AttentionSite, decided: AttentionPlan | Reason) -> SiteReport:
     text = site.text.traced
     plan = decided if isinstance(decided, AttentionPlan) else None
     clusters = None
-    if plan is not None and q[2] is not None and k[2] is not None:
-        clusters = plan.clusters(q[2] - sum(text), k[2] - sum(text))
+    if plan is not None and not {q[2], k[2], *text} & {None}:
+        clusters = plan.clusters(*(n[2] - sum(text) for n in (q, k)))  # type: ignore[arg-type, operator]
     return SiteReport(
         layer=site.layer,
         site=site.name,

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # Triton reads this when it is imported, once for the whole process.
 if not torch.cuda.is_available():
@@ -18,6 +18,7 @@ settings.register_profile(
     database=None,
     deadline=None,
     max_examples=10,
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.register_profile("dev", deadline=None, max_examples=60)

@@ -44,6 +44,21 @@ def test_all_graphs_of_a_model_that_breaks_are_listed() -> None:
     assert [site.layer for site in found.sites] == ["blocks.0", "blocks.1"]
 
 
+def test_attention_that_no_graph_holds_is_counted_and_the_break_named() -> None:
+    model, (x, _) = stack()
+
+    def broken(x: Tensor) -> Tensor:
+        x = model.blocks[0](x)
+        return torch.compiler.disable(model.blocks[1])(x)
+
+    found = explain(broken, x, options={"min_tokens": TOKENS})
+    assert ([site.layer for site in found.sites], found.unseen) == (["blocks.0"], 1)
+    assert found.breaks
+    text = str(found)
+    assert "1 attention calls ran outside of all graphs" in text
+    assert all(f"Graph break, {b.count} times: {b.reason}" in text for b in found.breaks)
+
+
 def test_explaining_leaves_what_is_compiled_alone() -> None:
     model, inputs = stack()
     torch._dynamo.reset()
@@ -61,7 +76,7 @@ def test_command_prints_a_table_or_json(
     assert main([*MODEL, "--option", "density=0.3", "--option", f"min_tokens={TOKENS}"]) == 0
     assert "density 0.3" in capsys.readouterr().out
     assert main([*MODEL, "--json"]) == 0
-    (graph,) = json.loads(capsys.readouterr().out)
+    (graph,) = json.loads(capsys.readouterr().out)["graphs"]
     assert [site["reason"] for site in graph["sites"]] == ["short", "short"]
 
 

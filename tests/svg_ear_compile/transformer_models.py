@@ -49,12 +49,11 @@ def stack(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Stac
     )
 
 
-def wan(image: bool = False) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """diffusers' Wan with random weights; `image` is the image-to-video form."""
+def wan() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """diffusers' Wan with random weights; 192 video tokens, 7 of text."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
-    image_form: dict[str, Any] = {"image_dim": 16, "added_kv_proj_dim": 64} if image else {}
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
@@ -68,43 +67,8 @@ def wan(image: bool = False) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,
-        **image_form,
     ).eval()
     inputs = (torch.randn(1, 4, 3, 16, 16), torch.tensor([500.0]), torch.randn(1, 7, 16))
-    kwargs: dict[str, Any] = {"return_dict": False}
-    if image:
-        kwargs["encoder_hidden_states_image"] = torch.randn(1, 5, 16)
-    return model, inputs, kwargs
-
-
-def hunyuan() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """diffusers HunyuanVideo, random weights; 192 video tokens, 12 of text, 3 of them padding."""
-    from diffusers import HunyuanVideoTransformer3DModel
-
-    torch.manual_seed(0)
-    model = HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=32,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        patch_size=1,
-        patch_size_t=1,
-        guidance_embeds=True,
-        text_embed_dim=16,
-        pooled_projection_dim=8,
-        rope_axes_dim=(8, 12, 12),
-    ).eval()
-    inputs = (
-        torch.randn(1, 4, 3, 8, 8),
-        torch.tensor([500]),
-        torch.randn(1, 12, 16),
-        torch.tensor([[1] * 9 + [0] * 3]),
-        torch.randn(1, 8),
-        torch.tensor([1000.0]),
-    )
     return model, inputs, {"return_dict": False}
 
 

@@ -1,0 +1,143 @@
+"""Real model classes: what is found in each, and that the rewritten model is still the model.
+
+`sites.json` says for every family how many graphs Dynamo makes of it and, for each kind of
+attention, how often it occurs, its layers, role, text tokens before and after the video, and the
+reason why it is left or "sparse". The README's table of models is made of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import FAMILIES, Family, output_of
+from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule
+
+from svg_ear_compile import explain, svg_ear
+from svg_ear_compile.kernels import state
+from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.planning import rewrite_graph
+from svg_ear_compile.settings import Settings
+
+SITES: dict[str, Any] = json.loads((Path(__file__).parent / "sites.json").read_text())
+# The others run what AOTAutograd makes of the rewritten graph: C++ for all would take an hour.
+THROUGH_INDUCTOR = frozenset({"wan-t2v", "wan-i2v", "hunyuan-video", "cogvideox"})
+
+
+def options(family: Family, **more: float) -> dict[str, Any]:
+    """Videos of these sizes count as long; pictures and words have to be told by the rules."""
+    return {**({"min_tokens": 64} if family.kind == "video" else {}), **more}
+
+
+def rows_of(family: Family) -> dict[str, Any]:
+    model, args, kwargs = family.build()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(**family.dynamo):
+        found = explain(model, *args, options=options(family), **kwargs)
+    rows = Counter(
+        (
+            re.sub(r"(?<=\.)\d+(?=\.|#|$)", "*", site.site),
+            site.role,
+            json.dumps(site.text),
+            site.reason or site.sentence,
+        )
+        for site in found.sites
+    )
+    return {
+        "graphs": len(found.graphs),
+        "sites": [
+            [n, layer, role, json.loads(t), what] for (layer, role, t, what), n in rows.items()
+        ],
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_sites_roles_texts_and_reasons(family: Family) -> None:
+    assert rows_of(family) == SITES[family.name]
+
+
+def test_the_table_has_no_other_families() -> None:
+    assert list(SITES) == list(FAMILIES)
+
+
+class Counting:
+    """A backend that counts its calls; it rewrites if it is given options."""
+
+    def __init__(self, family: Family, rewriting: dict[str, Any] | None) -> None:
+        self.inductor = family.name in THROUGH_INDUCTOR
+        self.rewriting = rewriting
+        self.calls = 0
+
+    def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        self.calls += 1
+        if self.rewriting is None:
+            return (compile_fx if self.inductor else aot_eager)(gm, example_inputs)
+        if self.inductor:
+            return svg_ear(gm, example_inputs, options=self.rewriting)
+        rewrite_graph(gm, Settings.parse(self.rewriting))
+        return aot_eager(gm, example_inputs)
+
+
+def compiled(family: Family, backend: Counting, breaks: bool = False) -> Callable[[], Tensor]:
+    """The model, called on its inputs; with the graph breaks that it has by default, or without."""
+    model, args, kwargs = family.build()
+    torch._dynamo.reset()
+    made = torch.compile(model, backend=backend, fullgraph=family.fullgraph and not breaks)
+
+    def call() -> Tensor:
+        patch = torch._dynamo.config.patch(**({} if breaks else family.dynamo))
+        with torch.no_grad(), patch:
+            return output_of(made(*args, **kwargs))
+
+    return call
+
+
+class AtDensity:
+    """Gives every call another density than it was compiled with."""
+
+    def __init__(self, density: float) -> None:
+        self.density = density
+
+    def resolve(self, layer: Tensor | None, site: str, plan: AttentionPlan) -> state.Call:
+        return state.Call(replace(plan, density=self.density))
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_rewritten_model_is_the_model(family: Family) -> None:
+    backend, plain = Counting(family, options(family)), Counting(family, None)
+    found = compiled(family, backend)
+    outputs = {}
+    for density in (1.0, 0.999999, 0.3):
+        with state.active(AtDensity(density)):
+            outputs[density] = found()
+    wanted = compiled(family, plain)()
+    distances = [((out - wanted).norm() / wanted.norm()).item() for out in outputs.values()]
+    dense, every_block, some_blocks = distances
+    assert dense <= 1e-5
+    assert every_block <= 1e-4
+    assert some_blocks <= 0.2
+    # Computing a third of the attention leaves a trace, where there is any to leave out.
+    sparse = any(what.startswith("sparse") for *_, what in SITES[family.name]["sites"])
+    assert (some_blocks > 1e-5) == sparse
+    assert backend.calls <= plain.calls
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.breaks])
+def test_a_model_that_breaks_is_rewritten_graph_by_graph(name: str) -> None:
+    family = FAMILIES[name]
+    backend, plain = Counting(family, options(family)), Counting(family, None)
+    found = compiled(family, backend, breaks=True)
+    wanted = compiled(family, plain, breaks=True)()
+    with state.active(AtDensity(0.999999)):
+        torch.testing.assert_close(found(), wanted, rtol=1e-4, atol=1e-4)
+    assert backend.calls <= plain.calls
