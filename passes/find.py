@@ -19,7 +19,7 @@ from svg_ear_compile.passes.handwritten import read_handwritten
 from svg_ear_compile.passes.mask import judge_mask
 from svg_ear_compile.passes.media import carries_media
 from svg_ear_compile.passes.operation import operation
-from svg_ear_compile.passes.role import are_same_tokens, projection_sources, role_of
+from svg_ear_compile.passes.role import TokenSources, projected
 from svg_ear_compile.passes.sdpa import LEAF_TARGETS, SDPA_TARGETS, read_flex, read_leaf, read_sdpa
 from svg_ear_compile.passes.site import AttentionSite, Call, Padding, Reason, Role, Size, TextSpan
 from svg_ear_compile.passes.symbolic import hint
@@ -80,21 +80,22 @@ class _Describer:
         flow = self.flow
         first, last = call.steps[0], call.steps[-1]  # q and k are read by the one, v by the other
         q_shape, k_shape = call.q.sizes() or (), call.k.sizes() or ()
-        q_sources, k_sources, v_sources = (
-            projection_sources(flow, operand.node, reader)
+        of_q, of_k, of_v = (
+            projected(flow, operand.node, reader)
             for operand, reader in ((call.q, first), (call.k, first), (call.v, last))
         )
-        role = role_of(q_sources, k_sources)
+        sources = TokenSources(flow, of_q, of_k, of_v)
+        role = sources.role
         if role in (Role.SELF, Role.JOINT) and q_shape:
             tokens = hint(q_shape[2])
-            within = (role_in_clip(source, tokens, self.parts) for source in q_sources)
+            within = (role_in_clip(source, tokens, self.parts) for source in of_q)
             role = next((found for found in within if found is not None), role)
         dtype = _computed_in(call)
         padding = None
         reason = call.reason or _reason_to_leave(call, role, dtype)
-        if reason is None and not are_same_tokens(flow, k_sources, v_sources, hint(k_shape[2])):
+        if reason is None and not sources.values_are_of_the_keys:
             reason = Reason.VALUES
-        if reason is None and q_sources and not any(self.media[source] for source in q_sources):
+        if reason is None and of_q and not any(self.media[source] for source in of_q):
             reason = Reason.TEXT
         if reason is None and call.mask is not None:
             judged = judge_mask(flow, call, q_shape, k_shape)
@@ -102,7 +103,7 @@ class _Describer:
             padding = judged if isinstance(judged, Padding) else None
         text = TextSpan()
         if reason is None:
-            text = text_span(flow, call.q.node, q_shape[2], self.attention)
+            text = text_span(flow, call.q.node, first, q_shape[2], self.attention)
         q = call.q.node.meta.get("example_value")
         return AttentionSite(
             name=name,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from torch.fx import Node
 
 from svg_ear_compile.passes.dataflow import Dataflow, projected_input
-from svg_ear_compile.passes.operation import CASTS, COPIES, operation
+from svg_ear_compile.passes.operation import CASTS, COPIES, VIEWS, operation
 from svg_ear_compile.passes.site import Role
 from svg_ear_compile.passes.symbolic import hints_of
 
@@ -15,60 +17,84 @@ _TOKENWISE = frozenset(
 )
 
 
-def projection_sources(flow: Dataflow, start: Node, reader: Node) -> frozenset[Node]:
+def projected(flow: Dataflow, start: Node, reader: Node) -> frozenset[Node]:
     """The activations whose projections reach `start` as `reader` sees it.
 
     Walks back to the first linear layer or convolution on every path. Embeddings and products are
     passed: RoPE tables are made of them.
     """
-    found = set()
-    for node in flow.backward(start, lambda n: projected_input(n) is not None, reader):
-        if (source := projected_input(node)) is not None:
-            found.add(_tokens(source))
-    return frozenset(found)
+    found = (
+        projected_input(node)
+        for node in flow.backward(start, lambda n: projected_input(n) is not None, reader)
+    )
+    return frozenset(source for source in found if source is not None)
+
+
+class TokenSources:
+    """Where q, k and v of one call come from.
+
+    Two activations are the same tokens if each is made of one activation token by token: either may
+    have been normalised, modulated, reshaped or given positions by itself.
+    """
+
+    def __init__(
+        self, flow: Dataflow, q: frozenset[Node], k: frozenset[Node], v: frozenset[Node]
+    ) -> None:
+        self.flow = flow
+        self.q, self.k, self.v = ({_tokens(source) for source in part} for part in (q, k, v))
+        self._made_of: dict[Node, set[Node]] = {}
+
+    @property
+    def role(self) -> Role:
+        """Role by projection source; UNKNOWN where no projection reaches q nor k (a function)."""
+        if not self.q and not self.k:
+            return Role.UNKNOWN
+        queries_are_keys = bool(self.q) and self._are_among(self.q, self.k)
+        if queries_are_keys and self._are_among(self.k, self.q):
+            return Role.SELF if len(self.q) == 1 else Role.JOINT
+        return Role.PREFIX if queries_are_keys else Role.CROSS
+
+    @property
+    def values_are_of_the_keys(self) -> bool:
+        """True if keys and values are projections of the same tokens."""
+        return self._are_among(self.v, self.k)
+
+    def _are_among(self, some: set[Node], others: set[Node]) -> bool:
+        if some <= others:
+            return True
+        known: set[Node] = set().union(*(self._origins(node) for node in others))
+        return all(known & self._origins(node) for node in some)
+
+    def _origins(self, source: Node) -> set[Node]:
+        """The activations that `source` is made of token by token, itself among them."""
+        if source not in self._made_of:
+            tokens = hints_of(source)[1:-1]
+
+            def stop(node: Node) -> bool:
+                return operation(node).rstrip("_") not in _TOKENWISE | CASTS | COPIES
+
+            # Conditions that modulate every token are no tokens.
+            self._made_of[source] = {
+                n for n in self.flow.backward(source, stop) if hints_of(n)[1:-1] == tokens
+            }
+        return self._made_of[source]
 
 
 def _tokens(node: Node) -> Node:
-    """Through casts and stacked projections (LoRA) to the activation that was projected first."""
+    """Through casts, reshapes and stacked projections (LoRA) to the activation behind them."""
     while True:
         source = projected_input(node)
-        if source is None and operation(node) in CASTS | COPIES:
+        if source is None:
             first = node.args[0] if node.args else node.kwargs.get("input")
-            source = first if isinstance(first, Node) else None
+            name = operation(node)
+            reshaped = name in VIEWS and isinstance(first, Node) and _numel(first) == _numel(node)
+            if isinstance(first, Node) and (name in CASTS | COPIES or reshaped):
+                source = first
         if source is None:
             return node
         node = source
 
 
-def role_of(q_sources: frozenset[Node], k_sources: frozenset[Node]) -> Role:
-    """Role by projection source; UNKNOWN where no projection reaches q nor k (a bare function)."""
-    if not q_sources and not k_sources:
-        return Role.UNKNOWN
-    if q_sources == k_sources:
-        return Role.SELF if len(q_sources) == 1 else Role.JOINT
-    if q_sources < k_sources:
-        return Role.PREFIX
-    return Role.CROSS
-
-
-def are_same_tokens(
-    flow: Dataflow, k_sources: frozenset[Node], v_sources: frozenset[Node], tokens: int | None
-) -> bool:
-    """True if keys and values are projections of the same tokens.
-
-    Either may have been normalised, modulated or given positions by itself.
-    """
-    if v_sources <= k_sources:
-        return True
-    reached = {n for source in k_sources for n in _before_tokenwise(flow, source, tokens)}
-    return all(reached & _before_tokenwise(flow, source, tokens) for source in v_sources)
-
-
-def _before_tokenwise(flow: Dataflow, source: Node, tokens: int | None) -> set[Node]:
-    """The activations that `source` was made of token by token, itself among them."""
-
-    def stop(node: Node) -> bool:
-        return operation(node).rstrip("_") not in _TOKENWISE | CASTS | COPIES
-
-    # Conditions that modulate every token are no tokens.
-    return {n for n in flow.backward(source, stop) if n is source or tokens in hints_of(n)}
+def _numel(node: Node) -> int:
+    shape = hints_of(node)
+    return math.prod(size or 0 for size in shape) if shape else -1

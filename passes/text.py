@@ -15,7 +15,9 @@ from svg_ear_compile.passes.symbolic import hint, hints_of, is_same, shape_of
 _CONSTANTS = frozenset({"zeros", "new_zeros", "zeros_like", "ones", "new_ones", "full", "new_full"})
 
 
-def text_span(flow: Dataflow, q: Node, tokens: Size, attention: Set[Node]) -> TextSpan:
+def text_span(
+    flow: Dataflow, q: Node, reader: Node, tokens: Size, attention: Set[Node]
+) -> TextSpan:
     """Text tokens of a sequence that was concatenated along its tokens, nearest `cat` first.
 
     The longest part is the video; what stands before and after it is text. The walk stays on nodes
@@ -26,7 +28,7 @@ def text_span(flow: Dataflow, q: Node, tokens: Size, attention: Set[Node]) -> Te
     A sequence that arrives in one piece (a block compiled by itself) shows its text where RoPE is
     applied to the video tokens alone.
     """
-    for node in flow.backward(q, lambda n: n in attention or not _has_extent(n, tokens)):
+    for node in flow.backward(q, lambda n: n in attention or not _has_extent(n, tokens), reader):
         span = _concatenated(node, tokens) if operation(node) == "cat" else None
         span = span or _rotated_in_part(node, tokens)
         if span is not None:

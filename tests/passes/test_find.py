@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import Graph, Node
-from traced_graphs import graphs_of, sites_of
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from traced_graphs import Rewriting, graphs_of, run_rewritten, sites_of
 
 from svg_ear_compile.passes.find import find_sites, layer_path
 from svg_ear_compile.passes.site import Reason, Role
@@ -190,6 +191,51 @@ def test_mixed_dtypes_are_left() -> None:
 
     (site,) = sites_of(call, q, k.bfloat16(), v.bfloat16())
     assert site.reason is Reason.DTYPE
+
+
+def test_flex_attention_without_a_mask_is_attention() -> None:
+    def scored(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score * 2)
+
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_attention(q, k, v, block_mask=blocks)
+
+    def with_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = flex_attention(q, k, v, return_lse=True)
+        return out + lse[..., None]
+
+    # Takes every pair of the blocks that it lists, and lists half of them.
+    half = torch.arange(4, dtype=torch.int32).expand(1, 1, 4, 4).contiguous()
+    counts = torch.full((1, 1, 4), 2, dtype=torch.int32)
+    blocks = BlockMask.from_kv_blocks(counts, half, BLOCK_SIZE=128)
+    q, k, v = qkv(tokens=512)
+    backend = Rewriting()
+    plain = run_rewritten(lambda q, k, v: flex_attention(q, k, v), q, k, v, backend=backend)
+    assert backend.rewritten == 1
+    torch.testing.assert_close(plain, sdpa(q, k, v), atol=1e-5, rtol=1e-4)
+    for call, reason in (
+        (scored, Reason.FLEX),
+        (masked, Reason.FLEX),
+        (with_weights, Reason.WEIGHTS),
+    ):
+        (site,) = sites_of(call, q, k, v)
+        assert site.reason is reason
+
+
+def test_attention_inside_a_leaf_is_named() -> None:
+    x = torch.randn(1, TOKENS, 64)
+    layer = nn.TransformerEncoderLayer(64, 2, batch_first=True).eval()
+    attention = nn.MultiheadAttention(64, 2, batch_first=True).eval()
+    for call in (layer, lambda x: attention(x, x, x, need_weights=False)[0]):
+        (site,) = sites_of(call, x)
+        assert (site.reason, site.q_shape) == (Reason.LEAF, ())
+
+
+def test_an_exported_model_is_read_like_any_other() -> None:
+    exported = torch.export.export(Stack().eval(), (torch.randn(1, TOKENS, 16),)).module()
+    sites = sites_of(exported, torch.randn(1, TOKENS, 16))
+    assert [s.layer for s in sites] == ["blocks.0.attn1", "blocks.1.attn1", "blocks.0.attn1"]
+    assert [(s.role, s.reason) for s in sites] == [(Role.SELF, None)] * 3
 
 
 def test_every_reason_has_a_sentence() -> None:

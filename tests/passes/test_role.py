@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from traced_graphs import sites_of
 
 from svg_ear_compile.passes.site import AttentionSite, Reason, Role
 
-HEADS, DIM, WIDTH, VIDEO, TEXT = 2, 32, 16, 48, 6
+HEADS, DIM, WIDTH, VIDEO, TEXT, FRAMES = 2, 32, 16, 48, 6, 3
 
 
 def split(x: Tensor) -> Tensor:
@@ -133,6 +134,138 @@ class RopeTables(Projections):
         )
 
 
+class Spatial(Projections):
+    """Frames folded into the batch: (B F, P, C) from (B, F P, C)."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        h = F.gelu(x).unflatten(1, (FRAMES, -1)).flatten(0, 1)
+        q, k, v = (split(layer(h)) for layer in (self.to_q, self.to_k, self.to_v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class Temporal(Projections):
+    """Places folded into the batch: (B P, F, C)."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        h = x.reshape(x.shape[0], FRAMES, -1, WIDTH).permute(0, 2, 1, 3).reshape(-1, FRAMES, WIDTH)
+        q, k, v = (split(layer(h)) for layer in (self.to_q, self.to_k, self.to_v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class Unfolded(Spatial):
+    """Folded for a convolution, then whole again."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        h = F.gelu(x.unflatten(1, (FRAMES, -1)).flatten(0, 1)).unflatten(0, (-1, FRAMES))
+        return SelfAttention.forward(self, h.flatten(1, 2), text)
+
+
+class FlatProjections(Projections):
+    """Tokens of all samples projected as one list: no fold of the clip."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        q, k, v = (
+            split(layer(x.view(-1, WIDTH)).view(*x.shape[:2], -1))
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class HeadsInBatch(Projections):
+    """Heads folded into the batch for a 3-D call."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        q, k, v = (split(layer(x)).flatten(0, 1) for layer in (self.to_q, self.to_k, self.to_v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class NormedApart(Projections):
+    """Each projection normalises the sequence for itself."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        q, k, v = (
+            split(layer(F.layer_norm(x, (WIDTH,)) * (1 + text.mean(1, keepdim=True))))
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class CrossNormedAlike(Projections):
+    """Two sequences modulated by one condition are two sequences."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        other, scale = torch.cat([text] * (VIDEO // TEXT), 1), 1 + text.mean(1, keepdim=True)
+        q, k, v = (
+            split(layer(F.layer_norm(t, (WIDTH,)) * scale))
+            for layer, t in ((self.to_q, x), (self.to_k, other), (self.to_v, other))
+        )
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class ValuesWithoutPositions(Projections):
+    """Queries and keys get positions, values do not: still one sequence."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        at = F.layer_norm(x, (WIDTH,)) + torch.arange(x.shape[1]).view(1, -1, 1)
+        q, k, v = (split(f(t)) for f, t in ((self.to_q, at), (self.to_k, at), (self.to_v, x)))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class ValuesOfOthers(Projections):
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        other = torch.cat([text] * (VIDEO // TEXT), 1)
+        q, k, v = (split(f(t)) for f, t in ((self.to_q, x), (self.to_k, x), (self.to_v, other)))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class RotatedInPart(Projections):
+    """The sequence arrives in one piece; RoPE is for the video tokens alone."""
+
+    video = slice(TEXT, None)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        q, k, v = (split(layer(x)) for layer in (self.to_q, self.to_k, self.to_v))
+        q, k = q.clone(), k.clone()
+        q[:, :, self.video] = -q[:, :, self.video]
+        k[:, :, self.video] = -k[:, :, self.video]
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class RotatedInPartTextLast(RotatedInPart):
+    video = slice(None, -TEXT)
+
+
+class FilledUp(Projections):
+    """Zeros behind the tokens are no text."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return SelfAttention.forward(self, torch.cat([x, x.new_zeros(1, TEXT, WIDTH)], 1), text)
+
+
+class TokenIds(Projections):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(9, WIDTH)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return SelfAttention.forward(self, self.words(torch.arange(VIDEO)[None] % 9), text)
+
+
+class Checkpointed(Projections):
+    """q, k and v cross into a child graph, from one sequence or from two."""
+
+    cross = False
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        source = F.gelu(text) if self.cross else x
+        q, k, v = split(self.to_q(x)), split(self.to_k(source)), split(self.to_v(source))
+        return checkpoint(F.scaled_dot_product_attention, q, k, v, use_reentrant=False)
+
+
+class CheckpointedCross(Checkpointed):
+    cross = True
+
+
 def site_of(module: nn.Module, video: int = VIDEO) -> AttentionSite:
     (site,) = sites_of(module, torch.randn(1, video, WIDTH), torch.randn(1, TEXT, WIDTH))
     return site
@@ -153,6 +286,21 @@ def site_of(module: nn.Module, video: int = VIDEO) -> AttentionSite:
         (CrossRopeIntoBuffer, Role.CROSS, (0, 0), Reason.CROSS_ATTENTION),
         (Prefix, Role.PREFIX, (0, 0), Reason.PREFIX),
         (RopeTables, Role.SELF, (0, 0), None),
+        (Spatial, Role.SPATIAL, (0, 0), Reason.PART_OF_CLIP),
+        (Temporal, Role.TEMPORAL, (0, 0), Reason.PART_OF_CLIP),
+        (Unfolded, Role.SELF, (0, 0), None),
+        (FlatProjections, Role.SELF, (0, 0), None),
+        (HeadsInBatch, Role.SELF, (0, 0), None),
+        (NormedApart, Role.SELF, (0, 0), None),
+        (CrossNormedAlike, Role.CROSS, (0, 0), Reason.CROSS_ATTENTION),
+        (ValuesWithoutPositions, Role.SELF, (0, 0), None),
+        (ValuesOfOthers, Role.SELF, (0, 0), Reason.VALUES),
+        (RotatedInPart, Role.JOINT, (TEXT, 0), None),
+        (RotatedInPartTextLast, Role.JOINT, (0, TEXT), None),
+        (FilledUp, Role.SELF, (0, 0), None),
+        (TokenIds, Role.SELF, (0, 0), Reason.TEXT),
+        (Checkpointed, Role.SELF, (0, 0), None),
+        (CheckpointedCross, Role.CROSS, (0, 0), Reason.CROSS_ATTENTION),
     ],
 )
 def test_role_and_text(
