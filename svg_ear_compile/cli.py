@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--option", action="append", default=[], metavar="KEY=VALUE", help="as in options={...}"
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.add_argument(
+        "--draw", metavar="FOLDER", help="also draw each kind of site before and after"
+    )
     command.set_defaults(run=_explain)
     given = parser.parse_args(argv)
     try:
@@ -43,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _explain(given: argparse.Namespace) -> None:
     options = dict(_option(text) for text in given.option)
     model, args, *rest = _load(given.model)()
-    found = explain(model, *args, options=options, **(rest[0] if rest else {}))
+    inputs = rest[0] if rest else {}
+    found = explain(model, *args, options=options, draw_to=given.draw, **inputs)
     if given.json:
         print(found.to_json())
     else:

@@ -9,6 +9,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
+from svg_ear_compile.passes.drawing import (
+    Surroundings,
+    draw,
+    surroundings_after,
+    surroundings_before,
+)
+from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.passes.sdpa import SDPA_TARGETS, count_sdpa
 from svg_ear_compile.planning import GraphReport, SiteReport, rewrite_graph
 from svg_ear_compile.settings import Settings
@@ -125,6 +133,7 @@ def explain(
     model: Callable[..., Any],
     *args: Any,
     options: Mapping[str, Any] | None = None,
+    draw_to: Path | str | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """What `torch.compile(model, backend="svg_ear", options=options)` would do, without Inductor.
@@ -136,14 +145,19 @@ def explain(
         model: an `nn.Module`, compiled or not, or a function.
         args, kwargs: its inputs.
         options: see `Settings.parse`.
+        draw_to: folder for pictures of the sparse sites before and after, one for each kind.
     """
     settings = Settings.parse(options)
     graphs: list[GraphReport] = []
+    drawn: set[object] = set()
     in_graphs = 0
 
     def record(gm: GraphModule, example_inputs: object) -> Callable[..., Any]:
         calls = count_sdpa(gm)
+        before = {} if draw_to is None else surroundings_before(gm, find_sites(gm))
         graphs.append(rewrite_graph(gm, settings))
+        if draw_to is not None:
+            _draw(Path(draw_to), before, surroundings_after(gm), drawn)
 
         def run(*inputs: Any) -> Any:
             nonlocal in_graphs
@@ -176,6 +190,21 @@ def explain(
                 torch.compiler.disable(call)(*args, **kwargs)
             unseen = counted.calls - in_graphs
     return Explanation(graphs, breaks, unseen)
+
+
+def _draw(
+    folder: Path,
+    before: Mapping[str, Surroundings],
+    after: Mapping[str, Surroundings],
+    drawn: set[object],
+) -> None:
+    """One picture for each rewritten site that looks unlike those drawn before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rewritten in after.items():
+        if rewritten.outline not in drawn:
+            drawn.add(rewritten.outline)
+            title = name or "(function)"
+            draw(folder / f"{len(drawn):02d}-{title}.svg", title, before[name], rewritten)
 
 
 class _CountingSDPA(TorchFunctionMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +79,19 @@ def test_command_prints_a_table_or_json(
     assert main([*MODEL, "--json"]) == 0
     (graph,) = json.loads(capsys.readouterr().out)["graphs"]
     assert [site["reason"] for site in graph["sites"]] == ["short", "short"]
+
+
+def test_each_kind_of_site_is_drawn_once(tmp_path: Path) -> None:
+    folder = tmp_path / "drawings"
+    arguments = [*MODEL, "--option", f"min_tokens={TOKENS}", "--draw", str(folder)]
+    assert main(arguments) == 0
+    (drawing,) = folder.iterdir()  # both blocks look alike
+    assert drawing.name == "01-blocks.0.svg"
+    picture = drawing.read_text()
+    assert "<svg" in picture
+    # Text is drawn as shapes, each after a comment that says it.
+    assert "<!-- scaled_dot_product_attention" in picture
+    assert "<!-- svg_ear.attention" in picture
 
 
 @pytest.mark.parametrize(
