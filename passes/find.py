@@ -168,8 +168,13 @@ def layer_path(node: Node) -> str:
     path = list(stack.values())[-1][0]
     path = re.sub(r"^[LG]\['[^']*'\]", "", path)
     names = re.findall(r"\['([^']+)'\]|\[(\d+)\]|\.?([^.\[\]]+)", path)
-    parts = [name for match in names for name in match if name]
-    return ".".join(p for p in parts if p not in ("_modules", "__dict__", "_orig_mod"))
+    parts = ".".join(name for match in names for name in match if name)
+    # How Python reaches a module whose forward a hook has wrapped.
+    parts = re.sub(
+        r"forward(\.func\.__closure__\.\d+\.cell_contents\.forward)?\.__self__", "", parts
+    )
+    kept = (p for p in parts.split(".") if p not in ("", "_modules", "__dict__", "_orig_mod"))
+    return ".".join(kept)
 
 
 def _layer_parameter(flow: Dataflow, q: Node, reader: Node) -> Node | None:

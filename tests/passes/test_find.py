@@ -288,6 +288,12 @@ def _node_in(path: str) -> Node:
         ("L['self']._orig_mod.blocks.0.attn1", "blocks.0.attn1"),
         ("L['model'].blocks.11.attn", "blocks.11.attn"),
         ("G['model'].blocks.11.attn", "blocks.11.attn"),
+        ("L['self'].forward.__self__.blocks.1.attn", "blocks.1.attn"),
+        (
+            "L['self'].forward.__self__.blocks[0].forward.func.__closure__[0].cell_contents"
+            ".forward.__self__.attn1",
+            "blocks.0.attn1",
+        ),
         ("L['self']", ""),
     ],
 )
