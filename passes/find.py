@@ -23,7 +23,7 @@ from svg_ear_compile.passes.role import TokenSources, projected
 from svg_ear_compile.passes.sdpa import LEAF_TARGETS, SDPA_TARGETS, read_flex, read_leaf, read_sdpa
 from svg_ear_compile.passes.site import AttentionSite, Call, Padding, Reason, Role, Size, TextSpan
 from svg_ear_compile.passes.symbolic import hint
-from svg_ear_compile.passes.text import text_span
+from svg_ear_compile.passes.text import TextSpans
 
 
 def find_sites(gm: GraphModule) -> list[AttentionSite]:
@@ -33,7 +33,7 @@ def find_sites(gm: GraphModule) -> list[AttentionSite]:
     flow = Dataflow(gm)
     calls = [call for node in _nodes(gm) if (call := _read(node, flow)) is not None]
     attention = {node for call in calls for node in call.steps}
-    describe = _Describer(flow, attention, folds(flow), carries_media(flow))
+    describe = _Describer(flow, TextSpans(flow, attention), folds(flow), carries_media(flow))
     seen: Counter[str] = Counter()
     sites = []
     for call in calls:
@@ -72,7 +72,7 @@ class _Describer:
     """Describes the calls of one graph module; see the modules of the same names."""
 
     flow: Dataflow
-    attention: set[Node]
+    texts: TextSpans
     parts: dict[Node, int]
     media: dict[Node, bool]
 
@@ -103,7 +103,7 @@ class _Describer:
             padding = judged if isinstance(judged, Padding) else None
         text = TextSpan()
         if reason is None:
-            text = text_span(flow, call.q.node, first, q_shape[2], self.attention)
+            text = self.texts.of(call.q.node, first, q_shape[2])
         q = call.q.node.meta.get("example_value")
         return AttentionSite(
             name=name,

@@ -19,23 +19,26 @@ _RESHAPES = frozenset(
     {"view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze"}
 )
 
+_Shape = tuple[int | None, ...]
+
 
 def folds(flow: Dataflow) -> dict[Node, int]:
     """For every node, into how many parts each batch element of its tensor was cut; 1 if whole."""
     found: dict[Node, int] = {}
+    shapes = {node: hints_of(node) for node in flow.position}
     for node in flow.position:
-        found[node] = _parts(node, flow, found)
+        found[node] = _parts(node, flow, found, shapes)
     return found
 
 
-def _parts(node: Node, flow: Dataflow, found: dict[Node, int]) -> int:
-    shape = hints_of(node)
+def _parts(node: Node, flow: Dataflow, found: dict[Node, int], shapes: dict[Node, _Shape]) -> int:
+    shape = shapes[node]
     # Of several inputs, the data is the largest; conditions and tables are small.
     sources = [s for s in flow.sources(node) if s in found]
-    data = max(sources, key=lambda s: _numel(hints_of(s)), default=None)
+    data = max(sources, key=lambda s: _numel(shapes[s]), default=None)
     if data is None:
         return 1
-    before = hints_of(data)
+    before = shapes[data]
     if not shape or not before or shape[0] is None or before[0] is None:
         return found[data]  # a tuple of parts, or what is taken out of one
     if shape[0] == before[0]:
@@ -46,10 +49,10 @@ def _parts(node: Node, flow: Dataflow, found: dict[Node, int]) -> int:
         return max(1, found[data] * shape[0] // before[0])
     if _numel(shape) == _numel(before):  # a transpose: whatever leads now, it is no fold yet
         return 1
-    return max((found[s] for s in sources if hints_of(s)[:1] == shape[:1]), default=1)
+    return max((found[s] for s in sources if shapes[s][:1] == shape[:1]), default=1)
 
 
-def _numel(shape: tuple[int | None, ...]) -> int:
+def _numel(shape: _Shape) -> int:
     return math.prod(size or 0 for size in shape) if shape else 0
 
 

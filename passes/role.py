@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from torch.fx import Node
@@ -15,6 +16,9 @@ from svg_ear_compile.passes.symbolic import hints_of
 _TOKENWISE = frozenset(
     {"add", "sub", "mul", "div", "layer_norm", "rms_norm", "native_layer_norm", "silu", "gelu"}
 )
+
+# More than any model does to its tokens right before it projects them; a residual stream goes on.
+_NEAR = 48
 
 
 def projected(flow: Dataflow, start: Node, reader: Node) -> frozenset[Node]:
@@ -74,9 +78,8 @@ class TokenSources:
                 return operation(node).rstrip("_") not in _TOKENWISE | CASTS | COPIES
 
             # Conditions that modulate every token are no tokens.
-            self._made_of[source] = {
-                n for n in self.flow.backward(source, stop) if hints_of(n)[1:-1] == tokens
-            }
+            near = itertools.islice(self.flow.backward(source, stop), _NEAR)
+            self._made_of[source] = {n for n in near if hints_of(n)[1:-1] == tokens}
         return self._made_of[source]
 
 

@@ -1,0 +1,1 @@
+"""What the passes add to the time of compiling a model."""
