@@ -19,8 +19,10 @@ endif
 demo: $(READY)
 	$(RUN) -m benchmarks.video_dit.demo --out demo_out
 
+# A process for each core with one thread each, where pytest-xdist is there.
 test: $(READY)
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest \
+	  $$($(RUN) -c "import xdist" 2>/dev/null && printf -- "-n auto --dist worksteal") $(PYTEST_ARGS)
 
 # mypy looks at the wheel's files: only there do the four rooms lie as one package.
 lint: $(READY)

@@ -13,15 +13,72 @@ from pathlib import Path
 from typing import Any
 
 from svg_ear_compile.passes.site import Reason
+from svg_ear_compile.passes.spellings import PRODUCTS, STEPS
 
 ROOT = Path(__file__).parents[1]
-ATTENTION = ROOT / "benchmarks" / "results" / "nvidia-h200" / "attention.json"
+RESULTS = ROOT / "benchmarks" / "results"
+ATTENTION = RESULTS / "nvidia-h200" / "attention.json"
+COMPILE_TIME = RESULTS / "cpu" / "compile_time" / "compile_time.json"
+ZOO = ROOT / "tests" / "zoo" / "sites.json"
 
 
 def reasons_table() -> str:
     """Every reason to leave a site dense."""
     rows = [f"| `{reason.value}` | {reason.sentence} |" for reason in Reason]
     return "\n".join(["| code | why the call stays as it was |", "|---|---|", *rows])
+
+
+def models_table(zoo: dict[str, Any]) -> str:
+    """What goes sparse and what is left in every family of the zoo, by the zoo's own table."""
+    lines = [
+        "| model | goes sparse | left as it is |",
+        "|---|---|---|",
+    ]
+    for name, found in zoo.items():
+        sparse: dict[str, None] = {}
+        left: dict[str, None] = {}
+        for _, layer, role, text, what in found["sites"]:
+            short = ".".join(layer.split(".")[-2:]).replace("*.", "").replace("*", "N")
+            if what.startswith("sparse"):
+                side = "" if text == [0, 0] else ", text first" if text[0] else ", text last"
+                sparse[f"`{short}` ({role}{side}{what.removeprefix('sparse')})"] = None
+            else:
+                left[f"`{short}` ({role}: `{what}`)"] = None
+        cells = (", ".join(part) or "nothing" for part in (sparse, left))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spellings_list() -> str:
+    """Every spelling of hand-written attention that the pass reads."""
+    products, steps = ("; ".join(s.name for s in part) for part in (PRODUCTS, STEPS))
+    return f"Products: {products}. Steps between them: {steps}."
+
+
+def compile_time_table(record: dict[str, Any]) -> str:
+    """Seconds of our passes and of Inductor, by depth."""
+    lines = [
+        f"CPU ({record['cpu']}, {record['threads']} threads), torch {record['torch']}, "
+        f"commit {record['commit']}.",
+        "",
+        "| layers of Wan | nodes | passes, s | Inductor, s | share |",
+        "|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        median = statistics.median(row["passes_seconds"])
+        inductor = row["inductor_seconds"]
+        lines.append(
+            f"| {row['layers']} | {row['nodes']} | {median:.3f} | {inductor:.1f} "
+            f"| {median / inductor:.2%} |"
+        )
+    return "\n".join(lines)
+
+
+NOT_MEASURED = (
+    "No run of this state on a GPU is recorded yet, so there are no figures here: "
+    "`python -m benchmarks.attention --out benchmarks/results/nvidia-h200` makes them, and "
+    "`python -m benchmarks.readme` this table."
+)
 
 
 def attention_table(record: dict[str, Any]) -> str:
@@ -65,8 +122,19 @@ def main() -> int:
     given = parser.parse_args()
     readme = ROOT / "README.md"
     before = readme.read_text()
-    after = fill(before, "reasons", reasons_table())
-    after = fill(after, "attention", attention_table(json.loads(ATTENTION.read_text())))
+    measured = ATTENTION.exists()
+    tables = {
+        "reasons": reasons_table(),
+        "models": models_table(json.loads(ZOO.read_text())),
+        "spellings": spellings_list(),
+        "attention": attention_table(json.loads(ATTENTION.read_text()))
+        if measured
+        else NOT_MEASURED,
+        "compile-time": compile_time_table(json.loads(COMPILE_TIME.read_text())),
+    }
+    after = before
+    for name, table in tables.items():
+        after = fill(after, name, table)
     if given.check:
         return int(after != before)
     readme.write_text(after)
