@@ -149,11 +149,11 @@ def _place(part: Surroundings) -> dict[int, tuple[float, float]]:
         for column, node in enumerate(wanted):
             at[node] = (float(column), float(row))
     widest = max(x for x, _ in at.values())
-    for row in {y for _, y in at.values()}:
-        nodes = [n for n in at if at[n][1] == row]
+    for height in {y for _, y in at.values()}:
+        nodes = [n for n in at if at[n][1] == height]
         shift = (widest - max(at[n][0] for n in nodes)) / 2
         for node in nodes:
-            at[node] = (at[node][0] + shift, row)
+            at[node] = (at[node][0] + shift, height)
     return at
 
 

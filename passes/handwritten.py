@@ -43,25 +43,29 @@ class _Reading:
     """What has been read of one attention so far; letters as in `Product`."""
 
     letters: str
-    scale: float | None = 1.0
+    scale: float = 1.0
     masks: list[Mask] = field(default_factory=list)
-    scaled_mask: bool = False  # a mask was added to the scores and then scaled with them
+    reason: Reason | None = None  # why it has to stay as it is
 
     def take(self, step: Step) -> None:
         if step.order is not None:
             self.letters = "".join(self.letters[d] for d in step.order)
+        reason = step.reason
         if self.masks and step.factor != 1.0:
-            # -inf and its like stay what they are, unless their sign turns.
+            # A mask is scaled with the scores it was added to. -inf and its like stay what they
+            # are, unless their sign turns.
             fills = all(m.tensor.node.meta["example_value"].dtype == torch.bool for m in self.masks)
-            self.scaled_mask |= not fills or step.factor is None or step.factor <= 0
-        if self.scale is not None:
-            self.scale = None if step.factor is None else self.scale * step.factor
+            reason = reason or (None if fills and step.factor > 0 else Reason.SPELLING)
+        self.scale *= step.factor
         tensor = step.added or step.mask
         if tensor is not None:
             value = tensor.meta.get("example_value")
             rank = value.dim() if isinstance(value, torch.Tensor) else 0
-            aligned = self.letters[len(self.letters) - rank :] if rank else ""
+            if rank > len(self.letters) or self.masks:
+                reason = reason or Reason.MASK
+            aligned = self.letters[max(0, len(self.letters) - rank) :] if rank else ""
             self.masks.append(Mask(Operand(tensor, aligned), step.inverted, step.finite_fill))
+        self.reason = self.reason or reason
 
 
 def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
@@ -167,22 +171,17 @@ def _operands(
     product: Product, value_product: Product, weights: Node, letters: str, normalised: str
 ) -> _Operands | None:
     """Which operand is which, by letters; None if the letters are not attention's."""
-    left, right = (
-        Operand(product.left, product.left_dims),
-        Operand(product.right, product.right_dims),
-    )
+    left = Operand(product.left, product.left_dims)
+    right = Operand(product.right, product.right_dims)
     if (normalised in left.dims) == (normalised in right.dims):
         return None
     q, k = (right, left) if normalised in left.dims else (left, right)
     contracted = (set(q.dims) & set(k.dims)) - set(product.out_dims)
-    if weights is value_product.left:
-        weight_dims, value_dims, value = (
-            value_product.left_dims, value_product.right_dims, value_product.right,
-        )  # fmt: skip
-    else:
-        weight_dims, value_dims, value = (
-            value_product.right_dims, value_product.left_dims, value_product.left,
-        )  # fmt: skip
+    first = (value_product.left, value_product.left_dims)
+    second = (value_product.right, value_product.right_dims)
+    (_, weight_dims), (value, value_dims) = (
+        (first, second) if weights is value_product.left else (second, first)
+    )
     if len(weight_dims) != len(letters) or len(contracted) != 1:
         return None
     # The second product has letters of its own: name them as the weights are named.
@@ -221,10 +220,8 @@ def _call(
     reading: _Reading,
 ) -> Call:
     if len(found.batch) > 2:
-        return Call(
-            nodes[-1], tuple(nodes), found.q, found.k, found.v, found.out_dims,
-            reason=Reason.LAYOUT,
-        )  # fmt: skip
+        q, k, v = (Operand(operand.node, "") for operand in (found.q, found.k, found.v))
+        return Call(nodes[-1], tuple(nodes), q, k, v, reason=Reason.LAYOUT)
     batch = dict(zip(found.batch, "bh"[2 - len(found.batch) :], strict=True))
     tokens = {**batch, found.query: "n", found.channel: "d", found.value_channel: "d"}
     keys = {**batch, found.key: "n", found.channel: "d", found.value_channel: "d"}
@@ -237,13 +234,8 @@ def _call(
     q, k, v = (named(found.q, tokens), named(found.k, keys), named(found.v, keys))
     out_dims = "".join(tokens[letter] for letter in found.out_dims)
     steps = tuple(sorted(nodes, key=flow.position.__getitem__))
-    reason = _reason_to_leave(flow, steps, [q, k, v, *(m.tensor for m in masks)])
-    if reason is None and reading.scale is None:
-        reason = Reason.SCALE
-    if reason is None and reading.scaled_mask:
-        reason = Reason.SPELLING
-    if reason is None and len(masks) > 1:
-        reason = Reason.MASK
+    reason = reading.reason
+    reason = reason or _reason_to_leave(flow, steps, [q, k, v, *(m.tensor for m in masks)])
     if _dtype(q.node) != _dtype(v.node):
         q, k = (_before_upcast(operand, v.node, flow, steps) for operand in (q, k))
     return Call(
@@ -297,8 +289,7 @@ def _unknown_spelling(softmax: Node, out: Node, flow: Dataflow) -> Call | None:
     value_product = _product(out)
     if product is None or read is None or value_product is None:
         return None
-    q, k = Operand(read.left, read.left_dims), Operand(read.right, read.right_dims)
-    v = Operand(value_product.right, value_product.right_dims)
+    q, k, v = (Operand(node, "") for node in (read.left, read.right, value_product.right))
     return Call(out, (product, softmax, out), q, k, v, reason=Reason.SPELLING)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from svg_ear_compile.passes.operation import CASTS, COPIES, operation
+from svg_ear_compile.passes.site import Reason
 
 NEGATIVE = -1e4
 """A fill value from here down is meant to leave a key out."""
@@ -46,25 +47,27 @@ class Step:
     """What a step does to scores or weights.
 
     Attributes:
-        factor: they are multiplied by this number; None where it is a tensor.
+        factor: they are multiplied by this number.
         added: a mask added to them.
         mask: a bool mask that leaves keys out.
         inverted: True in `mask` leaves a key out.
         finite_fill: with a large negative number instead of -inf.
         order: dimensions are permuted so.
+        reason: why attention with this step has to stay as it is, or None.
     """
 
-    factor: float | None = 1.0
+    factor: float = 1.0
     added: Node | None = None
     mask: Node | None = None
     inverted: bool = False
     finite_fill: bool = False
     order: tuple[int, ...] | None = None
+    reason: Reason | None = None
 
     @property
     def keeps_weights(self) -> bool:
         """True if weights may pass it, not only scores."""
-        return replace(self, order=None) == Step()
+        return replace(self, order=None, reason=None) == Step()
 
 
 ProductReader = Callable[[Node], Product | None]
@@ -178,7 +181,7 @@ def _scale(node: Node, scores: Node) -> Step | None:
         return None
     factor = _number(other)
     if factor is None:
-        return Step(factor=None)
+        return Step(reason=Reason.SCALE)
     if name == "div":
         return Step(factor=1.0 / factor) if factor else None
     return Step(factor=factor)
@@ -224,9 +227,10 @@ def _where(node: Node, scores: Node) -> Step | None:
 
 def _same_values(node: Node, scores: Node) -> Step | None:
     name = operation(node)
-    if name == "dropout" or name == "dropout_":
+    if name in ("dropout", "dropout_"):
         training = _argument(node, 2, "training", "train")
-        return Step() if training is False or _argument(node, 1, "p") == 0.0 else None
+        off = training is False or _argument(node, 1, "p") == 0.0
+        return Step(reason=None if off else Reason.DROPOUT)
     if name in CASTS | COPIES and node.args and node.args[0] is scores:
         return Step()
     return None

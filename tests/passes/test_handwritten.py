@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from traced_graphs import ALL_BLOCKS, Rewriting, graphs_of, run_rewritten, sites_of
 
 from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.passes.rewrite import rewrite
+from svg_ear_compile.passes.site import Reason
 from svg_ear_compile.passes.spellings import PRODUCTS, STEPS, Example
 
 HEADS, TOKENS, DIM = 2, 61, 32
@@ -39,3 +41,53 @@ def test_nothing_of_a_spelling_is_left_in_the_graph(example: Example) -> None:
     assert not set(site.call.steps) & set(gm.graph.nodes)
     unread = {node.name for node in gm.graph.nodes if not node.users}
     assert unread == {"output"}
+
+
+def with_dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.dropout((q @ k.mT).softmax(-1), 0.1, True) @ v
+
+
+def with_temperature(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT) * v.mean()).softmax(-1) @ v
+
+
+def with_clamp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).clamp(-9, 9).softmax(-1) @ v
+
+
+def with_two_masks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    seen = torch.arange(TOKENS)
+    scores = (q @ k.mT).masked_fill(seen < 3, -1e9).masked_fill(seen > 50, -1e9)
+    return scores.softmax(-1) @ v
+
+
+def with_turned_fill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT).masked_fill(torch.arange(TOKENS) < 3, -1e9)
+    return (scores * -0.5).softmax(-1) @ v
+
+
+def in_five_dimensions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q[None], k[None], v[None]
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def of_channels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q.mT, k.mT, v.mT
+    return (q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (with_dropout, Reason.DROPOUT),
+        (with_temperature, Reason.SCALE),
+        (with_clamp, Reason.SPELLING),
+        (with_two_masks, Reason.MASK),
+        (with_turned_fill, Reason.SPELLING),
+        (in_five_dimensions, Reason.LAYOUT),
+        (of_channels, Reason.HEAD_DIM),
+    ],
+)
+def test_attention_that_is_left_says_why(call: Example, reason: Reason) -> None:
+    (site,) = sites_of(call, *qkv())
+    assert site.reason is reason

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from transformer_models import TOKENS, WIDTH, Stack, wan
 
 import svg_ear_compile
-from svg_ear_compile import explain
+from svg_ear_compile import Explanation, explain
 from svg_ear_compile.kernels import padding
 from svg_ear_compile.planning import rewrite_graph
 from svg_ear_compile.settings import Settings
@@ -128,19 +128,26 @@ def test_blocks_compiled_one_by_one_prove_their_mask_once(monkeypatch: pytest.Mo
     assert len(proofs) == 1
 
 
-def test_fused_projections_are_read_like_separate_ones() -> None:
-    model, inputs, kwargs = wan()
-    apart = explain(model, *inputs, options={"min_tokens": 64}, **kwargs)
-    model.fuse_qkv_projections()
-    fused = explain(model, *inputs, options={"min_tokens": 64}, **kwargs)
-    told = [[(s.site, s.role, s.reason) for s in found.sites] for found in (apart, fused)]
-    assert told[0] == told[1]
+def told(found: Explanation) -> list[tuple[str, str, str | None]]:
+    return [(site.site, site.role, site.reason) for site in found.sites]
+
+
+def assert_the_same_compiled(model: nn.Module, inputs: Any, kwargs: dict[str, Any]) -> None:
     torch._dynamo.reset()
     options = {"min_tokens": 64, "density": 0.999999}
     with torch.no_grad():
         compiled = torch.compile(model, backend="svg_ear", fullgraph=True, options=options)
         found, wanted = compiled(*inputs, **kwargs)[0], model(*inputs, **kwargs)[0]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_fused_projections_are_read_like_separate_ones() -> None:
+    model, inputs, kwargs = wan()
+    apart = explain(model, *inputs, options={"min_tokens": 64}, **kwargs)
+    model.fuse_qkv_projections()
+    fused = explain(model, *inputs, options={"min_tokens": 64}, **kwargs)
+    assert told(fused) == told(apart)
+    assert_the_same_compiled(model, inputs, kwargs)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -156,14 +163,8 @@ def test_adapters_are_seen_through(merged: bool) -> None:
         model.fuse_lora()
     model.eval()
     adapted = explain(model, *inputs, options={"min_tokens": 64}, **kwargs)
-    told = [[(s.site, s.role, s.reason) for s in found.sites] for found in (plain, adapted)]
-    assert told[0] == told[1]
-    torch._dynamo.reset()
-    options = {"min_tokens": 64, "density": 0.999999}
-    with torch.no_grad():
-        compiled = torch.compile(model, backend="svg_ear", fullgraph=True, options=options)
-        found, wanted = compiled(*inputs, **kwargs)[0], model(*inputs, **kwargs)[0]
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert told(adapted) == told(plain)
+    assert_the_same_compiled(model, inputs, kwargs)
 
 
 def test_an_exported_model_goes_sparse() -> None:
