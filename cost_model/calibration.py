@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import platformdirs
-
 from svg_ear_compile.cost_model import json_record
 from svg_ear_compile.cost_model.device import Device
 from svg_ear_compile.cost_model.stages import ELEMENT_SIZES, Amount
@@ -142,16 +140,17 @@ def ideal_ms(amount: Amount, roofs: Roofs, dtype: str) -> tuple[float, float, fl
 
 
 def cache_folder() -> Path:
-    """The user's folder of calibrations, made if need be, closed to other users."""
-    folder = Path(platformdirs.user_cache_dir("svg_ear_compile")) / "calibrations"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder.chmod(0o700)
-    return folder
+    """The user's folder of calibrations; it need not exist."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "svg_ear_compile" / "calibrations"
 
 
 def save(calibration: Calibration) -> Path:
-    """Put a calibration into the cache; returns its file."""
-    path = cache_folder() / f"{calibration.device.key}.json"
+    """Put a calibration into the cache, closed to other users; returns its file."""
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    path = folder / f"{calibration.device.key}.json"
     json_record.write(path, calibration)
     return path
 
@@ -159,30 +158,30 @@ def save(calibration: Calibration) -> Path:
 def load(device: Device) -> Calibration:
     """The best that is known of a device: measured here, recorded elsewhere, or a guess.
 
-    A cached file that cannot be read is reported in the log and passed over.
+    A file that cannot be used is reported in the log and passed over.
     """
-    for path in (_cached(device), *sorted(RECORDED.glob("*.json"))):
-        if path is None:
-            continue
-        try:
-            found = json_record.read(Calibration, path)
-        except ValueError as error:
-            log.warning("calibration passed over: %s", error)
-            continue
-        if found.version != VERSION:
-            log.warning("calibration passed over: %s has version %s", path, found.version)
-        elif path.parent != RECORDED and found.device == device:
+    cached = cache_folder() / f"{device.key}.json"
+    if cached.exists():
+        found = _read(cached)
+        if found is not None and found.device == device:
             return found
-        elif path.parent == RECORDED and found.device.name == device.name:
+    for path in sorted(RECORDED.glob("*.json")):
+        found = _read(path)
+        if found is not None and found.device.name == device.name:
             return replace(found, origin="recorded")
     return guess(device)
 
 
-def _cached(device: Device) -> Path | None:
-    # Looked for without being made: reading must work where nothing may be written.
-    folder = Path(platformdirs.user_cache_dir("svg_ear_compile")) / "calibrations"
-    path = folder / f"{device.key}.json"
-    return path if os.access(path, os.R_OK) else None
+def _read(path: Path) -> Calibration | None:
+    try:
+        found = json_record.read(Calibration, path)
+    except (OSError, ValueError) as error:
+        log.warning("calibration passed over: %s", error)
+        return None
+    if found.version == VERSION:
+        return found
+    log.warning("calibration passed over: %s has version %s, not %s", path, found.version, VERSION)
+    return None
 
 
 # Conservative on purpose: an early sparse site that turns out slower is worse than a late one. The

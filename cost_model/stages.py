@@ -134,4 +134,3 @@ def sparse_amounts(
             launches=1.0 if on_gpu else 16.0 * heads * (q_clusters + 1),
         ),
     }
-
