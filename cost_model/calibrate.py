@@ -44,6 +44,9 @@ from svg_ear_compile.kernels.reference import Result
 SECONDS = 55.0
 """Time that a calibration may take; what is not measured by then is left to the nearest class."""
 
+_PATIENCE_MS = 1500.0  # for the repeats of one call
+_LEAST_SAMPLES = 8  # two lengths: enough for the three coefficients of a stage
+
 # Kernels and functions by stage; everything else sorts tokens by cluster, which is clustering.
 _STAGE_OF_KERNEL = {
     "probe_kernel": "probe",
@@ -110,13 +113,15 @@ class _Clock:
         self.on_gpu = device.type == "cuda"
 
     def ms(self, call: Callable[[], object], repeats: int = 5) -> float:
-        """Milliseconds of a call after one to warm up.
+        """Milliseconds of a call after one to warm up; fewer repeats where they take seconds.
 
         The median on a GPU. The least on a CPU: whatever else runs there only ever adds, and adds
         much.
         """
         call()
-        samples = [self._once(call) for _ in range(repeats)]
+        samples: list[float] = []
+        while len(samples) < repeats and (len(samples) < 2 or sum(samples) < _PATIENCE_MS):
+            samples.append(self._once(call))
         return statistics.median(samples) if self.on_gpu else min(samples)
 
     def _once(self, call: Callable[[], object]) -> float:
@@ -145,8 +150,9 @@ class _Clock:
         return _by_stage(spent, _STAGE_OF_KERNEL, sum(spent.values()))
 
     def _profiled_functions(self, call: Callable[[], object]) -> list[dict[str, float]]:
-        runs = []
-        for _ in range(4):
+        runs: list[dict[str, float]] = []
+        spent_ms = 0.0
+        while len(runs) < 4 and spent_ms < _PATIENCE_MS:
             profile = cProfile.Profile()
             began = time.perf_counter()
             profile.runcall(call)
@@ -155,6 +161,7 @@ class _Clock:
             for (_, _, name), entry in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
                 spent[name] = spent.get(name, 0.0) + 1e3 * entry[3]
             runs.append(_by_stage(spent, _STAGE_OF_FUNCTION, total))
+            spent_ms += total
         return runs
 
 
@@ -290,8 +297,7 @@ def calibrate(
 
     Args:
         device: CUDA or CPU.
-        seconds: no class of calls is begun, and no further call measured, once this has passed;
-            the first class is always measured whole.
+        seconds: no further call is measured once this has passed and there is enough to fit to.
         on_sample: hears what was measured, and the share of `seconds` that has passed.
 
     Raises:
@@ -321,7 +327,8 @@ def calibrate(
             dense = fastest_dense_ms(*tensors)
             fitted = tokens not in workload.held_out
             for plan in _plans(tokens, fitted):
-                if passed(f"{dtype}, head dim {head_dim}, {tokens} tokens") > 1 and index:
+                late = passed(f"{dtype}, head dim {head_dim}, {tokens} tokens") > 1
+                if late and (index or len(samples) >= _LEAST_SAMPLES):
                     break
                 samples.append(_measure(_Clock(device), shape, plan, tensors, dense, fitted))
     host_ms = _host_ms(device, workload) if device.type == "cuda" else 0.0
