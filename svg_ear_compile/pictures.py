@@ -56,8 +56,7 @@ def budget(found: Budget, path: Path) -> None:
     if schedule.dense_steps:
         grid = np.concatenate([np.ones((len(grid), schedule.dense_steps)), grid], 1)
     with _figure(path, 8.5, 1.7 + 0.24 * max(6, len(grid))) as axes:
-        colours = plt.get_cmap("YlGnBu").copy()
-        colours.set_over(_DENSE)
+        colours = plt.get_cmap("YlGnBu").with_extremes(over=_DENSE)
         low = max(0.01, float(grid.min()))
         image = axes.imshow(
             grid, aspect="auto", cmap=colours, norm=LogNorm(low, 0.999), interpolation="nearest"

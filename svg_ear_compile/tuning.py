@@ -269,6 +269,11 @@ class _Tuning:
             **fields,
         )
 
+    def at_density(self, density: float) -> Choice:
+        """A density with the clusters and the form that are tried first."""
+        q_clusters, k_clusters, form = self._candidates()[0]
+        return Choice(density, q_clusters, k_clusters, form)
+
     def uniform(self, choice: Choice) -> dict[str, tuple[Choice, ...]]:
         return dict.fromkeys(self.layers, (choice,) * self.schedule.phases)
 
@@ -562,7 +567,7 @@ class _Tuning:
     def _measure_saving(self) -> None:
         """What a forward takes, and how much of a predicted saving it really gains: the sparsest
         budget's."""
-        sparsest = self.uniform(Choice(min(self.settings.densities)))
+        sparsest = self.uniform(self.at_density(min(self.settings.densities)))
         measured = self.times({"plain": None, "sparse": sparsest})
         self.plain_ms = measured["plain"]
         predicted = self.dense_attention_ms - self.attention_ms(sparsest)
@@ -635,16 +640,16 @@ class _Tuning:
     def _uniform_like(self, layers: _Layers) -> Choice:
         """One density for all, with the same predicted time (or area, if that was wished)."""
         if self.wish.name == "density":
-            return Choice(self._density(layers))
+            return self.at_density(self._density(layers))
         wanted = self.attention_ms(layers)
         low, high = 0.0, 0.999
         for _ in range(40):
             middle = (low + high) / 2
-            if self.attention_ms(self.uniform(Choice(middle))) <= wanted:
+            if self.attention_ms(self.uniform(self.at_density(middle))) <= wanted:
                 low = middle
             else:
                 high = middle
-        return Choice(round(low, 4))
+        return self.at_density(round(low, 4))
 
     def _density(self, layers: _Layers) -> float:
         return sum(
@@ -664,10 +669,9 @@ class _Tuning:
     def _frontier(self) -> Iterator[Point]:
         """Other budgets from the sparsest to dense, as predicted."""
         if self.wish.name == "max_error":
-            errors = [
-                self.predicted_error(self.uniform(Choice(d))) for d in self.settings.densities
-            ]
-            steps = [max(errors) * (i / _FRONTIER) ** 2 for i in range(_FRONTIER + 1)]
+            sparsest = self.uniform(self.at_density(min(self.settings.densities)))
+            most = self.predicted_error(sparsest)
+            steps = [most * (i / _FRONTIER) ** 2 for i in range(_FRONTIER + 1)]
         elif self.wish.name == "density":
             least = min(self.settings.densities)
             steps = [least * (1 / least) ** (i / _FRONTIER) for i in range(1, _FRONTIER + 1)]
