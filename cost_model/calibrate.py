@@ -229,45 +229,35 @@ def measure_roofs(device: torch.device, dtypes: Iterable[str], side: int, copied
     return Roofs(rates, bandwidth, clock.ms(many) / 200)
 
 
-def measure_call(
-    device: torch.device, shape: AttentionShape, plan: AttentionPlan, *, fitted: bool = False
-) -> Sample:
-    """Time one class of calls: dense, the whole sparse call, its stages; warm centroids.
+def measure(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dense: float, *, text: int = 0,
+    fitted: bool = False,
+) -> Sample:  # fmt: skip
+    """Time one call: the whole sparse call with warm centroids, and its stages.
 
     Args:
-        device: CUDA or CPU.
-        shape: batch 1, no text.
+        q, k, v: (B, H, N, D), all of one shape.
         plan: not dense.
+        dense: milliseconds of dense attention on them, see `fastest_dense_ms`.
+        text: text tokens at the end.
         fitted: what the sample will say of itself.
     """
-    q, k, v = video_like(
-        shape.heads, shape.q_tokens, shape.head_dim, device, getattr(torch, shape.dtype)
-    )
-    return _measure(_Clock(device), shape, plan, (q, k, v), fastest_dense_ms(q, k, v), fitted)
-
-
-def _measure(
-    clock: _Clock,
-    shape: AttentionShape,
-    plan: AttentionPlan,
-    tensors: tuple[Tensor, Tensor, Tensor],
-    dense: float,
-    fitted: bool,
-) -> Sample:
+    clock = _Clock(q.device)
+    batch, heads, tokens, head_dim = q.shape
     sparse_attention = _sparse_attention(clock.on_gpu)
-    cold = sparse_attention(*tensors, plan)
+    cold = sparse_attention(q, k, v, plan, text=(0, text))
     warm = (cold.queries.centroids, cold.keys.centroids)
 
     def call() -> object:
-        return sparse_attention(*tensors, plan, centroids=warm)
+        return sparse_attention(q, k, v, plan, text=(0, text), centroids=warm)
 
     stages = clock.stages(call)
-    q_clusters, k_clusters = plan.clusters(shape.q_tokens, shape.k_tokens)
+    q_clusters, k_clusters = plan.clusters(tokens - text, tokens - text)
     return Sample(
-        tokens=shape.q_tokens,
-        heads=shape.heads,
-        head_dim=shape.head_dim,
-        dtype=shape.dtype,
+        tokens=tokens,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=str(q.dtype).removeprefix("torch."),
         density=plan.density,
         compensation=plan.compensation,
         q_clusters=q_clusters,
@@ -276,6 +266,8 @@ def _measure(
         op_ms=clock.ms(call),
         stages_ms=stages,
         fitted=fitted,
+        batch=batch,
+        text=text,
     )
 
 
@@ -320,9 +312,6 @@ def calibrate(
     samples: list[Sample] = []
     for index, (dtype, head_dim) in enumerate(workload.classes):
         for tokens in (*workload.tokens, *workload.held_out):
-            shape = AttentionShape(
-                1, workload.heads, workload.heads, tokens, tokens, head_dim, dtype
-            )
             tensors = video_like(workload.heads, tokens, head_dim, device, getattr(torch, dtype))
             dense = fastest_dense_ms(*tensors)
             fitted = tokens not in workload.held_out
@@ -330,7 +319,7 @@ def calibrate(
                 late = passed(f"{dtype}, head dim {head_dim}, {tokens} tokens") > 1
                 if late and (index or len(samples) >= _LEAST_SAMPLES):
                     break
-                samples.append(_measure(_Clock(device), shape, plan, tensors, dense, fitted))
+                samples.append(measure(*tensors, plan, dense, fitted=fitted))
     host_ms = _host_ms(device, workload) if device.type == "cuda" else 0.0
     return Calibration(
         VERSION,
@@ -428,7 +417,14 @@ def _share_of_probe(
 def shape_of(sample: Sample) -> AttentionShape:
     """The shape that a sample was measured at."""
     return AttentionShape(
-        1, sample.heads, sample.heads, sample.tokens, sample.tokens, sample.head_dim, sample.dtype
+        sample.batch,
+        sample.heads,
+        sample.heads,
+        sample.tokens,
+        sample.tokens,
+        sample.head_dim,
+        sample.dtype,
+        sample.text,
     )
 
 

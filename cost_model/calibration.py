@@ -53,7 +53,8 @@ class Sample:
     """One measured call, for the plot of predicted against measured time.
 
     Attributes:
-        tokens, heads, head_dim, dtype: of the call; batch 1, no text.
+        batch, heads, tokens, text, head_dim, dtype: of the call, as in `AttentionShape`; as many
+            heads of keys as of queries.
         density, compensation, q_clusters, k_clusters: of its plan.
         dense_ms, op_ms: milliseconds of dense attention and of the whole sparse call.
         stages_ms: milliseconds by stage.
@@ -72,6 +73,8 @@ class Sample:
     op_ms: float
     stages_ms: dict[str, float]
     fitted: bool
+    batch: int = 1
+    text: int = 0
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ def write(path: Path, record: Any) -> None:
     try:
         with os.fdopen(handle, "w") as file:
             file.write(text)
+        os.chmod(part, 0o644)  # a temporary file is the owner's alone; these are made to be shared
         os.replace(part, path)
     except BaseException:
         Path(part).unlink(missing_ok=True)

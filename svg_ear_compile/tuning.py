@@ -60,7 +60,8 @@ were never seen."""
 
 _ROUNDS = 3  # corrections of a solution by what it was measured to do
 _FRONTIER = 12
-_REPEATS = 5
+_REPEATS = 5  # of a timing, fewer where forwards are slow
+_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,10 @@ class _Tuning:
         """Milliseconds of one warm forward under each budget, None for plain Inductor; mean over
         phases. Taken in turns, so that what else the machine does falls on all alike."""
         samples: dict[tuple[str, int], list[float]] = {}
+        began = time.perf_counter()
         for turn in range(_REPEATS):
+            if turn > 1 and time.perf_counter() - began > _PATIENCE_S:
+                break
             for name, layers in candidates.items():
                 for phase in range(self.schedule.phases):
                     found = self._timed(phase, layers)

@@ -181,9 +181,19 @@ def test_this_cpu_is_measured_and_predicted(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_renamed_kernels_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(measuring._STAGE_OF_FUNCTION, "a_new_name", "probe")
-    shape = AttentionShape(1, 1, 1, 200, 200, 32, "float32")
+    q, k, v = torch.randn(3, 1, 1, 200, 32)
     with pytest.raises(RuntimeError, match="a_new_name"):
-        measuring.measure_call(torch.device("cpu"), shape, AttentionPlan())
+        measuring.measure(q, k, v, AttentionPlan(), 1.0)
+
+
+def test_a_sample_says_what_was_measured() -> None:
+    q, k, v = torch.randn(3, 2, 3, 207, 32)
+    sample = measuring.measure(q, k, v, AttentionPlan(density=0.3), 1.5, text=7)
+    shape = measuring.shape_of(sample)
+    assert shape == AttentionShape(2, 3, 3, 207, 207, 32, "float32", 7)
+    assert measuring.plan_of(sample).clusters(200, 200) == AttentionPlan().clusters(200, 200)
+    assert sample.dense_ms == 1.5
+    assert sample.op_ms > 0
 
 
 def test_there_is_no_calibration_for_other_devices() -> None:
