@@ -25,7 +25,8 @@ def decode(kind: type[Record], data: object, where: str = "") -> Record:
     Raises:
         ValueError: a field is missing, unknown or of the wrong type; the message says which.
     """
-    return _decode(kind, data, where)  # type: ignore[no-any-return]
+    found: Record = _decode(kind, data, where)
+    return found
 
 
 def _decode(kind: Any, data: object, where: str) -> Any:

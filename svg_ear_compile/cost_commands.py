@@ -13,7 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from svg_ear_compile.calibrating import calibrate
@@ -136,11 +143,12 @@ def _tuned(given: argparse.Namespace, load: Callable[[str], Any]) -> Budget:
         TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:
-            task = tasks.setdefault(what, progress.add_task(what) if what not in tasks else None)
-            progress.update(task, completed=done, total=total)
+            if what not in tasks:
+                tasks[what] = progress.add_task(what)
+            progress.update(tasks[what], completed=done, total=total)
 
         def say(cost: Cost) -> None:
             each = f" on each of {cost.ranks} ranks" if cost.ranks > 1 else ""

@@ -22,7 +22,7 @@ def fingerprint_of(module: nn.Module) -> Fingerprint:
 
 
 def _config(module: nn.Module) -> dict[str, Any] | None:
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if is_dataclass(config) and not isinstance(config, type):
         return asdict(config)
     if hasattr(config, "to_dict"):

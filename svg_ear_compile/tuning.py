@@ -374,7 +374,7 @@ class _Tuning:
         for sizes in self.settings.cluster_sizes:
             counts = (None, None) if sizes is None else tuple(math.ceil(video / s) for s in sizes)
             found += [(*counts, form) for form in self.settings.forms]
-        return found  # type: ignore[return-value]
+        return found
 
     def _trials(self) -> Iterator[_Trial]:
         for layer in self.layers:
@@ -767,7 +767,7 @@ def _device_of(call: ModelCall) -> torch.device:
 
 def _compiled(model: nn.Module, compiler: str) -> tuple[Any, Any]:
     """The model with every site under the binding's control, and as the compiler alone has it."""
-    options = {"density": 0.5, "min_tokens": 1}
+    options: dict[str, Any] = {"density": 0.5, "min_tokens": 1}
     if compiler == "inductor":
         return (
             torch.compile(model, backend=svg_ear, options=options),
