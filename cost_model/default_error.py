@@ -3,8 +3,9 @@
 The law is fitted to the attention of one small video DiT (2,304 tokens, 64 channels a head; script
 `benchmarks/tuning/local_error.py`, record `benchmarks/results/cpu/local_error.json`). What an error
 in one layer does to the output of a whole model is that model's median layer
-(`benchmarks/results/cpu/sensitivity.json`). Layers of the same model differ threefold, other models
-may differ more: good for ranking plans, no promise of quality. `svg-ear tune` measures.
+(`benchmarks/results/cpu/sensitivity.json`). Layers of the same model stray from it by a factor of two
+to fifteen, other models may stray more: good for ranking plans, no promise of quality.
+`svg-ear tune` measures.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ BASIS = "default curve of another model, not measured on this one"
 SPREAD = math.exp(0.34)
 """Factor by which single calls stray from the law: their levels and its own residual together."""
 
-MODEL_SHARE = 0.25
+MODEL_SHARE = 0.095
 """Relative error of the model's output over that of one layer's attention output."""
 
 

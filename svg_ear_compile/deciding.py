@@ -117,12 +117,11 @@ def decide(
 def expect(site: SiteFacts, plan: AttentionPlan, calibration: Calibration) -> Expectation:
     """Times and error of a call under a plan that is not dense."""
     shape = site.shape
+    video = [max(tokens - shape.text, 1) for tokens in (shape.q_tokens, shape.k_tokens)]
     return Expectation(
         dense_ms(shape, calibration),
         sparse_ms(shape, plan, calibration, plan.first_iterations).total,
-        default_error.model_error(
-            expected_density(plan), plan, shape.q_tokens - shape.text, shape.k_tokens - shape.text
-        ),
+        default_error.model_error(expected_density(plan), plan, *video),
         calibration.basis,
         default_error.BASIS,
     )

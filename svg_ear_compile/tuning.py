@@ -290,7 +290,12 @@ class _Tuning:
 
     def error(self, call: int) -> float:
         reference = self.references[call]
-        return float((self.output(call) - reference).norm() / reference.norm())
+        error = float((self.output(call) - reference).norm() / reference.norm())
+        if not math.isfinite(error):
+            raise ValueError(
+                f"the output of call {call} is not finite, or its dense output is zero"
+            )
+        return error
 
     def times(self, candidates: Mapping[str, _Layers | None]) -> dict[str, float]:
         """Milliseconds of one warm forward under each budget, None for plain Inductor; mean over
@@ -393,28 +398,26 @@ class _Tuning:
     ) -> list[float]:
         rank, ranks = _rank(), _ranks()
         # What the inputs were shows in the dense outputs: measurements of others are not resumed.
-        inputs = [f"{float(r.double().norm()):.6e}" for r in self.references]
-        facts = [dataclasses.asdict(self.fingerprint), self.tokens, inputs]
+        inputs = [f"{float(r.double().norm()):.4e}" for r in self.references]
+        kernels = self.calibration.device.kernels
+        facts = [dataclasses.asdict(self.fingerprint), self.tokens, kernels, inputs]
         with Journal(journal, facts, rank) as notes:
-            known = notes.finished
-            wanted = [t for t in trials if t.key not in known]
-            cost = Cost(len(wanted), len(known), len(wanted) * seconds / ranks, ranks)
+            # -1 is unknown. All ranks agree on what is known before any of them writes.
+            known = [notes.finished.get(trial.key, -1.0) for trial in trials]
+            found = torch.tensor(known, dtype=torch.float64)
+            _share(found)
+            wanted = [at for at, error in enumerate(found.tolist()) if error < 0]
+            seconds = len(wanted) * seconds / ranks
             if on_cost is not None and rank == 0:
-                on_cost(cost)
+                on_cost(Cost(len(wanted), len(trials) - len(wanted), seconds, ranks))
             mine = wanted[rank::ranks]
-            found = torch.zeros(len(trials), dtype=torch.float64)
-            place = {trial.key: at for at, trial in enumerate(trials)}
-            for at, trial in enumerate(trials):
-                if trial.key in known and at % ranks == rank:
-                    found[at] = known[trial.key]
-            for done, trial in enumerate(mine, 1):
+            for done, at in enumerate(mine, 1):
+                trial = trials[at]
                 self.binding.use(self.budget({trial.layer: (trial.choice,) * self.schedule.phases}))
-                error = self.error(trial.call)
-                notes.add(trial.key, error)
-                found[place[trial.key]] = error
+                found[at] = self.error(trial.call)
+                notes.add(trial.key, float(found[at]))
                 self.progress("one layer sparse", done, len(mine))
-        if dist.is_initialized():
-            dist.all_reduce(found)
+        _share(found)
         return [float(error) for error in found]
 
     def _fit(self, trials: list[_Trial], errors: list[float]) -> None:
@@ -807,6 +810,12 @@ def _rms(errors: Sequence[float]) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _share(found: Tensor) -> None:
+    """Give every rank the largest of what the ranks hold in each place."""
+    if dist.is_initialized():
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
 
 
 def _rank() -> int:

@@ -67,7 +67,7 @@ def rest(model: Any, call: Any, repeats: int) -> dict[str, float]:
     attention = 0.0
     for site in found.sites:
         b, h, n_q, n_k, d = (size or 0 for size in site.shape)
-        shape = AttentionShape(b, h, site.kv_heads or h, n_q, n_k, d, site.dtype, sum(site.text))
+        shape = AttentionShape(b, h, site.kv_heads or h, n_q, n_k, d, site.dtype)
         attention += dense_ms(shape, calibration)
     plain = torch.compile(model, backend="inductor")
     samples = []

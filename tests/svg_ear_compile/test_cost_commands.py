@@ -71,9 +71,9 @@ def test_tune_then_explain_and_plot(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert main(["plot", what, "--budget", str(out), "--out", str(picture)]) == 0
         assert drawn(picture)
     # The stack that is explained has other parameters, but this is told by `bind`; its layers are.
-    arguments = ["explain", *MODEL, "--budget", str(out), "--json"]
-    assert main(arguments) == 0
-    (graph,) = json.loads(capsys.readouterr().out.split("\n", 2)[2])
+    capsys.readouterr()
+    assert main(["explain", *MODEL, "--budget", str(out), "--json"]) == 0
+    (graph,) = json.loads(capsys.readouterr().out)["graphs"]
     assert [site["layer"] for site in graph["sites"]] == ["blocks.0", "blocks.1"]
 
 

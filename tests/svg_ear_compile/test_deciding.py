@@ -200,7 +200,7 @@ def test_wishes_that_contradict_each_other_are_refused(
 def test_the_report_says_what_is_expected_and_where_it_comes_from() -> None:
     model, inputs = stack()
     found = explain(model, *inputs, options={"density": 0.3, "min_tokens": TOKENS})
-    (graph,) = json.loads(found.to_json())
+    (graph,) = json.loads(found.to_json())["graphs"]
     expected = graph["sites"][0]["expected"]
     assert expected["sparse_ms"] > 0
     assert expected["times"] == "calibrated on this machine"
