@@ -3,8 +3,8 @@
 The law is fitted to the attention of one small video DiT (2,304 tokens, 64 channels a head; script
 `benchmarks/tuning/local_error.py`, record `benchmarks/results/cpu/local_error.json`). What an error
 in one layer does to the output of a whole model is that model's median layer
-(`benchmarks/results/cpu/sensitivity.json`). Layers of the same model stray from it by a factor of two
-to fifteen, other models may stray more: good for ranking plans, no promise of quality.
+(`benchmarks/results/cpu/sensitivity.json`). Layers of the same model stray from it by factors of
+two to fifteen, other models may stray more: good for ranking plans, no promise of quality.
 `svg-ear tune` measures.
 """
 

@@ -13,8 +13,9 @@ from svg_ear_compile.calibrating import calibrate
 from svg_ear_compile.cost_model.budget import Budget
 from svg_ear_compile.explain import Explanation, explain
 from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.recording import ModelCall, record_calls
 from svg_ear_compile.settings import Settings
-from svg_ear_compile.tuning import ModelCall, TuningSettings, record_calls, tune
+from svg_ear_compile.tuning import TuningSettings, tune
 
 __all__ = [
     "AttentionPlan",

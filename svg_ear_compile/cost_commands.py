@@ -30,7 +30,8 @@ from svg_ear_compile.cost_model.budget import Budget, Outcome
 from svg_ear_compile.cost_model.calibrate import compare
 from svg_ear_compile.cost_model.calibration import Calibration
 from svg_ear_compile.cost_model.device import describe
-from svg_ear_compile.tuning import Cost, ModelCall, TuningSettings, tune
+from svg_ear_compile.recording import ModelCall
+from svg_ear_compile.tuning import Cost, TuningSettings, tune
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -203,15 +204,18 @@ def _call(given: Any) -> ModelCall:
 
 def budget_table(found: Budget) -> Table:
     """Choices by layer and phase, and what they were predicted and measured to do."""
-    table = Table(title=f"{found.wish}: {found.verdict}", caption=found.note)
+    outcomes = {"predicted": found.predicted, "measured": found.measured, "uniform": found.uniform}
+    lines = [f"{name}: {_outcome(outcome)}" for name, outcome in outcomes.items()]
+    table = Table(
+        title=f"{found.wish}: {found.verdict}",
+        caption="\n".join([*lines, found.note]),
+        caption_justify="left",
+    )
     table.add_column("layer")
     for phase in range(found.schedule.phases):
         table.add_column(f"phase {phase + 1}" if found.schedule.phases > 1 else "choice")
     for layer, choices in found.layers.items():
         table.add_row(layer, *(_words(choice) for choice in choices))
-    for name in ("predicted", "measured", "uniform"):
-        table.add_section()
-        table.add_row(name, _outcome(getattr(found, name)))
     return table
 
 

@@ -41,10 +41,9 @@ def _figure(path: Path, width: float, height: float) -> Iterator[Axes]:
 def budget(found: Budget, path: Path) -> None:
     """Density of every layer over the denoising steps, from noise to video."""
     schedule = found.schedule
-    # Timesteps of the models in public use run from 1000 (or 1) down to 0.
-    top = 1000.0 if max((0.0, *schedule.phase_starts, schedule.dense_from or 0.0)) > 1 else 1.0
-    if not schedule.phase_starts and schedule.dense_from is None:
-        top = 1000.0
+    # Timesteps of the models in public use run down from 1000, or from 1.
+    known = max((*schedule.phase_starts, schedule.dense_from or 0.0))
+    top = 1.0 if 0.0 < known <= 1.0 else 1000.0
     timesteps = np.linspace(top, 0.0, _STEPS)
     if schedule.ascending:
         timesteps = timesteps[::-1]
@@ -74,7 +73,7 @@ def budget(found: Budget, path: Path) -> None:
                 )  # fmt: skip
         axes.set_yticks(range(len(grid)), list(found.layers), fontsize=8)
         marks = np.linspace(0, _STEPS - 1, 5).round().astype(int)
-        axes.set_xticks(schedule.dense_steps + marks, [f"{timesteps[m]:.0f}" for m in marks])
+        axes.set_xticks(schedule.dense_steps + marks, [f"{timesteps[m]:.3g}" for m in marks])
         leading = f"{schedule.dense_steps} leading dense steps, then " * bool(schedule.dense_steps)
         axes.set_xlabel(f"{leading}timestep, from noise to video")
         axes.set_title(f"Density by layer ({found.wish}, {found.verdict})", fontsize=11)

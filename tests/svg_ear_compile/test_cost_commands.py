@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from svg_ear_compile import tuning
+from svg_ear_compile import trial_runs
 from svg_ear_compile.cli import main
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import calibrate as measuring
@@ -29,7 +29,7 @@ MODEL = ["--model", "transformer_models:explained_stack"]
 @pytest.fixture(autouse=True)
 def _apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuning, "_REPEATS", 2)
+    monkeypatch.setattr(trial_runs, "REPEATS", 2)
     calibration_of.cache_clear()
     torch._dynamo.reset()
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformer_models import stack, tuned_stack
 
-from svg_ear_compile import ModelCall, TuningSettings, bind, record_calls, tune, tuning
+from svg_ear_compile import ModelCall, TuningSettings, bind, record_calls, trial_runs, tune, tuning
+from svg_ear_compile.cost_model.allotment import Allotment
 from svg_ear_compile.cost_model.budget import Budget, Choice, check
 from svg_ear_compile.cost_model.calibration import Efficiency, guess
 from svg_ear_compile.cost_model.device import describe
@@ -27,7 +28,7 @@ QUICK = TuningSettings(densities=(0.1, 0.3), compiler="eager", cluster_sizes=((3
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuning, "_REPEATS", 2)
+    monkeypatch.setattr(trial_runs, "REPEATS", 2)
     torch._dynamo.reset()
 
 
@@ -100,13 +101,11 @@ def test_phases_have_choices_of_their_own() -> None:
 def test_uniform_is_kept_where_tuning_is_not_better(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = model_and_calls()
 
-    def misled(self: Any, allowed: float) -> dict[str, tuple[Choice, ...]]:
+    def misled(self: Any, wish: Any, allowed: float) -> dict[str, tuple[Choice, ...]]:
         options = {"blocks.0": 0.9, "blocks.1": 0.0, "blocks.2": 0.0}
         return {layer: (Choice(density, 8, 16),) for layer, density in options.items()}
 
-    monkeypatch.setattr(tuning._Tuning, "_frontier", lambda self: iter(()))
-    monkeypatch.setattr(tuning._Tuning, "predicted_error", lambda self, layers: 0.0)
-    monkeypatch.setattr(tuning._Tuning, "solve", misled)
+    monkeypatch.setattr(Allotment, "solve", misled)
     found = tune(model, calls, density=0.3, settings=QUICK)
     assert found.verdict == "uniform"
     assert "tuning was not better" in found.note
