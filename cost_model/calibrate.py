@@ -11,7 +11,7 @@ import cProfile
 import pstats
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -310,16 +310,16 @@ def calibrate(
     roofs = measure_roofs(device, dtypes, workload.roof_side, workload.copied)
     passed("roofs")
     samples: list[Sample] = []
-    for index, (dtype, head_dim) in enumerate(workload.classes):
-        for tokens in (*workload.tokens, *workload.held_out):
-            tensors = video_like(workload.heads, tokens, head_dim, device, getattr(torch, dtype))
-            dense = fastest_dense_ms(*tensors)
-            fitted = tokens not in workload.held_out
-            for plan in _plans(tokens, fitted):
-                late = passed(f"{dtype}, head dim {head_dim}, {tokens} tokens") > 1
-                if late and (index or len(samples) >= _LEAST_SAMPLES):
-                    break
-                samples.append(measure(*tensors, plan, dense, fitted=fitted))
+    for dtype, head_dim, tokens, fitted in _cases(workload):
+        what = f"{dtype}, head dim {head_dim}, {tokens} tokens"
+        if passed(what) > 1 and len(samples) >= _LEAST_SAMPLES:
+            break
+        tensors = video_like(workload.heads, tokens, head_dim, device, getattr(torch, dtype))
+        dense = fastest_dense_ms(*tensors)
+        for plan in _plans(tokens, fitted):
+            if passed(what) > 1 and len(samples) >= _LEAST_SAMPLES:
+                break
+            samples.append(measure(*tensors, plan, dense, fitted=fitted))
     host_ms = _host_ms(device, workload) if device.type == "cuda" else 0.0
     return Calibration(
         VERSION,
@@ -331,6 +331,13 @@ def calibrate(
         time.perf_counter() - began,
         tuple(samples),
     )
+
+
+def _cases(workload: _Workload) -> Iterator[tuple[str, int, int, bool]]:
+    """dtype, head dim, tokens, whether to fit to it; what matters most first."""
+    for dtype, head_dim in workload.classes:
+        for tokens in (*workload.tokens, *workload.held_out):
+            yield dtype, head_dim, tokens, tokens not in workload.held_out
 
 
 def _plans(tokens: int, fitted: bool) -> list[AttentionPlan]:

@@ -3,7 +3,7 @@
 For each layer of the video DiT: relative error of its attention output, and of the model's output
 with that layer alone sparse; their ratio is the sensitivity that `cost_model/default_error.py`
 takes the median of. Also the milliseconds of the rest of the model, predicted and measured, from
-which `cost_model/latency.py` has its share of bytes that reach memory.
+which `cost_model/latency.py` has the overhead of its products.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ def rest(model: Any, call: Any, repeats: int) -> dict[str, float]:
     flops = sum(graph.rest.flops for graph in found.graphs)
     moved = sum(graph.rest.bytes for graph in found.graphs)
     dtype = found.sites[0].dtype
-    compute = rest_ms(flops, 0, dtype, calibration)
+    compute = flops / calibration.roofs.flops[dtype] / 1e9
     memory = moved / calibration.roofs.bandwidth / 1e6
     return {
         "flops": flops, "bytes": moved, "forward_ms": measured, "attention_ms": attention,
         "measured_ms": measured - attention,
         "predicted_ms": rest_ms(flops, moved, dtype, calibration),
-        "share_of_bytes": (measured - attention - compute) / memory,
+        "overhead": (measured - attention - memory) / compute,
     }  # fmt: skip
 
 

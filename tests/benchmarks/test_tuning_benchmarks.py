@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,10 @@ from benchmarks.tuning import wan
 from benchmarks.tuning.local_error import CLUSTER_SIZES, DENSITIES, Row, correlation, fit_power_law
 from benchmarks.tuning.recorded import watched_attention
 from benchmarks.tuning.video_dit import forward_error
+from benchmarks.video_dit.demo import WEIGHTS
+from benchmarks.video_dit.model import VideoDiT
+from svg_ear_compile.cost_model import budget as budgets
+from svg_ear_compile.fingerprint import fingerprint_of
 
 
 def rows(noise: float) -> list[Row]:
@@ -42,6 +47,14 @@ def test_an_estimate_that_is_half_the_error_goes_along_with_it() -> None:
         assert found["pearson_of_logs"] == pytest.approx(1)
         assert found["spearman_over_calls_at_one_plan"] == pytest.approx(1)
         assert found["median_error_over_estimate"] == pytest.approx(2)
+
+
+def test_recorded_budgets_are_read_and_are_for_the_model_of_the_demo() -> None:
+    paths = sorted((Path(__file__).parents[2] / "benchmarks" / "results").rglob("budget-*.json"))
+    assert paths
+    model = VideoDiT.from_pretrained(WEIGHTS)
+    for path in paths:
+        budgets.load(path).check_model(fingerprint_of(model))
 
 
 def test_forward_error_is_relative() -> None:
