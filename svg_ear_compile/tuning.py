@@ -309,14 +309,22 @@ class _Tuning:
             Point(self._whole_ms(allotment, each), allotment.error(each))
             for each in allotment.frontier(self.wish)
         )
+        outcome = measured["tuned" if better else "uniform"]
         if self.settings.thresholds and better:
             layers = allotment.thresholds(layers, self._attention_errors(layers))
+            # The area follows from the data now, so error and time are measured once more.
+            routed, again = (
+                self.runs.errors(self.budget(layers)),
+                self._times(tuned=layers)["tuned"],
+            )
+            outcome = Outcome(max(routed), again, ms["plain"] / again)
+            note += f"; routed by threshold {_rms(routed):.3g} at {again:.4g} ms"
         return dataclasses.replace(
             self.budget(layers),
             schedule=self.schedule,
             verdict="tuned" if better else "uniform",
             predicted=predicted,
-            measured=measured["tuned" if better else "uniform"],
+            measured=outcome,
             uniform=measured["uniform"],
             frontier=frontier,
             note=note,

@@ -28,11 +28,12 @@ from benchmarks.video_dit.compare import score_frames
 from benchmarks.video_dit.data import LABELS
 from benchmarks.video_dit.demo import SHAPES, WEIGHTS
 from benchmarks.video_dit.model import VideoDiT
-from benchmarks.video_dit.sample import generate, shifted_sigmas
+from benchmarks.video_dit.sample import generate
 from svg_ear_compile import ModelCall, TuningSettings, bind, pictures, record_calls, tune
 from svg_ear_compile.backend import svg_ear
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model.budget import Budget, Choice
+from svg_ear_compile.cost_model.device import describe
 
 TUNED_ON = (100, 101, 102)
 """Seeds of the clips that are tuned on; the proof counts from 0."""
@@ -106,14 +107,12 @@ class Proof:
         self.model = load()
         options = {"density": 0.5, "min_tokens": 1}
         self.compiled = torch.compile(self.model, backend=svg_ear, options=options)
-        sigmas = shifted_sigmas(steps, 3.0)
         self.at = [round(dense_steps + f * (steps - dense_steps)) for f in (0.1, 0.5, 0.8)]
         self.settings = TuningSettings(
             densities=(0.03, 0.05, 0.1, 0.2, 0.4), dense_steps=dense_steps, phases=3
         )
         self.tuning_calls = calls_of(self.model, shape, steps, self.at, TUNED_ON)
-        self.dense = {}
-        self.timesteps = [1000 * s for s in sigmas[:-1]]
+        self.dense: dict[int, tuple[torch.Tensor, float]] = {}
 
     def tuned(self, folder: Path, **wish: float) -> Budget:
         """The budget of one wish; measurements are shared between wishes."""
@@ -127,38 +126,30 @@ class Proof:
         budgets.save(found, folder / f"budget-{found.wish.replace(' ', '-')}.json")
         return found
 
-    def frames(self, budget: Budget | None, seed: int) -> tuple[torch.Tensor, float]:
-        """One clip under a budget, None for dense, and its seconds (the first clip compiles)."""
-        everything_dense = replace(self.any_budget, layers=self.alike(Choice(1.0)))
-        with bind(self.compiled, budget=everything_dense if budget is None else budget):
+    def frames(self, budget: Budget, seed: int) -> tuple[torch.Tensor, float]:
+        """One clip under a budget and its seconds (the first clip compiles)."""
+        with bind(self.compiled, budget=budget):
             began = time.perf_counter()
             return clip(self.compiled, self.shape, self.steps, seed), time.perf_counter() - began
 
-    def alike(self, choice: Choice) -> dict[str, tuple[Choice, ...]]:
-        """One choice for every layer and phase."""
-        return dict.fromkeys(self.any_budget.layers, (choice,) * self.settings.phases)
-
-    any_budget: Budget
-
     def point(self, density: float, folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
-        """Tuned against uniform at one density: PSNR of unseen clips, measured attention time."""
+        """Tuned against uniform at one density: PSNR of unseen clips, measured milliseconds."""
         tuned = self.tuned(folder, density=density)
-        self.any_budget = tuned
-        uniform = replace(tuned, layers=self.alike(Choice(density)))
+        compared = {"tuned": tuned, "uniform": alike(tuned, density)}
         rows = []
         for seed in seeds:
             if seed not in self.dense:
-                self.dense[seed] = self.frames(None, seed)
+                self.dense[seed] = self.frames(alike(tuned, 1.0), seed)
             reference, dense_seconds = self.dense[seed]
             row: dict[str, Any] = {"seed": seed, "dense_seconds": dense_seconds}
-            for name, budget in (("tuned", tuned), ("uniform", uniform)):
+            for name, budget in compared.items():
                 frames, seconds = self.frames(budget, seed)
                 row[name] = score_frames(frames, reference).summary()["psnr_mean"]
                 row[f"{name}_seconds"] = seconds
             rows.append(row)
-        gain = statistics.fmean(r["tuned"] - r["uniform"] for r in rows)
         return {
-            "density": density, "verdict": tuned.verdict, "gain_db": gain, "rows": rows,
+            "density": density, "verdict": tuned.verdict,
+            "gain_db": statistics.fmean(r["tuned"] - r["uniform"] for r in rows), "rows": rows,
             "tuned": asdict(tuned.measured), "uniform": asdict(tuned.uniform),
             "predicted": asdict(tuned.predicted), "note": tuned.note,
         }  # fmt: skip
@@ -166,17 +157,22 @@ class Proof:
     def unseen_errors(self, budget: Budget, seeds: Sequence[int]) -> list[float]:
         """Largest error of one forward over the recorded steps, for each unseen seed."""
         found = []
-        flat = replace(budget.schedule, dense_steps=0)
         for seed in seeds:
             calls = calls_of(self.model, self.shape, self.steps, self.at, [seed])
-            with torch.no_grad():
-                outputs = []
-                for layers in (self.alike(Choice(1.0)), budget.layers):
-                    used = replace(budget, layers=layers, schedule=flat)
-                    with bind(self.compiled, budget=used):
-                        outputs.append([self.compiled(*call.args) for call in calls])
+            outputs = []
+            for each in (alike(budget, 1.0), budget):
+                # Leading dense steps are for generations: these calls are all meant to be sparse.
+                used = replace(each, schedule=replace(budget.schedule, dense_steps=0))
+                with torch.no_grad(), bind(self.compiled, budget=used):
+                    outputs.append([self.compiled(*call.args) for call in calls])
             found.append(max(forward_error(s, d) for d, s in zip(*outputs, strict=True)))
         return found
+
+
+def alike(budget: Budget, density: float) -> Budget:
+    """The budget with one density for every layer and phase."""
+    choices = (Choice(density),) * budget.schedule.phases
+    return replace(budget, layers=dict.fromkeys(budget.layers, choices))
 
 
 def main() -> None:
@@ -205,7 +201,7 @@ def main() -> None:
         found = proof.tuned(given.out, max_error=given.max_error)
         errors = proof.unseen_errors(found, range(10))
         record["max_error"] = {"wished": given.max_error, "unseen": errors}
-    record |= {"device": asdict(proof.any_budget.device), "seconds": time.time() - began}
+    record |= {"device": asdict(describe(device())), "seconds": time.time() - began}
     (given.out / "video_dit.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in sorted(given.out.glob("budget-*.json")):
         pictures.budget(budgets.load(path), path.with_suffix(".png"))

@@ -215,6 +215,9 @@ def test_thresholds_follow_from_the_multiplier() -> None:
         for threshold, (choice,) in zip(thresholds, found.layers.values(), strict=True)
     )
     assert all(threshold >= 0 for threshold in thresholds if threshold is not None)
+    assert "routed by threshold" in found.note
+    errors = [error(model, found, call) for call in calls]
+    assert max(errors) == pytest.approx(found.measured.error, rel=0.05)
 
 
 def test_a_threshold_is_where_time_and_error_are_worth_the_same() -> None:
