@@ -41,7 +41,8 @@ def models_table(zoo: dict[str, Any]) -> str:
             short = ".".join(layer.split(".")[-2:]).replace("*.", "").replace("*", "N")
             if what.startswith("sparse"):
                 side = "" if text == [0, 0] else ", text first" if text[0] else ", text last"
-                sparse[f"`{short}` ({role}{side}{what.removeprefix('sparse')})"] = None
+                when = re.sub(r"^sparse( from \d+ video tokens on)?,?", "", what)
+                sparse[f"`{short}` ({role}{side}{when})"] = None
             else:
                 left[f"`{short}` ({role}: `{what}`)"] = None
         cells = (", ".join(part) or "nothing" for part in (sparse, left))

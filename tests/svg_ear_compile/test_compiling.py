@@ -143,6 +143,29 @@ def test_fused_projections_are_read_like_separate_ones() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_adapters_are_seen_through(merged: bool) -> None:
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    model, inputs, kwargs = wan()
+    plain = explain(model, *inputs, options={"min_tokens": 64}, **kwargs)
+    targets = ["to_q", "to_k", "to_v"]
+    model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=targets))
+    if merged:
+        model.fuse_lora()
+    model.eval()
+    adapted = explain(model, *inputs, options={"min_tokens": 64}, **kwargs)
+    told = [[(s.site, s.role, s.reason) for s in found.sites] for found in (plain, adapted)]
+    assert told[0] == told[1]
+    torch._dynamo.reset()
+    options = {"min_tokens": 64, "density": 0.999999}
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="svg_ear", fullgraph=True, options=options)
+        found, wanted = compiled(*inputs, **kwargs)[0], model(*inputs, **kwargs)[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_an_exported_model_goes_sparse() -> None:
     torch._dynamo.reset()
     model = Stack().eval()
