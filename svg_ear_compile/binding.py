@@ -13,11 +13,12 @@ import difflib
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -27,6 +28,9 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from svg_ear_compile.cost_model import budget as budgets
+from svg_ear_compile.cost_model.budget import Budget, Choice
+from svg_ear_compile.fingerprint import fingerprint_of
 from svg_ear_compile.kernels import state
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.state import Call, Memory
@@ -104,6 +108,7 @@ class _Forward:
 
     model: int
     branch: int
+    timestep: float
     dense: bool
     calls: Counter[str] = field(default_factory=Counter)  # by site
     order: dict[str, int] = field(default_factory=dict)  # layer path to position
@@ -147,6 +152,21 @@ class _BoundModel:
         tensors = (leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
         return timestep, tuple((t.shape, t.device) for t in tensors if t is not value)
 
+    def later(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], share: float
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments whose timestep lies a share of itself, at least one unit, further down."""
+        bound = self.signature.bind_partial(*args, **kwargs)
+        given = bound.arguments
+        if self.timestep not in given:  # taken by **kwargs
+            (given,) = (v for v in given.values() if isinstance(v, dict) and self.timestep in v)
+        value = given[self.timestep]
+        integral = isinstance(value, int) or (
+            isinstance(value, Tensor) and not value.is_floating_point()
+        )
+        given[self.timestep] = value - round(100 * share) if integral else value * (1 - share)
+        return bound.args, bound.kwargs
+
     def locate(self, layer: Tensor | None, site: str, call: int) -> tuple[str, Identity]:
         """Path of the layer that makes the `call`-th call of `site` in a forward."""
         bare = _clean(site.partition("#")[0])
@@ -173,7 +193,7 @@ class Binding:
         dense_steps: int,
         dense_above_timestep: float | None,
         dense_layers: int,
-        budget: Mapping[str, float] | None,
+        budget: Mapping[str, float] | Budget | Sequence[Budget] | None,
         timestep: str | None,
         ascending: bool,
     ) -> None:
@@ -182,22 +202,59 @@ class Binding:
                 raise ValueError(f"{name} must not be negative, got {count!r}")
         _check_models(models)
         self._models = [_BoundModel(module, timestep) for module in models]
-        self._budget = _checked_budget(budget or {}, self._models)
+        self._tuned: list[Budget] = []
+        self._budget: dict[str, float] = {}
+        if isinstance(budget, Mapping) or budget is None:
+            self._budget = _checked_budget(budget or {}, self._models)
+        else:
+            self.use(budget)
         self._densities: dict[str, float | None] = {}
         self._dense_steps = dense_steps
         self._dense_above_timestep = dense_above_timestep
         self._dense_layers = dense_layers
-        self._ascending = ascending
+        self._ascending = ascending or any(b.schedule.ascending for b in self._tuned)
         self._lone_steps = 0
         self._generation = _Generation()
         self._forward: _Forward | None = None
         for index, module in enumerate(models):
             module._compiled_call_impl = _BoundCall(self, index, module)
 
+    def use(self, budget: Budget | Sequence[Budget]) -> None:
+        """Follow tuned budgets from the next generation on, one for each bound model.
+
+        Raises:
+            ValueError: a budget is for another model, or there is not one for each.
+        """
+        budgets = [budget] if isinstance(budget, Budget) else list(budget)
+        if len(budgets) != len(self._models):
+            raise ValueError(
+                f"{len(self._models)} models are bound, but {len(budgets)} budgets given"
+            )
+        for each, model in zip(budgets, self._models, strict=True):
+            each.check_model(fingerprint_of(model.module))
+        self._tuned = budgets
+        self.reset()
+
     @property
     def step(self) -> int | None:
         """Index of the current denoising step in its generation, None before the first."""
         return None if self._generation.timestep is None else self._generation.step
+
+    def timestep_of(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], model: int = 0
+    ) -> float:
+        """The timestep that a bound model is given by such arguments."""
+        return self._models[model].read(args, dict(kwargs))[0]
+
+    def later(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], share: float, model: int = 0
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as of a later step of the same generation, to measure a warm forward.
+
+        The timestep moves by `share` of itself, towards the video; nothing else changes.
+        """
+        sign = -1.0 if self._ascending else 1.0
+        return self._models[model].later(args, kwargs, sign * share)
 
     def reset(self) -> None:
         """Forget everything: the next forward starts a new generation."""
@@ -283,10 +340,10 @@ class Binding:
         if branch < MAX_BRANCHES:
             generation.inputs.setdefault((model, branch), inputs)
         bound = self._dense_above_timestep
-        dense = generation.step < self._dense_steps
-        return _Forward(
-            model, branch, dense or (bound is not None and self._noisier(timestep, bound))
-        )
+        leading = self._tuned[model].schedule.dense_steps if self._tuned else 0
+        dense = generation.step < max(leading, self._dense_steps)
+        dense = dense or (bound is not None and self._noisier(timestep, bound))
+        return _Forward(model, branch, timestep, dense)
 
     def _noisier(self, timestep: float, other: float) -> bool:
         return timestep < other if self._ascending else timestep > other
@@ -312,20 +369,23 @@ class Binding:
         known.branches.add(forward.branch)
         if forward.dense or known.index < self._dense_layers:
             return Call(_at_density(plan, 1.0))
-        density = self._budgeted(path)
-        if density is not None:
-            plan = _at_density(plan, density)
+        plan = self._budgeted(plan, path, forward)
         if plan.is_dense or forward.branch == MAX_BRANCHES:
             return Call(plan)
         known.last_sparse = known.memories.setdefault((site, forward.branch), Memory())
         return Call(plan, known.last_sparse)
 
-    def _budgeted(self, path: str) -> float | None:
-        """Density that the budget gives this layer: its own entry, else the first that matches."""
+    def _budgeted(self, plan: AttentionPlan, path: str, forward: _Forward) -> AttentionPlan:
+        """The plan that the budget gives this layer, `plan` where it says nothing of it."""
+        if self._tuned:
+            choice = self._tuned[forward.model].choice(path, forward.timestep)
+            return plan if choice is None else _chosen(plan, choice)
         if path not in self._densities:
+            # Its own entry, else the first that matches.
             matching = (d for pattern, d in self._budget.items() if fnmatchcase(path, pattern))
             self._densities[path] = self._budget.get(path, next(matching, None))
-        return self._densities[path]
+        density = self._densities[path]
+        return plan if density is None else _at_density(plan, density)
 
 
 class _BoundCall:
@@ -355,6 +415,11 @@ class _BoundCall:
             del self.module._compiled_call_impl
         else:
             self.module._compiled_call_impl = self.compiled
+
+
+@lru_cache(maxsize=1024)
+def _chosen(plan: AttentionPlan, choice: Choice) -> AttentionPlan:
+    return choice.plan(plan)
 
 
 @lru_cache(maxsize=1024)
@@ -406,7 +471,7 @@ def bind(
     dense_steps: int = 0,
     dense_above_timestep: float | None = None,
     dense_layers: int = 0,
-    budget: Mapping[str, float] | None = None,
+    budget: Mapping[str, float] | str | Path | Budget | Sequence[Budget] | None = None,
     timestep: str | None = None,
     ascending: bool = False,
 ) -> Binding:
@@ -431,15 +496,19 @@ def bind(
         dense_layers: leading layers, in order of execution, with dense attention.
         budget: layer path or `fnmatch` pattern to density; a path goes before patterns, and of
             those the first that matches counts. Replaces the plan's density, so a plan routed by
-            top-p or threshold heeds only 1.
+            top-p or threshold heeds only 1. Or a tuned budget (a `Budget` or its file; for several
+            models one `Budget` each), which also gives clusters, form and schedule.
         timestep: name of the timestep argument of forward, by default one of `TIMESTEP_NAMES`.
         ascending: the timestep rises from noise to video, as in Mochi.
 
     Raises:
         ValueError: forward has no timestep, the budget names no module or a density outside of
-            [0, 1], a count is negative, or a model is given twice or bound already.
+            [0, 1], its file is broken or is for another model, a count is negative, or a model is
+            given twice or bound already.
         TypeError: one of the models is not a module.
     """
+    if isinstance(budget, (str, Path)):
+        budget = budgets.load(Path(budget))
     return Binding(
         models,
         dense_steps=dense_steps,

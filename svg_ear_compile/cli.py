@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from svg_ear_compile import cost_commands
 from svg_ear_compile.explain import explain
 
 
@@ -29,15 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="as in options={...}"
     )
+    command.add_argument(
+        "--budget", metavar="FILE", help="a tuned budget, as options={'budget': …}"
+    )
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.add_argument(
         "--draw", metavar="FOLDER", help="also draw each kind of site before and after"
     )
     command.set_defaults(run=_explain)
+    cost_commands.add(commands, _load)
     given = parser.parse_args(argv)
     try:
         given.run(given)
-    except (ValueError, TypeError, ImportError, AttributeError) as error:
+    except (ValueError, TypeError, ImportError, AttributeError, OSError) as error:
         print(f"svg-ear: {error}", file=sys.stderr)
         return 2
     return 0
@@ -45,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(given: argparse.Namespace) -> None:
     options = dict(_option(text) for text in given.option)
+    if given.budget is not None:
+        options["budget"] = given.budget
     model, args, *rest = _load(given.model)()
     inputs = rest[0] if rest else {}
     found = explain(model, *args, options=options, draw_to=given.draw, **inputs)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
-import types
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,6 +27,7 @@ from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.passes.sdpa import SDPA_TARGETS, count_sdpa
 from svg_ear_compile.planning import GraphReport, SiteReport, rewrite_graph
 from svg_ear_compile.settings import Settings
+from svg_ear_compile.tracing import run_once
 
 
 @dataclass(frozen=True)
@@ -77,26 +76,40 @@ class Explanation:
         )
 
     def table(self) -> Table:
-        """One row for each attention call, and below them what broke the graph."""
+        """One row for each attention call; below, what times rest on and what broke the graph."""
         sparse = sum(graph.sparse for graph in self.graphs)
         table = Table(
             title=f"{len(self.sites)} attention calls, {len(self.graphs)} graphs, {sparse} sparse",
             caption=self._notes() or None,
             caption_justify="left",
         )
-        for column in ("layer", "role", "B × H × N_q × N_k × D", "text", "plan", "why"):
+        columns = ("layer", "role", "B × H × N_q × N_k × D", "text", "plan", "error", "why")
+        for column in columns:
             table.add_column(column, overflow="fold")
         for site in self.sites:
             shape = " × ".join("?" if size is None else str(size) for size in site.shape) or "?"
             before, after = ("?" if count is None else count for count in site.text)
             text = "" if site.text == (0, 0) else f"{before} + {after}"
             table.add_row(
-                site.site or "(function)", site.role, shape, text, _plan(site), _why(site)
+                site.site or "(function)",
+                site.role,
+                shape,
+                text,
+                _plan(site),
+                _error(site),
+                _why(site),
             )
         return table
 
     def _notes(self) -> str:
         lines = []
+        expected = [site.expected for site in self.sites if site.expected is not None]
+        if expected:
+            times, errors = (
+                "; ".join(dict.fromkeys(each))
+                for each in zip(*((e.times, e.errors) for e in expected), strict=True)
+            )
+            lines.append(f"milliseconds: {times}. error of the model's output: {errors}.")
         if self.unseen:
             lines.append(
                 f"{self.unseen} attention calls ran outside of all graphs, where no backend sees "
@@ -123,6 +136,12 @@ def _plan(site: SiteReport) -> str:
     }[site.plan.routing]
     clusters = f"{' × '.join(map(str, site.clusters))} clusters, " if site.clusters else ""
     return f"{how}, {clusters}{site.plan.compensation}"
+
+
+def _error(site: SiteReport) -> str:
+    if site.plan is None or site.plan.is_dense or site.expected is None:
+        return ""
+    return f"{site.expected.error:.2g}"
 
 
 def _why(site: SiteReport) -> str:
@@ -168,27 +187,17 @@ def explain(
 
     target = getattr(model, "_orig_mod", model)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def eager(*args: Any, **kwargs: Any) -> Any:
         return target(*args, **kwargs)
 
-    # Dynamo keeps what it compiled on the code object: one of its own leaves the user's alone.
-    fresh = types.FunctionType(
-        call.__code__.replace(), globals(), "explained", None, call.__closure__
-    )
-    # Frames after a graph break are the model's own code objects: at its limit Dynamo runs them
-    # eagerly, and their attention would be missing from the report.
-    unlimited = torch._dynamo.config.patch(
-        recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize
-    )
     before = Counter(counters["graph_break"])
-    with torch.no_grad(), unlimited:
-        torch.compile(fresh, backend=record)(*args, **kwargs)
-        breaks = [_break(*item) for item in (Counter(counters["graph_break"]) - before).items()]
-        unseen = 0
-        if breaks:
-            with _CountingSDPA() as counted:
-                torch.compiler.disable(call)(*args, **kwargs)
-            unseen = counted.calls - in_graphs
+    run_once(model, args, kwargs, record)
+    breaks = [_break(*item) for item in (Counter(counters["graph_break"]) - before).items()]
+    unseen = 0
+    if breaks:
+        with torch.no_grad(), _CountingSDPA() as counted:
+            torch.compiler.disable(eager)(*args, **kwargs)
+        unseen = counted.calls - in_graphs
     return Explanation(graphs, breaks, unseen)
 
 

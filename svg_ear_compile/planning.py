@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch.fx import GraphModule
 
-from svg_ear_compile.cost_model.size_rule import min_tokens
+from svg_ear_compile.cost_model.stages import AttentionShape
+from svg_ear_compile.deciding import Decision, Expectation, SiteFacts, decide
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.passes.rewrite import rewrite
@@ -33,6 +34,8 @@ class SiteReport:
         reason: code of why the site stays dense, else None.
         sentence: the same in words.
         bound_by: parameter that tells the layer apart at run time, or None.
+        expected: predicted milliseconds and error that decided it, None where nothing was weighed.
+        kv_heads: heads of k and v.
     """
 
     layer: str
@@ -47,6 +50,8 @@ class SiteReport:
     reason: str | None
     sentence: str
     bound_by: str | None
+    expected: Expectation | None = None
+    kv_heads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,34 +71,45 @@ class GraphReport:
         return asdict(self)
 
 
-def plan_site(site: AttentionSite, settings: Settings) -> AttentionPlan | Reason:
-    """The plan of a site, or why it stays dense."""
-    if site.reason is not None:
-        return site.reason
-    assert site.device is not None
-    least = settings.min_tokens
-    if least is None:
-        least = min_tokens(site.device.type)
-    tokens = site.q_shape[2]
-    if isinstance(tokens, torch.SymInt):
+def decide_sites(
+    sites: list[AttentionSite], rest: RestOfModel, settings: Settings
+) -> list[Decision | Reason]:
+    """What each site shall do, or why it cannot be sparse whatever it would gain."""
+    able = [site for site in sites if site.reason is None]
+    decided = iter(decide([_facts(site) for site in able], rest.flops, rest.bytes, settings))
+    return [site.reason or next(decided) for site in sites]
+
+
+def plan_site(
+    site: AttentionSite, decided: Decision | Reason, settings: Settings
+) -> AttentionPlan | None:
+    """The plan that the site is rewritten with, None where it stays as it is."""
+    if isinstance(decided, Reason):
+        return None
+    if isinstance(site.q_shape[2], torch.SymInt) and decided.least_tokens is not None:
         # The graph serves other lengths too. A guard on this one would compile once more for the
         # others, so each call decides.
-        return replace(settings.plan, min_tokens=least)
+        return replace(decided.plan or settings.plan, min_tokens=decided.least_tokens)
+    return decided.plan
+
+
+def _facts(site: AttentionSite) -> SiteFacts:
+    q, k = ([hint(size) or 0 for size in shape] for shape in (site.q_shape, site.k_shape))
+    assert site.device is not None
     text = sum(count or 0 for count in site.text.traced)
-    return settings.plan if tokens - text >= least else Reason.SHORT
+    dtype = str(site.dtype).removeprefix("torch.")
+    shape = AttentionShape(q[0], q[1], k[1], q[2], k[2], q[3], dtype, text)
+    return SiteFacts(site.layer, shape, site.device)
 
 
 def rewrite_graph(gm: GraphModule, settings: Settings) -> GraphReport:
     """Find, plan and rewrite every site of a graph in place; report each."""
     rest = rest_of_model(gm)
     sites = [_with_given_text(found, settings) for found in find_sites(gm)]
-    plans = [plan_site(site, settings) for site in sites]
-    report = GraphReport([_report(*pair) for pair in zip(sites, plans, strict=True)], rest)
-    planned = [
-        (site, plan)
-        for site, plan in zip(sites, plans, strict=True)
-        if isinstance(plan, AttentionPlan)
-    ]
+    decided = decide_sites(sites, rest, settings)
+    plans = [plan_site(*pair, settings) for pair in zip(sites, decided, strict=True)]
+    report = GraphReport([_report(*row) for row in zip(sites, decided, plans, strict=True)], rest)
+    planned = [(s, plan) for s, plan in zip(sites, plans, strict=True) if plan is not None]
     if planned:
         rewrite(gm, planned)
     return report
@@ -112,13 +128,15 @@ def _with_given_text(site: AttentionSite, settings: Settings) -> AttentionSite:
     )
 
 
-def _report(site: AttentionSite, decided: AttentionPlan | Reason) -> SiteReport:
+def _report(
+    site: AttentionSite, decided: Decision | Reason, plan: AttentionPlan | None
+) -> SiteReport:
     q, k = ([hint(size) for size in shape] for shape in (site.q_shape, site.k_shape))
     text = site.text.traced
-    plan = decided if isinstance(decided, AttentionPlan) else None
     clusters = None
     if plan is not None and not {q[2], k[2], *text} & {None}:
         clusters = plan.clusters(*(n[2] - sum(text) for n in (q, k)))  # type: ignore[arg-type, operator]
+    reason = decided.value if isinstance(decided, Reason) else decided.reason
     return SiteReport(
         layer=site.layer,
         site=site.name,
@@ -129,18 +147,20 @@ def _report(site: AttentionSite, decided: AttentionPlan | Reason) -> SiteReport:
         device=site.device.type if site.device else "",
         plan=plan,
         clusters=clusters,
-        reason=decided.value if isinstance(decided, Reason) else None,
-        sentence=_sentence(site, decided),
+        reason=reason if plan is None else None,
+        sentence=_sentence(site, decided, plan),
         bound_by=site.layer_parameter.name if site.layer_parameter else None,
+        expected=None if isinstance(decided, Reason) else decided.expected,
+        kv_heads=k[1] if len(k) > 1 else None,
     )
 
 
-def _sentence(site: AttentionSite, decided: AttentionPlan | Reason) -> str:
-    if isinstance(decided, Reason):
+def _sentence(site: AttentionSite, decided: Decision | Reason, plan: AttentionPlan | None) -> str:
+    if plan is None:
         return decided.sentence
     conditions = []
-    if decided.min_tokens:
-        conditions.append(f"from {decided.min_tokens} video tokens on")
+    if plan.min_tokens:
+        conditions.append(f"sparse from {plan.min_tokens} video tokens on")
     if site.prove_mask:
-        conditions.append("if the mask turns out to be padding")
-    return " ".join(["sparse", *([", ".join(conditions)] if conditions else [])])
+        conditions.append("sparse if the mask turns out to be padding")
+    return "; ".join([*conditions, decided.sentence])

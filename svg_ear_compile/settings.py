@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch._inductor.config as inductor_config
 from torch._inductor import list_mode_options, list_options
 
+from svg_ear_compile.cost_model import budget as budgets
+from svg_ear_compile.cost_model.budget import Budget
 from svg_ear_compile.kernels.plan import AttentionPlan
+
+log = logging.getLogger(__name__)
 
 # A plan's own min_tokens is for graphs of several lengths; the option is the same number for all.
 _PLAN_FIELDS = {f.name: f for f in fields(AttentionPlan) if f.name != "min_tokens"}
 _NUMBER_OF = {"top_p": "top_p", "min_block_ratio": "top_p", "threshold": "threshold"}
+
+_WISHES = ("target_speedup", "max_error", "budget")
+# What a wish decides by itself, and so cannot be given beside it.
+_DECIDED_BY_WISH = ("routing", "top_p", "min_block_ratio", "threshold")
+_DECIDED_BY_BUDGET = (*_DECIDED_BY_WISH, "q_clusters", "k_clusters", "compensation")
 
 
 @dataclass(frozen=True)
@@ -23,13 +35,21 @@ class Settings:
 
     Attributes:
         plan: the plan of every sparse site.
-        min_tokens: fewest video tokens of a sparse site; None leaves it to the size rule.
+        target_speedup: wished speed-up of one forward of the whole model, above 1, or None.
+        max_error: largest relative RMS error of the model's output in one forward, or None.
+        budget: a tuned budget, or None.
+        budget_problem: why the budget that was given cannot be used: attention stays dense.
+        min_tokens: fewest video tokens of a sparse site; None leaves it to the cost model.
         text_prefix, text_suffix: text tokens at the start and the end of joint sequences, for
             models whose graph does not show them; None reads them off the graph.
         inductor: Inductor's own configuration, mode included.
     """
 
     plan: AttentionPlan = field(default_factory=AttentionPlan)
+    target_speedup: float | None = None
+    max_error: float | None = None
+    budget: Budget | None = None
+    budget_problem: str | None = None
     min_tokens: int | None = None
     text_prefix: int | None = None
     text_suffix: int | None = None
@@ -66,6 +86,8 @@ class Settings:
                 own[key] = _checked(key, value, int | None)
                 if value is not None and own[key] < 0:
                     raise ValueError(f"{key} must not be negative, got {value!r}")
+            elif key in _WISHES:
+                own |= _wish(key, value)
             elif key.replace("-", "_") in known_inductor:
                 inductor[key.replace("-", "_")] = _checked_inductor(key.replace("-", "_"), value)
             else:
@@ -76,11 +98,44 @@ class Settings:
                 raise ValueError(f'{key} belongs to routing="{wanted}", but routing is "{routing}"')
         if "density" in plan and routing != "density" and plan["density"] < 1:
             raise ValueError(f'density belongs to routing="density", but routing is "{routing}"')
+        _check_wishes(given)
         return cls(AttentionPlan(**plan), **own, inductor=inductor)
 
 
+def _wish(key: str, value: object) -> dict[str, object]:
+    """The fields of `Settings` that a wish sets."""
+    if key == "budget":
+        if isinstance(value, Budget):
+            return {"budget": value}
+        if not isinstance(value, (str, Path)):
+            raise TypeError(f"budget must be a path or a Budget, got {value!r}")
+        # Not raised: the model is being compiled by now, and dense attention is always right.
+        try:
+            return {"budget": budgets.load(Path(value))}
+        except (OSError, ValueError) as error:
+            log.warning("the budget cannot be used, attention stays dense: %s", error)
+            return {"budget_problem": f"Dense, because the budget cannot be used: {error}."}
+    number = _checked(key, value, float)
+    assert isinstance(number, float)
+    least = 1.0 if key == "target_speedup" else 0.0
+    if not (math.isfinite(number) and number > least):
+        raise ValueError(f"{key} must be finite and above {least:g}, got {value!r}")
+    return {key: number}
+
+
+def _check_wishes(given: Mapping[str, Any]) -> None:
+    wishes = [key for key in ("density", *_WISHES) if key in given]
+    if len(wishes) > 1:
+        raise ValueError(f"{' and '.join(wishes)} are ways to say the same thing: give one of them")
+    for wish in wishes:
+        taken = {"density": (), "budget": _DECIDED_BY_BUDGET}.get(wish, _DECIDED_BY_WISH)
+        for key in taken:
+            if key in given:
+                raise ValueError(f"{wish} decides {key} by itself: leave one of them out")
+
+
 def _nearest(key: str, known_inductor: set[str]) -> str:
-    ours = [*_PLAN_FIELDS, "min_tokens", "text_prefix", "text_suffix", "mode"]
+    ours = [*_PLAN_FIELDS, *_WISHES, "min_tokens", "text_prefix", "text_suffix", "mode"]
     near = difflib.get_close_matches(key, ours, 3, 0.5)
     near += difflib.get_close_matches(key, sorted(known_inductor), 2, 0.7)
     if near:

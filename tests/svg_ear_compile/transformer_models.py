@@ -75,3 +75,17 @@ def wan() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
 def explained_stack() -> tuple[nn.Module, tuple[Any, ...]]:
     """What `svg-ear explain --model` calls."""
     return stack()
+
+
+def tuned_stack() -> tuple[nn.Module, list[tuple[Any, ...]]]:
+    """What `svg-ear tune --model` calls: three layers of unlike weight, four calls."""
+    torch.manual_seed(0)
+    model = Stack(layers=3).eval().requires_grad_(False)
+    for scale, block in zip((0.3, 1.0, 3.0), model.blocks, strict=True):
+        block.to_v.weight.mul_(scale)
+        block.to_q.weight.mul_(3.0)  # sharper attention, so that sparsity costs something
+    calls = [
+        (torch.randn(1, 256, WIDTH), torch.tensor([timestep]))
+        for timestep in (900.0, 700.0, 300.0, 100.0)
+    ]
+    return model, calls

@@ -1,0 +1,125 @@
+"""`python -m benchmarks.tuning.sensitivity --out FILE`: what a layer's error does to the model.
+
+For each layer of the video DiT: relative error of its attention output, and of the model's output
+with that layer alone sparse; their ratio is the sensitivity that `cost_model/default_error.py`
+takes the median of. Also the milliseconds of the rest of the model, predicted and measured, from
+which `cost_model/latency.py` has the overhead of its products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.tuning.video_dit import device, forward_error, long, short
+from svg_ear_compile import bind, explain
+from svg_ear_compile.backend import svg_ear
+from svg_ear_compile.cost_model import budget as budgets
+from svg_ear_compile.cost_model import calibration as calibrations
+from svg_ear_compile.cost_model.budget import Budget, Choice, Schedule
+from svg_ear_compile.cost_model.device import describe
+from svg_ear_compile.cost_model.latency import dense_ms, rest_ms
+from svg_ear_compile.cost_model.stages import AttentionShape
+from svg_ear_compile.fingerprint import fingerprint_of
+from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.watching import SeenCall, watch
+
+
+def sensitivities(model: Any, calls: list[Any], density: float) -> list[dict[str, Any]]:
+    """Attention error, model error and their ratio, by call and layer."""
+    compiled = torch.compile(model, backend=svg_ear, options={"density": 0.5, "min_tokens": 1})
+    rows = []
+    for index, call in enumerate(calls):
+        local: dict[str, float] = {}
+
+        def see(seen: SeenCall, local: dict[str, float] = local) -> None:
+            local[seen.layer] = seen.error(seen.sparse(AttentionPlan(density=density)))
+
+        dense = watch(model, call.args, call.kwargs, see)
+        every = dict.fromkeys(local, (Choice(1.0),))
+        base = Budget(
+            budgets.VERSION, fingerprint_of(model), 1, describe(device()), "", "", Schedule(), every
+        )
+        for layer, error in local.items():
+            alone = replace(base, layers={**every, layer: (Choice(density),)})
+            with torch.no_grad(), bind(compiled, budget=alone):
+                change = forward_error(compiled(*call.args, **call.kwargs), dense)
+            rows.append(
+                {"call": index, "layer": layer, "attention": error, "model": change,
+                 "share": change / error}
+            )  # fmt: skip
+    return rows
+
+
+def rest(model: Any, call: Any, repeats: int) -> dict[str, float]:
+    """The rest of the model: its FLOPs and bytes, its milliseconds measured and predicted."""
+    calibration = calibrations.load(describe(device()))
+    if calibration.origin == "guess":
+        raise SystemExit("run svg-ear calibrate first: a guess cannot be compared with anything")
+    found = explain(model, *call.args, **call.kwargs)
+    attention = 0.0
+    for site in found.sites:
+        b, h, n_q, n_k, d = (size or 0 for size in site.shape)
+        shape = AttentionShape(b, h, site.kv_heads or h, n_q, n_k, d, site.dtype)
+        attention += dense_ms(shape, calibration)
+    plain = torch.compile(model, backend="inductor")
+    samples = []
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            if device() == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            plain(*call.args, **call.kwargs)
+            if device() == "cuda":
+                torch.cuda.synchronize()
+            samples.append(1e3 * (time.perf_counter() - began))
+    measured = (min if device() == "cpu" else statistics.median)(samples[1:])
+    flops = sum(graph.rest.flops for graph in found.graphs)
+    moved = sum(graph.rest.bytes for graph in found.graphs)
+    dtype = found.sites[0].dtype
+    compute = flops / calibration.roofs.flops[dtype] / 1e9
+    memory = moved / calibration.roofs.bandwidth / 1e6
+    return {
+        "flops": flops, "bytes": moved, "forward_ms": measured, "attention_ms": attention,
+        "measured_ms": measured - attention,
+        "predicted_ms": rest_ms(flops, moved, dtype, calibration),
+        "overhead": (measured - attention - memory) / compute,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measure both, write both."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", choices=("short", "long"), default="short")
+    parser.add_argument("--density", type=float, default=0.1)
+    given = parser.parse_args()
+    model, calls = short() if given.shape == "short" else long()
+    rows = sensitivities(model, calls, given.density)
+    record: dict[str, Any] = {
+        "device": asdict(describe(device())),
+        "shape": given.shape,
+        "density": given.density,
+        "median_share": statistics.median(row["share"] for row in rows),
+        "rest": rest(model, calls[0], 7),
+        "rows": rows,
+    }
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(record, indent=1) + "\n")
+    by_layer: dict[str, list[float]] = {}
+    for row in rows:
+        by_layer.setdefault(row["layer"], []).append(row["share"])
+    for layer, shares in by_layer.items():
+        print(f"{layer}: {statistics.fmean(shares):.3f}")
+    print(f"median {record['median_share']:.3f}; rest {json.dumps(record['rest'])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""How a wish is shared out over layers and phases, from measured errors and predicted times.
+
+Plain arithmetic over shapes, curves and a calibration; nothing runs here. `tuning` at the top
+measures the curves, and corrects by what whole forwards do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from svg_ear_compile.cost_model import knapsack
+from svg_ear_compile.cost_model.budget import DENSE, Choice
+from svg_ear_compile.cost_model.calibration import Calibration
+from svg_ear_compile.cost_model.error import ErrorCurve, together
+from svg_ear_compile.cost_model.latency import call_ms, ms_per_exact_share
+from svg_ear_compile.cost_model.stages import AttentionShape
+from svg_ear_compile.cost_model.threshold import routing_threshold
+from svg_ear_compile.kernels.plan import AttentionPlan
+
+Layers = Mapping[str, tuple[Choice, ...]]
+"""Layer path to one choice for each phase."""
+
+_FRONTIER = 12
+_HALVINGS = 40
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user wants: a speed-up of a whole forward, a largest error, or a mean density."""
+
+    name: Literal["target_speedup", "max_error", "density"]
+    value: float
+
+    @classmethod
+    def of(
+        cls, target_speedup: float | None, max_error: float | None, density: float | None
+    ) -> Wish:
+        """The one that is given.
+
+        Raises:
+            ValueError: none or several are given, or it is out of range.
+        """
+        if density is not None and target_speedup is None and max_error is None:
+            return cls("density", density)
+        if max_error is not None and target_speedup is None and density is None:
+            return cls("max_error", max_error)
+        if target_speedup is not None and max_error is None and density is None:
+            return cls("target_speedup", target_speedup)
+        raise ValueError("give one of target_speedup, max_error and density")
+
+    def __post_init__(self) -> None:
+        low = 1.0 if self.name == "target_speedup" else 0.0
+        high = 1.0 if self.name == "density" else math.inf
+        if not low < self.value < high:
+            raise ValueError(f"{self.name} must be between {low:g} and {high:g}, got {self.value}")
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value:g}"
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """What is known of a model's attention.
+
+    Attributes:
+        sites: layer and shape of every call.
+        phases: of the denoising.
+        kinds: clusters and forms that were measured, at density 0; the first is the plain one.
+        densities: that were measured, rising.
+        curves: (layer, phase, kind) to error of the model's output.
+        calibration: of the device.
+    """
+
+    sites: tuple[tuple[str, AttentionShape], ...]
+    phases: int
+    kinds: tuple[Choice, ...]
+    densities: tuple[float, ...]
+    curves: Mapping[tuple[str, int, Choice], ErrorCurve]
+    calibration: Calibration
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """Layer paths in the order of the calls."""
+        return tuple(dict.fromkeys(layer for layer, _ in self.sites))
+
+    @cached_property
+    def options(self) -> tuple[Choice, ...]:
+        """Dense, what was measured, and a density between each two of those."""
+        grid = self.densities
+        between = (math.sqrt(a * b) for a, b in zip(grid, [*grid[1:], 1.0], strict=True))
+        every = sorted({*grid, *(round(d, 3) for d in between)})
+        return (DENSE, *(dataclasses.replace(k, density=d) for k in self.kinds for d in every))
+
+    @cached_property
+    def _ms(self) -> dict[tuple[str, Choice], float]:
+        return {(layer, c): self._layer_ms(layer, c) for layer in self.layers for c in self.options}
+
+    @cached_property
+    def _areas(self) -> dict[str, float]:
+        """Share of the whole attention area by layer."""
+        areas = dict.fromkeys(self.layers, 0.0)
+        for layer, s in self.sites:
+            areas[layer] += s.batch * s.heads * s.q_tokens * s.k_tokens
+        total = sum(areas.values())
+        return {layer: area / total for layer, area in areas.items()}
+
+    def alike(self, choice: Choice) -> Layers:
+        """One choice for every layer and phase."""
+        return dict.fromkeys(self.layers, (choice,) * self.phases)
+
+    def uniform(self, density: float) -> Layers:
+        """One density for all, with the clusters and the form of the first kind."""
+        return self.alike(dataclasses.replace(self.kinds[0], density=density))
+
+    def attention_ms(self, layers: Layers) -> float:
+        """Predicted milliseconds of all attention in one forward, mean over the phases."""
+        total = math.fsum(
+            self._ms.get((layer, choice), 0.0) or self._layer_ms(layer, choice)
+            for layer, choices in layers.items()
+            for choice in choices
+        )
+        return total / self.phases
+
+    def _layer_ms(self, layer: str, choice: Choice) -> float:
+        plan = choice.plan(AttentionPlan())
+        shapes = (shape for name, shape in self.sites if name == layer)
+        return math.fsum(call_ms(shape, plan, self.calibration) for shape in shapes)
+
+    @cached_property
+    def dense_ms(self) -> float:
+        """Predicted milliseconds of all attention in one dense forward."""
+        return self.attention_ms(self.alike(DENSE))
+
+    def density(self, layers: Layers) -> float:
+        """Mean share of the attention area computed exactly."""
+        return math.fsum(
+            self._areas[layer] * statistics.fmean(choice.density for choice in choices)
+            for layer, choices in layers.items()
+        )
+
+    def layer_error(self, layer: str, phase: int, choice: Choice) -> float:
+        """Error of the model's output with one layer alone as chosen."""
+        if choice.density >= 1.0:
+            return 0.0
+        kind = dataclasses.replace(choice, density=0.0, threshold=None)
+        return self.curves[layer, phase, kind].at(choice.density)
+
+    def error(self, layers: Layers) -> float:
+        """Error of the model's output in one forward, the largest over the phases."""
+        return max(
+            together(self.layer_error(layer, phase, layers[layer][phase]) for layer in self.layers)
+            for phase in range(self.phases)
+        )
+
+    def solve(self, wish: Wish, allowed: float) -> Layers:
+        """The least error within `allowed`, or the least time where the wish is an error.
+
+        Args:
+            wish: says what is counted.
+            allowed: milliseconds of attention in a forward, mean density, or error of a forward.
+
+        Raises:
+            knapsack.UnreachableError: nothing keeps to it; `least` has the same unit.
+            ImportError: scipy, part of the extra ``tune``, is missing.
+        """
+        slots = [(layer, phase) for phase in range(self.phases) for layer in self.layers]
+        if wish.name == "max_error":  # each forward has to keep it
+            by_phase = [
+                slots[i : i + len(self.layers)] for i in range(0, len(slots), len(self.layers))
+            ]
+            taken = [
+                at
+                for part in by_phase
+                for at in knapsack.solve_exactly(
+                    [
+                        [knapsack.Option(o.loss, o.cost) for o in group]
+                        for group in self._groups(part, self._time)
+                    ],
+                    allowed**2,
+                )
+            ]
+        else:
+            cost = self._area if wish.name == "density" else self._time
+            taken = list(knapsack.solve_exactly(self._groups(slots, cost), allowed))
+        chosen = {slot: self.options[at] for slot, at in zip(slots, taken, strict=True)}
+        return {layer: tuple(chosen[layer, p] for p in range(self.phases)) for layer in self.layers}
+
+    def _time(self, layer: str, choice: Choice) -> float:
+        return self._ms[layer, choice] / self.phases
+
+    def _area(self, layer: str, choice: Choice) -> float:
+        return choice.density * self._areas[layer] / self.phases
+
+    def _groups(
+        self, slots: list[tuple[str, int]], cost: Callable[[str, Choice], float]
+    ) -> list[list[knapsack.Option]]:
+        """Every option of every slot: its cost, and the squared error that it leaves."""
+        return [
+            [
+                knapsack.Option(cost(layer, c), self.layer_error(layer, phase, c) ** 2)
+                for c in self.options
+            ]
+            for layer, phase in slots
+        ]
+
+    def density_at(self, wanted: float) -> float:
+        """The density for all layers at which attention is predicted to take that many ms."""
+        low, high = 0.0, 0.999
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            if self.attention_ms(self.uniform(middle)) <= wanted:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def frontier(self, wish: Wish) -> Iterator[Layers]:
+        """Solutions from the sparsest to dense, evenly spread in what the wish counts."""
+        shares = [i / _FRONTIER for i in range(1, _FRONTIER + 1)]
+        if wish.name == "max_error":
+            most = self.error(self.uniform(self.densities[0]))
+            allowed = [most * share**2 for share in shares]
+        elif wish.name == "density":
+            least = self.densities[0]
+            allowed = [least ** (1 - share) for share in shares]
+        else:
+            least = math.fsum(
+                min(self._ms[layer, c] for c in self.options) for layer in self.layers
+            )
+            allowed = [least + (self.dense_ms - least) * share for share in shares]
+        for each in allowed:
+            yield self.solve(wish, each)
+
+    def multiplier(self, layers: Layers) -> float:
+        """Squared error that one more millisecond of a forward saves at the best of that time."""
+        slots = [(layer, phase) for phase in range(self.phases) for layer in self.layers]
+        groups = self._groups(slots, self._time)
+        return knapsack.evaluate(groups, [0] * len(groups), self.attention_ms(layers)).multiplier
+
+    def thresholds(
+        self, layers: Layers, seen: Mapping[tuple[str, int], tuple[float, float]]
+    ) -> Layers:
+        """Each sparse choice with the routing threshold that follows from the multiplier.
+
+        Args:
+            layers: a solution.
+            seen: (layer, phase) to the relative error of the attention output at its choice, and
+                the mean over queries of the squared norm of that output.
+        """
+        multiplier = self.multiplier(layers)
+
+        def routed(layer: str, phase: int, choice: Choice) -> Choice:
+            if choice.density >= 1.0:
+                return choice
+            error, square = seen[layer, phase]
+            shape = next(shape for name, shape in self.sites if name == layer)
+            slope = ms_per_exact_share(shape, choice.plan(AttentionPlan()), self.calibration)
+            # A layer whose error does nothing to the output is worth no exact block.
+            sensitivity = max((self.layer_error(layer, phase, choice) / error) ** 2, 1e-12)
+            found = routing_threshold(multiplier, slope / self.phases, sensitivity, square, shape)
+            return dataclasses.replace(choice, threshold=found)
+
+        return {
+            layer: tuple(routed(layer, phase, choice) for phase, choice in enumerate(choices))
+            for layer, choices in layers.items()
+        }

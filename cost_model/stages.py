@@ -1,0 +1,136 @@
+"""What one attention call asks of a device, stage by stage: operations, bytes, launches.
+
+Plain arithmetic, no time: `latency` divides these by measured roofs. The counts follow the stages
+of `kernels/reference.py` as the GPU and the CPU form carry them out. Restoring the token order has
+no stage of its own: both forms scatter the output to its tokens while they attend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from svg_ear_compile.kernels.gpu.launch import launch_config
+from svg_ear_compile.kernels.plan import AttentionPlan
+
+STAGES = ("cluster", "probe", "tables", "route", "attend")
+"""Stages of a sparse call in order; ``tables`` is what the first-order form adds to the probe."""
+
+ELEMENT_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Plain facts of one attention call.
+
+    Attributes:
+        batch, heads, kv_heads, q_tokens, k_tokens, head_dim: q is (batch, heads, q_tokens,
+            head_dim), k and v (batch, kv_heads, k_tokens, head_dim); tokens include the text.
+        dtype: name without ``torch.``, one of `ELEMENT_SIZES`.
+        text: text tokens of both sequences: exact keys of every query, dense queries.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    q_tokens: int
+    k_tokens: int
+    head_dim: int
+    dtype: str
+    text: int = 0
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of one element."""
+        return ELEMENT_SIZES[self.dtype]
+
+    def with_tokens(self, tokens: int) -> AttentionShape:
+        """The same call over `tokens` video tokens and the same text."""
+        return replace(self, q_tokens=tokens + self.text, k_tokens=tokens + self.text)
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Work of one stage: multiply-adds times two, bytes moved, launches (on a CPU: operators)."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    launches: float = 0.0
+
+
+def expected_density(plan: AttentionPlan) -> float:
+    """Density asked for, or the default where the routing decides it at run time."""
+    return plan.density if plan.routing == "density" or plan.is_dense else AttentionPlan.density
+
+
+def dense_amount(shape: AttentionShape) -> Amount:
+    """Dense attention: two products of (N_q, D) by (N_k, D), inputs read and output written."""
+    heads = shape.batch * shape.heads
+    tokens = 2 * heads * shape.q_tokens + 2 * shape.batch * shape.kv_heads * shape.k_tokens
+    return Amount(
+        flops=4.0 * heads * shape.q_tokens * shape.k_tokens * shape.head_dim,
+        bytes=float(tokens * shape.head_dim * shape.element_size),
+        launches=1.0,
+    )
+
+
+def sparse_amounts(
+    shape: AttentionShape, plan: AttentionPlan, kind: str, iterations: int | None = None
+) -> dict[str, Amount]:
+    """Work of each of `STAGES` for a plan that is not dense.
+
+    Args:
+        shape: see `AttentionShape`.
+        plan: clusters, density, form.
+        kind: ``"cuda"`` or ``"cpu"``.
+        iterations: k-means rounds, by default those of a warm start.
+    """
+    rounds = plan.warm_iterations if iterations is None else iterations
+    dim = shape.head_dim
+    heads, kv_heads = shape.batch * shape.heads, shape.batch * shape.kv_heads
+    queries, keys = max(shape.q_tokens - shape.text, 1), max(shape.k_tokens - shape.text, 1)
+    q_clusters, k_clusters = plan.clusters(queries, keys)
+    blocks = float(heads * q_clusters * k_clusters)
+    density = expected_density(plan)
+    first_order = plan.compensation == "first_order"
+    on_gpu = kind == "cuda"
+    size = shape.element_size if on_gpu else 4  # the CPU form computes in float32
+    kv_bytes = 2.0 * kv_heads * keys * dim * size
+    tile = launch_config(dim, size).attend.rows if on_gpu else 1
+    # A ragged cluster leaves half a tile empty on average.
+    rows = queries + q_clusters * (tile - 1) / 2
+    # The block that crosses the budget is taken whole: half of one on average.
+    exact = min(float(keys), density * keys + keys / (2 * k_clusters))
+    # The GPU walks all stand-ins and takes the exact ones out by their bias.
+    stand_ins = k_clusters if on_gpu else k_clusters * (1 - density)
+    distances = heads * queries * q_clusters + kv_heads * keys * k_clusters
+    posterior = 4.0 * dim * heads * q_clusters * keys  # mean keys and values of every block
+    attended = rows * (exact + shape.text + stand_ins) + shape.text * shape.k_tokens
+    tables_read = 2.0 * heads * rows / tile * k_clusters * dim * size if first_order else 0.0
+    return {
+        "cluster": Amount(
+            flops=2.0 * rounds * dim * distances,
+            bytes=2.0 * rounds * dim * size * (heads * queries + kv_heads * keys),
+            launches=16.0 * rounds,
+        ),
+        "probe": Amount(
+            flops=2.0 * dim * heads * q_clusters * keys + (0.0 if on_gpu else posterior),
+            bytes=kv_bytes + 16.0 * blocks,
+            launches=1.0 if on_gpu else 24.0 * heads * k_clusters,
+        ),
+        "tables": Amount(
+            flops=posterior if on_gpu else 2.0 * dim * blocks,
+            bytes=2.0 * dim * size * blocks,
+            launches=1.0,
+        )
+        if first_order
+        else Amount(),
+        "route": Amount(
+            bytes=24.0 * blocks + 8.0 * heads * q_clusters * density * keys,
+            launches=2.0 if on_gpu else 16.0,
+        ),
+        "attend": Amount(
+            flops=4.0 * dim * heads * attended,
+            bytes=2.0 * heads * queries * dim * size + kv_bytes + tables_read,
+            launches=1.0 if on_gpu else 16.0 * heads * (q_clusters + 1),
+        ),
+    }

@@ -1,0 +1,31 @@
+"""`calibrate`: measures a device and remembers it for every later compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from svg_ear_compile.cost_model import calibrate as measuring
+from svg_ear_compile.cost_model import calibration as keeping
+from svg_ear_compile.cost_model.calibration import Calibration
+from svg_ear_compile.deciding import calibration_of
+
+
+def calibrate(
+    device: torch.device | str, *, on_sample: Callable[[str, float], None] | None = None
+) -> Calibration:
+    """Measure a device in under a minute and keep the result in the user's cache.
+
+    Args:
+        device: CUDA or CPU; nothing else should be running on it.
+        on_sample: hears what was measured, and the share of the time that has passed.
+
+    Raises:
+        ValueError: there are no kernels for such a device.
+        ImportError: scipy, part of the extra ``tune``, is missing.
+    """
+    found = measuring.calibrate(device, on_sample=on_sample)
+    keeping.save(found)
+    calibration_of.cache_clear()
+    return found

@@ -1,0 +1,262 @@
+"""The commands `svg-ear calibrate`, `svg-ear tune` and `svg-ear plot`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from svg_ear_compile.calibrating import calibrate
+from svg_ear_compile.cost_model import budget as budgets
+from svg_ear_compile.cost_model import calibration as calibrations
+from svg_ear_compile.cost_model.budget import Budget, Outcome
+from svg_ear_compile.cost_model.calibrate import compare
+from svg_ear_compile.cost_model.calibration import Calibration
+from svg_ear_compile.cost_model.device import describe
+from svg_ear_compile.recording import ModelCall
+from svg_ear_compile.tuning import Cost, TuningSettings, tune
+
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def add(commands: Any, load: Callable[[str], Any]) -> None:
+    """Add the commands to the sub-parsers; `load` imports a MODULE:CALLABLE."""
+    about = "measure this device, in under a minute, and remember it"
+    command = commands.add_parser("calibrate", help=about, description=about)
+    command.add_argument("--device", default=_DEVICE, help=f"default: {_DEVICE}")
+    command.set_defaults(run=_calibrate)
+
+    about = "measure a model and write the budget that serves one wish best"
+    command = commands.add_parser("tune", help=about, description=about)
+    command.add_argument(
+        "--model",
+        required=True,
+        metavar="MODULE:CALLABLE",
+        help="a callable without arguments that returns (model, calls): a list of ModelCall, of "
+        "argument tuples, or of (args, kwargs) pairs",
+    )
+    wish = command.add_mutually_exclusive_group(required=True)
+    wish.add_argument("--target-speedup", type=float, help="of one sparse forward over Inductor's")
+    wish.add_argument("--max-error", type=float, help="relative RMS of the model's output")
+    wish.add_argument("--density", type=float, help="mean share of the area computed exactly")
+    command.add_argument("--out", type=Path, required=True, help="budget file to write")
+    command.add_argument("--densities", default="0.05,0.1,0.2,0.4", help="tried in each layer")
+    command.add_argument(
+        "--clusters",
+        default="default",
+        help="mean cluster sizes that are tried, e.g. default,256x64 (queries x keys)",
+    )
+    command.add_argument("--forms", default="first_order", help="e.g. first_order,centroid")
+    command.add_argument("--phases", type=int, default=1, help="parts of the denoising")
+    command.add_argument("--dense-steps", type=int, default=0, help="leading dense steps")
+    command.add_argument("--dense-from", type=float, help="timestep from which the end is dense")
+    command.add_argument("--thresholds", action="store_true", help="route by threshold")
+    command.add_argument("--timestep", help="name of the model's timestep argument")
+    command.add_argument(
+        "--ascending", action="store_true", help="timesteps rise towards the video"
+    )
+    command.add_argument("--eager", action="store_true", help="without Inductor: a quick look")
+    command.set_defaults(run=lambda given: _tune(given, load))
+
+    about = "draw a budget, its frontier, predicted against measured times, or a block map"
+    command = commands.add_parser("plot", help=about, description=about)
+    command.add_argument("what", choices=("budget", "frontier", "times", "blocks"))
+    command.add_argument("--budget", type=Path, metavar="FILE", help="for budget and frontier")
+    command.add_argument("--device", default=_DEVICE, help="whose calibration, for times")
+    command.add_argument("--model", metavar="MODULE:CALLABLE", help="as for explain, for blocks")
+    command.add_argument("--layer", help="layer path, for blocks; the first by default")
+    command.add_argument("--head", type=int, default=0, help="for blocks")
+    command.add_argument("--density", type=float, default=0.2, help="for blocks")
+    command.add_argument("--out", type=Path, required=True, help="picture to write, e.g. a .png")
+    command.set_defaults(run=lambda given: _plot(given, load))
+
+
+def _calibrate(given: argparse.Namespace) -> None:
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("roofs", total=1.0)
+
+        def show(what: str, share: float) -> None:
+            progress.update(task, description=what, completed=share)
+
+        found = calibrate(given.device, on_sample=show)
+    console.print(_calibration_table(found))
+    console.print(f"kept in {calibrations.cache_folder()}", soft_wrap=True)
+
+
+def _calibration_table(found: Calibration) -> Table:
+    tested = [c for c in compare(found, found.samples) if not c.sample.fitted]
+    table = Table(title=found.device.name, caption=f"{found.seconds:.0f} s", show_header=False)
+    for dtype, rate in found.roofs.flops.items():
+        table.add_row(f"matrix product, {dtype}", f"{rate:.3g} TFLOP/s")
+    table.add_row("copy", f"{found.roofs.bandwidth:.3g} GB/s")
+    table.add_row("small operator", f"{1e3 * found.roofs.launch_ms:.2g} µs")
+    if tested:
+        off = [abs(c.op_error) for c in tested]
+        table.add_row(
+            f"sparse calls predicted, {len(off)} not fitted",
+            f"off by {statistics.median(off):.0%} (median), {max(off):.0%} (worst)",
+        )
+    return table
+
+
+def _tune(given: argparse.Namespace, load: Callable[[str], Any]) -> None:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # Single numbers are exchanged, and rank 0 may measure for hours while the others wait.
+        dist.init_process_group("gloo", timeout=timedelta(days=2))
+    try:
+        found = _tuned(given, load)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            budgets.save(found, given.out)
+            Console().print(budget_table(found))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _tuned(given: argparse.Namespace, load: Callable[[str], Any]) -> Budget:
+    model, calls = load(given.model)()
+    console = Console(quiet=dist.is_initialized() and dist.get_rank() > 0)
+    columns = (
+        TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what)
+            progress.update(tasks[what], completed=done, total=total)
+
+        def say(cost: Cost) -> None:
+            each = f" on each of {cost.ranks} ranks" if cost.ranks > 1 else ""
+            console.print(
+                f"{cost.forwards} forwards to measure ({cost.finished} are in the journal): about "
+                f"{cost.seconds / 60:.1f} minutes{each}, then whole budgets are run"
+            )
+
+        return tune(
+            model,
+            [_call(call) for call in calls],
+            target_speedup=given.target_speedup,
+            max_error=given.max_error,
+            density=given.density,
+            settings=_settings(given),
+            journal=given.out.with_suffix(".journal"),
+            on_cost=say,
+            on_progress=show,
+        )
+
+
+def _settings(given: argparse.Namespace) -> TuningSettings:
+    def sizes(text: str) -> tuple[int, int] | None:
+        if text == "default":
+            return None
+        queries, cross, keys = text.partition("x")
+        if not cross:
+            raise ValueError(f"--clusters takes default or QUERIESxKEYS, got {text!r}")
+        return int(queries), int(keys)
+
+    return TuningSettings(
+        densities=tuple(float(d) for d in given.densities.split(",")),
+        cluster_sizes=tuple(sizes(text) for text in given.clusters.split(",")),
+        forms=tuple(given.forms.split(",")),
+        phases=given.phases,
+        dense_steps=given.dense_steps,
+        dense_from=given.dense_from,
+        thresholds=given.thresholds,
+        timestep=given.timestep,
+        ascending=given.ascending,
+        compiler="eager" if given.eager else "inductor",
+    )
+
+
+def _call(given: Any) -> ModelCall:
+    if isinstance(given, ModelCall):
+        return given
+    if len(given) == 2 and isinstance(given[0], (tuple, list)) and isinstance(given[1], dict):
+        return ModelCall(tuple(given[0]), given[1])
+    return ModelCall(tuple(given))
+
+
+def budget_table(found: Budget) -> Table:
+    """Choices by layer and phase, and what they were predicted and measured to do."""
+    outcomes = {"predicted": found.predicted, "measured": found.measured, "uniform": found.uniform}
+    lines = [f"{name}: {_outcome(outcome)}" for name, outcome in outcomes.items()]
+    table = Table(
+        title=f"{found.wish}: {found.verdict}",
+        caption="\n".join([*lines, found.note]),
+        caption_justify="left",
+    )
+    table.add_column("layer")
+    for phase in range(found.schedule.phases):
+        table.add_column(f"phase {phase + 1}" if found.schedule.phases > 1 else "choice")
+    for layer, choices in found.layers.items():
+        table.add_row(layer, *(_words(choice) for choice in choices))
+    return table
+
+
+def _words(choice: budgets.Choice) -> str:
+    if choice.density >= 1.0:
+        return "dense"
+    words = [f"{choice.density:.3g}"]
+    if choice.q_clusters is not None:
+        words.append(f"{choice.q_clusters} × {choice.k_clusters}")
+    if choice.compensation != "first_order":
+        words.append(choice.compensation)
+    if choice.threshold is not None:
+        words.append(f"rho ≥ {choice.threshold:.2g}")
+    return ", ".join(words)
+
+
+def _outcome(found: Outcome) -> str:
+    known = {
+        "error": found.error, "ms": found.ms, "speed-up": found.speedup, "density": found.density,
+    }  # fmt: skip
+    return ", ".join(f"{name} {value:.4g}" for name, value in known.items() if value is not None)
+
+
+def _plot(given: argparse.Namespace, load: Callable[[str], Any]) -> None:
+    from svg_ear_compile import pictures
+
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    if given.what in ("budget", "frontier"):
+        if given.budget is None:
+            raise ValueError(f"plot {given.what} needs --budget FILE")
+        draw = pictures.budget if given.what == "budget" else pictures.frontier
+        draw(budgets.load(given.budget), given.out)
+    elif given.what == "times":
+        found = calibrations.load(describe(given.device))
+        if not found.samples:
+            raise ValueError(f"{given.device} was not measured: run svg-ear calibrate first")
+        pictures.times(compare(found, found.samples), found.device.name, given.out)
+    else:
+        if given.model is None:
+            raise ValueError("plot blocks needs --model MODULE:CALLABLE")
+        model, args, *rest = load(given.model)()
+        kwargs = rest[0] if rest else {}
+        pictures.blocks(model, args, kwargs, given.layer, given.head, given.density, given.out)
+    print(given.out)

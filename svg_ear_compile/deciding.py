@@ -1,0 +1,259 @@
+"""What each attention call of a graph shall do: the user's wish against the cost model.
+
+The wish is a density (each call goes sparse where that is faster), a speed-up or an error of the
+whole graph (calls are weighed against each other), or a tuned budget. A graph that is one of many
+(regional compilation, graph breaks) answers for itself: where each part meets the wish, so does the
+model.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from svg_ear_compile.cost_model import calibration as calibrations
+from svg_ear_compile.cost_model import default_error, knapsack
+from svg_ear_compile.cost_model.budget import Budget, Choice
+from svg_ear_compile.cost_model.calibration import Calibration
+from svg_ear_compile.cost_model.device import describe
+from svg_ear_compile.cost_model.error import together
+from svg_ear_compile.cost_model.latency import (
+    attention_allowance,
+    break_even_tokens,
+    dense_ms,
+    rest_ms,
+    sparse_ms,
+)
+from svg_ear_compile.cost_model.stages import AttentionShape, expected_density
+from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.settings import Settings
+
+log = logging.getLogger(__name__)
+
+DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+"""Densities that a wish is served with where no budget was tuned."""
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """One attention call that could be sparse: its layer, its shape, where it runs."""
+
+    layer: str
+    shape: AttentionShape
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What the cost model says of one call.
+
+    Attributes:
+        dense_ms, sparse_ms: predicted milliseconds of dense attention and of the plan that was
+            chosen or weighed; clusters are made afresh, as in a model that is not bound.
+        error: relative RMS error of the model's output with this call alone sparse.
+        times, errors: where the two come from, in words.
+    """
+
+    dense_ms: float
+    sparse_ms: float
+    error: float
+    times: str
+    errors: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one call shall do.
+
+    Attributes:
+        plan: None for dense.
+        least_tokens: fewest video tokens at which the plan, or the plan of the settings where this
+            call is short, is to be used; None for none.
+        reason: why it is dense: ``"short"``, ``"budget"``, or None.
+        sentence: the same, or what is expected of the plan, in words.
+        expected: see `Expectation`; None where nothing is known of the device.
+    """
+
+    plan: AttentionPlan | None
+    least_tokens: int | None
+    reason: Literal["short", "budget"] | None
+    sentence: str
+    expected: Expectation | None
+
+
+@functools.lru_cache(maxsize=16)
+def calibration_of(device: torch.device) -> Calibration | None:
+    """What is known of a device's times, read once per process; None where there are no kernels."""
+    try:
+        return calibrations.load(describe(device))
+    except ValueError:
+        return None
+
+
+def decide(
+    sites: Sequence[SiteFacts], flops: float, moved: float, settings: Settings
+) -> list[Decision]:
+    """One decision for each site of a graph.
+
+    Args:
+        sites: calls that could be sparse.
+        flops, moved: FLOPs of the rest of the graph, and bytes that its nodes put out.
+        settings: the wish.
+    """
+    if settings.budget_problem is not None:
+        return [_dense(settings.budget_problem) for _ in sites]
+    if settings.budget is not None:
+        return [_by_budget(site, settings.budget, settings) for site in sites]
+    if settings.target_speedup is not None or settings.max_error is not None:
+        return _by_wish(sites, flops, moved, settings)
+    return [_by_density(site, settings) for site in sites]
+
+
+def expect(site: SiteFacts, plan: AttentionPlan, calibration: Calibration) -> Expectation:
+    """Times and error of a call under a plan that is not dense."""
+    shape = site.shape
+    video = [max(tokens - shape.text, 1) for tokens in (shape.q_tokens, shape.k_tokens)]
+    return Expectation(
+        dense_ms(shape, calibration),
+        sparse_ms(shape, plan, calibration, plan.first_iterations).total,
+        default_error.model_error(expected_density(plan), plan, *video),
+        calibration.basis,
+        default_error.BASIS,
+    )
+
+
+def _by_density(site: SiteFacts, settings: Settings) -> Decision:
+    calibration = calibration_of(site.device)
+    plan, tokens = settings.plan, site.shape.q_tokens - site.shape.text
+    if calibration is None:
+        return _dense("There are no kernels for this kind of device.")
+    if plan.is_dense:
+        return Decision(plan, 0, None, "dense, as asked for", None)
+    expected = expect(site, plan, calibration)
+    least = settings.min_tokens
+    if least is None:
+        least = break_even_tokens(site.shape, plan, calibration)
+    if least is not None and tokens >= least:
+        return Decision(plan, least, None, f"sparse {_times(expected)}", expected)
+    where = "at no length" if least is None else f"from {least:,} video tokens on"
+    sentence = f"Too few tokens: sparse {where}; here {_times(expected)}."
+    # A length that is known at run time only may still reach the least.
+    return Decision(None, least, "short", sentence, expected)
+
+
+def _by_budget(site: SiteFacts, budget: Budget, settings: Settings) -> Decision:
+    try:
+        choice, how = _choice(site.layer, budget.scaled(site.shape.k_tokens))
+    except ValueError as error:
+        log.warning("%s stays dense: %s", site.layer, error)
+        return _dense(f"Dense, because {error}.")
+    tokens = site.shape.q_tokens - site.shape.text
+    calibration = calibration_of(site.device)
+    short = settings.min_tokens is not None and tokens < settings.min_tokens
+    if choice.density >= 1.0 or short or calibration is None:
+        return _dense("The budget leaves it dense." if not short else "Below min_tokens.")
+    plan = choice.plan(settings.plan)
+    expected = expect(site, plan, calibration)
+    total = budget.predicted.error
+    if total is not None:
+        expected = replace(expected, error=total, errors="of the whole budget, as it was tuned")
+    return Decision(
+        plan, settings.min_tokens or 0, None, f"sparse {_times(expected)}, {how}", expected
+    )
+
+
+def _choice(layer: str, budget: Budget) -> tuple[Choice, str]:
+    found = budget.densest(layer)
+    if found is not None:
+        several = budget.schedule.phases > 1
+        return found, "the densest of its phases until it is bound" if several else "by the budget"
+    # The graph of one block serves all: only a bound model knows which of them is running.
+    alike = [path for path in budget.layers if path.endswith(f".{layer}")] if layer else []
+    if not alike:
+        raise ValueError(f"the budget has no layer {layer or '(function)'!r}")
+    choices = [found for path in alike if (found := budget.densest(path)) is not None]
+    sparse = [choice for choice in choices if choice.density < 1.0]
+    densest = max(sparse, key=lambda choice: choice.density, default=choices[0])
+    return densest, f"the densest of {len(alike)} layers until it is bound"
+
+
+def _by_wish(
+    sites: Sequence[SiteFacts], flops: float, moved: float, settings: Settings
+) -> list[Decision]:
+    """Options of each call are dense and `DENSITIES`; the knapsack weighs them."""
+    calibration = calibration_of(sites[0].device) if sites else None
+    if calibration is None:
+        return [_dense("There are no kernels for this kind of device.") for _ in sites]
+    menus = [_menu(site, calibration, settings) for site in sites]
+    dense = [dense_ms(site.shape, calibration) for site in sites]
+    rest = rest_ms(flops, moved, sites[0].shape.dtype, calibration)
+    target = settings.target_speedup
+    if target is not None:
+        groups = [[knapsack.Option(ms, error**2) for _, ms, error in menu] for menu in menus]
+        allowed = attention_allowance(sum(dense), rest, target)
+    else:
+        assert settings.max_error is not None
+        groups = [[knapsack.Option(error**2, ms) for _, ms, error in menu] for menu in menus]
+        allowed = settings.max_error**2
+    unreachable = ""
+    try:
+        chosen = knapsack.solve(groups, allowed)
+    except knapsack.UnreachableError:
+        chosen = tuple(min(range(len(g)), key=lambda i, g=g: g[i].cost) for g in groups)  # type: ignore[misc]
+        fastest = sum(menu[i][1] for menu, i in zip(menus, chosen, strict=True))
+        best = (sum(dense) + rest) / (fastest + rest)
+        unreachable = f"target_speedup {target:g} cannot be reached here: the best is {best:.2f}x"
+        log.warning("%s (%s)", unreachable, calibration.basis)
+    picked = [menu[i] for menu, i in zip(menus, chosen, strict=True)]
+    attention = sum(ms for _, ms, _ in picked)
+    summary = unreachable or (
+        f"whole graph {(sum(dense) + rest) / (attention + rest):.2f}x, "
+        f"error {together(error for _, _, error in picked):.2g}"
+    )
+    return [
+        _decision(site, plan, summary, calibration, settings)
+        for site, (plan, _, _) in zip(sites, picked, strict=True)
+    ]
+
+
+_MenuEntry = tuple[AttentionPlan | None, float, float]
+
+
+def _menu(site: SiteFacts, calibration: Calibration, settings: Settings) -> list[_MenuEntry]:
+    """(plan, milliseconds, error) of every option of a call, dense first."""
+    menu: list[_MenuEntry] = [(None, dense_ms(site.shape, calibration), 0.0)]
+    least = settings.min_tokens or 0
+    if site.shape.q_tokens - site.shape.text >= least:
+        for density in DENSITIES:
+            plan = replace(settings.plan, density=density)
+            expected = expect(site, plan, calibration)
+            menu.append((plan, expected.sparse_ms, expected.error))
+    return menu
+
+
+def _decision(
+    site: SiteFacts,
+    plan: AttentionPlan | None,
+    summary: str,
+    calibration: Calibration,
+    settings: Settings,
+) -> Decision:
+    least = settings.min_tokens or 0
+    if plan is not None:
+        expected = expect(site, plan, calibration)
+        return Decision(plan, least, None, f"sparse {_times(expected)}; {summary}", expected)
+    weighed = expect(site, replace(settings.plan, density=DENSITIES[-1]), calibration)
+    return Decision(None, None, "budget", f"Dense serves the wish best; {summary}.", weighed)
+
+
+def _dense(sentence: str) -> Decision:
+    return Decision(None, None, "budget", sentence, None)
+
+
+def _times(expected: Expectation) -> str:
+    return f"{expected.sparse_ms:.3g} ms instead of {expected.dense_ms:.3g}"

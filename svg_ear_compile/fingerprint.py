@@ -1,0 +1,33 @@
+"""Which model a budget is for: class, configuration and parameter shapes of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from torch import nn
+
+from svg_ear_compile.cost_model.budget import Fingerprint, fingerprint
+
+
+def fingerprint_of(module: nn.Module) -> Fingerprint:
+    """Fingerprint of a module, compiled or not; the values of its parameters do not count."""
+    inner = getattr(module, "_orig_mod", module)
+    shapes = {
+        ".".join(part for part in name.split(".") if part != "_orig_mod"): tuple(parameter.shape)
+        for name, parameter in inner.named_parameters()
+    }
+    return fingerprint(type(inner).__name__, _config(inner), shapes)
+
+
+def _config(module: nn.Module) -> dict[str, Any] | None:
+    config: Any = getattr(module, "config", None)
+    if is_dataclass(config) and not isinstance(config, type):
+        return asdict(config)
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        return None
+    # Names of files and versions of the library that wrote them are no part of the model.
+    return {str(key): value for key, value in config.items() if not str(key).startswith("_")}

@@ -1,0 +1,162 @@
+"""Runs a model under one budget after the other: its outputs against dense, its milliseconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
+
+from svg_ear_compile.backend import svg_ear
+from svg_ear_compile.binding import bind
+from svg_ear_compile.cost_model.budget import Budget
+from svg_ear_compile.planning import rewrite_graph
+from svg_ear_compile.recording import ModelCall
+from svg_ear_compile.settings import Settings
+
+REPEATS = 5  # of a timing, fewer where forwards are slow
+PATIENCE_S = 60.0
+
+# Every call that could be sparse is put under the binding's control, however short.
+_OPTIONS: dict[str, Any] = {"density": 0.5, "min_tokens": 1}
+
+
+class TrialRuns:
+    """A compiled model, bound, and the dense outputs of some calls of it.
+
+    Args:
+        model: not compiled.
+        calls: inputs of forwards.
+        compiler: ``"inductor"`` or ``"eager"``.
+        timestep, ascending: see `bind`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calls: Sequence[ModelCall],
+        compiler: Literal["inductor", "eager"],
+        timestep: str | None,
+        ascending: bool,
+    ) -> None:
+        self.calls = list(calls)
+        self.references: list[Tensor] = []
+        self._compiled, self._plain = _compiled(model, compiler)
+        self._binding = bind(self._compiled, timestep=timestep, ascending=ascending)
+        self.timesteps = [self._binding.timestep_of(call.args, call.kwargs) for call in calls]
+        leaves = tree_leaves((calls[0].args, dict(calls[0].kwargs)))
+        self.device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+        self._binding.unbind()
+
+    def measure_references(self, dense: Budget, on_call: Callable[[int], None]) -> float:
+        """Dense outputs of all calls; returns the seconds of one forward, compilation left out."""
+        self._binding.use(dense)
+        self._output(0)
+        seconds = []
+        for call in range(len(self.calls)):
+            began = time.perf_counter()
+            self.references.append(self._output(call))
+            seconds.append(time.perf_counter() - began)
+            on_call(call)
+        return statistics.median(seconds)
+
+    def error(self, budget: Budget, call: int) -> float:
+        """Relative RMS error of the model's output in one call under a budget, clustered afresh.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        self._binding.use(budget)
+        reference = self.references[call]
+        found = float((self._output(call) - reference).norm() / reference.norm())
+        if not math.isfinite(found):
+            raise ValueError(f"the output of call {call} is not finite, or zero where it is dense")
+        return found
+
+    def errors(self, budget: Budget) -> list[float]:
+        """`error` of every call."""
+        return [self.error(budget, call) for call in range(len(self.calls))]
+
+    def times(
+        self, candidates: Mapping[str, Budget | None], first: Sequence[int]
+    ) -> dict[str, float]:
+        """Milliseconds of one warm forward under each budget, None for the compiler alone.
+
+        The mean over phases, taken in turns, so that what else the machine does falls on all alike.
+
+        Args:
+            candidates: name to budget.
+            first: index of a call of each phase.
+        """
+        samples: dict[tuple[str, int], list[float]] = {}
+        began = time.perf_counter()
+        for turn in range(REPEATS):
+            if turn > 1 and time.perf_counter() - began > PATIENCE_S:
+                break
+            for name, budget in candidates.items():
+                for phase, call in enumerate(first):
+                    found = self._timed(budget, phase, self.calls[call])
+                    # The first turn compiles, on a GPU kernels of other shapes too.
+                    if turn:
+                        samples.setdefault((name, phase), []).extend(found)
+        # As in the calibration: on a CPU whatever else runs there only ever adds.
+        pick = statistics.median if self.device.type == "cuda" else min
+        return {
+            name: statistics.fmean(pick(samples[name, phase]) for phase in range(len(first)))
+            for name in candidates
+        }
+
+    def _timed(self, budget: Budget | None, phase: int, call: ModelCall) -> list[float]:
+        """Milliseconds of two forwards of a phase, after one that clusters afresh."""
+        model = self._plain
+        if budget is not None:
+            model = self._compiled
+            # Later timesteps may belong to the next phase: all phases get this one's choices.
+            layers = {layer: (c[phase],) * len(c) for layer, c in budget.layers.items()}
+            self._binding.use(dataclasses.replace(budget, layers=layers))
+        found = []
+        for turn in range(3):
+            args, kwargs = self._binding.later(call.args, call.kwargs, 0.01 * turn)
+            self._synchronize()
+            began = time.perf_counter()
+            model(*args, **kwargs)
+            self._synchronize()
+            found.append(1e3 * (time.perf_counter() - began))
+        return found[1:]
+
+    def _output(self, call: int) -> Tensor:
+        """(elements,) float32: all floating-point tensors of the output."""
+        self._binding.reset()
+        output = self._compiled(*self.calls[call].args, **self.calls[call].kwargs)
+        leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+        return torch.cat([leaf.float().flatten() for leaf in leaves])
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _compiled(model: nn.Module, compiler: str) -> tuple[Any, Any]:
+    """The model with every site under the binding's control, and as the compiler alone has it."""
+    if compiler == "inductor":
+        return (
+            torch.compile(model, backend=svg_ear, options=_OPTIONS),
+            torch.compile(model, backend="inductor"),
+        )
+    settings = Settings.parse(_OPTIONS)
+
+    def rewritten(gm: GraphModule, example_inputs: object) -> Callable[..., Any]:
+        rewrite_graph(gm, settings)
+        return gm.forward
+
+    return torch.compile(model, backend=rewritten), torch.compile(model, backend="eager")

@@ -1,0 +1,83 @@
+"""The scripts behind the cost model: fits that find what was put in, inputs of the right shape."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.tuning import wan
+from benchmarks.tuning.local_error import CLUSTER_SIZES, DENSITIES, Row, correlation, fit_power_law
+from benchmarks.tuning.recorded import watched_attention
+from benchmarks.tuning.video_dit import forward_error
+from benchmarks.video_dit.demo import WEIGHTS
+from benchmarks.video_dit.model import VideoDiT
+from svg_ear_compile.cost_model import budget as budgets
+from svg_ear_compile.fingerprint import fingerprint_of
+
+
+def rows(noise: float) -> list[Row]:
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for layer, density, (q, k), form in itertools.product(
+        range(4), DENSITIES, CLUSTER_SIZES, ("first_order", "centroid")
+    ):
+        error = (1 - density) * math.exp(-5 + layer / 10) * density**-0.5 * q**0.4 * k**0.3
+        error *= math.exp(noise * float(torch.randn((), generator=generator)))
+        found.append(Row(2304, layer, 3, 0, density, form, q, k, density, error, error / 2))  # type: ignore[arg-type]
+    return found
+
+
+def test_the_law_that_made_the_rows_is_found() -> None:
+    law = fit_power_law(rows(0.0), "first_order")
+    assert law["density"] == pytest.approx(-0.5)
+    assert law["queries_per_cluster"] == pytest.approx(0.4)
+    assert law["keys_per_cluster"] == pytest.approx(0.3)
+    assert law["intercept"] == pytest.approx(-5 + 0.15)
+    assert law["rms_log_residual"] == pytest.approx(0, abs=1e-6)
+    noisy = fit_power_law(rows(0.2), "first_order")
+    assert noisy["rms_log_residual"] == pytest.approx(0.2, rel=0.3)
+
+
+def test_an_estimate_that_is_half_the_error_goes_along_with_it() -> None:
+    for found in correlation(rows(0.1)).values():
+        assert found["pearson_of_logs"] == pytest.approx(1)
+        assert found["spearman_over_calls_at_one_plan"] == pytest.approx(1)
+        assert found["median_error_over_estimate"] == pytest.approx(2)
+
+
+def test_recorded_budgets_are_read_and_are_for_the_model_of_the_demo() -> None:
+    paths = sorted((Path(__file__).parents[2] / "benchmarks" / "results").rglob("budget-*.json"))
+    assert paths
+    model = VideoDiT.from_pretrained(WEIGHTS)
+    for path in paths:
+        budgets.load(path).check_model(fingerprint_of(model))
+
+
+def test_forward_error_is_relative() -> None:
+    x = torch.randn(5, 7)
+    assert forward_error(x, x) == 0
+    assert forward_error(1.5 * x, x) == pytest.approx(0.5)
+
+
+def test_attention_is_watched_only_inside() -> None:
+    q = torch.randn(1, 1, 5, 8)
+    seen: list[torch.Tensor] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+    with watched_attention(lambda q, k, v: seen.append(q)):
+        out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    torch.testing.assert_close(out, attention(q, q, q))
+    torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert len(seen) == 1
+
+
+def test_calls_of_wans_shape_run() -> None:
+    model, calls = wan.small()
+    assert [float(call.kwargs["timestep"]) for call in calls] == list(wan.TIMESTEPS)
+    with torch.no_grad():
+        (out,) = model(*calls[0].args, **calls[0].kwargs)
+    assert out.shape == calls[0].args[0].shape
+    assert out.isfinite().all()

@@ -1,0 +1,22 @@
+"""Calibrations that tests predict with: coefficients of round numbers."""
+
+from __future__ import annotations
+
+from svg_ear_compile.cost_model.calibration import VERSION, Calibration, Efficiency, Roofs
+from svg_ear_compile.cost_model.device import Device
+from svg_ear_compile.cost_model.stages import STAGES
+
+DEVICE = Device("cuda", "Test GPU", "2.13.0", "3.9.0", "0a1b2c3d")
+
+
+def even(kind: str = "cuda", slower: float = 2.0, host_ms: float = 0.0) -> Calibration:
+    """Dense attention at the roofs, every sparse stage `slower` than they allow."""
+    stages = {stage: Efficiency(slower, slower, 1.0) for stage in STAGES}
+    return Calibration(
+        VERSION,
+        "measured",
+        Device(kind, "Test", "2.13.0", "", "0a1b2c3d"),
+        Roofs({"bfloat16": 500.0, "float32": 50.0}, 2000.0, 0.005),
+        host_ms,
+        {"bfloat16/128": {**stages, "dense": Efficiency(1.0, 1.0, 1.0)}},
+    )

@@ -1,0 +1,179 @@
+"""Budgets: schedules, scaling, files that are broken or meant for something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from calibrations import DEVICE
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svg_ear_compile.cost_model import budget as budgets
+from svg_ear_compile.cost_model import json_record
+from svg_ear_compile.cost_model.budget import Budget, Choice, Point, Schedule, fingerprint
+from svg_ear_compile.kernels.plan import AttentionPlan
+
+SHAPES = {"blocks.0.attn.to_q.weight": (64, 64), "blocks.0.attn.to_q.bias": (64,)}
+PRINT = fingerprint("VideoDiT", {"width": 64}, SHAPES)
+LAYERS = {
+    "blocks.0.attn": (Choice(0.3), Choice(0.1)),
+    "blocks.1.attn": (Choice(1.0), Choice(0.2, 7, 13, "centroid")),
+    "blocks.2.attn": (Choice(1.0), Choice(1.0)),
+    "blocks.3.attn": (Choice(0.2, threshold=1e-4), Choice(0.1, threshold=2e-4)),
+}
+BUDGET = Budget(
+    budgets.VERSION, PRINT, 1000, DEVICE, "target_speedup 2", "tuned",
+    Schedule(dense_steps=2, phase_starts=(500.0,), dense_from=50.0), LAYERS,
+    frontier=(Point(1.5, 0.25),),
+)  # fmt: skip
+
+
+def test_a_file_reads_back_as_it_was_written_and_a_person_can_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "budget.json"
+    budgets.save(BUDGET, path)
+    assert budgets.load(path) == BUDGET
+    assert '"density": 0.3' in path.read_text()
+
+
+def test_the_schema_takes_it_and_refuses_others() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    data = json.loads(json.dumps(dataclasses.asdict(BUDGET)))
+    jsonschema.validate(data, budgets.schema())
+    del data["layers"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(data, budgets.schema())
+
+
+@pytest.mark.parametrize(
+    ("timestep", "phase"),
+    [(1000.0, 0), (500.5, 0), (500.0, 1), (51.0, 1), (50.0, None), (0.0, None)],
+)
+@pytest.mark.parametrize("ascending", [False, True])
+def test_phases_run_from_noise_to_video(
+    timestep: float, phase: int | None, ascending: bool
+) -> None:
+    if ascending:  # the same schedule read from 0 (noise) to 1000 (video)
+        schedule = Schedule(0, (500.0,), 950.0, True)
+        assert schedule.phase(1000.0 - timestep) == phase
+    else:
+        assert BUDGET.schedule.phase(timestep) == phase
+
+
+@given(
+    st.lists(st.floats(0, 1000), unique=True, max_size=5),
+    st.lists(st.floats(0, 1000), min_size=2, max_size=9),
+    st.booleans(),
+)
+def test_phases_never_run_backwards(
+    starts: list[float], timesteps: list[float], ascending: bool
+) -> None:
+    schedule = Schedule(0, tuple(sorted(starts, reverse=not ascending)), None, ascending)
+    ordered = sorted(timesteps, reverse=not ascending)
+    phases = [schedule.phase(t) for t in ordered]
+    assert phases == sorted(phases)  # type: ignore[type-var]
+    assert all(p is not None and 0 <= p < schedule.phases for p in phases)
+
+
+def test_choices_by_layer_and_timestep() -> None:
+    assert BUDGET.choice("blocks.0.attn", 900.0) == Choice(0.3)
+    assert BUDGET.choice("blocks.0.attn", 300.0) == Choice(0.1)
+    assert BUDGET.choice("blocks.0.attn", 10.0) == Choice(1.0)
+    assert BUDGET.choice("blocks.9.attn", 900.0) is None
+    # Where the phase is unknown: sparse, but never sparser than some phase asked for.
+    assert BUDGET.densest("blocks.0.attn") == Choice(0.3)
+    assert BUDGET.densest("blocks.1.attn") == Choice(0.2, 7, 13, "centroid")
+    assert BUDGET.densest("blocks.2.attn") == Choice(1.0)
+
+
+def test_a_choice_becomes_a_plan_and_keeps_the_rest_of_it() -> None:
+    base = AttentionPlan(seed=3, warm_iterations=4, q_clusters=99)
+    plan = LAYERS["blocks.1.attn"][1].plan(base)
+    assert (plan.density, plan.q_clusters, plan.k_clusters) == (0.2, 7, 13)
+    assert (plan.compensation, plan.seed, plan.warm_iterations) == ("centroid", 3, 4)
+    assert Choice(1.0).plan(base).is_dense
+    routed = LAYERS["blocks.3.attn"][0].plan(base)
+    assert (routed.routing, routed.threshold) == ("threshold", 1e-4)
+
+
+@given(st.integers(500, 2000))
+def test_scaling_keeps_densities_and_cluster_sizes(tokens: int) -> None:
+    scaled = BUDGET.scaled(tokens)
+    assert scaled.tokens == tokens
+    for path, choices in BUDGET.layers.items():
+        for before, after in zip(choices, scaled.layers[path], strict=True):
+            assert after.density == before.density
+            if before.q_clusters is not None:
+                assert after.q_clusters == max(1, round(before.q_clusters * tokens / 1000))
+
+
+@pytest.mark.parametrize("tokens", [1, 499, 2001, 10**6])
+def test_far_token_counts_are_refused_with_the_range(tokens: int) -> None:
+    with pytest.raises(ValueError, match=r"good from 500 to 2,000, not for"):
+        BUDGET.scaled(tokens)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (fingerprint("Wan", {"width": 64}, SHAPES), "is for VideoDiT, not for Wan"),
+        (fingerprint("VideoDiT", {"width": 65}, SHAPES), "another config"),
+        (fingerprint("VideoDiT", None, SHAPES), "another config"),
+        (fingerprint("VideoDiT", {"width": 64}, {"w": (64, 65)}), "parameters of other shapes"),
+    ],
+)
+def test_another_model_is_told(other: budgets.Fingerprint, message: str) -> None:
+    BUDGET.check_model(PRINT)
+    with pytest.raises(ValueError, match=message):
+        BUDGET.check_model(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 7}, "version 7"),
+        ({"tokens": 0}, "tokens must be at least 1"),
+        ({"layers": {}}, "layers is empty"),
+        ({"layers": {"a": (Choice(0.1),)}}, "1 choices for 2 phases"),
+        ({"layers": {"a": (Choice(0.1), Choice(1.7))}}, r"layers\['a'\]: density must be in"),
+        (
+            {"layers": {"a": (Choice(0.1, q_clusters=0), Choice(1.0))}},
+            "q_clusters must be at least",
+        ),
+        ({"schedule": Schedule(phase_starts=(1.0, 2.0))}, "phase_starts must run"),
+        ({"schedule": Schedule(-1, (1.0,))}, "dense_steps must not be negative"),
+    ],
+)
+def test_a_budget_whose_parts_do_not_fit_is_refused(
+    change: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    broken = dataclasses.replace(BUDGET, **change)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        budgets.check(broken)
+    path = tmp_path / "broken.json"
+    json_record.write(path, broken)
+    with pytest.raises(ValueError, match=message) as caught:
+        budgets.load(path)
+    assert str(path) in str(caught.value)
+
+
+@given(st.data())
+def test_a_file_that_was_cut_or_changed_is_read_or_refused_by_name(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "budget.json"
+        budgets.save(BUDGET, path)
+        text = path.read_text()
+        at = data.draw(st.integers(0, len(text) - 1))
+        cut = data.draw(st.booleans())
+        path.write_text(text[:at] + data.draw(st.text(max_size=3)) + text[at + 1 :] * (not cut))
+        refusal = ""
+        try:
+            found = budgets.load(path)
+        except ValueError as error:
+            refusal = str(error)
+        else:
+            assert budgets.check(found) is found
+        assert not refusal or str(path) in refusal

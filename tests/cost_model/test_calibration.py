@@ -1,0 +1,210 @@
+"""Calibrations: kept safely, read back strictly, fitted to what is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from calibrations import DEVICE, even
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svg_ear_compile.cost_model import calibrate as measuring
+from svg_ear_compile.cost_model import calibration as keeping
+from svg_ear_compile.cost_model import json_record
+from svg_ear_compile.cost_model.calibrate import _Workload, calibrate, compare, fit
+from svg_ear_compile.cost_model.calibration import Calibration, Efficiency, Sample
+from svg_ear_compile.cost_model.device import describe
+from svg_ear_compile.cost_model.latency import dense_ms, sparse_ms
+from svg_ear_compile.cost_model.stages import STAGES, AttentionShape
+from svg_ear_compile.kernels.plan import AttentionPlan
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "svg_ear_compile" / "calibrations"
+
+
+def test_a_saved_calibration_is_read_back_and_closed_to_others(cache: Path) -> None:
+    saved = dataclasses.replace(even(), device=DEVICE)
+    path = keeping.save(saved)
+    assert keeping.load(DEVICE) == saved
+    assert path.parent == cache
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert [p.name for p in cache.iterdir()] == [f"{DEVICE.key}.json"]
+
+
+@pytest.mark.parametrize("change", ["name", "torch", "triton", "kernels"])
+def test_any_other_fact_of_a_device_is_a_guess(change: str) -> None:
+    keeping.save(dataclasses.replace(even(), device=DEVICE))
+    other = keeping.load(dataclasses.replace(DEVICE, **{change: "9.9"}))
+    assert other.origin == "guess"
+
+
+@pytest.mark.parametrize("broken", ["", "{", "[]", '{"version": 1}', '{"version": 99}', "\x00\xff"])
+def test_a_broken_file_is_passed_over_and_reported(
+    broken: str, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = keeping.save(dataclasses.replace(even(), device=DEVICE))
+    path.write_text(broken, encoding="latin-1")
+    assert keeping.load(DEVICE).origin == "guess"
+    assert str(path) in caplog.text
+
+
+def test_another_format_is_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    keeping.save(dataclasses.replace(even(), device=DEVICE, version=keeping.VERSION + 1))
+    assert keeping.load(DEVICE).origin == "guess"
+    assert "has version" in caplog.text
+
+
+def test_a_recorded_calibration_serves_that_gpu_under_any_versions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(keeping, "RECORDED", tmp_path)
+    json_record.write(tmp_path / "test-gpu.json", dataclasses.replace(even(), device=DEVICE))
+    found = keeping.load(dataclasses.replace(DEVICE, torch="2.11.0"))
+    assert found.origin == "recorded"
+    assert found.basis == "recorded on Test GPU"
+
+
+def test_recorded_calibrations_are_readable_and_measured() -> None:
+    for path in keeping.RECORDED.glob("*.json"):
+        found = json_record.read(Calibration, path)
+        assert found.version == keeping.VERSION
+        assert found.samples, f"{path} says nothing of what was measured"
+
+
+def test_an_interrupted_write_leaves_the_old_file(cache: Path) -> None:
+    path = keeping.save(dataclasses.replace(even(), device=DEVICE))
+    before = path.read_text()
+    spoiled = dataclasses.replace(even(), device=DEVICE, host_ms=float("nan"))
+    with pytest.raises(ValueError, match="JSON"):
+        keeping.save(spoiled)
+    assert path.read_text() == before
+    assert list(cache.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"host_ms": "fast"}, "host_ms must be a finite number, got 'fast'"),
+        ({"host_ms": True}, "host_ms must be a finite number, got True"),
+        ({"origin": "dreamt"}, "origin must be one of"),
+        ({"stages": {"bfloat16/128": {"dense": {"flops": 1}}}}, r"\['dense'\].bytes is missing"),
+        ({"roofs": []}, "roofs must be an object"),
+        ({"speed": 3}, "speed is not known"),
+        ({"samples": {}}, "samples must be a list"),
+    ],
+)
+def test_a_wrong_field_is_named(change: dict[str, object], message: str) -> None:
+    data = json.loads(json.dumps(dataclasses.asdict(even()))) | change
+    with pytest.raises(ValueError, match=message):
+        json_record.decode(Calibration, data)
+
+
+def test_the_schema_takes_what_is_written() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json_record.schema(Calibration)
+    data = json.loads(json.dumps(dataclasses.asdict(even())))
+    jsonschema.validate(data, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(data | {"host_ms": "fast"}, schema)
+
+
+coefficients = st.floats(0.5, 20)
+
+
+@given(st.dictionaries(st.sampled_from([*STAGES, "dense"]), st.tuples(*[coefficients] * 3)))
+def test_a_fit_to_exact_times_predicts_times_that_it_never_saw(
+    given_stages: dict[str, tuple[float, float, float]],
+) -> None:
+    base = even("cpu")
+    known = {**base.stages["bfloat16/128"]}
+    known |= {stage: Efficiency(*values) for stage, values in given_stages.items()}
+    truth = dataclasses.replace(base, stages={"float32/64": known})
+
+    def sample(tokens: int, plan: AttentionPlan, fitted: bool) -> Sample:
+        shape = AttentionShape(1, 2, 2, tokens, tokens, 64, "float32")
+        times = sparse_ms(shape, plan, truth)
+        return Sample(
+            tokens, 2, 64, "float32", plan.density, plan.compensation,
+            *plan.clusters(tokens, tokens), dense_ms(shape, truth), times.total, times.stages,
+            fitted,
+        )  # fmt: skip
+
+    seen = [
+        sample(n, AttentionPlan(density=d, compensation=form, q_clusters=c, k_clusters=2 * c), True)  # type: ignore[arg-type]
+        for n, d, form, c in itertools.product(
+            (999, 4000, 9000), (0.1, 0.4), ("first_order", "centroid"), (7, 50)
+        )
+    ]
+    found = dataclasses.replace(truth, stages=fit(seen, truth.roofs, "cpu"))
+    unseen = [sample(20_011, AttentionPlan(density=0.25, q_clusters=90), False)]
+    for compared in compare(found, unseen):
+        assert compared.op_error == pytest.approx(0, abs=0.02)
+        assert compared.dense_ms == pytest.approx(compared.sample.dense_ms, rel=0.02)
+
+
+def test_the_nearest_class_serves_what_was_not_measured() -> None:
+    slow, fast = ({s: Efficiency(x, x, x) for s in (*STAGES, "dense")} for x in (9.0, 1.0))
+    known = dataclasses.replace(even(), stages={"bfloat16/128": fast, "bfloat16/64": slow})
+    for dim, wanted in ((32, slow), (72, slow), (96, fast), (128, fast), (256, fast)):
+        for dtype in ("float16", "float32"):
+            assert known.stages[known._class(dtype, dim)] is wanted
+
+
+def test_this_cpu_is_measured_and_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = _Workload((("float32", 32),), (384, 800, 1300), (640,), 1, 256, 1 << 22)
+    monkeypatch.setitem(measuring._WORKLOADS, "cpu", small)
+    heard: list[str] = []
+    found = calibrate("cpu", on_sample=lambda what, share: heard.append(what))
+    assert found.device == describe(torch.device("cpu"))
+    assert found.origin == "measured"
+    assert found.roofs.flops["float32"] > 0
+    assert heard[0] == "roofs"
+    assert {s.fitted for s in found.samples} == {True, False}
+    for sample in found.samples:
+        first_order = sample.compensation == "first_order"
+        assert all(ms > 0 for s, ms in sample.stages_ms.items() if first_order or s != "tables")
+    # Other work on the machine moves times by factors; an order of magnitude is a broken formula.
+    for compared in compare(found, found.samples):
+        assert 0.1 < compared.op_ms / compared.sample.op_ms < 10
+    keeping.save(found)
+    assert keeping.load(found.device) == found
+
+
+def test_renamed_kernels_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(measuring._STAGE_OF_FUNCTION, "a_new_name", "probe")
+    q, k, v = torch.randn(3, 1, 1, 200, 32)
+    with pytest.raises(RuntimeError, match="a_new_name"):
+        measuring.measure(q, k, v, AttentionPlan(), 1.0)
+
+
+def test_a_sample_says_what_was_measured() -> None:
+    q, k, v = torch.randn(3, 2, 3, 207, 32)
+    sample = measuring.measure(q, k, v, AttentionPlan(density=0.3), 1.5, text=7)
+    shape = measuring.shape_of(sample)
+    assert shape == AttentionShape(2, 3, 3, 207, 207, 32, "float32", 7)
+    assert measuring.plan_of(sample).clusters(200, 200) == AttentionPlan().clusters(200, 200)
+    assert sample.dense_ms == 1.5
+    assert sample.op_ms > 0
+
+
+def test_there_is_no_calibration_for_other_devices() -> None:
+    with pytest.raises(ValueError, match="'meta'"):
+        calibrate("meta")
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_calibrated_within_a_minute() -> None:
+    found = calibrate("cuda")
+    assert found.seconds < 60
+    errors = sorted(abs(c.op_error) for c in compare(found, found.samples) if not c.sample.fitted)
+    assert errors[len(errors) // 2] < 0.1
+    assert errors[-1] < 0.25

@@ -1,0 +1,111 @@
+"""The knapsack: every solver against brute force, the bound against the best."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svg_ear_compile.cost_model.knapsack import (
+    Option,
+    UnreachableError,
+    evaluate,
+    hull,
+    solve,
+    solve_exactly,
+)
+
+amounts = st.integers(0, 40).map(float) | st.floats(0.001, 50)
+options = st.builds(Option, cost=amounts, loss=amounts)
+problems = st.lists(st.lists(options, min_size=1, max_size=5), min_size=1, max_size=4)
+
+
+def brute_force(groups: list[list[Option]], budget: float) -> float:
+    """Least loss within the budget."""
+    choices = itertools.product(*groups)
+    return min(sum(o.loss for o in c) for c in choices if sum(o.cost for o in c) <= budget)
+
+
+def reachable(groups: list[list[Option]], share: float) -> float:
+    """A budget between the least and the most that the groups can cost."""
+    least, most = (sum(f(o.cost for o in group) for group in groups) for f in (min, max))
+    return least + share * (most - least) + 1e-9 * most
+
+
+@settings(max_examples=60)
+@given(problems, st.floats(0, 1))
+def test_solvers_keep_the_budget_and_stay_within_the_gap_of_brute_force(
+    groups: list[list[Option]], share: float
+) -> None:
+    budget = reachable(groups, share)
+    best = brute_force(groups, budget)
+    exact = evaluate(groups, solve_exactly(groups, budget), budget)
+    quick = evaluate(groups, solve(groups, budget), budget)
+    assert exact.feasible
+    assert quick.feasible
+    assert exact.loss == pytest.approx(best, rel=1e-6, abs=1e-6)
+    assert best - 1e-6 <= quick.loss <= quick.bound + quick.gap + 1e-6
+    assert quick.bound <= best + 1e-6 * (1 + best)
+    # One group at most is away from the relaxed optimum.
+    assert quick.gap <= max(max(o.loss for o in group) for group in groups) + 1e-6
+
+
+@given(problems)
+def test_a_budget_below_the_cheapest_choice_is_refused_and_named(
+    groups: list[list[Option]],
+) -> None:
+    least = sum(min(o.cost for o in group) for group in groups)
+    for solver in (solve, solve_exactly):
+        with pytest.raises(UnreachableError) as caught:
+            solver(groups, least - 1.0)
+        assert caught.value.least == pytest.approx(least)
+
+
+@given(problems)
+def test_with_room_for_everything_every_group_takes_its_least_loss(
+    groups: list[list[Option]],
+) -> None:
+    budget = sum(max(o.cost for o in group) for group in groups) * 1.01 + 1.0
+    for solver in (solve, solve_exactly):
+        found = evaluate(groups, solver(groups, budget), budget)
+        assert found.loss == pytest.approx(sum(min(o.loss for o in g) for g in groups), abs=1e-6)
+        assert found.gap == pytest.approx(0, abs=1e-6)
+
+
+@given(problems, st.floats(0, 1), st.floats(0, 1))
+def test_more_budget_never_bounds_a_larger_loss(
+    groups: list[list[Option]], first: float, second: float
+) -> None:
+    tight, wide = sorted((reachable(groups, first), reachable(groups, second)))
+    chosen = [0] * len(groups)
+    low, high = (evaluate(groups, chosen, budget) for budget in (tight, wide))
+    assert high.bound <= low.bound + 1e-9 * (1 + low.bound)
+
+
+@given(st.lists(options, min_size=1, max_size=9), st.floats(0.001, 100))
+def test_the_hull_holds_the_choice_of_every_multiplier(
+    group: list[Option], multiplier: float
+) -> None:
+    kept = hull(group)
+    best = min(o.loss + multiplier * o.cost for o in group)
+    assert min(group[i].loss + multiplier * group[i].cost for i in kept) == pytest.approx(best)
+    costs, losses = [group[i].cost for i in kept], [group[i].loss for i in kept]
+    assert costs == sorted(set(costs))
+    assert losses == sorted(set(losses), reverse=True)
+
+
+def test_what_the_multiplier_leaves_is_spent() -> None:
+    groups = [
+        [Option(1, 10), Option(4, 0)],
+        [Option(1, 8), Option(3, 1)],
+        [Option(0, 1), Option(1, 0.9)],
+    ]
+    # 7 / 2 goes before 10 / 3, which then does not fit; 0.1 / 1 does.
+    assert solve(groups, 5.0) == (0, 1, 1)
+
+
+def test_an_empty_group_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one option"):
+        solve([[]], 1.0)

@@ -1,0 +1,172 @@
+"""Predicted times: how they move with their arguments, and the questions that they answer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from calibrations import even
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svg_ear_compile.cost_model.calibration import guess
+from svg_ear_compile.cost_model.device import Device
+from svg_ear_compile.cost_model.latency import (
+    REST_OVERHEAD,
+    attention_allowance,
+    break_even_tokens,
+    dense_ms,
+    fastest_within,
+    ms_per_exact_share,
+    pays,
+    rest_ms,
+    sparse_ms,
+)
+from svg_ear_compile.cost_model.stages import STAGES, AttentionShape, sparse_amounts
+from svg_ear_compile.kernels.plan import AttentionPlan
+
+SHAPE = AttentionShape(1, 8, 8, 32760, 32760, 128, "bfloat16")
+KINDS = st.sampled_from(["cuda", "cpu"])
+
+shapes = st.builds(
+    lambda batch, kv_heads, groups, tokens, text, dim, dtype: AttentionShape(
+        batch, kv_heads * groups, kv_heads, tokens + text, tokens + text, dim, dtype, text
+    ),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 200_000),
+    st.integers(0, 513),
+    st.sampled_from([40, 64, 72, 128, 256]),
+    st.sampled_from(["bfloat16", "float16", "float32"]),
+)
+plans = st.builds(
+    AttentionPlan,
+    density=st.floats(0, 0.99),
+    compensation=st.sampled_from(["first_order", "centroid"]),
+    q_clusters=st.none() | st.integers(1, 700),
+    k_clusters=st.none() | st.integers(1, 1500),
+)
+
+
+def total(shape: AttentionShape, plan: AttentionPlan, kind: str = "cuda") -> float:
+    return sparse_ms(shape, plan, even(kind)).total
+
+
+@given(shapes, plans, KINDS)
+def test_every_stage_takes_time_and_the_sum_is_the_call(
+    shape: AttentionShape, plan: AttentionPlan, kind: str
+) -> None:
+    times = sparse_ms(shape, plan, even(kind))
+    assert list(times.stages) == list(STAGES)
+    assert all(ms >= 0 for ms in times.stages.values())
+    assert (times.stages["tables"] > 0) == (plan.compensation == "first_order")
+    assert times.total == pytest.approx(sum(times.stages.values()))
+
+
+@given(shapes, plans, KINDS, st.floats(0, 0.99))
+def test_more_exact_blocks_never_take_less_time(
+    shape: AttentionShape, plan: AttentionPlan, kind: str, other: float
+) -> None:
+    low, high = sorted([plan.density, other])
+    less, more = (dataclasses.replace(plan, density=d) for d in (low, high))
+    # On a CPU an exact block takes its stand-in's place, so only blocks of many keys cost more.
+    keys = shape.k_tokens - shape.text
+    if kind == "cpu" and plan.clusters(1, keys)[1] * 2 > keys:
+        return
+    assert total(shape, less, kind) <= total(shape, more, kind) * (1 + 1e-9)
+
+
+@given(shapes, plans, KINDS)
+def test_more_rounds_batches_and_heads_take_longer(
+    shape: AttentionShape, plan: AttentionPlan, kind: str
+) -> None:
+    calibration = even(kind)
+    warm, cold = (sparse_ms(shape, plan, calibration, rounds).total for rounds in (2, 5))
+    assert warm < cold
+    twice = dataclasses.replace(shape, batch=2 * shape.batch)
+    assert total(shape, plan, kind) < total(twice, plan, kind)
+    assert dense_ms(shape, calibration) < dense_ms(twice, calibration)
+
+
+@given(shapes)
+def test_attending_to_everything_is_never_less_work_than_dense_attention(
+    shape: AttentionShape,
+) -> None:
+    calibration = even(slower=1.0)
+    plan = AttentionPlan(density=0.999999)
+    attend = sparse_ms(shape, plan, calibration).stages["attend"]
+    operations = calibration.roofs.flops.get(shape.dtype, 50.0)
+    flops = sparse_amounts(shape, plan, "cuda")["attend"].flops
+    assert attend >= flops / operations / 1e9
+    # Text rows and columns are dense in both.
+    assert flops >= 4 * shape.batch * shape.heads * shape.q_tokens * shape.k_tokens * (
+        shape.head_dim * 0.99
+    )
+
+
+def test_a_call_takes_as_long_as_the_host_needs_to_issue_it() -> None:
+    tiny = SHAPE.with_tokens(64)
+    assert sparse_ms(tiny, AttentionPlan(), even(host_ms=3.0)).total == 3.0
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.4])
+def test_break_even_is_where_the_plan_begins_to_pay(density: float) -> None:
+    plan, calibration = AttentionPlan(density=density, q_clusters=100, k_clusters=300), even()
+    tokens = break_even_tokens(SHAPE, plan, calibration)
+    assert tokens is not None
+    assert pays(SHAPE.with_tokens(tokens), plan, calibration)
+    assert not pays(SHAPE.with_tokens(tokens - 1), plan, calibration)
+
+
+def test_nothing_pays_on_a_device_whose_sparse_kernels_are_hopeless() -> None:
+    assert break_even_tokens(SHAPE, AttentionPlan(), even(slower=50.0)) is None
+    assert break_even_tokens(SHAPE, AttentionPlan(density=1.0), even()) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("cuda", 32_000, 48_000), ("cpu", 6_000, 12_000)]
+)
+def test_the_guess_for_an_unknown_device_is_late_rather_than_early(
+    kind: str, low: int, high: int
+) -> None:
+    calibration = guess(Device(kind, "never seen", "2.13.0", "", ""))
+    dtype = "bfloat16" if kind == "cuda" else "float32"
+    shape = AttentionShape(1, 24, 24, 1, 1, 128, dtype)
+    tokens = break_even_tokens(shape, AttentionPlan(), calibration)
+    assert tokens is not None
+    assert low <= tokens <= high
+    assert calibration.basis == "guess: not calibrated"
+
+
+@given(st.lists(st.tuples(plans, st.floats(0, 1)), min_size=1, max_size=8), st.floats(0, 1))
+def test_the_fastest_plan_within_an_error(
+    candidates: list[tuple[AttentionPlan, float]], most: float
+) -> None:
+    found = fastest_within(SHAPE, *zip(*candidates, strict=True), most, even())  # type: ignore[misc]
+    allowed = [total(SHAPE, plan) for plan, error in candidates if error <= most]
+    assert (found is None) == (not allowed)
+    assert found is None or total(SHAPE, found) == min(allowed)
+
+
+@given(st.floats(0.1, 1e3), st.floats(0, 1e3), st.floats(1, 4))
+def test_an_allowance_gives_the_speed_up_that_it_was_asked_for(
+    attention: float, rest: float, target: float
+) -> None:
+    left = attention_allowance(attention, rest, target)
+    assert (attention + rest) / (left + rest) == pytest.approx(target)
+
+
+def test_the_rest_of_a_model_takes_its_products_and_its_bytes() -> None:
+    calibration = even()
+    alone = rest_ms(5e12, 0, "bfloat16", calibration)
+    assert alone == pytest.approx(10.0 * REST_OVERHEAD)
+    assert rest_ms(5e12, 1e9, "bfloat16", calibration) == pytest.approx(alone + 0.5)
+
+
+@given(plans.filter(lambda plan: plan.k_clusters is None or plan.k_clusters > 50))
+def test_a_unit_of_exact_area_costs_what_a_dense_call_of_the_kernel_would(
+    plan: AttentionPlan,
+) -> None:
+    found = ms_per_exact_share(SHAPE, plan, even(slower=2.0))
+    assert 0.5 * dense_ms(SHAPE, even()) < found < 8 * dense_ms(SHAPE, even())

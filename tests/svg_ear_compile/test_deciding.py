@@ -1,0 +1,218 @@
+"""Decisions: what each wish makes of a graph, and what the report says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_budgets import budget_for
+from transformer_models import TOKENS, stack, wan
+
+from svg_ear_compile import deciding, explain
+from svg_ear_compile.cost_model import budget as budgets
+from svg_ear_compile.cost_model.budget import Choice, Schedule
+from svg_ear_compile.cost_model.calibration import Calibration, Efficiency, guess
+from svg_ear_compile.cost_model.device import describe
+from svg_ear_compile.cost_model.stages import STAGES, AttentionShape
+from svg_ear_compile.deciding import SiteFacts, calibration_of, decide
+from svg_ear_compile.settings import Settings
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def calibration(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calibration]:
+    """Sparse stages as fast as the roofs and without launches, so that short sequences pay."""
+    base = guess(describe("cpu"))
+    ideal = dict.fromkeys((*STAGES, "dense"), Efficiency(1.0, 1.0, 0.0))
+    known = dataclasses.replace(base, origin="measured", stages={"float32/64": ideal})
+    monkeypatch.setattr(deciding, "calibration_of", lambda device: known)
+    yield known
+    calibration_of.cache_clear()
+
+
+def facts(tokens: int = 4096, layers: int = 4) -> list[SiteFacts]:
+    shape = AttentionShape(1, 4, 4, tokens, tokens, 64, "float32")
+    return [SiteFacts(f"blocks.{i}.attn", shape, CPU) for i in range(layers)]
+
+
+def densities(options: dict[str, Any], **sites: int) -> list[float]:
+    settings = Settings.parse(options)
+    found = decide(facts(**sites), 1e9, 1e6, settings)
+    return [1.0 if d.plan is None else d.plan.density for d in found]
+
+
+def test_a_density_is_used_where_it_pays_and_nowhere_else() -> None:
+    assert densities({"density": 0.1}) == [0.1] * 4
+    assert densities({"density": 0.1}, tokens=32) == [1.0] * 4
+    (short, *_) = decide(facts(32), 0, 0, Settings.parse({}))
+    assert short.reason == "short"
+    assert short.expected is not None
+    assert short.expected.sparse_ms > short.expected.dense_ms
+
+
+def test_min_tokens_is_the_users_own_word() -> None:
+    assert densities({"min_tokens": 16}, tokens=32) == [0.2] * 4
+    assert densities({"min_tokens": 5000}) == [1.0] * 4
+    for wish in ({"target_speedup": 1.5}, {"max_error": 0.5}):
+        assert densities({**wish, "min_tokens": 5000}) == [1.0] * 4
+
+
+@pytest.mark.parametrize("target", [1.1, 1.4])
+def test_a_speed_up_is_predicted_to_be_met_and_not_overspent(
+    target: float, calibration: Calibration
+) -> None:
+    def predicted(options: dict[str, Any]) -> float:
+        settings = Settings.parse(options)
+        found = decide(facts(), 1e8, 1e6, settings)
+        dense = [d.expected.dense_ms for d in found if d.expected]
+        now = [d.expected.sparse_ms if d.plan else d.expected.dense_ms for d in found if d.expected]
+        rest = deciding.rest_ms(1e8, 1e6, "float32", calibration)
+        return (sum(dense) + rest) / (sum(now) + rest)
+
+    assert target <= predicted({"target_speedup": target}) < target * 1.15
+
+
+def test_a_faster_wish_is_never_denser_and_a_smaller_error_never_sparser() -> None:
+    sums = [sum(densities({"target_speedup": s})) for s in (1.05, 1.2, 1.5)]
+    assert sums == sorted(sums, reverse=True)
+    sums = [sum(densities({"max_error": e})) for e in (0.01, 0.05, 0.3)]
+    assert sums == sorted(sums, reverse=True)
+    assert sums[0] > sums[-1]
+
+
+def test_an_unreachable_speed_up_names_the_best(caplog: pytest.LogCaptureFixture) -> None:
+    settings = Settings.parse({"target_speedup": 50.0})
+    found = decide(facts(), 1e9, 1e6, settings)
+    assert "target_speedup 50 cannot be reached here: the best is" in caplog.text
+    assert all(d.plan is not None and d.plan.density == min(deciding.DENSITIES) for d in found)
+    assert "cannot be reached" in found[0].sentence
+
+
+def test_devices_without_kernels_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deciding, "calibration_of", lambda device: None)
+    for options in ({}, {"target_speedup": 1.5}):
+        found = decide(facts(), 0, 0, Settings.parse(options))
+        assert all(d.plan is None and "no kernels" in d.sentence for d in found)
+
+
+def test_a_budget_gives_each_layer_its_densest_phase_and_its_clusters() -> None:
+    model, inputs = stack()
+    layers = {
+        "blocks.0": (Choice(0.3, 5, 9), Choice(0.1)),
+        "blocks.1": (Choice(1.0), Choice(1.0)),
+    }
+    budget = budget_for(model, layers, TOKENS, Schedule(phase_starts=(500.0,)))
+    found = explain(model, *inputs, options={"budget": budget})
+    first, second = found.sites
+    assert first.plan is not None
+    assert (first.plan.density, first.clusters) == (0.3, (5, 9))
+    assert "until it is bound" in first.sentence
+    assert second.plan is None
+    assert second.sentence == "The budget leaves it dense."
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0, 3.0])
+def test_a_budget_is_scaled_within_its_range_and_dense_beyond(factor: float) -> None:
+    model, inputs = stack()
+    layers = dict.fromkeys(("blocks.0", "blocks.1"), (Choice(0.3, 8, 16),))
+    budget = budget_for(model, layers, round(TOKENS / factor))
+    sites = explain(model, *inputs, options={"budget": budget}).sites
+    if factor <= 2:
+        assert [s.clusters for s in sites] == [(round(8 * factor), round(16 * factor))] * 2
+    else:
+        assert all(s.plan is None and "good from" in s.sentence for s in sites)
+
+
+def test_a_budget_for_another_model_leaves_attention_dense_and_says_so() -> None:
+    model, inputs, kwargs = wan()
+    other = budget_for(stack()[0], {"blocks.0.attn": (Choice(0.1),)}, 192)
+    found = explain(model, *inputs, options={"budget": other, "min_tokens": 1}, **kwargs)
+    assert all(site.plan is None for site in found.sites)
+    assert "the budget has no layer 'blocks.0.attn1'" in found.sites[0].sentence
+
+
+def test_a_block_that_serves_all_layers_takes_the_densest_of_them() -> None:
+    model, _ = stack()
+    layers = {"blocks.0.attn1": (Choice(0.1),), "blocks.1.attn1": (Choice(0.4),)}
+    budget = budget_for(model, layers, 4096)
+    shared = [dataclasses.replace(facts()[0], layer="attn1")]
+    (found,) = decide(shared, 0, 0, Settings.parse({"budget": budget}))
+    assert found.plan is not None
+    assert found.plan.density == 0.4
+    assert "the densest of 2 layers until it is bound" in found.sentence
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"version": 1}', None])
+def test_a_broken_budget_file_compiles_dense(
+    text: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "budget.json"
+    if text is not None:
+        path.write_text(text)
+    model, inputs = stack()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="svg_ear", options={"budget": str(path)})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs), model(*inputs))
+    assert "the budget cannot be used, attention stays dense" in caplog.text
+    assert str(path) in caplog.text
+    found = explain(model, *inputs, options={"budget": str(path)})
+    assert "the budget cannot be used" in found.sites[0].sentence
+
+
+def test_a_budget_file_is_read(tmp_path: Path) -> None:
+    model, inputs = stack()
+    path = tmp_path / "budget.json"
+    layers = dict.fromkeys(("blocks.0", "blocks.1"), (Choice(0.3, 4, 8),))
+    budgets.save(budget_for(model, layers, TOKENS), path)
+    found = explain(model, *inputs, options={"budget": path})
+    assert [site.plan is not None for site in found.sites] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"density": 0.1, "target_speedup": 2.0}, ValueError, "density and target_speedup are"),
+        ({"max_error": 0.1, "budget": "x"}, ValueError, "max_error and budget are"),
+        ({"target_speedup": 1.0}, ValueError, "target_speedup must be finite and above 1"),
+        ({"target_speedup": float("inf")}, ValueError, "must be finite"),
+        ({"max_error": 0.0}, ValueError, "max_error must be finite and above 0"),
+        ({"max_error": "small"}, TypeError, "max_error must be float"),
+        ({"budget": 3}, TypeError, "budget must be a path or a Budget"),
+        ({"target_speedup": 2, "routing": "top_p"}, ValueError, "target_speedup decides routing"),
+        ({"budget": "x", "q_clusters": 3}, ValueError, "budget decides q_clusters"),
+        ({"target_speedo": 2}, ValueError, "did you mean 'target_speedup'"),
+    ],
+)
+def test_wishes_that_contradict_each_other_are_refused(
+    options: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Settings.parse(options)
+
+
+def test_the_report_says_what_is_expected_and_where_it_comes_from() -> None:
+    model, inputs = stack()
+    found = explain(model, *inputs, options={"density": 0.3, "min_tokens": TOKENS})
+    (graph,) = json.loads(found.to_json())["graphs"]
+    expected = graph["sites"][0]["expected"]
+    assert expected["sparse_ms"] > 0
+    assert expected["times"] == "calibrated on this machine"
+    text = " ".join(str(found).split())
+    assert "milliseconds: calibrated on this machine" in text
+    assert "not measured on this one" in text
+
+
+def test_a_length_known_at_run_time_keeps_the_least_that_pays() -> None:
+    model, (x, timestep) = stack()
+    torch._dynamo.mark_dynamic(x, 1)
+    found = explain(model, x, timestep, options={"density": 0.1})
+    (least,) = {site.plan.min_tokens for site in found.sites if site.plan is not None}
+    assert least > TOKENS
+    assert f"sparse from {least} video tokens on" in found.sites[0].sentence
