@@ -33,6 +33,7 @@ class SiteReport:
         clusters: (Qc, Kc) of a sparse site, else None.
         reason: code of why the site stays dense, else None.
         sentence: the same in words.
+        conditions: what a call of a sparse site still has to meet at run time, in words.
         bound_by: parameter that tells the layer apart at run time, or None.
         expected: predicted milliseconds and error that decided it, None where nothing was weighed.
         kv_heads: heads of k and v.
@@ -50,6 +51,7 @@ class SiteReport:
     reason: str | None
     sentence: str
     bound_by: str | None
+    conditions: tuple[str, ...] = ()
     expected: Expectation | None = None
     kv_heads: int | None = None
 
@@ -137,6 +139,7 @@ def _report(
     if plan is not None and not {q[2], k[2], *text} & {None}:
         clusters = plan.clusters(*(n[2] - sum(text) for n in (q, k)))  # type: ignore[arg-type, operator]
     reason = decided.value if isinstance(decided, Reason) else decided.reason
+    conditions = _conditions(site, plan)
     return SiteReport(
         layer=site.layer,
         site=site.name,
@@ -148,19 +151,17 @@ def _report(
         plan=plan,
         clusters=clusters,
         reason=reason if plan is None else None,
-        sentence=_sentence(site, decided, plan),
+        sentence="; ".join([*(f"sparse {when}" for when in conditions), decided.sentence]),
         bound_by=site.layer_parameter.name if site.layer_parameter else None,
+        conditions=conditions,
         expected=None if isinstance(decided, Reason) else decided.expected,
         kv_heads=k[1] if len(k) > 1 else None,
     )
 
 
-def _sentence(site: AttentionSite, decided: Decision | Reason, plan: AttentionPlan | None) -> str:
+def _conditions(site: AttentionSite, plan: AttentionPlan | None) -> tuple[str, ...]:
     if plan is None:
-        return decided.sentence
-    conditions = []
-    if plan.min_tokens:
-        conditions.append(f"sparse from {plan.min_tokens} video tokens on")
-    if site.prove_mask:
-        conditions.append("sparse if the mask turns out to be padding")
-    return "; ".join([*conditions, decided.sentence])
+        return ()
+    length = f"from {plan.min_tokens} video tokens on" if plan.min_tokens else None
+    proof = "if the mask turns out to be padding" if site.prove_mask else None
+    return tuple(condition for condition in (length, proof) if condition is not None)

@@ -49,7 +49,7 @@ def rows_of(family: Family) -> dict[str, Any]:
             re.sub(r"(?<=\.)\d+(?=\.|#|$)", "*", site.site),
             site.role,
             json.dumps(site.text),
-            site.reason or site.sentence,
+            site.reason or " ".join(["sparse", ", ".join(site.conditions)]).strip(),
         )
         for site in found.sites
     )
