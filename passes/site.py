@@ -45,6 +45,7 @@ class Reason(str, Enum):
     DTYPE = "dtype"
     LAYOUT = "layout"
     SHORT = "short"
+    BUDGET = "budget"
 
     @property
     def sentence(self) -> str:
@@ -61,7 +62,7 @@ _SENTENCES = {
     Reason.PREFIX: "Queries are a part of the keys' tokens (cached or prefix keys).",
     Reason.VALUES: "Values come from other tokens than the keys.",
     Reason.PART_OF_CLIP: "Tokens of one frame, place or window attend to each other: short rows.",
-    Reason.MASK: "The mask's shape fits no key padding (per query head, or not over the keys).",
+    Reason.MASK: "The mask is a learned bias, one of several, or of no shape that padding has.",
     Reason.FLEX: "flex_attention with a mask or score function of its own is sparse already.",
     Reason.LEAF: "Attention inside one PyTorch call, with its projections: it cannot be opened.",
     Reason.SPELLING: "Attention written by hand with a step that the pass does not know.",
@@ -72,6 +73,7 @@ _SENTENCES = {
     Reason.DTYPE: "The kernels take float16, bfloat16 and float32, the same for q, k and v.",
     Reason.LAYOUT: "q, k, v are not (batch, heads, tokens, head dim) with matching heads.",
     Reason.SHORT: "Too few tokens: clustering would cost more than it saves.",
+    Reason.BUDGET: "The wish or the budget is served best with this call dense.",
 }
 
 

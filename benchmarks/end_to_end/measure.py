@@ -1,0 +1,186 @@
+"""Seconds, attention's share, compile time and memory of forwards and generations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import svg_ear_compile
+from benchmarks.end_to_end.models import Size
+from benchmarks.video_dit.sample import shifted_sigmas
+from svg_ear_compile.kernels.reference import Result
+
+# Everything that computes attention in a compiled graph, by the name of its event.
+_ATTENTION_EVENTS = ("svg_ear::attention", "aten::_scaled_dot_product", "aten::_flash_attention")
+
+
+def seconds_of(call: Callable[[], object], device: str) -> float:
+    """Wall-clock seconds of one call with everything that it starts on the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def attention_share(call: Callable[[], object], device: str) -> float:
+    """Share of a call's device time that is spent inside attention, clustering and all."""
+    on_gpu = device == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiled:
+        seconds_of(call, device)
+    events = profiled.events() or []
+    inside = [e for e in events if e.name.startswith(_ATTENTION_EVENTS) and not _is_nested(e)]
+    if on_gpu:
+        return sum(e.device_time_total for e in inside) / sum(
+            e.self_device_time_total for e in events
+        )
+    return sum(e.cpu_time_total for e in inside) / sum(e.self_cpu_time_total for e in events)
+
+
+def _is_nested(event: Any) -> bool:
+    """True if an event stands inside another one of attention: the outer one counts."""
+    outer = event.cpu_parent
+    return outer is not None and (outer.name.startswith(_ATTENTION_EVENTS) or _is_nested(outer))
+
+
+@contextmanager
+def watched_clusters(device: str) -> Iterator[list[dict[str, list[float]]]]:
+    """Collect mean and deviation of the cluster sizes of every sparse call in the with block."""
+    if device == "cuda":
+        from svg_ear_compile.kernels.gpu import attention as form
+    else:
+        from svg_ear_compile.kernels import cpu as form
+    found: list[dict[str, list[float]]] = []
+    sparse = form.sparse_attention
+
+    def watched(*args: Any, **kwargs: Any) -> Result:
+        result: Result = sparse(*args, **kwargs)
+        sizes = {"queries": result.queries.sizes, "keys": result.keys.sizes}
+        found.append(
+            {name: [float(x) for x in torch.std_mean(s.float())[::-1]] for name, s in sizes.items()}
+        )
+        return result
+
+    form.sparse_attention = watched
+    try:
+        yield found
+    finally:
+        form.sparse_attention = sparse
+
+
+def forward(
+    size: Size, backend: str, options: dict[str, Any], repeats: int, device: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """One transformer forward under a backend: raw samples of the steady state, and what it took.
+
+    A bound model is called at falling timesteps, so that its clustering starts warm as in a
+    generation.
+    """
+    torch.compiler.reset()
+    model = size.build(device, dtype)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    compiled = torch.compile(model, backend=backend, options=options or None)
+    binding = svg_ear_compile.bind(compiled) if backend == "svg_ear" else None
+    timesteps = iter(range(1000, 0, -1))
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            inputs = size.inputs(device, dtype, float(next(timesteps)))
+            return compiled(**inputs)[0]
+
+    first = seconds_of(call, device)
+    with watched_clusters(device) as clusters:
+        call()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    samples = [seconds_of(call, device) for _ in range(repeats)]
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    out = call()
+    return {
+        "backend": backend,
+        "options": options,
+        "first_seconds": first,
+        "samples_seconds": samples,
+        "attention_share": attention_share(call, device),
+        "weights_bytes": weights,
+        "peak_bytes": peak,
+        "finite": bool(out.isfinite().all()),
+        "densities": [layer.density for layer in binding.report()] if binding else [],
+        "clusters": clusters,
+    }
+
+
+def generation(
+    size: Size,
+    backend: str,
+    options: dict[str, Any],
+    *,
+    steps: int,
+    dense_steps: int,
+    device: str,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """A whole sampling loop with classifier-free guidance, twice: cold, then from compile caches.
+
+    The second one counts: its compilation finds everything on disk, its first clustering is cold.
+    """
+    model = size.build(device, dtype)
+    seconds = []
+    latents = torch.empty(0)
+    for _ in range(2):
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend=backend, options=options or None)
+        binding = None
+        if backend == "svg_ear":
+            binding = svg_ear_compile.bind(compiled, dense_steps=dense_steps)
+
+        def run(compiled: nn.Module = compiled) -> None:
+            nonlocal latents
+            latents = sample(compiled, size, steps, device, dtype)
+
+        seconds.append(seconds_of(run, device))
+        if binding is not None:
+            binding.unbind()
+    return {
+        "backend": backend,
+        "options": options,
+        "steps": steps,
+        "dense_steps": dense_steps if backend == "svg_ear" else steps,
+        "cold_seconds": seconds[0],
+        "cached_seconds": seconds[1],
+        "finite": bool(latents.isfinite().all()),
+    }
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    size: Size,
+    steps: int,
+    device: str,
+    dtype: torch.dtype,
+    guidance: float = 5.0,
+    shift: float = 3.0,
+) -> Tensor:
+    """Euler steps along the flow from noise; two forwards a step. Latents (1, C, T, H, W)."""
+    inputs = size.inputs(device, dtype)
+    x = inputs.pop("hidden_states").float()
+    text = inputs.pop("encoder_hidden_states")
+    for sigma, lower in pairwise(shifted_sigmas(steps, shift)):
+        inputs["timestep"] = torch.full((1,), 1000 * sigma, device=device)
+        told, untold = (
+            model(hidden_states=x.to(dtype), encoder_hidden_states=t, **inputs)[0].float()
+            for t in (text, torch.zeros_like(text))
+        )
+        x = x + (lower - sigma) * (untold + guidance * (told - untold))
+    return x

@@ -1,0 +1,36 @@
+"""Where figures come from: device, versions and commit, for every record under results/."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from typing import Any
+
+import torch
+
+
+def provenance() -> dict[str, Any]:
+    """Device, versions and commit of this run as plain data.
+
+    The commit is git's, or ``SVG_EAR_COMMIT`` where the tree was copied without its history.
+    """
+    on_gpu = torch.cuda.is_available()
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    commit = described.stdout.strip() or os.environ.get("SVG_EAR_COMMIT", "unknown")
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "diffusers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if on_gpu else None,
+        "versions": versions,
+        "commit": commit,
+    }
