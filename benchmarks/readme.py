@@ -59,8 +59,7 @@ def spellings_list() -> str:
 def compile_time_table(record: dict[str, Any]) -> str:
     """Seconds of our passes and of Inductor, by depth."""
     lines = [
-        f"CPU ({record['cpu']}, {record['threads']} threads), torch {record['torch']}, "
-        f"commit {record['commit']}.",
+        f"{_where(record)}, {record['threads']} threads.",
         "",
         "| layers of Wan | nodes | passes, s | Inductor, s | share |",
         "|---|---|---|---|---|",
@@ -85,8 +84,8 @@ NOT_MEASURED = (
 def attention_table(record: dict[str, Any]) -> str:
     """Measured rows of the attention benchmark; rows whose gate failed say so."""
     lines = [
-        f"{record['gpu']}, torch {record['torch']}, Triton {record['triton']}, "
-        f"commit {record['commit']}.",
+        f"{_where(record)}. Matrix product {record['roofs']['tflops']:.0f} TFLOP/s, copy "
+        f"{record['roofs']['gb_per_second']:.0f} GB/s.",
         "",
         "| shape | clusters | form | density | dense ms | op ms | op over dense | attend, useful "
         "TFLOP/s (of dense) | rest, of dense | extra memory of Q+K+V+O | error |",
@@ -94,17 +93,27 @@ def attention_table(record: dict[str, Any]) -> str:
     ]
     for row in record["rows"]:
         dense = statistics.median(row["dense_samples_ms"][row["dense_backend"]])
-        name = f"| {row['shape']} | {row['clusters']} | {row['form']} | {row['density']:g} "
+        cells = [row["shape"], row["clusters"], row["form"], f"{row['density']:g}", f"{dense:.1f}"]
         if "samples_ms" not in row:
-            lines.append(f"{name}| {dense:.1f} | gate failed ({row['gate']:.1e}) |||||||")
-            continue
-        lines.append(
-            f"{name}| {dense:.1f} | {statistics.median(row['samples_ms']):.1f} "
-            f"| {row['speedup']:.2f}x | {row['useful_tflops']:.0f} "
-            f"({row['attend_over_dense_rate']:.2f}) | {row['rest_share']:.1%} "
-            f"| {row['extra_memory']:.2f} | {row['error']:.3f} |"
-        )
+            cells += [f"gate failed ({row['gate']:.1e})", *[""] * 5]
+        else:
+            rest = rate = memory = ""
+            if "stages_ms" in row:
+                rate = f"{row['useful_tflops']:.0f} ({row['attend_over_dense_rate']:.2f})"
+                rest, memory = f"{row['rest_share']:.1%}", f"{row['extra_memory']:.2f}"
+            elif "useful_tflops" in row:
+                rate = f"{row['useful_tflops']:.0f}"
+            ms = statistics.median(row["samples_ms"])
+            cells += [f"{ms:.1f}", f"{row['speedup']:.2f}x", rate, rest, memory]
+            cells.append(f"{row['error']:.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _where(record: dict[str, Any]) -> str:
+    versions = record["versions"]
+    triton = f", Triton {versions['triton']}" if record["cuda"] else ""
+    return f"{record['device']}, torch {versions['torch']}{triton}, commit {record['commit']}"
 
 
 def fill(text: str, name: str, table: str) -> str:

@@ -8,6 +8,9 @@ from torch import Tensor
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.reference import Result
 
+GATE = 1e-2
+"""Relative error from which no time is printed: arithmetic in bf16 is below, wrong blocks above."""
+
 
 def definition_rows(
     q: Tensor, k: Tensor, v: Tensor, result: Result, plan: AttentionPlan, text: tuple[int, int],

@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +24,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import fresh_inductor_cache
 from torch.fx import GraphModule
 
+from benchmarks.provenance import provenance
 from svg_ear_compile.planning import rewrite_graph
 from svg_ear_compile.settings import Settings
 
@@ -89,14 +88,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu/compile_time"))
     given = parser.parse_args()
     rows = [measure(int(layers)) for layers in given.layers.split(",")]
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    record = {
-        "cpu": platform.machine(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "python": platform.python_version(),
-        "commit": described.stdout.strip(), "rows": rows,
-    }  # fmt: skip
+    record = {**provenance(), "rows": rows}
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "compile_time.json").write_text(json.dumps(record, indent=1))
     plot(rows, given.out / "compile_time.png")

@@ -1,0 +1,81 @@
+"""Tensors that are attended to: synthetic ones of any size, or recorded from the video DiT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.attention.data import video_like
+from benchmarks.tuning.recorded import record
+from benchmarks.video_dit.data import TRAIN_SHAPE
+from svg_ear_compile.kernels.reference import Result
+
+# name: (B, H, video tokens, text tokens, D)
+SHAPES = {
+    "wan14b-720p": (1, 40, 75600, 0, 128),
+    "hunyuan-720p": (1, 24, 118800, 256, 128),
+    "wan1.3b-480p": (1, 12, 32760, 0, 128),
+    "cogvideox-5b": (2, 48, 17550, 226, 64),
+    **{f"sweep-{n // 1000}k": (1, 24, n, 0, 128) for n in (8192, 16384, 65536, 131072, 300000)},
+}
+RECORDED = "video-dit"
+"""One layer of the video DiT half way through a generation: 6,912 tokens of real structure."""
+
+_STEPS, _STEP, _LAYER = 24, 10, 4
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of one attention call: q, k, v (B, H, N, D), text tokens last.
+
+    Attributes:
+        name: of the shape.
+        text: text tokens at the end.
+    """
+
+    name: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    text: int = 0
+
+    @property
+    def flop(self) -> float:
+        """FLOPs of dense attention."""
+        batch, heads, tokens, dim = self.q.shape
+        return 4.0 * batch * heads * tokens**2 * dim
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of Q, K, V and the output."""
+        return 4 * self.q.numel() * self.q.element_size()
+
+
+def inputs_of(name: str, device: str, dtype: torch.dtype) -> Inputs:
+    """Inputs of a shape of `SHAPES`, or `RECORDED`."""
+    if name == RECORDED:
+        calls = list(record(TRAIN_SHAPE, _STEPS, [_STEP], 0, device))
+        call = calls[_LAYER]
+        return Inputs(name, *(t.to(dtype) for t in (call.q, call.k, call.v)))
+    batch, heads, tokens, text, dim = SHAPES[name]
+    q, k, v = video_like(batch, heads, tokens, dim, text=text, device=device, dtype=dtype)
+    return Inputs(name, q, k, v, text)
+
+
+def sparse_form(on_gpu: bool) -> Callable[..., Result]:
+    """The Triton form or the CPU form of sparse attention."""
+    if on_gpu:
+        from svg_ear_compile.kernels.gpu.attention import sparse_attention
+    else:
+        from svg_ear_compile.kernels.cpu import sparse_attention
+    return sparse_attention
+
+
+def exact_pairs(result: Result, inputs: Inputs) -> float:
+    """Query-key pairs that are computed exactly, text's among them."""
+    batch, heads, tokens, _ = inputs.q.shape
+    video = tokens - inputs.text
+    return float(result.exact_pairs) + batch * heads * inputs.text * (2 * video + inputs.text)

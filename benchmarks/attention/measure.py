@@ -1,0 +1,214 @@
+"""Times one shape: dense baselines, FlexAttention and every sparse plan, correctness first."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.attention.flex import flex_row
+from benchmarks.attention.gate import GATE, definition_rows, relative_error
+from benchmarks.attention.inputs import Inputs, exact_pairs, sparse_form
+from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.reference import Result
+
+DENSE = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "default": None,
+}
+# Kernels by stage; whatever else runs sorts tokens by cluster or prepares them.
+STAGES = {
+    "kmeans_assign_kernel": "assign",
+    "cluster_mean_kernel": "means",
+    "probe_kernel": "probe",
+    "route_kernel": "route",
+    "list_keys_kernel": "route",
+    "attend_kernel": "attend",
+}
+_SAMPLED_ROWS = 48
+
+
+def time_ms(call: Callable[[], object], repeats: int, on_gpu: bool) -> list[float]:
+    """Milliseconds of each of `repeats` calls, by device events on a GPU, after two to warm up."""
+    call()
+    call()
+    if not on_gpu:
+        samples = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            call()
+            samples.append(1e3 * (time.perf_counter() - started))
+        return samples
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    torch.cuda.synchronize()
+    for start, end in marks:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in marks]
+
+
+def stage_ms(call: Callable[[], object]) -> dict[str, float]:
+    """Device milliseconds of one sparse call by `STAGES`, "sort" for everything else."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    found = dict.fromkeys(("assign", "means", "sort", "probe", "route", "attend"), 0.0)
+    for event in profile.key_averages():
+        found[STAGES.get(event.key, "sort")] += event.self_device_time_total / 1000
+    return found
+
+
+def dense_baselines(inputs: Inputs, repeats: int) -> dict[str, list[float]]:
+    """Raw milliseconds of every dense backend that takes these inputs."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    samples = {}
+    for name, backend in DENSE.items():
+        if backend is not None and not q.is_cuda:
+            continue
+
+        def call(backend: SDPBackend | None = backend) -> Tensor:
+            if backend is None:
+                return F.scaled_dot_product_attention(q, k, v)
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        samples[name] = time_ms(call, repeats, q.is_cuda)
+    return samples
+
+
+def measure_shape(
+    inputs: Inputs,
+    densities: Sequence[float],
+    forms: Sequence[str],
+    clusters: Sequence[str],
+    repeats: int,
+    flex: bool,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Rows of one shape: dense baselines once, then every plan, gate first.
+
+    Args:
+        inputs: what is attended to.
+        densities, forms: of the plans.
+        clusters: ``"default"`` or ``"300/1000"``, query and key clusters.
+        repeats: timed calls.
+        flex: also time FlexAttention on the tiles that cover the chosen blocks.
+        say: hears a line of progress for each row.
+    """
+    dense = dense_baselines(inputs, repeats)
+    best = min(dense, key=lambda n: statistics.median(dense[n]))
+    dense_ms = statistics.median(dense[best])
+    rate = inputs.flop / dense_ms / 1e9
+    say(f"{inputs.name}: dense {best} {dense_ms:.2f} ms = {rate:.0f} TFLOP/s")
+    common = {
+        "shape": inputs.name, "size": [*inputs.q.shape], "text": inputs.text,
+        "dense_backend": best, "dense_samples_ms": dense, "dense_tflops": rate,
+    }  # fmt: skip
+    dense_out = F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v)
+    on_gpu = inputs.q.is_cuda
+    rows: list[dict[str, Any]] = []
+    for count in clusters:
+        fixed = {} if count == "default" else dict(
+            zip(("q_clusters", "k_clusters"), map(int, count.split("/")), strict=True)
+        )  # fmt: skip
+        for form in forms:
+            for density in densities:
+                plan = AttentionPlan(density=density, compensation=form, **fixed)  # type: ignore[arg-type]
+                row = {**common, "clusters": count, "form": form, "density": density}
+                row |= _measure_plan(inputs, plan, dense_out, dense_ms, repeats)
+                rows.append(row)
+                say(_line(row))
+                if flex and form == forms[0]:
+                    covering = flex_row(
+                        inputs, plan, dense_out, lambda call: time_ms(call, repeats, on_gpu)
+                    )
+                    if "samples_ms" in covering:
+                        median = statistics.median(covering["samples_ms"])
+                        covering["speedup"] = dense_ms / median
+                    rows.append({**common, "clusters": count, "density": density, **covering})
+                    say(_line(rows[-1]))
+    return rows
+
+
+def _measure_plan(
+    inputs: Inputs, plan: AttentionPlan, dense_out: Tensor, dense_ms: float, repeats: int
+) -> dict[str, Any]:
+    q, k, v, text = inputs.q, inputs.k, inputs.v, (0, inputs.text)
+    batch, heads, tokens, dim = q.shape
+    sparse_attention = sparse_form(q.is_cuda)
+    cold = sparse_attention(q, k, v, plan, text=text)
+    warm = (cold.queries.centroids, cold.keys.centroids)
+
+    def call() -> Result:
+        return sparse_attention(q, k, v, plan, text=text, centroids=warm)
+
+    extra = _extra_bytes(call, q) if q.is_cuda else None
+    result = call()
+    sampled = torch.randint(0, tokens, (_SAMPLED_ROWS,), generator=torch.Generator().manual_seed(1))
+    head = (0, heads - 1)
+    want = definition_rows(q, k, v, result, plan, text, head, sampled)
+    gate = relative_error(result.out[head][sampled], want)
+    row: dict[str, Any] = {"gate": gate}
+    if not gate < GATE:
+        return row  # no time for a wrong result
+    video = tokens - inputs.text
+    row |= {
+        "samples_ms": time_ms(call, repeats, q.is_cuda),
+        "cold_samples_ms": time_ms(
+            lambda: sparse_attention(q, k, v, plan, text=text), 2, q.is_cuda
+        ),
+        "error": relative_error(result.out, dense_out),
+        "density_reached": float(result.exact_pairs) / (batch * heads * video**2),
+        "extra_memory": None if extra is None else extra / inputs.held_bytes,
+        "q_sizes": _mean_and_deviation(result.queries.sizes),
+        "k_sizes": _mean_and_deviation(result.keys.sizes),
+    }
+    row["speedup"] = dense_ms / statistics.median(row["samples_ms"])
+    if q.is_cuda:
+        stages = stage_ms(call)
+        useful = 4.0 * exact_pairs(result, inputs) * dim / stages["attend"] / 1e9
+        row |= {
+            "stages_ms": stages,
+            "useful_tflops": useful,
+            "attend_over_dense_rate": useful * dense_ms / inputs.flop * 1e9,
+            "rest_share": (sum(stages.values()) - stages["attend"]) / dense_ms,
+        }
+    return row
+
+
+def _extra_bytes(call: Callable[[], Result], q: Tensor) -> int:
+    """Peak bytes of a call beyond its output and what was held before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    return peak - result.out.numel() * q.element_size()
+
+
+def _mean_and_deviation(sizes: Tensor) -> list[float]:
+    deviation, mean = torch.std_mean(sizes.float())
+    return [float(mean), float(deviation)]
+
+
+def _line(row: dict[str, Any]) -> str:
+    name = f"  {row['clusters']:9s} {row['form']:11s} d={row['density']:.2f}"
+    if "samples_ms" not in row:
+        return f"{name} GATE FAILED, error {row['gate']:.2e}"
+    found = f"{name} op {statistics.median(row['samples_ms']):8.2f} ms {row['speedup']:5.2f}x"
+    found += f" err {row['error']:.3f} gate {row['gate']:.1e}"
+    if "useful_tflops" in row:
+        found += f" useful {row['useful_tflops']:4.0f} TF/s"
+    if "stages_ms" in row:
+        found += f" ({row['attend_over_dense_rate']:.2f} of dense) rest {row['rest_share']:.1%} "
+        found += " ".join(f"{stage} {ms:.2f}" for stage, ms in row["stages_ms"].items())
+    return found

@@ -1,0 +1,100 @@
+"""The attention benchmark on a CPU: rows, the gate, FlexAttention's cover, and the plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.attention import measure
+from benchmarks.attention.data import video_like
+from benchmarks.attention.flex import TILE, covering_tiles
+from benchmarks.attention.inputs import RECORDED, Inputs, exact_pairs, inputs_of, sparse_form
+from benchmarks.attention.plots import write_plots
+from svg_ear_compile.kernels.plan import AttentionPlan
+
+
+def tiny(text: int = 0) -> Inputs:
+    tensors = video_like(1, 2, 700, 32, text=text, device="cpu", dtype=torch.float32)
+    return Inputs("tiny", *tensors, text)
+
+
+@pytest.mark.parametrize("text", [0, 9])
+def test_rows_of_a_shape(text: int) -> None:
+    said: list[str] = []
+    rows = measure.measure_shape(
+        tiny(text), [0.2], ["first_order", "centroid"], ["default", "4/9"], 2, True, said.append
+    )
+    assert [row["form"] for row in rows] == ["first_order", "flex", "centroid"] * 2
+    for row in rows:
+        assert row["gate"] < 1e-2
+        assert len(row["samples_ms"]) == 2
+        assert 0 < row["error"] < 1
+        assert row["speedup"] > 0
+    assert all(0.2 <= row["density_reached"] < 0.5 for row in rows if row["form"] != "flex")
+    assert rows[1]["waste"] > 1
+    assert rows[1]["computed_tflops"] == pytest.approx(rows[1]["useful_tflops"] * rows[1]["waste"])
+    assert len(said) == 7
+
+
+def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = sparse_form(False)
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        result = form(*args, **kwargs)
+        result.out.mul_(1.05)
+        return result
+
+    monkeypatch.setattr(measure, "sparse_form", lambda on_gpu: wrong)
+    said: list[str] = []
+    (row,) = measure.measure_shape(tiny(), [0.3], ["centroid"], ["default"], 2, False, said.append)
+    assert row["gate"] == pytest.approx(0.05, rel=0.1)
+    assert "samples_ms" not in row
+    assert "GATE FAILED" in said[-1]
+
+
+def test_the_cover_holds_every_exact_pair_and_no_needless_tile() -> None:
+    inputs = tiny(text=5)
+    plan = AttentionPlan(density=0.2, q_clusters=6, k_clusters=11)
+    result = sparse_form(False)(inputs.q, inputs.k, inputs.v, plan, text=(0, 5))
+    labels = [c.labels.sort(dim=-1, stable=True).values for c in (result.queries, result.keys)]
+    tiles = covering_tiles(result, *labels)
+    exact = torch.nn.functional.pad(result.exact, (0, 1, 0, 1), value=True)
+    pairs = exact[0, 1][labels[0][0, 1]][:, labels[1][0, 1]]  # [N, N] of the last head
+    for i in range(tiles.shape[2]):
+        for j in range(tiles.shape[3]):
+            inside = pairs[i * TILE : (i + 1) * TILE, j * TILE : (j + 1) * TILE]
+            assert bool(tiles[0, 1, i, j]) == bool(inside.any())
+    assert float(pairs.sum()) <= exact_pairs(result, inputs)
+
+
+def test_recorded_inputs_are_the_video_dits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.attention import inputs as module
+
+    monkeypatch.setattr(module, "TRAIN_SHAPE", (2, 24, 24))
+    monkeypatch.setattr(module, "_STEPS", 2)
+    monkeypatch.setattr(module, "_STEP", 1)
+    found = inputs_of(RECORDED, "cpu", torch.float32)
+    assert found.q.shape == (1, 4, 32, 64)
+    assert not torch.equal(found.q, found.k)
+
+
+def row(tokens: int, form: str = "first_order") -> dict[str, Any]:
+    stages = dict.fromkeys(("assign", "means", "sort", "probe", "route", "attend"), 0.5)
+    return {
+        "shape": f"n{tokens}", "size": [1, 2, tokens, 64], "text": 0, "clusters": "default",
+        "form": form, "density": 0.2, "samples_ms": [3.0, 3.1], "stages_ms": stages,
+        "dense_backend": "default", "dense_samples_ms": {"default": [9.0]},
+    }  # fmt: skip
+
+
+def test_plots_are_made_of_the_record(tmp_path: Path) -> None:
+    rows = [row(n, form) for n in (1000, 2000, 4000) for form in ("first_order", "centroid")]
+    record = {"rows": rows, "roofs": {"tflops": 700.0, "gb_per_second": 4000.0}}
+    made = write_plots(record, tmp_path)
+    assert sorted(path.name for path in made) == ["lengths.png", "roofline.png", "stages.png"]
+    assert all(path.stat().st_size > 5000 for path in made)
+    assert write_plots({"rows": rows[:1]} | {"roofs": record["roofs"]}, tmp_path)[-1].exists()
+    assert write_plots({"rows": [], "roofs": record["roofs"]}, tmp_path) == []
