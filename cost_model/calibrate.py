@@ -53,6 +53,7 @@ _STAGE_OF_KERNEL = {
     "route_kernel": "route",
     "list_keys_kernel": "route",
     "attend_kernel": "attend",
+    "attend_wgmma_kernel": "attend",
 }
 _STAGE_OF_FUNCTION = {
     "_probe": "probe",

@@ -95,7 +95,8 @@ def sparse_amounts(
     on_gpu = kind == "cuda"
     size = shape.element_size if on_gpu else 4  # the CPU form computes in float32
     kv_bytes = 2.0 * kv_heads * keys * dim * size
-    tile = launch_config(dim, size).attend.rows if on_gpu else 1
+    config = launch_config(dim, size)
+    tile = (config.wgmma or config.attend).rows if on_gpu else 1
     # A ragged cluster leaves half a tile empty on average.
     rows = queries + q_clusters * (tile - 1) / 2
     # The block that crosses the budget is taken whole: half of one on average.

@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,7 +46,8 @@ def main() -> None:
     side, copied = (8192, 1 << 31) if device == "cuda" else (1024, 1 << 26)
     measured = measure_roofs(torch.device(device), [kind], side, copied)
     roofs = {"tflops": measured.flops[kind], "gb_per_second": measured.bandwidth}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    given.out.mkdir(parents=True, exist_ok=True)
     for name in names:
         rows += measure_shape(
             inputs_of(name, device, dtype),
@@ -57,10 +59,9 @@ def main() -> None:
             lambda line: print(line, flush=True),
         )
         torch.cuda.empty_cache()
-    given.out.mkdir(parents=True, exist_ok=True)
-    seconds = time.time() - started
-    record = {**provenance(), "seconds": seconds, "roofs": roofs, "rows": rows}
-    (given.out / "attention.json").write_text(json.dumps(record, indent=1))
+        seconds = time.time() - started
+        record = {**provenance(), "seconds": seconds, "roofs": roofs, "rows": rows}
+        (given.out / "attention.json").write_text(json.dumps(record, indent=1))
     write_plots(record, given.out)
 
 

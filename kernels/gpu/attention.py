@@ -10,8 +10,9 @@ from torch import Tensor
 
 from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.gpu.attend import attend_kernel
+from svg_ear_compile.kernels.gpu.attend_wgmma import attend_wgmma_kernel
 from svg_ear_compile.kernels.gpu.kmeans import SortedClusters, cluster_means, kmeans
-from svg_ear_compile.kernels.gpu.launch import LaunchConfig, is_hopper, launch_config
+from svg_ear_compile.kernels.gpu.launch import is_hopper, launch_config
 from svg_ear_compile.kernels.gpu.probe import probe_kernel
 from svg_ear_compile.kernels.gpu.route import list_keys_kernel, route_kernel
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -69,7 +70,12 @@ def sparse_attention(
     clustered_keys = keys.starts[:, k_clusters]
     budget = torch.ceil(plan.density * clustered_keys.double()).float()
     listed = math.ceil(plan.density * k_tokens) if plan.routing == "density" else k_tokens
-    tile_cluster, tile_place = query_tiles(queries, q_tokens, config)
+    wide = k_tokens * max(k.stride(2), v.stride(2)) >= 2**31
+    # Gluon has no interpreter.
+    interpreted = triton.knobs.runtime.interpret
+    wgmma = None if wide or interpreted or not _copied_in_16_bytes(q, k, v) else config.wgmma
+    attend = wgmma or config.attend
+    tile_cluster, tile_place = query_tiles(queries, q_tokens, attend.rows)
     first_order = plan.compensation == "first_order"
     pairs = q_clusters * k_clusters
     table_bytes = 2 * dim * q.element_size() if first_order else 0
@@ -91,7 +97,6 @@ def sparse_attention(
     else:
         stand_in_key, stand_in_value = keys.rounded, rounded_value_means
     head_counts = (heads, kv_heads)
-    wide = k_tokens * max(k.stride(2), v.stride(2)) >= 2**31
     tiles = tile_cluster.shape[1]
     log_threshold = math.log(plan.threshold) if plan.threshold > 0 else -math.inf
     for first_head in range(0, groups, step):
@@ -117,16 +122,24 @@ def sparse_attention(
             offset, keys.starts, keys.order, key_list, first_head, *head_counts,
             k_tokens, q_clusters, k_clusters, listed, BLOCK_J=16, BLOCK_N=64,
         )  # fmt: skip
-        attend_kernel[(tiles, launched)](
+        arguments = (
             q, k, v, out, lse, tile_cluster, tile_place, queries.order, queries.starts,
             keys.order, keys.starts, key_list, rows, stand_in_key, stand_in_value, bias,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             first_head, *head_counts, q_tokens, k_tokens, q_clusters, k_clusters, tiles, listed,
             scale,
-            D=dim, BLOCK_D=config.block_dim, BLOCK_M=config.attend.rows,
-            BLOCK_N=config.attend.columns, FIRST_ORDER=first_order, WRITE_LSE=return_lse, WIDE=wide,
-            num_warps=config.attend.warps, num_stages=config.attend.stages,
         )  # fmt: skip
+        constants = {
+            "D": dim, "BLOCK_M": attend.rows, "BLOCK_N": attend.columns,
+            "FIRST_ORDER": first_order, "WRITE_LSE": return_lse, "num_warps": attend.warps,
+        }  # fmt: skip
+        if wgmma:
+            attend_wgmma_kernel[(tiles, launched)](*arguments, **constants, STAGES=wgmma.stages)
+        else:
+            attend_kernel[(tiles, launched)](
+                *arguments, **constants, BLOCK_D=config.block_dim, WIDE=wide,
+                num_stages=attend.stages,
+            )  # fmt: skip
     return Result(
         out,
         lse,
@@ -137,16 +150,13 @@ def sparse_attention(
     )
 
 
-def query_tiles(
-    queries: SortedClusters, q_tokens: int, config: LaunchConfig
-) -> tuple[Tensor, Tensor]:
-    """Cut every query cluster into tiles of `config.attend.rows` queries.
+def query_tiles(queries: SortedClusters, q_tokens: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Cut every query cluster into tiles of `rows` queries.
 
     Returns:
         (G, T) int32 cluster of each tile, more than Qc where there is none, and (G, T) int32 place
         of its first query; T bounds the number of tiles whatever the sizes.
     """
-    rows = config.attend.rows
     clusters = queries.starts.shape[1] - 2  # the special cluster included
     sizes = queries.starts.diff()[:, :clusters]
     ends = ((sizes + rows - 1) // rows).cumsum(-1, dtype=torch.int32)  # [G, C]
@@ -159,6 +169,14 @@ def query_tiles(
     first_tile = torch.where(known > 0, ends.gather(1, (known - 1).clamp(min=0)), 0)
     place = queries.starts.gather(1, known) + (tile - first_tile) * rows
     return cluster, place
+
+
+def _copied_in_16_bytes(*tensors: Tensor) -> bool:
+    """Whether Triton can see that every row starts at a multiple of 16 bytes."""
+    return all(
+        t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in t.stride()[:3])
+        for t in tensors
+    )
 
 
 def _clusters(found: SortedClusters, batch: int, heads: int) -> Clusters:

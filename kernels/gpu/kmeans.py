@@ -163,7 +163,7 @@ def cluster_means(
     cluster_mean_kernel[(clusters, groups)](
         x, order, starts, means, rounded, half_norm,
         x.stride(0), x.stride(1), x.stride(2), heads, tokens, clusters,
-        D=dim, BLOCK_D=config.block_dim, BLOCK_N=32, num_warps=4,
+        D=dim, BLOCK_D=config.block_dim, BLOCK_N=32, num_warps=2,
     )  # fmt: skip
     return rounded, half_norm
 

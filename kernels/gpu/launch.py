@@ -35,12 +35,14 @@ class LaunchConfig:
         assign: queries or keys × centroids.
         probe: query centroids × keys of one cluster.
         attend: queries of one cluster × keys.
+        wgmma: the same for `attend_wgmma_kernel`, None where that kernel does not serve.
     """
 
     block_dim: int
     assign: Tiles
     probe: Tiles
     attend: Tiles
+    wgmma: Tiles | None = None
 
 
 @functools.lru_cache(maxsize=64)
@@ -56,7 +58,7 @@ def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> Laun
 
     Tiles of `hopper` are measured at head dim 128. Elsewhere there is less shared memory (64 KiB
     on gfx942) or a tile's accumulators take more registers; the tiles chosen there fit every
-    device. In 16 bits up to head dim 128 none spills registers.
+    device. In 16 bits up to head dim 128 none of these spills registers.
     """
     block_dim = max(16, 1 << (head_dim - 1).bit_length())
     padded = head_dim < block_dim  # its masks take registers
@@ -74,11 +76,13 @@ def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> Laun
         rows = 64 if head_dim == 72 else 128
         attend = Tiles(rows, 32, 8 if padded or block_dim == 128 else 4, 2)
         assign, probe = Tiles(64, 64, 8 if padded else 4, 2), Tiles(32, 32, 8, 1)
-    elif padded or block_dim == 128:
-        assign, probe, attend = Tiles(64, 64, 4, 2), Tiles(64, 32, 8, 2), Tiles(128, 64, 8, 3)
     else:
-        assign, probe, attend = Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 1), Tiles(128, 64, 4, 3)
-    return LaunchConfig(block_dim, assign, probe, attend)
+        # Two stages here gave other values from one call to the next at head dims 80 and 96.
+        probe = Tiles(32 if head_dim == 72 else 64, 32, 4, 1)
+        assign = Tiles(64, 64, 4, 2)
+        attend = Tiles(128, 64, 8 if padded or block_dim == 128 else 4, 3)
+    wgmma = Tiles(192, 64, 4, 4) if hopper and head_dim in (64, 128) else None
+    return LaunchConfig(block_dim, assign, probe, attend, wgmma)
 
 
 def all_launch_configs() -> list[tuple[int, int, bool, LaunchConfig]]:

@@ -26,8 +26,15 @@ SHARED_LIMIT = {
 }
 TARGETS = pytest.mark.parametrize("target", SHARED_LIMIT, ids=lambda target: str(target[1]))
 
-# Bytes of spilled registers of a thread that are known and accepted: float32 products run on the
-# CUDA cores and exist for correctness, and a head dim above 128 fills the registers of every tile.
+# Bytes of spilled registers of a thread that are accepted in 16 bits up to head dim 128, because
+# what spills nothing was measured slower. `attend_wgmma_kernel` spills outside its loop over whole
+# tiles. `probe_kernel` with two accumulators of 64 × 128: eight warps spill nothing and take 1.6
+# times as long; only sm_90 has this tile.
+MEASURED_SPILLS = {"attend_wgmma_kernel": 256, "probe_kernel": 256}
+
+# Bytes of spilled registers of a thread that are known and accepted elsewhere: float32 products run
+# on the CUDA cores and exist for correctness, and a head dim above 128 fills the registers of every
+# tile.
 SPILL_LIMIT = {"float32": 12 * 1024, "bfloat16": 512}
 
 
@@ -88,6 +95,7 @@ def described(report: dict[str, Any]) -> str:
 def test_every_kernel_is_compiled(reports, target) -> None:
     kernels = {report["kernel"] for report in reports[target]}
     assert len(kernels) >= 6
+    assert ("attend_wgmma_kernel" in kernels) == (target[1] == 90)
     assert {report["job"]["dtype"] for report in reports[target]} == {"bfloat16", "float32"}
 
 
@@ -98,13 +106,14 @@ def test_shared_memory_is_within_the_limit_of_the_device(reports, target) -> Non
 
 
 @TARGETS
-def test_no_spills_in_16_bit_types_up_to_head_dim_128(reports, target) -> None:
+def test_no_spills_up_to_head_dim_128_but_the_measured(reports, target) -> None:
     narrow = [
         r
         for r in reports[target]
         if r["job"]["dtype"] == "bfloat16" and r["job"]["head_dim"] <= 128
     ]
-    spilling = [described(r) for r in narrow if r["spilled"]]
+    accepted = MEASURED_SPILLS if target[1] == 90 else {}
+    spilling = [described(r) for r in narrow if r["spilled"] > accepted.get(r["kernel"], 0)]
     assert len(narrow) > 10
     assert not spilling, "\n".join(spilling)
 
