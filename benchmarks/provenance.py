@@ -14,13 +14,15 @@ import torch
 def provenance() -> dict[str, Any]:
     """Device, versions and commit of this run as plain data.
 
-    The commit is git's, or ``SVG_EAR_COMMIT`` where the tree was copied without its history.
+    The commit is ``SVG_EAR_COMMIT`` where the tree was copied without its history, else git's.
     """
     on_gpu = torch.cuda.is_available()
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    commit = described.stdout.strip() or os.environ.get("SVG_EAR_COMMIT", "unknown")
+    commit = os.environ.get("SVG_EAR_COMMIT", "")
+    if not commit:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        )
+        commit = described.stdout.strip() or "unknown"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "diffusers"):
         try:
