@@ -151,24 +151,29 @@ def sparse_attention(
 
 
 def query_tiles(queries: SortedClusters, q_tokens: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Cut every query cluster into tiles of `rows` queries.
+    """Cut every query cluster into tiles of `rows` queries, text and its like first.
+
+    Those see every key and take many times as long as the others: started last, they would run on
+    when everything else is done.
 
     Returns:
         (G, T) int32 cluster of each tile, more than Qc where there is none, and (G, T) int32 place
         of its first query; T bounds the number of tiles whatever the sizes.
     """
     clusters = queries.starts.shape[1] - 2  # the special cluster included
-    sizes = queries.starts.diff()[:, :clusters]
+    sizes = queries.starts.diff()[:, :clusters].roll(1, -1)  # [G, C], the special cluster first
+    starts = queries.starts[:, :clusters].roll(1, -1)
     ends = ((sizes + rows - 1) // rows).cumsum(-1, dtype=torch.int32)  # [G, C]
     tile = torch.arange(
         triton.cdiv(q_tokens, rows) + clusters, device=ends.device, dtype=torch.int32
     )
     tile = tile.expand(ends.shape[0], -1).contiguous()
-    cluster = torch.searchsorted(ends, tile, right=True, out_int32=True)  # [G, T]
-    known = cluster.clamp(max=clusters - 1).long()
+    turn = torch.searchsorted(ends, tile, right=True, out_int32=True)  # [G, T]
+    known = turn.clamp(max=clusters - 1).long()
     first_tile = torch.where(known > 0, ends.gather(1, (known - 1).clamp(min=0)), 0)
-    place = queries.starts.gather(1, known) + (tile - first_tile) * rows
-    return cluster, place
+    place = starts.gather(1, known) + (tile - first_tile) * rows
+    cluster = torch.where(turn == 0, clusters - 1, turn - 1)
+    return torch.where(turn == clusters, clusters, cluster), place
 
 
 def _copied_in_16_bytes(*tensors: Tensor) -> bool:
