@@ -71,6 +71,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 axis.loglog(DENSITIES, row["errors"], "o-", ms=3, lw=1, color=colour, label=label)
         axis.set(title=form, xlabel="density", ylabel="relative L2 error")
         axis.set_xticks(DENSITIES, [f"{d:g}" for d in DENSITIES])
+        axis.set_xticks([], minor=True)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 

@@ -61,7 +61,8 @@ def _stages(rows: list[dict[str, Any]], folder: Path) -> Path:
     axis.set_yticks(range(len(rows)), names, fontsize=7)
     axis.invert_yaxis()
     axis.set_xlabel("time in % of the fastest dense attention")
-    axis.legend(ncols=len(_COLOURS), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12))
+    axis.margins(y=0.01)
+    figure.legend(ncols=len(_COLOURS), fontsize=8, loc="outside upper center")
     return _save(figure, folder / "stages.png")
 
 
