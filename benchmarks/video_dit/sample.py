@@ -25,7 +25,7 @@ def generate(
 ) -> torch.Tensor:
     """Generate one clip as raw frames, ``(T, H, W, 3)`` float32 in [0, 1] on the CPU.
 
-    ``model`` is a ``VideoDiT`` or what ``torch.compile`` made of it; it is moved to ``device`` and
+    ``model`` is a ``PixelDiT`` or what ``torch.compile`` made of it; it is moved to ``device`` and
     ``dtype`` if it is elsewhere. ``shape`` is (frames, height, width), ``camera`` one value per
     ``data.CAMERA_FIELDS``. With ``guidance`` other than 1 each step calls the model twice, with and
     then without the conditions, at the same timestep. ``shift`` above 1 spends more of the steps at
@@ -36,17 +36,17 @@ def generate(
     # Drawn on the CPU, so that a seed means the same clip on every device.
     noise = torch.randn(1, 3, *shape, generator=torch.Generator().manual_seed(seed))
     x = noise.to(device)
-    condition = torch.tensor([label], device=device)
-    null = torch.full_like(condition, model.config.null_label)
     path = torch.tensor([list(camera)], dtype=torch.float32, device=device)
+    labels = (torch.tensor([n], device=device) for n in (label, model.config.null_label))
+    conditions, without_conditions = (model.conditions(n, path) for n in labels)
 
     sigmas = shifted_sigmas(steps, shift)
     for step, (sigma, next_sigma) in enumerate(pairwise(sigmas)):
         started = time.perf_counter()
         timestep = torch.full((1,), 1000 * sigma, device=device)
-        velocity = model(x, timestep, condition, path)
+        velocity = model(x, timestep, *conditions)
         if guidance != 1:
-            without = model(x, timestep, null, path)
+            without = model(x, timestep, *without_conditions)
             velocity = without + guidance * (velocity - without)
         x = x + (next_sigma - sigma) * velocity
         if on_step is not None:
