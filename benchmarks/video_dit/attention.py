@@ -14,14 +14,19 @@ Answer = Callable[[Callable[..., Tensor], Tensor, Tensor, Tensor], Tensor]
 
 @contextmanager
 def attention_answered_by(answer: Answer) -> Iterator[None]:
-    """Inside the with block ``scaled_dot_product_attention(q, k, v)`` is ``answer(dense, q, k, v)``.
+    """Let ``answer(dense, q, k, v)`` stand for ``scaled_dot_product_attention`` in the with block.
 
-    ``dense`` is PyTorch's own, with the call's other arguments filled in.
+    ``dense(q, k, v)`` is PyTorch's own, with the call's other arguments filled in; so is every
+    call that ``answer`` makes itself.
     """
     dense = F.scaled_dot_product_attention
 
     def call(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return answer(lambda q, k, v: dense(q, k, v, *args, **kwargs), q, k, v)
+        F.scaled_dot_product_attention = dense
+        try:
+            return answer(lambda q, k, v: dense(q, k, v, *args, **kwargs), q, k, v)
+        finally:
+            F.scaled_dot_product_attention = call
 
     F.scaled_dot_product_attention = call
     try:

@@ -174,6 +174,7 @@ class JointDiT(PixelDiT):
     def __init__(self, config: JointDiTConfig):
         super().__init__(config)
         width, cond_width = config.width, config.cond_width
+        self.text_tokens = config.text_tokens
         self.words_in = nn.Embedding(len(config.vocabulary), width)
         self.places_in = nn.Embedding(config.text_tokens, width)
         self.prompt_in = two_layers(width, cond_width)

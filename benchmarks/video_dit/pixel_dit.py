@@ -32,6 +32,7 @@ class PixelDiT(nn.Module):
 
     config_type: ClassVar[Any]
     blocks: Sequence[nn.Module]
+    text_tokens: int = 0  # at the end of the sequence that attends
 
     def __init__(self, config: Any):
         super().__init__()

@@ -66,9 +66,16 @@ def test_forward_error_is_relative() -> None:
 def test_attention_is_answered_only_inside() -> None:
     q = torch.randn(1, 1, 5, 8)
     attention = torch.nn.functional.scaled_dot_product_attention
-    with attention_answered_by(lambda dense, q, k, v: 2 * dense(q, k, v)):
-        out = torch.nn.functional.scaled_dot_product_attention(q, q, q, scale=0.3)
-    torch.testing.assert_close(out, 2 * attention(q, q, q, scale=0.3))
+
+    def answer(dense, q, k, v):
+        return dense(q, k, v) + torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    with attention_answered_by(answer):
+        outs = [
+            torch.nn.functional.scaled_dot_product_attention(q, q, q, scale=0.3) for _ in range(2)
+        ]
+    for out in outs:
+        torch.testing.assert_close(out, attention(q, q, q, scale=0.3) + attention(q, q, q))
     assert torch.nn.functional.scaled_dot_product_attention is attention
 
 
