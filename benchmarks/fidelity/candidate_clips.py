@@ -98,17 +98,12 @@ class Method:
 
     def _attend(self, cases: list[Case], plan: AttentionPlan, layer: int, q: Tensor) -> Tensor:
         out = torch.empty_like(q)
-        flat = out.view(-1, *q.shape[2:]) if out.is_contiguous() else None
         for place, case in enumerate(cases):
             if layer in self.blocks:
                 found = attend(case.head, self.blocks[layer][place], case.first_order)
             else:
                 found = self.candidate(case, plan.density)
-            b, h = divmod(place, q.shape[1])
-            if flat is not None:
-                flat[place] = found.to(q.dtype)
-            else:
-                out[b, h] = found.to(q.dtype)
+            out[divmod(place, q.shape[1])] = found.to(q.dtype)
         return out
 
 
