@@ -25,7 +25,7 @@ from benchmarks.fidelity.frontier import derived, points_of
 from benchmarks.fidelity.grid import Cell, cells
 from benchmarks.fidelity.plots import write_frontier
 from benchmarks.fidelity.report import asked_table, cells_table
-from benchmarks.fidelity.scores import score_clips
+from benchmarks.fidelity.scores import interval, score_clips
 from benchmarks.fidelity.subject import Subject
 from benchmarks.fidelity.times import WAN, measure_times
 from benchmarks.provenance import provenance
@@ -123,9 +123,10 @@ class Run:
         began = time.perf_counter()
         subject = self.subject(cell.model)
         clips, reached = subject.sparse_clips(cell)
+        scores = score_clips(clips, subject.dense_clips)
         row = {
             "cell": asdict(cell),
-            **score_clips(clips, subject.dense_clips),
+            **scores,
             "attention_error": subject.attention_error(cell),
             "density_reached": reached,
         }
@@ -133,10 +134,9 @@ class Run:
         self.longest[kind] = max(seconds, self.longest.get(kind, 0.0))
         self.record.data["cells"].append(row)
         self._keep()
-        mean = sum(row["psnr"]) / len(row["psnr"])
         self.say(
             f"{cell.model:5} {cell.rule:11} d={cell.density:<5g} {cell.queries}/{cell.keys} "
-            f"warm-up {cell.warm_up:g}: {mean:.2f} dB, attention error "
+            f"warm-up {cell.warm_up:g}: {interval(scores['psnr'])} dB, attention error "
             f"{row['attention_error']:.3f} ({seconds:.1f} s)"
         )
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.fidelity.candidates import (
     Candidate,
     Case,
+    Features,
     Labels,
     by_spreads,
     cases_of,
@@ -60,7 +61,7 @@ class Method:
     """
 
     candidate: Candidate = first_order
-    features: Callable[[Recording], tuple[Tensor, Tensor]] = plain
+    features: Features = plain
     period: int = 1
     keeps_blocks: bool = False
     refresh: int | None = None

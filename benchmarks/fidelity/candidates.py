@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +368,9 @@ def with_coordinates(
     return features
 
 
+Features = Callable[[Recording], tuple[Tensor, Tensor]]
+
+
 def plain(call: Recording) -> tuple[Tensor, Tensor]:
     """Queries and keys themselves."""
     return call.q, call.k
@@ -387,11 +390,11 @@ def cases_of(call: Recording, labels: Labels, plan: AttentionPlan, text: int = 0
     """Every head of a call in float32 under labels, with centroids of its own tokens."""
     q, k, v = (x.float() for x in (call.q, call.k, call.v))
     video = q.shape[2] - text
-    clusters = [
+    queries, keys = (
         Clusters(label, *reference.cluster_means(x, label, count))
         for label, x, count in zip(labels, (q, k), plan.clusters(video, video), strict=True)
-    ]
-    return [Case(this) for _, this in head.heads_of(q, k, v, *clusters, q.shape[-1] ** -0.5)]
+    )
+    return [Case(this) for _, this in head.heads_of(q, k, v, queries, keys, q.shape[-1] ** -0.5)]
 
 
 def mean_error(cases: Sequence[Case], candidate: Candidate, density: float) -> float:
@@ -439,7 +442,7 @@ class Study:
             for case in cases_of(call, labels_of(plain(call), plan), plan)
         ]
         for name, candidate in BY_CASE.items():
-            self.keep(name, lambda d, c=candidate: mean_error(cases, c, d))
+            self.keep(name, partial(mean_error, cases, candidate))
         for share in (0.5, 0.8, 0.95):
 
             def pairs(density: float, share: float = share) -> float:
@@ -450,7 +453,7 @@ class Study:
 
     def clusters(self) -> None:
         """Other clusters under first-order compensation and under the paper's rule."""
-        variants = {
+        variants: dict[str, tuple[Features, AttentionPlan]] = {
             f"{q} queries, {k} keys a cluster": (plain, self.plan(q, k))
             for q in (64, 128, 256)
             for k in (64, 128)
@@ -468,7 +471,7 @@ class Study:
                 for call in self.calls[MIDDLE]
                 for case in cases_of(call, labels_of(features(call), plan), plan)
             ]
-            forms = {"first order": first_order, "paper": paper}
+            forms: dict[str, Candidate] = {"first order": first_order, "paper": paper}
             if features is logit_metric:
                 forms["spread routing, covariance rank 4"] = with_covariance(4, by_spreads)
             for form, candidate in forms.items():
@@ -484,7 +487,7 @@ class Study:
             now = self.calls[step]
             fresh = [cases_of(c, labels_of(plain(c), plan), plan) for c in now]
             kept = [cases_of(c, x, plan) for c, x in zip(now, labels, strict=True)]
-            for name, (aged, cases) in {
+            variants: dict[str, tuple[Aged, list[list[Case]]]] = {
                 "clustered anew": (lambda _, case, d: first_order(case, d), fresh),
                 "labels kept": (lambda _, case, d: first_order(case, d), kept),
                 "labels and blocks kept": (blocks_kept, kept),
@@ -494,10 +497,10 @@ class Study:
                 "the same, difference in float8 e4m3": (
                     difference_added(torch.float8_e4m3fn), kept,
                 ),
-            }.items():  # fmt: skip
+            }  # fmt: skip
+            for name, (aged, cases) in variants.items():
                 self.keep(
-                    f"step + {step - LAST_DENSE}: {name}",
-                    lambda d, f=aged, cases=cases: aged_error(old, cases, f, d),
+                    f"step + {step - LAST_DENSE}: {name}", partial(aged_error, old, cases, aged)
                 )
 
 

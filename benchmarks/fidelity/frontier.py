@@ -45,8 +45,8 @@ def points_of(record: dict[str, Any]) -> list[Point]:
     for row in record["cells"]:
         cell = Cell(**row["cell"])
         ms = times.get((cell.rule, cell.density, cell.queries, cell.keys), {})
-        scores = (tuple(row[name]) for name in ("psnr", "ssim", "flicker"))
-        found.append(Point(cell, *scores, row["attention_error"], ms))
+        psnr, ssim, flicker = (tuple(row[name]) for name in ("psnr", "ssim", "flicker"))
+        found.append(Point(cell, psnr, ssim, flicker, row["attention_error"], ms))
     return found
 
 

@@ -17,6 +17,11 @@ COARSE = (2 * QUERIES_PER_CLUSTER, KEYS_PER_CLUSTER)
 CLUSTERS = (FINE, COARSE)
 """Mean tokens of a query cluster and of a key cluster."""
 
+_OTHER_CLUSTERS = (
+    (QUERIES_PER_CLUSTER // 2, KEYS_PER_CLUSTER),
+    (QUERIES_PER_CLUSTER, 2 * KEYS_PER_CLUSTER),
+)
+
 IN_KERNELS = ("paper", "first_order")
 """Rules that the operator has: these can be timed."""
 
@@ -63,7 +68,7 @@ def cells(models: Iterable[str]) -> list[Cell]:
     """Every cell in the order of what it decides.
 
     First the paper's rule and first-order compensation; then densities around these, so that both
-    can be read at equal time; then how much density SVG2 needs, shorter warm-ups, other rules, and
+    can be read at equal time, and other clusters; then how much density SVG2 needs, shorter warm-ups, other rules, and
     coarser clusters for those.
     """
     models = list(models)
@@ -84,6 +89,7 @@ def cells(models: Iterable[str]) -> list[Cell]:
     ordered = [
         *made(IN_KERNELS, DENSITIES, CLUSTERS),
         *made(IN_KERNELS, _OUTER, CLUSTERS),
+        *made(["first_order"], DENSITIES, _OTHER_CLUSTERS),
         *made(["svg2"], _SVG2, [FINE]),
         *made(["uniform"], DENSITIES, [FINE]),
         *made(IN_KERNELS, DENSITIES, [FINE], WARM_UPS[1]),

@@ -156,17 +156,17 @@ def attend_by_head(
     q: Tensor, k: Tensor, v: Tensor, by_head: ByHead, plan: AttentionPlan, text: int, memory: Memory
 ) -> Tensor:
     """`attention` by a rule in plain PyTorch, in float32 where the inputs are narrower."""
-    wide = [x if x.dtype == torch.float64 else x.float() for x in (q, k, v)]
+    wide_q, wide_k, wide_v = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
     video = q.shape[2] - text
     q_clusters, k_clusters = plan.clusters(video, video)
     batch, heads, _, dim = q.shape
     warm = memory.warm_start(
         (batch, heads, q_clusters, dim), (batch, heads, k_clusters, dim), q.device
     )
-    queries, keys = reference.cluster(wide[0], wide[1], plan, None, (0, text), warm)
+    queries, keys = reference.cluster(wide_q, wide_k, plan, None, (0, text), warm)
     out = torch.empty_like(q)
     pairs = torch.zeros((), dtype=torch.float64, device=q.device)
-    for place, this in heads_of(*wide, queries, keys, dim**-0.5):
+    for place, this in heads_of(wide_q, wide_k, wide_v, queries, keys, dim**-0.5):
         result, exact = by_head(this, plan.density)
         out[place] = result.to(out.dtype)
         pairs += ((exact * this.k_sizes).sum(-1) * this.q_sizes).sum()

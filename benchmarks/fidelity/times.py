@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.attention.inputs import Inputs
@@ -36,33 +37,41 @@ def measure_times(
     """
     tokens = inputs.q.shape[2] - inputs.text
     plans = list(dict.fromkeys((c.rule, c.density, c.queries, c.keys) for c in wanted))
-    rows = []
-    counts: dict[str, tuple[int, int]] = {}
-    for _, _, queries, keys in plans:
-        counts[f"{math.ceil(tokens / queries)}/{math.ceil(tokens / keys)}"] = (queries, keys)
-    forms = {RULES[rule].compensation: rule for rule, *_ in plans if RULES[rule].compensation}
-    densities = sorted({d for rule, d, *_ in plans if RULES[rule].compensation})
-    measured = measure_shape(
-        inputs, densities, [str(form) for form in forms], list(counts), _REPEATS, False, say
-    )
-    dense_ms = {}
-    for row in measured:
-        dense_ms = {"dense_ms": statistics.median(row["dense_samples_ms"][row["dense_backend"]])}
-        queries, keys = counts[row["clusters"]]
-        samples = row.get("samples_ms")
-        rows.append(
-            {
-                "shape": inputs.name, "rule": forms[row["form"]], "density": row["density"],
-                "queries": queries, "keys": keys,
-                "ms": None if samples is None else statistics.median(samples),
-                "samples_ms": samples, "gate": row["gate"],
-            }
-        )  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    dense_ms: dict[str, float] = {}
+    # Clusters with the same rules and densities share one call, and so its dense baseline.
+    wishes: dict[tuple[int, int], set[tuple[str, float]]] = {}
+    for rule, density, queries, keys in plans:
+        if RULES[rule].compensation is not None:
+            wishes.setdefault((queries, keys), set()).add((rule, density))
+    groups: dict[frozenset[tuple[str, float]], list[tuple[int, int]]] = {}
+    for clusters, wish in wishes.items():
+        groups.setdefault(frozenset(wish), []).append(clusters)
+    for wish, clusters_of in groups.items():
+        forms = {str(RULES[rule].compensation): rule for rule, _ in sorted(wish)}
+        counts = {
+            f"{math.ceil(tokens / q)}/{math.ceil(tokens / k)}": (q, k) for q, k in clusters_of
+        }
+        for row in measure_shape(
+            inputs, sorted({d for _, d in wish}), list(forms), list(counts), _REPEATS, False, say
+        ):
+            dense = row["dense_samples_ms"][row["dense_backend"]]
+            dense_ms = {"dense_ms": statistics.median(dense)}
+            queries, keys = counts[row["clusters"]]
+            samples = row.get("samples_ms")
+            rows.append(
+                {
+                    "shape": inputs.name, "rule": forms[row["form"]], "density": row["density"],
+                    "queries": queries, "keys": keys,
+                    "ms": None if samples is None else statistics.median(samples),
+                    "samples_ms": samples, "gate": row["gate"],
+                }
+            )  # fmt: skip
     for rule, density, queries, keys in plans:
         if rule != "uniform":
             continue
         samples = time_ms(
-            lambda d=density: uniform_attention(inputs.q, inputs.k, inputs.v, d, inputs.text),
+            partial(uniform_attention, inputs.q, inputs.k, inputs.v, density, inputs.text),
             _REPEATS,
             inputs.q.is_cuda,
         )

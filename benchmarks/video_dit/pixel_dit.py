@@ -7,7 +7,6 @@ denoising generative models denoise", arXiv 2511.13720).
 
 import json
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +30,7 @@ class PixelDiT(nn.Module):
     """
 
     config_type: ClassVar[Any]
-    blocks: Sequence[nn.Module]
+    blocks: Any  # a ModuleList, or a list over several
     text_tokens: int = 0  # at the end of the sequence that attends
 
     def __init__(self, config: Any):
