@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from svg_ear_compile.kernels.plan import KEYS_PER_CLUSTER, QUERIES_PER_CLUSTER, AttentionPlan
@@ -53,7 +53,12 @@ class Cell:
     @property
     def is_decisive(self) -> bool:
         """True for the cells that say whether first-order compensation is worth it."""
-        return self.rule in IN_KERNELS and self.density in DENSITIES and self.warm_up == WARM_UPS[0]
+        return (
+            self.rule in IN_KERNELS
+            and self.density in DENSITIES
+            and (self.queries, self.keys) in CLUSTERS
+            and self.warm_up == WARM_UPS[0]
+        )
 
     def plan(self, tokens: int) -> AttentionPlan:
         """The plan of this point for that many video tokens."""
@@ -64,23 +69,21 @@ class Cell:
         )
 
 
-def cells(models: Iterable[str]) -> list[Cell]:
+def cells(models: Sequence[str]) -> list[Cell]:
     """Every cell in the order of what it decides.
 
     First the paper's rule and first-order compensation; then densities around these, so that both
-    can be read at equal time, and other clusters; then how much density SVG2 needs, shorter warm-ups, other rules, and
-    coarser clusters for those.
+    can be read at equal time, and other clusters; then how much density SVG2 needs, shorter
+    warm-ups, other rules, and coarser clusters for those.
     """
-    models = list(models)
 
     def made(
-        rules: Iterable[str], densities: Iterable[float], clusters: Iterable[tuple[int, int]],
-        warm_up: float = WARM_UPS[0], of: Iterable[str] = models,
+        rules: Sequence[str], densities: Sequence[float], clusters: Sequence[tuple[int, int]],
+        warm_up: float = WARM_UPS[0],
     ) -> list[Cell]:  # fmt: skip
-        rules, densities, clusters = tuple(rules), tuple(densities), tuple(clusters)
         return [
             Cell(model, rule, density, *counts, warm_up)
-            for model in of
+            for model in models
             for counts in clusters
             for density in densities
             for rule in rules
