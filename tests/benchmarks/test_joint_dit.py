@@ -71,6 +71,15 @@ def test_full_size(tmp_path: Path) -> None:
     assert torch.equal(loaded.words_in.weight, model.words_in.weight.bfloat16().float())
 
 
+def test_committed_weights_are_of_the_models_as_they_are() -> None:
+    trained = {name: model for name, model in MODELS.items() if model.weights.exists()}
+    assert "self" in trained
+    for model in trained.values():
+        loaded = model.load(device="cpu", dtype=torch.float32)
+        assert loaded.config == model.config
+        assert (model.weights / "weights.safetensors").stat().st_size < 15e6
+
+
 def test_the_backend_takes_it_for_joint_and_keeps_its_text_exact(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
