@@ -290,10 +290,39 @@ def with_covariance(rank: int | None, route: Routing = Case.by_error) -> Candida
         if rank is not None:
             directions = principal_directions(query_covariance(case), rank)
             matrix = matrix @ directions @ directions.transpose(1, 2)
-        rows = head.members(this.q_labels, this.q_sizes)
-        moves = case.away[rows.index] @ matrix.transpose(1, 2)  # [Qc, M, D]
-        out[rows.index[rows.inside]] += moves[rows.inside]
-        return out
+        return add_moves(case, out, matrix)
+
+    return candidate
+
+
+def add_moves(case: Case, out: Tensor, matrix: Tensor) -> Tensor:
+    """``out + T_i (q - q_i)`` with T (Qc, D, D), values by keys."""
+    rows = head.members(case.head.q_labels, case.head.q_sizes)
+    moves = case.away[rows.index] @ matrix.transpose(1, 2)  # [Qc, M, D]
+    out[rows.index[rows.inside]] += moves[rows.inside]
+    return out
+
+
+def with_shared_covariance(rule: Routing = Case.by_error) -> Candidate:
+    """As `with_covariance` whole, with ``Cov_j(v, k)`` of a key cluster's tokens for every row.
+
+    ``T_i = s sum_j p_ij Cov_j``, skipped blocks only: a (Qc, Kc) by (Kc, D D) product, and no pass
+    over the keys beyond that of the clusters' means.
+    """
+
+    def candidate(case: Case, density: float) -> Tensor:
+        this = case.head
+        exact = rule(case, density)
+        keys = head.members(this.k_labels, this.k_sizes)
+        sizes = this.k_sizes.clamp(min=1)[:, None, None]
+        away = [
+            (x - x.sum(1, keepdim=True) / sizes) * keys.inside[..., None]
+            for x in (of[keys.index] * keys.inside[..., None] for of in (this.v, this.k))
+        ]  # [Kc, M, D] each
+        shared = away[0].transpose(1, 2) @ away[1] / sizes
+        mass = case.mass.masked_fill(exact, 0.0)
+        matrix = this.scale * (mass @ shared.flatten(1)).unflatten(1, shared.shape[1:])
+        return add_moves(case, head.attend(this, exact, case.first_order), matrix)
 
     return candidate
 
@@ -317,6 +346,7 @@ BY_CASE: dict[str, Candidate] = {
     "covariance per query cluster, rank 4": with_covariance(4),
     "covariance per query cluster, rank 16": with_covariance(16),
     "spread routing, covariance rank 4": with_covariance(4, by_spreads),
+    "covariance of key clusters, shared": with_shared_covariance(),
 }
 """Candidates that keep the clusters."""
 
