@@ -21,22 +21,22 @@ import torch
 from torch import Tensor
 
 from benchmarks.fidelity.candidates import (
-    Candidate,
     Case,
     Features,
+    Form,
     Labels,
+    Routing,
     by_spreads,
     cases_of,
+    centroids,
     first_order,
     labels_of,
     logit_metric,
-    paper,
     plain,
-    routed,
     with_covariance,
+    with_shared_covariance,
 )
 from benchmarks.fidelity.grid import WARM_UPS
-from benchmarks.fidelity.head import attend
 from benchmarks.fidelity.scores import interval, score_clips
 from benchmarks.fidelity.subject import Subject
 from benchmarks.provenance import provenance
@@ -52,7 +52,8 @@ class Method:
     """One way to generate, with what it remembers of every layer.
 
     Attributes:
-        candidate: how a call attends.
+        form: what skipped blocks do.
+        route: which blocks are exact.
         features: of the clusters.
         period: clusters (and what `keeps_blocks` says) are made anew every so many steps.
         keeps_blocks: exact blocks are those of the step that clustered.
@@ -60,7 +61,8 @@ class Method:
         adds_difference: what the blocks lost at the last dense step is added.
     """
 
-    candidate: Candidate = first_order
+    form: Form = first_order
+    route: Routing = Case.by_error
     features: Features = plain
     period: int = 1
     keeps_blocks: bool = False
@@ -85,7 +87,7 @@ class Method:
             if self.adds_difference and not self.is_dense(age + 1):
                 self.labels[layer] = labels_of(self.features(call), plan, text)
                 cases = cases_of(call, self.labels[layer], plan, text)
-                self.blocks[layer] = [case.by_error(plan.density) for case in cases]
+                self.blocks[layer] = [self.route(case, plan.density) for case in cases]
                 self.lost[layer] = out - self._attend(cases, plan, layer, call.q)
             return out
         if not self.adds_difference and (age - 1) % self.period == 0:
@@ -93,31 +95,33 @@ class Method:
             self.blocks.pop(layer, None)
         cases = cases_of(call, self.labels[layer], plan, text)
         if self.keeps_blocks and layer not in self.blocks:
-            self.blocks[layer] = [case.by_error(plan.density) for case in cases]
+            self.blocks[layer] = [self.route(case, plan.density) for case in cases]
         out = self._attend(cases, plan, layer, call.q)
         return out + self.lost[layer] if self.adds_difference else out
 
     def _attend(self, cases: list[Case], plan: AttentionPlan, layer: int, q: Tensor) -> Tensor:
         out = torch.empty_like(q)
         for place, case in enumerate(cases):
-            if layer in self.blocks:
-                found = attend(case.head, self.blocks[layer][place], case.first_order)
-            else:
-                found = self.candidate(case, plan.density)
+            exact = (
+                self.blocks[layer][place]
+                if layer in self.blocks
+                else self.route(case, plan.density)
+            )
+            found = self.form(case, exact)
             out[divmod(place, q.shape[1])] = found.to(q.dtype)
         return out
 
 
+_SHARED = with_shared_covariance()
+
 METHODS: dict[str, tuple[float, Callable[[], Method]]] = {
-    "paper": (0.1, lambda: Method(paper)),
     "first order": (0.1, Method),
-    "routing: spread of values x keys": (0.1, lambda: Method(routed(by_spreads))),
-    "covariance rank 4": (0.1, lambda: Method(with_covariance(4))),
-    "spread routing, covariance rank 4": (0.1, lambda: Method(with_covariance(4, by_spreads))),
+    "paper": (0.1, lambda: Method(centroids)),
+    "shared covariance": (0.1, lambda: Method(_SHARED)),
+    "covariance": (0.1, lambda: Method(with_covariance(None))),
+    "routing: spread of values x keys": (0.1, lambda: Method(route=by_spreads)),
     "clusters in the metric of logits": (0.1, lambda: Method(features=logit_metric)),
-    "metric, spread routing, covariance rank 4": (
-        0.1, lambda: Method(with_covariance(4, by_spreads), logit_metric),
-    ),
+    "shared covariance, metric of logits": (0.1, lambda: Method(_SHARED, features=logit_metric)),
     "labels kept for 3 steps": (0.1, lambda: Method(period=3)),
     "labels and blocks kept for 3 steps": (0.1, lambda: Method(period=3, keeps_blocks=True)),
     "difference to dense added": (0.1, lambda: Method(adds_difference=True)),
@@ -129,7 +133,13 @@ METHODS: dict[str, tuple[float, Callable[[], Method]]] = {
         0.1, lambda: Method(refresh=8, adds_difference=True),
     ),
     "the same at density 0.05": (0.05, lambda: Method(refresh=8, adds_difference=True)),
+    "the same at density 0.05, shared covariance": (
+        0.05, lambda: Method(_SHARED, refresh=8, adds_difference=True),
+    ),
+    "first order at density 0.05": (0.05, Method),
+    "shared covariance at density 0.05": (0.05, lambda: Method(_SHARED)),
     "first order at density 0.2": (0.2, Method),
+    "shared covariance at density 0.2": (0.2, lambda: Method(_SHARED)),
     "first order at density 0.3": (0.3, Method),
 }  # fmt: skip
 """By name: density, and how a fresh one is made."""
@@ -190,9 +200,12 @@ def main() -> None:
         record["rows"].append(row)
         record["seconds"] = time.perf_counter() - began
         (given.out / "candidate_clips.json").write_text(json.dumps(record, indent=1) + "\n")
+        base = record["rows"][0]
+        gains = [a - b for a, b in zip(found["psnr"], base["psnr"], strict=True)]
         print(
             f"{name}, density {density:g}, {dense:.0%} of the later steps dense: "
-            f"{interval(found['psnr'])} dB ({time.perf_counter() - started:.0f} s)",
+            f"{interval(found['psnr'])} dB, {interval(gains)} over {base['method']} "
+            f"({time.perf_counter() - started:.0f} s)",
             flush=True,
         )
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -90,40 +90,52 @@ class Case:
         return sums[:, :clusters]
 
 
-Candidate = Callable[[Case, float], Tensor]
-
-
 def variance(case: Case, of: Tensor, mean: Tensor) -> Tensor:
     """Trace of the covariance of `of` (N, D) in every block at the query centroid, (Qc, Kc)."""
     square = case.over_blocks(case.weights * of.square().sum(-1)) / case.mass.clamp(min=1e-30)
     return (square - mean.square().sum(-1)).clamp(min=0)
 
 
-# Rules as they are.
+Routing = Callable[[Case, float], Tensor]
+"""Of a case and a density: exact blocks (Qc, Kc)."""
+
+Form = Callable[[Case, Tensor], Tensor]
+"""Of a case and its exact blocks: the output (N, D)."""
 
 
-def paper(case: Case, density: float) -> Tensor:
-    """The paper's rule."""
-    return head.attend(case.head, case.by_error(density), head.centroid_stand_ins(case.head))
+@dataclass(frozen=True)
+class Candidate:
+    """A routing and what the skipped blocks do."""
+
+    form: Form
+    route: Routing = Case.by_error
+
+    def __call__(self, case: Case, density: float) -> Tensor:
+        """The output (N, D) at a density."""
+        return self.form(case, self.route(case, density))
 
 
-def values_only(case: Case, density: float) -> Tensor:
+# Forms as they are.
+
+
+def centroids(case: Case, exact: Tensor) -> Tensor:
+    """The paper's."""
+    return head.attend(case.head, exact, head.centroid_stand_ins(case.head))
+
+
+def values_only(case: Case, exact: Tensor) -> Tensor:
     """Posterior values, the centroid's logit."""
     centroid = head.centroid_stand_ins(case.head)
     stand_ins = StandIns(centroid.key, case.blocks.mean_value, centroid.bias)
-    return head.attend(case.head, case.by_error(density), stand_ins)
+    return head.attend(case.head, exact, stand_ins)
 
 
-def first_order(case: Case, density: float) -> Tensor:
-    """First-order compensation, the paper's routing."""
-    return head.attend(case.head, case.by_error(density), case.first_order)
+def first_order(case: Case, exact: Tensor) -> Tensor:
+    """First-order compensation."""
+    return head.attend(case.head, exact, case.first_order)
 
 
 # Routing.
-
-
-Routing = Callable[[Case, float], Tensor]
-"""Of a case and a density: exact blocks (Qc, Kc)."""
 
 
 def by_estimate(case: Case, log_error: Tensor, density: float) -> Tensor:
@@ -217,39 +229,29 @@ def with_own_block(case: Case, density: float) -> Tensor:
     return head.choose(this, score, density)
 
 
-def routed(route: Routing) -> Candidate:
-    """First-order compensation of other blocks."""
-
-    def candidate(case: Case, density: float) -> Tensor:
-        return head.attend(case.head, route(case, density), case.first_order)
-
-    return candidate
+# Other forms.
 
 
-# Stand-ins.
-
-
-def rounded(dtype: torch.dtype) -> Candidate:
+def rounded(dtype: torch.dtype) -> Form:
     """Tables of keys and values in a narrower type; the bias keeps its own."""
 
-    def candidate(case: Case, density: float) -> Tensor:
+    def form(case: Case, exact: Tensor) -> Tensor:
         whole = case.first_order
         key, value = (t.to(dtype).to(t.dtype) for t in (whole.key, whole.value))
         own = case.head.scale * torch.einsum("id,ijd->ij", case.head.q_centroids, key)
         stand_ins = StandIns(key, value, case.blocks.log_mass - own)
-        return head.attend(case.head, case.by_error(density), stand_ins)
+        return head.attend(case.head, exact, stand_ins)
 
-    return candidate
+    return form
 
 
-def tables_for(share: float) -> Candidate:
+def tables_for(share: float) -> Form:
     """First order for the pairs that hold a share of each row's skipped mass, centroids for others.
 
     The fewest pairs of the row, by mass.
     """
 
-    def candidate(case: Case, density: float) -> Tensor:
-        exact = case.by_error(density)
+    def form(case: Case, exact: Tensor) -> Tensor:
         chosen = pairs_with_mass(case, exact, share)
         centroid, whole = head.centroid_stand_ins(case.head), case.first_order
         stand_ins = StandIns(
@@ -259,7 +261,7 @@ def tables_for(share: float) -> Candidate:
         )
         return head.attend(case.head, exact, stand_ins)
 
-    return candidate
+    return form
 
 
 def pairs_with_mass(case: Case, exact: Tensor, share: float) -> Tensor:
@@ -268,7 +270,7 @@ def pairs_with_mass(case: Case, exact: Tensor, share: float) -> Tensor:
     return reference.take_until(skipped, skipped, share * skipped.sum(-1)) & ~exact
 
 
-def with_covariance(rank: int | None, route: Routing = Case.by_error) -> Candidate:
+def with_covariance(rank: int | None) -> Form:
     """First order plus ``T_i (q - q_i)``.
 
     ``T_i = s sum_j p_ij Cov_ij(v, k)`` over the skipped blocks of the row: one D x D matrix for a
@@ -277,9 +279,8 @@ def with_covariance(rank: int | None, route: Routing = Case.by_error) -> Candida
     is a table of (rank, D), and each direction costs one more pass of the probe over the values.
     """
 
-    def candidate(case: Case, density: float) -> Tensor:
+    def form(case: Case, exact: Tensor) -> Tensor:
         this, blocks = case.head, case.blocks
-        exact = route(case, density)
         out = head.attend(this, exact, case.first_order)
         taken = torch.nn.functional.pad(exact, (0, 1), value=True)[:, this.k_labels]
         weight = case.weights.masked_fill(taken, 0.0)  # [Qc, N]
@@ -292,7 +293,7 @@ def with_covariance(rank: int | None, route: Routing = Case.by_error) -> Candida
             matrix = matrix @ directions @ directions.transpose(1, 2)
         return add_moves(case, out, matrix)
 
-    return candidate
+    return form
 
 
 def add_moves(case: Case, out: Tensor, matrix: Tensor) -> Tensor:
@@ -303,50 +304,69 @@ def add_moves(case: Case, out: Tensor, matrix: Tensor) -> Tensor:
     return out
 
 
-def with_shared_covariance(rule: Routing = Case.by_error) -> Candidate:
+def with_shared_covariance(
+    mass: Literal["first order", "isotropic", "diagonal"] = "first order",
+) -> Form:
     """As `with_covariance` whole, with ``Cov_j(v, k)`` of a key cluster's tokens for every row.
 
     ``T_i = s sum_j p_ij Cov_j``, skipped blocks only: a (Qc, Kc) by (Kc, D D) product, and no pass
-    over the keys beyond that of the clusters' means.
+    over the keys beyond that of the clusters' means. The mass of a block can be taken on by
+    ``s^2/2 (q - q_i)' Cov_j(k, k) (q - q_i)``, with a diagonal covariance (D more products for each
+    stand-in) or one number times the identity (one more).
     """
 
-    def candidate(case: Case, density: float) -> Tensor:
-        this = case.head
-        exact = rule(case, density)
+    def form(case: Case, exact: Tensor) -> Tensor:
+        this, whole = case.head, case.first_order
         keys = head.members(this.k_labels, this.k_sizes)
         sizes = this.k_sizes.clamp(min=1)[:, None, None]
-        away = [
-            (x - x.sum(1, keepdim=True) / sizes) * keys.inside[..., None]
-            for x in (of[keys.index] * keys.inside[..., None] for of in (this.v, this.k))
-        ]  # [Kc, M, D] each
-        shared = away[0].transpose(1, 2) @ away[1] / sizes
-        mass = case.mass.masked_fill(exact, 0.0)
-        matrix = this.scale * (mass @ shared.flatten(1)).unflatten(1, shared.shape[1:])
-        return add_moves(case, head.attend(this, exact, case.first_order), matrix)
+        inside = keys.inside[..., None]
+        v, k = (x[keys.index] * inside for x in (this.v, this.k))  # [Kc, M, D]
+        v, k = ((x - x.sum(1, keepdim=True) / sizes) * inside for x in (v, k))
+        shared = v.transpose(1, 2) @ k / sizes
+        weight = case.mass.masked_fill(exact, 0.0)
+        matrix = this.scale * (weight @ shared.flatten(1)).unflatten(1, shared.shape[1:])
+        if mass != "first order":
+            spread = 0.5 * this.scale * k.square().sum(1) / sizes[..., 0]  # [Kc, D]
+            square = case.away.square()
+            if mass == "isotropic":
+                spread = spread.mean(-1, keepdim=True)
+                square = square.sum(-1, keepdim=True)
+            # More features of queries and stand-ins; exact keys have none of them.
+            this = replace(
+                this,
+                q=torch.cat([this.q, square], -1),
+                k=torch.nn.functional.pad(this.k, (0, spread.shape[-1])),
+                k_centroids=torch.nn.functional.pad(this.k_centroids, (0, spread.shape[-1])),
+            )
+            more = spread.expand(len(whole.key), -1, -1)
+            whole = replace(whole, key=torch.cat([whole.key, more], -1))
+        return add_moves(case, head.attend(this, exact, whole), matrix)
 
-    return candidate
+    return form
 
 
 BY_CASE: dict[str, Candidate] = {
-    "paper": paper,
-    "values only": values_only,
-    "first order": first_order,
-    "routing: spread of values x keys": routed(by_spreads),
-    "routing: covariance of values and keys": routed(by_covariance),
-    "routing: true error (oracle)": routed(by_true_error),
-    "routing: rho over all rows": routed(over_rows),
-    "routing: own tokens always exact": routed(with_own_block),
-    "tables in bfloat16": rounded(torch.bfloat16),
-    "tables in float8 e4m3": rounded(torch.float8_e4m3fn),
-    "tables for 50 % of skipped mass": tables_for(0.5),
-    "tables for 80 % of skipped mass": tables_for(0.8),
-    "tables for 95 % of skipped mass": tables_for(0.95),
-    "covariance per query cluster": with_covariance(None),
-    "covariance per query cluster, rank 1": with_covariance(1),
-    "covariance per query cluster, rank 4": with_covariance(4),
-    "covariance per query cluster, rank 16": with_covariance(16),
-    "spread routing, covariance rank 4": with_covariance(4, by_spreads),
-    "covariance of key clusters, shared": with_shared_covariance(),
+    "paper": Candidate(centroids),
+    "values only": Candidate(values_only),
+    "first order": Candidate(first_order),
+    "routing: spread of values x keys": Candidate(first_order, by_spreads),
+    "routing: covariance of values and keys": Candidate(first_order, by_covariance),
+    "routing: true error (oracle)": Candidate(first_order, by_true_error),
+    "routing: rho over all rows": Candidate(first_order, over_rows),
+    "routing: own tokens always exact": Candidate(first_order, with_own_block),
+    "tables in bfloat16": Candidate(rounded(torch.bfloat16)),
+    "tables in float8 e4m3": Candidate(rounded(torch.float8_e4m3fn)),
+    "tables for 50 % of skipped mass": Candidate(tables_for(0.5)),
+    "tables for 80 % of skipped mass": Candidate(tables_for(0.8)),
+    "tables for 95 % of skipped mass": Candidate(tables_for(0.95)),
+    "covariance": Candidate(with_covariance(None)),
+    "covariance, rank 1": Candidate(with_covariance(1)),
+    "covariance, rank 4": Candidate(with_covariance(4)),
+    "covariance, rank 16": Candidate(with_covariance(16)),
+    "shared covariance": Candidate(with_shared_covariance()),
+    "shared covariance, isotropic mass": Candidate(with_shared_covariance("isotropic")),
+    "shared covariance, diagonal mass": Candidate(with_shared_covariance("diagonal")),
+    "shared covariance, spread routing": Candidate(with_shared_covariance(), by_spreads),
 }
 """Candidates that keep the clusters."""
 
@@ -482,7 +502,7 @@ class Study:
             self.keep(f"share of pairs that holds {share:.0%} of skipped mass", pairs)
 
     def clusters(self) -> None:
-        """Other clusters under first-order compensation and under the paper's rule."""
+        """Other clusters under three forms."""
         variants: dict[str, tuple[Features, AttentionPlan]] = {
             f"{q} queries, {k} keys a cluster": (plain, self.plan(q, k))
             for q in (64, 128, 256)
@@ -501,11 +521,8 @@ class Study:
                 for call in self.calls[MIDDLE]
                 for case in cases_of(call, labels_of(features(call), plan), plan)
             ]
-            forms: dict[str, Candidate] = {"first order": first_order, "paper": paper}
-            if features is logit_metric:
-                forms["spread routing, covariance rank 4"] = with_covariance(4, by_spreads)
-            for form, candidate in forms.items():
-                self.keep(f"{name}: {form}", lambda d, c=cases, f=candidate: mean_error(c, f, d))
+            for form in ("paper", "first order", "shared covariance"):
+                self.keep(f"{name}: {form}", partial(mean_error, cases, BY_CASE[form]))
 
     def time(self) -> None:
         """What the last dense step leaves: labels, blocks, tables, and the difference to dense."""
@@ -518,12 +535,15 @@ class Study:
             fresh = [cases_of(c, labels_of(plain(c), plan), plan) for c in now]
             kept = [cases_of(c, x, plan) for c, x in zip(now, labels, strict=True)]
             variants: dict[str, tuple[Aged, list[list[Case]]]] = {
-                "clustered anew": (lambda _, case, d: first_order(case, d), fresh),
-                "labels kept": (lambda _, case, d: first_order(case, d), kept),
+                "clustered anew": (lambda _, case, d: BY_CASE["first order"](case, d), fresh),
+                "labels kept": (lambda _, case, d: BY_CASE["first order"](case, d), kept),
                 "labels and blocks kept": (blocks_kept, kept),
                 "labels, blocks and tables kept": (tables_kept, kept),
                 "old dense output": (lambda old, _case, _density: old.dense, kept),
                 "blocks kept, difference to dense added": (difference_added(), kept),
+                "the same, shared covariance": (
+                    difference_added(form=with_shared_covariance()), kept,
+                ),
                 "the same, difference in float8 e4m3": (
                     difference_added(torch.float8_e4m3fn), kept,
                 ),
@@ -540,7 +560,7 @@ Aged = Callable[[Case, Case, float], Tensor]
 
 def blocks_kept(old: Case, case: Case, density: float) -> Tensor:
     """The blocks of the last dense step, fresh tables."""
-    return head.attend(case.head, old.by_error(density), case.first_order)
+    return first_order(case, old.by_error(density))
 
 
 def tables_kept(old: Case, case: Case, density: float) -> Tensor:
@@ -548,16 +568,16 @@ def tables_kept(old: Case, case: Case, density: float) -> Tensor:
     return head.attend(case.head, old.by_error(density), old.first_order)
 
 
-def difference_added(dtype: torch.dtype | None = None) -> Aged:
+def difference_added(dtype: torch.dtype | None = None, form: Form = first_order) -> Aged:
     """What the same blocks lost at the last dense step is added, kept in `dtype`."""
 
     def aged(old: Case, case: Case, density: float) -> Tensor:
         exact = old.by_error(density)
-        lost = old.dense - head.attend(old.head, exact, old.first_order)
+        lost = old.dense - form(old, exact)
         if dtype is not None:
             unit = lost.abs().amax() / torch.finfo(dtype).max
             lost = (lost / unit).to(dtype).to(lost.dtype) * unit
-        return head.attend(case.head, exact, case.first_order) + lost
+        return form(case, exact) + lost
 
     return aged
 

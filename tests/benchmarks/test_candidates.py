@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,13 @@ from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 GRID = (3, 5, 7)
+FORMS_WITH_COVARIANCE = (
+    candidates.with_covariance(None),
+    candidates.with_shared_covariance(),
+    candidates.with_shared_covariance("isotropic"),
+    candidates.with_shared_covariance("diagonal"),
+)
+FIRST_ORDER = candidates.BY_CASE["first order"]
 PLAN = AttentionPlan(density=0.2, q_clusters=4, k_clusters=9)
 
 
@@ -34,7 +42,7 @@ def cases(call: Recording, text: int = 0) -> list[Case]:
 
 
 @pytest.mark.parametrize("text", [0, 6])
-@pytest.mark.parametrize("form", ["first_order", "paper"])
+@pytest.mark.parametrize("form", ["first order", "paper"])
 def test_a_case_is_the_definition(form: str, text: int) -> None:
     call = call_of(10)
     plan = AttentionPlan(
@@ -42,18 +50,18 @@ def test_a_case_is_the_definition(form: str, text: int) -> None:
     )
     wanted = reference.sparse_attention(call.q, call.k, call.v, plan, text=(0, text)).out
     for case, out in zip(cases(call, text), wanted[0], strict=True):
-        found = getattr(candidates, form)(case, 0.2)
+        found = candidates.BY_CASE[form](case, 0.2)
         torch.testing.assert_close(found, out, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("text", [0, 6])
 def test_every_candidate_keeps_the_area_and_stays_close(text: int) -> None:
     for case in cases(call_of(10), text):
-        plain = relative_error(candidates.first_order(case, 0.2), case.dense)
-        dropped = relative_error(candidates.paper(case, 0.0), case.dense)
+        plain = relative_error(FIRST_ORDER(case, 0.2), case.dense)
+        dropped = relative_error(candidates.BY_CASE["paper"](case, 0.0), case.dense)
         for name, candidate in candidates.BY_CASE.items():
             assert relative_error(candidate(case, 0.2), case.dense) < dropped, name
-        oracle = candidates.routed(candidates.by_true_error)(case, 0.2)
+        oracle = candidates.BY_CASE["routing: true error (oracle)"](case, 0.2)
         assert relative_error(oracle, case.dense) < plain
         for route in (candidates.by_spreads, candidates.by_covariance, candidates.with_own_block):
             area = (route(case, 0.2) * case.head.k_sizes).sum(-1)
@@ -64,13 +72,36 @@ def test_every_candidate_keeps_the_area_and_stays_close(text: int) -> None:
 
 def test_the_covariance_of_full_rank_is_the_whole_one_and_helps() -> None:
     for case in cases(call_of(10)):
-        whole = candidates.with_covariance(None)(case, 0.1)
-        full = candidates.with_covariance(16)(case, 0.1)
+        exact = case.by_error(0.1)
+        whole = candidates.with_covariance(None)(case, exact)
+        full = candidates.with_covariance(16)(case, exact)
         torch.testing.assert_close(full, whole, rtol=1e-3, atol=1e-4)
-        errors = [
-            relative_error(out, case.dense) for out in (whole, candidates.first_order(case, 0.1))
-        ]
+        errors = [relative_error(out, case.dense) for out in (whole, FIRST_ORDER(case, 0.1))]
         assert errors[0] < errors[1]
+
+
+def test_shared_covariance_is_the_whole_one_where_weights_within_blocks_are_equal() -> None:
+    call = call_of(10)
+    flat = replace(call, q=1e-3 * call.q)  # logits near zero: a block's tokens weigh the same
+    for case in cases(flat):
+        exact = case.by_error(0.1)
+        outs = [form(case, exact) for form in FORMS_WITH_COVARIANCE]
+        plain = candidates.first_order(case, exact)
+        moved = (outs[0] - plain).norm()
+        assert moved > 0
+        for out in outs[1:]:
+            assert (out - outs[0]).norm() < 0.02 * moved
+
+
+def test_the_mass_term_is_half_the_variance_of_the_logits() -> None:
+    """One block, far from the rest: log-sum-exp grows by the variance along the query."""
+    for case in cases(call_of(10)):
+        none = torch.zeros(4, 9, dtype=torch.bool)
+        errors = {
+            mass: relative_error(candidates.with_shared_covariance(mass)(case, none), case.dense)
+            for mass in ("first order", "diagonal")
+        }
+        assert errors["diagonal"] < errors["first order"]
 
 
 def test_pairs_of_the_whole_mass_are_all_skipped_ones() -> None:
@@ -87,7 +118,7 @@ def test_pairs_of_the_whole_mass_are_all_skipped_ones() -> None:
 def test_what_is_kept_from_a_step_like_this_one() -> None:
     old = cases(call_of(4))
     for case in old:
-        fresh = candidates.first_order(case, 0.2)
+        fresh = FIRST_ORDER(case, 0.2)
         for aged in (candidates.blocks_kept, candidates.tables_kept):
             torch.testing.assert_close(aged(case, case, 0.2), fresh)
         torch.testing.assert_close(candidates.difference_added()(case, case, 0.2), case.dense)
@@ -150,8 +181,6 @@ def test_methods_over_steps(text: int) -> None:
 def test_the_script_writes_a_row_for_each_method(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dataclasses import replace
-
     small = replace(
         candidate_clips.MODELS["self"].shrunk(), weights=tmp_path / "weights", short=(3, 36, 36)
     )
