@@ -112,34 +112,35 @@ class Method:
         return out
 
 
-_SHARED = with_shared_covariance()
+_SHARED, _SECOND = with_shared_covariance(), with_shared_covariance("diagonal")
 
 METHODS: dict[str, tuple[float, Callable[[], Method]]] = {
     "first order": (0.1, Method),
     "paper": (0.1, lambda: Method(centroids)),
+    "shared covariance, diagonal mass": (0.1, lambda: Method(_SECOND)),
     "shared covariance": (0.1, lambda: Method(_SHARED)),
-    "covariance": (0.1, lambda: Method(with_covariance(None))),
-    "routing: spread of values x keys": (0.1, lambda: Method(route=by_spreads)),
-    "clusters in the metric of logits": (0.1, lambda: Method(features=logit_metric)),
-    "shared covariance, metric of logits": (0.1, lambda: Method(_SHARED, features=logit_metric)),
-    "labels kept for 3 steps": (0.1, lambda: Method(period=3)),
+    "shared covariance, isotropic mass": (
+        0.1, lambda: Method(with_shared_covariance("isotropic")),
+    ),
     "labels and blocks kept for 3 steps": (0.1, lambda: Method(period=3, keeps_blocks=True)),
     "difference to dense added": (0.1, lambda: Method(adds_difference=True)),
-    "dense every 4th step": (0.1, lambda: Method(refresh=4)),
-    "dense every 4th step, difference added": (
-        0.1, lambda: Method(refresh=4, adds_difference=True),
-    ),
     "dense every 8th step, difference added": (
         0.1, lambda: Method(refresh=8, adds_difference=True),
     ),
-    "the same at density 0.05": (0.05, lambda: Method(refresh=8, adds_difference=True)),
-    "the same at density 0.05, shared covariance": (
-        0.05, lambda: Method(_SHARED, refresh=8, adds_difference=True),
+    "the same, shared covariance, diagonal mass": (
+        0.1, lambda: Method(_SECOND, refresh=8, adds_difference=True),
     ),
+    "dense every 4th step, difference added": (
+        0.1, lambda: Method(refresh=4, adds_difference=True),
+    ),
+    "dense every 4th step": (0.1, lambda: Method(refresh=4)),
+    "routing: spread of values x keys": (0.1, lambda: Method(route=by_spreads)),
+    "clusters in the metric of logits": (0.1, lambda: Method(features=logit_metric)),
+    "covariance": (0.1, lambda: Method(with_covariance(None))),
     "first order at density 0.05": (0.05, Method),
-    "shared covariance at density 0.05": (0.05, lambda: Method(_SHARED)),
+    "shared covariance, diagonal mass at density 0.05": (0.05, lambda: Method(_SECOND)),
     "first order at density 0.2": (0.2, Method),
-    "shared covariance at density 0.2": (0.2, lambda: Method(_SHARED)),
+    "shared covariance, diagonal mass at density 0.2": (0.2, lambda: Method(_SECOND)),
     "first order at density 0.3": (0.3, Method),
 }  # fmt: skip
 """By name: density, and how a fresh one is made."""
