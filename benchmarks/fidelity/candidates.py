@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.fidelity import head
 from benchmarks.fidelity.grid import DENSITIES, FINE
-from benchmarks.fidelity.head import Blocks, Head, StandIns
+from benchmarks.fidelity.head import Blocks, Head, Mass, StandIns
 from benchmarks.fidelity.scores import relative_error
 from benchmarks.provenance import provenance
 from benchmarks.tuning.recorded import Recording, record
@@ -304,43 +304,11 @@ def add_moves(case: Case, out: Tensor, matrix: Tensor) -> Tensor:
     return out
 
 
-def with_shared_covariance(
-    mass: Literal["first order", "isotropic", "diagonal"] = "first order",
-) -> Form:
-    """As `with_covariance` whole, with ``Cov_j(v, k)`` of a key cluster's tokens for every row.
-
-    ``T_i = s sum_j p_ij Cov_j``, skipped blocks only: a (Qc, Kc) by (Kc, D D) product, and no pass
-    over the keys beyond that of the clusters' means. The mass of a block can be taken on by
-    ``s^2/2 (q - q_i)' Cov_j(k, k) (q - q_i)``, with a diagonal covariance (D more products for each
-    stand-in) or one number times the identity (one more).
-    """
+def with_shared_covariance(mass: Mass = "first order") -> Form:
+    """`head.second_order`: one covariance for a key cluster, whatever the query cluster."""
 
     def form(case: Case, exact: Tensor) -> Tensor:
-        this, whole = case.head, case.first_order
-        keys = head.members(this.k_labels, this.k_sizes)
-        sizes = this.k_sizes.clamp(min=1)[:, None, None]
-        inside = keys.inside[..., None]
-        v, k = (x[keys.index] * inside for x in (this.v, this.k))  # [Kc, M, D]
-        v, k = ((x - x.sum(1, keepdim=True) / sizes) * inside for x in (v, k))
-        shared = v.transpose(1, 2) @ k / sizes
-        weight = case.mass.masked_fill(exact, 0.0)
-        matrix = this.scale * (weight @ shared.flatten(1)).unflatten(1, shared.shape[1:])
-        if mass != "first order":
-            spread = 0.5 * this.scale * k.square().sum(1) / sizes[..., 0]  # [Kc, D]
-            square = case.away.square()
-            if mass == "isotropic":
-                spread = spread.mean(-1, keepdim=True)
-                square = square.sum(-1, keepdim=True)
-            # More features of queries and stand-ins; exact keys have none of them.
-            this = replace(
-                this,
-                q=torch.cat([this.q, square], -1),
-                k=torch.nn.functional.pad(this.k, (0, spread.shape[-1])),
-                k_centroids=torch.nn.functional.pad(this.k_centroids, (0, spread.shape[-1])),
-            )
-            more = spread.expand(len(whole.key), -1, -1)
-            whole = replace(whole, key=torch.cat([whole.key, more], -1))
-        return add_moves(case, head.attend(this, exact, whole), matrix)
+        return head.second_order(case.head, case.blocks, exact, mass)
 
     return form
 

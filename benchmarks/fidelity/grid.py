@@ -72,9 +72,9 @@ class Cell:
 def cells(models: Sequence[str]) -> list[Cell]:
     """Every cell in the order of what it decides.
 
-    First the paper's rule and first-order compensation; then densities around these, so that both
-    can be read at equal time, and other clusters; then how much density SVG2 needs, shorter
-    warm-ups, other rules, and coarser clusters for those.
+    First the paper's rule and first-order compensation, then second order; then densities around
+    these, so that rules can be read at equal time, and other clusters; then how much density SVG2
+    needs, shorter warm-ups, other rules, and coarser clusters for those.
     """
 
     def made(
@@ -91,6 +91,7 @@ def cells(models: Sequence[str]) -> list[Cell]:
 
     ordered = [
         *made(IN_KERNELS, DENSITIES, CLUSTERS),
+        *made(["second_order"], DENSITIES, CLUSTERS),
         *made(IN_KERNELS, _OUTER, CLUSTERS),
         *made(["first_order"], DENSITIES, _OTHER_CLUSTERS),
         *made(["svg2"], _SVG2, [FINE]),

@@ -8,7 +8,8 @@ padded to one width and one (N, N + Kc) matrix of logits is held at a time. Nota
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -181,6 +182,69 @@ def first_order_stand_ins(head: Head, blocks: Blocks) -> StandIns:
     """Posterior means at the query centroid and ``log Z_ij - s q_i . K_ij``."""
     own = head.scale * torch.einsum("id,ijd->ij", head.q_centroids, blocks.mean_key)
     return StandIns(blocks.mean_key, blocks.mean_value, blocks.log_mass - own)
+
+
+Mass = Literal["first order", "isotropic", "diagonal"]
+"""How far a stand-in's mass follows a query away from its centroid."""
+
+
+def second_order(head: Head, blocks: Blocks, exact: Tensor, mass: Mass = "diagonal") -> Tensor:
+    """First-order compensation with what it leaves out, under one covariance for a key cluster.
+
+    Under weights ``e^{s q.k}`` a cluster of jointly Gaussian keys and values keeps its covariance
+    whatever the query, its mean value moves by ``s Cov(v, k) dq`` and its log-mass by the slope and
+    ``s^2/2 dq' Cov(k, k) dq``, exactly. So ``Cov_j`` of the cluster's own tokens serves every query
+    cluster i, with ``dq = q - q_i``:
+
+    * values: ``out += T_i dq`` with ``T_i = s sum_j p_ij Cov_j(v, k)`` over the skipped blocks,
+      ``p_ij`` the block's share of the row's mass at the query centroid: one (D, D) matrix for a
+      query cluster, made by one (Qc, Kc) by (Kc, D D) product;
+    * mass: a stand-in's logit grows by ``s^2/2 sum_d dq_d^2 Var_j(k_d)``, or with `mass`
+      "isotropic" by ``s^2/2 |dq|^2`` times the mean of the variances; with "first order" not.
+
+    Args:
+        head, blocks, exact: see `probe` and `attend`.
+        mass: order of the mass.
+
+    Returns:
+        (N, D); text queries attend to everything as in `attend`.
+    """
+    whole = first_order_stand_ins(head, blocks)
+    keys = members(head.k_labels, head.k_sizes)
+    sizes = head.k_sizes.clamp(min=1)[:, None, None]
+    inside = keys.inside[..., None]
+    v, k = (x[keys.index] * inside for x in (head.v, head.k))  # [Kc, M, D]
+    v, k = ((x - x.sum(1, keepdim=True) / sizes) * inside for x in (v, k))
+    covariance = v.transpose(1, 2) @ k / sizes  # [Kc, D, D]
+    weights = torch.softmax(head.scale * head.q_centroids @ head.k.T, -1)  # [Qc, N], text included
+    clusters = len(head.k_sizes)
+    share = weights.new_zeros(len(weights), clusters + 1).index_add_(1, head.k_labels, weights)
+    share = share[:, :clusters].masked_fill(exact, 0.0)
+    moves = head.scale * (share @ covariance.flatten(1)).unflatten(1, covariance.shape[1:])
+
+    rows = members(head.q_labels, head.q_sizes)
+    away = torch.zeros_like(head.q)
+    apart = head.q[rows.index] - head.q_centroids[:, None]  # [Qc, M, D]
+    away[rows.index[rows.inside]] = apart[rows.inside]
+    if mass != "first order":
+        spread = 0.5 * head.scale * k.square().sum(1) / sizes[..., 0]  # [Kc, D]
+        square = away.square()
+        if mass == "isotropic":
+            spread, square = spread.mean(-1, keepdim=True), square.sum(-1, keepdim=True)
+        # More features of queries and stand-ins; keys that are exact have zeros there.
+        more = spread.shape[-1]
+        head = replace(
+            head,
+            q=torch.cat([head.q, square], -1),
+            k=torch.nn.functional.pad(head.k, (0, more)),
+            k_centroids=torch.nn.functional.pad(head.k_centroids, (0, more)),
+        )
+        key = torch.cat([whole.key, spread.expand(len(whole.key), -1, -1)], -1)
+        whole = replace(whole, key=key)
+    out = attend(head, exact, whole)
+    moved = apart @ moves.transpose(1, 2)  # [Qc, M, D]
+    out[rows.index[rows.inside]] += moved[rows.inside]
+    return out
 
 
 def attend(head: Head, exact: Tensor, stand_ins: StandIns | None) -> Tensor:

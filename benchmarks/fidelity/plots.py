@@ -19,6 +19,7 @@ _COLOURS = {
     "paper": "#1f77b4",
     "values": "#9467bd",
     "first_order": "#d9622b",
+    "second_order": "#2ca02c",
     "uniform": "#7f7f7f",
 }
 

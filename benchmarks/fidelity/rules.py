@@ -62,6 +62,13 @@ def values_only(this: Head, density: float) -> tuple[Tensor, Tensor]:
     return head.attend(this, exact, stand_ins), exact
 
 
+def second_order(this: Head, density: float) -> tuple[Tensor, Tensor]:
+    """The paper's blocks; the others by `head.second_order`."""
+    blocks = head.probe(this)
+    exact = head.choose(this, head.error_score(this, blocks), density)
+    return head.second_order(this, blocks, exact), exact
+
+
 def uniform_attention(q: Tensor, k: Tensor, v: Tensor, density: float, text: int) -> Tensor:
     """Every query attends to the same regular sample of the keys, and to all text.
 
@@ -91,6 +98,7 @@ RULES = {
     "paper": Rule("paper (SVG-EAR)", compensation="centroid"),
     "values": Rule("first order, values only", by_head=values_only),
     "first_order": Rule("first order", compensation="first_order"),
+    "second_order": Rule("second order", by_head=second_order),
     "uniform": Rule("uniform keys"),
 }
 

@@ -101,7 +101,71 @@ def test_rules_rank_as_their_papers_say() -> None:
     q, k = 0.4 * q, 0.4 * k
     dense = F.scaled_dot_product_attention(q, k, v)
     error = {r: relative(attention(q, k, v, r, PLAN), dense) for r in RULES}
-    assert error["first_order"] < error["values"] < error["paper"] < error["score"] < error["svg2"]
+    assert (
+        error["second_order"]
+        < error["first_order"]
+        < error["values"]
+        < error["paper"]
+        < error["score"]
+    )
+    assert error["score"] < error["svg2"]
+
+
+@TEXTS
+def test_second_order_is_its_formula(text: int) -> None:
+    q, k, v = random_qkv()
+    queries, keys = reference.cluster(q, k, PLAN, None, (0, text), None)
+    out = attention(q, k, v, "second_order", PLAN, text=text)
+    (b, h), this = head.heads_of(q, k, v, queries, keys, 32**-0.5)[4]
+    exact = head.choose(this, head.error_score(this, head.probe(this)), PLAN.density)
+    s = this.scale
+    for row in (0, 57, 116):
+        i = int(this.q_labels[row])
+        if i == len(this.q_sizes):
+            continue
+        away = this.q[row] - this.q_centroids[i]
+        central = (s * this.k @ this.q_centroids[i]).exp()
+        logits, values, correction = [], [], torch.zeros(32, dtype=torch.float64)
+        for j in range(len(this.k_sizes) + 1):
+            mine = this.k_labels == j
+            if j == len(this.k_sizes) or exact[i, j]:
+                logits += (s * this.k[mine] @ this.q[row]).tolist()
+                values += list(this.v[mine])
+            elif mine.any():
+                w = central[mine]
+                mean_key, mean_value = (w @ x[mine] / w.sum() for x in (this.k, this.v))
+                apart_k, apart_v = (x[mine] - x[mine].mean(0) for x in (this.k, this.v))
+                variance = apart_k.square().mean(0)
+                logit = w.sum().log() + s * mean_key @ away
+                logits.append(float(logit + s**2 / 2 * away.square() @ variance))
+                values.append(mean_value)
+                moved = apart_v.T @ (apart_k @ away) / len(apart_k)
+                correction += s * w.sum() / central.sum() * moved
+        wanted = torch.tensor(logits, dtype=torch.float64).softmax(0) @ torch.stack(values)
+        torch.testing.assert_close(out[b, h, row], wanted + correction)
+
+
+def test_second_order_is_exact_on_gaussian_clusters() -> None:
+    """Many jointly Gaussian keys and values about two centres: the rest is sampling."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    labels = torch.arange(40_000) % 2
+    noise = 0.7 * normal(40_000, 8)
+    k = normal(2, 8)[labels] + noise
+    v = normal(2, 8)[labels] + noise @ normal(8, 8)
+    q = 1.5 * normal(6, 8)
+    this = Head(
+        q, k, v, torch.zeros(6, dtype=torch.int64), labels, q.mean(0, keepdim=True),
+        torch.stack([k[labels == j].mean(0) for j in (0, 1)]), torch.tensor([6]),
+        torch.tensor([20_000, 20_000]), 8**-0.5,
+    )  # fmt: skip
+    dense = F.scaled_dot_product_attention(q, k, v)
+    blocks, none = head.probe(this), torch.zeros(1, 2, dtype=torch.bool)
+    first = relative(head.attend(this, none, head.first_order_stand_ins(this, blocks)), dense)
+    assert relative(head.second_order(this, blocks, none), dense) < 0.4 * first
 
 
 def test_dropping_leaves_attention_over_the_chosen_blocks() -> None:
