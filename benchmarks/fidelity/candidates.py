@@ -305,10 +305,11 @@ def add_moves(case: Case, out: Tensor, matrix: Tensor) -> Tensor:
 
 
 def with_shared_covariance(mass: Mass = "first order") -> Form:
-    """`head.second_order`: one covariance for a key cluster, whatever the query cluster."""
+    """One covariance for a key cluster, whatever the query cluster."""
 
     def form(case: Case, exact: Tensor) -> Tensor:
-        return head.second_order(case.head, case.blocks, exact, mass)
+        stand_ins = head.second_order_stand_ins(case.head, case.blocks, exact, mass)
+        return head.attend(case.head, exact, stand_ins)
 
     return form
 

@@ -162,11 +162,15 @@ class StandIns:
     Attributes:
         key, value: (Qc, Kc, D), or (1, Kc, D) where all query clusters share them.
         bias: (Qc, Kc).
+        curvature: (Kc, D) or None; the logit grows by ``sum_d dq_d^2 curvature_d``, dq = q - q_i.
+        moves: (Qc, D, D) or None; what stand-ins give is moved by ``moves dq`` times their weight.
     """
 
     key: Tensor
     value: Tensor
     bias: Tensor
+    curvature: Tensor | None = None
+    moves: Tensor | None = None
 
 
 def centroid_stand_ins(head: Head) -> StandIns:
@@ -188,63 +192,41 @@ Mass = Literal["first order", "isotropic", "diagonal"]
 """How far a stand-in's mass follows a query away from its centroid."""
 
 
-def second_order(head: Head, blocks: Blocks, exact: Tensor, mass: Mass = "diagonal") -> Tensor:
-    """First-order compensation with what it leaves out, under one covariance for a key cluster.
+def second_order_stand_ins(
+    head: Head, blocks: Blocks, exact: Tensor, mass: Mass = "diagonal"
+) -> StandIns:
+    """First-order stand-ins and what they leave out, under one covariance for a key cluster.
 
     Under weights ``e^{s q.k}`` a cluster of jointly Gaussian keys and values keeps its covariance
     whatever the query, its mean value moves by ``s Cov(v, k) dq`` and its log-mass by the slope and
     ``s^2/2 dq' Cov(k, k) dq``, exactly. So ``Cov_j`` of the cluster's own tokens serves every query
     cluster i, with ``dq = q - q_i``:
 
-    * values: ``out += T_i dq`` with ``T_i = s sum_j p_ij Cov_j(v, k)`` over the skipped blocks,
-      ``p_ij`` the block's share of the row's mass at the query centroid: one (D, D) matrix for a
-      query cluster, made by one (Qc, Kc) by (Kc, D D) product;
+    * values: what stand-ins give to a query is moved by their weight times ``T_i dq``, where
+      ``T_i = s sum_j p_ij Cov_j(v, k)`` with ``p_ij`` the masses of the skipped blocks at the query
+      centroid, together 1: one (D, D) matrix for a query cluster, by one (Qc, Kc) by (Kc, D D)
+      product;
     * mass: a stand-in's logit grows by ``s^2/2 sum_d dq_d^2 Var_j(k_d)``, or with `mass`
       "isotropic" by ``s^2/2 |dq|^2`` times the mean of the variances; with "first order" not.
 
     Args:
         head, blocks, exact: see `probe` and `attend`.
         mass: order of the mass.
-
-    Returns:
-        (N, D); text queries attend to everything as in `attend`.
     """
-    whole = first_order_stand_ins(head, blocks)
     keys = members(head.k_labels, head.k_sizes)
     sizes = head.k_sizes.clamp(min=1)[:, None, None]
     inside = keys.inside[..., None]
     v, k = (x[keys.index] * inside for x in (head.v, head.k))  # [Kc, M, D]
     v, k = ((x - x.sum(1, keepdim=True) / sizes) * inside for x in (v, k))
     covariance = v.transpose(1, 2) @ k / sizes  # [Kc, D, D]
-    weights = torch.softmax(head.scale * head.q_centroids @ head.k.T, -1)  # [Qc, N], text included
-    clusters = len(head.k_sizes)
-    share = weights.new_zeros(len(weights), clusters + 1).index_add_(1, head.k_labels, weights)
-    share = share[:, :clusters].masked_fill(exact, 0.0)
+    skipped = blocks.log_mass.masked_fill(exact, -math.inf)
+    share = torch.softmax(skipped, -1).nan_to_num(0.0)  # a row may have no skipped block
     moves = head.scale * (share @ covariance.flatten(1)).unflatten(1, covariance.shape[1:])
-
-    rows = members(head.q_labels, head.q_sizes)
-    away = torch.zeros_like(head.q)
-    apart = head.q[rows.index] - head.q_centroids[:, None]  # [Qc, M, D]
-    away[rows.index[rows.inside]] = apart[rows.inside]
-    if mass != "first order":
-        spread = 0.5 * head.scale * k.square().sum(1) / sizes[..., 0]  # [Kc, D]
-        square = away.square()
-        if mass == "isotropic":
-            spread, square = spread.mean(-1, keepdim=True), square.sum(-1, keepdim=True)
-        # More features of queries and stand-ins; keys that are exact have zeros there.
-        more = spread.shape[-1]
-        head = replace(
-            head,
-            q=torch.cat([head.q, square], -1),
-            k=torch.nn.functional.pad(head.k, (0, more)),
-            k_centroids=torch.nn.functional.pad(head.k_centroids, (0, more)),
-        )
-        key = torch.cat([whole.key, spread.expand(len(whole.key), -1, -1)], -1)
-        whole = replace(whole, key=key)
-    out = attend(head, exact, whole)
-    moved = apart @ moves.transpose(1, 2)  # [Qc, M, D]
-    out[rows.index[rows.inside]] += moved[rows.inside]
-    return out
+    variance = k.square().sum(1) / sizes[..., 0]  # [Kc, D]
+    if mass == "isotropic":
+        variance = variance.mean(-1, keepdim=True).expand_as(variance)
+    curvature = None if mass == "first order" else 0.5 * head.scale**2 * variance
+    return replace(first_order_stand_ins(head, blocks), curvature=curvature, moves=moves)
 
 
 def attend(head: Head, exact: Tensor, stand_ins: StandIns | None) -> Tensor:
@@ -268,11 +250,19 @@ def attend(head: Head, exact: Tensor, stand_ins: StandIns | None) -> Tensor:
         value=-math.inf,
     )  # fmt: skip
     logits[:, tokens:] += bias[head.q_labels]
+    away = torch.zeros_like(head.q)
+    apart = head.q[rows.index] - head.q_centroids[:, None]  # [Qc, M, D]
+    away[rows.index[rows.inside]] = apart[rows.inside]
+    if stand_ins.curvature is not None:
+        logits[:, tokens:] += away.square() @ stand_ins.curvature.T
     hidden = torch.nn.functional.pad(hidden, (0, clusters))
     weights = torch.softmax(logits.masked_fill_(hidden[head.q_labels], -math.inf), -1)
-    if stand_ins.value.shape[0] == 1:
+    if stand_ins.value.shape[0] == 1 and stand_ins.moves is None:
         return weights @ torch.cat([head.v, stand_ins.value[0]])
     out = weights[:, :tokens] @ head.v
-    theirs = weights[:, tokens:][rows.index] @ stand_ins.value  # [Qc, M, D]
+    mine = weights[:, tokens:][rows.index]  # [Qc, M, Kc]
+    theirs = mine @ stand_ins.value
+    if stand_ins.moves is not None:
+        theirs += mine.sum(-1, keepdim=True) * (apart @ stand_ins.moves.transpose(1, 2))
     out[rows.index[rows.inside]] += theirs[rows.inside]
     return out

@@ -63,10 +63,10 @@ def values_only(this: Head, density: float) -> tuple[Tensor, Tensor]:
 
 
 def second_order(this: Head, density: float) -> tuple[Tensor, Tensor]:
-    """The paper's blocks; the others by `head.second_order`."""
+    """The paper's blocks; the others by `head.second_order_stand_ins`."""
     blocks = head.probe(this)
     exact = head.choose(this, head.error_score(this, blocks), density)
-    return head.second_order(this, blocks, exact), exact
+    return head.attend(this, exact, head.second_order_stand_ins(this, blocks, exact)), exact
 
 
 def uniform_attention(q: Tensor, k: Tensor, v: Tensor, density: float, text: int) -> Tensor:

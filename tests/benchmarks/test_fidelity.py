@@ -124,8 +124,9 @@ def test_second_order_is_its_formula(text: int) -> None:
         if i == len(this.q_sizes):
             continue
         away = this.q[row] - this.q_centroids[i]
+        skipped: list[int] = []
         central = (s * this.k @ this.q_centroids[i]).exp()
-        logits, values, correction = [], [], torch.zeros(32, dtype=torch.float64)
+        logits, values, matrix, mass = [], [], torch.zeros(32, 32, dtype=torch.float64), 0.0
         for j in range(len(this.k_sizes) + 1):
             mine = this.k_labels == j
             if j == len(this.k_sizes) or exact[i, j]:
@@ -139,10 +140,12 @@ def test_second_order_is_its_formula(text: int) -> None:
                 logit = w.sum().log() + s * mean_key @ away
                 logits.append(float(logit + s**2 / 2 * away.square() @ variance))
                 values.append(mean_value)
-                moved = apart_v.T @ (apart_k @ away) / len(apart_k)
-                correction += s * w.sum() / central.sum() * moved
-        wanted = torch.tensor(logits, dtype=torch.float64).softmax(0) @ torch.stack(values)
-        torch.testing.assert_close(out[b, h, row], wanted + correction)
+                matrix += w.sum() * apart_v.T @ apart_k / len(apart_k)
+                mass += w.sum()
+                skipped.append(len(logits) - 1)
+        weights = torch.tensor(logits, dtype=torch.float64).softmax(0)
+        wanted = weights @ torch.stack(values) + weights[skipped].sum() * s * matrix @ away / mass
+        torch.testing.assert_close(out[b, h, row], wanted)
 
 
 def test_second_order_is_exact_on_gaussian_clusters() -> None:
@@ -165,7 +168,8 @@ def test_second_order_is_exact_on_gaussian_clusters() -> None:
     dense = F.scaled_dot_product_attention(q, k, v)
     blocks, none = head.probe(this), torch.zeros(1, 2, dtype=torch.bool)
     first = relative(head.attend(this, none, head.first_order_stand_ins(this, blocks)), dense)
-    assert relative(head.second_order(this, blocks, none), dense) < 0.4 * first
+    second = head.attend(this, none, head.second_order_stand_ins(this, blocks, none))
+    assert relative(second, dense) < 0.4 * first
 
 
 def test_dropping_leaves_attention_over_the_chosen_blocks() -> None:
