@@ -568,7 +568,8 @@ def recorded(
 ) -> dict[int, list[Recording]]:
     """Calls by step: some layers of one clip, some heads of each."""
     found: dict[int, list[Recording]] = {step: [] for step in RECORDED}
-    for call in record(shape, STEPS, RECORDED, 0, "cpu"):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for call in record(shape, STEPS, RECORDED, 0, device):
         if call.layer in layers:
             q, k, v = (x[:, :heads].contiguous() for x in (call.q, call.k, call.v))
             found[call.step].append(replace(call, q=q, k=k, v=v))
