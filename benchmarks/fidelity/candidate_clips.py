@@ -117,7 +117,7 @@ _SHARED, _SECOND = with_shared_covariance(), with_shared_covariance("diagonal")
 METHODS: dict[str, tuple[float, Callable[[], Method]]] = {
     "first order": (0.1, Method),
     "paper": (0.1, lambda: Method(centroids)),
-    "shared covariance, diagonal mass": (0.1, lambda: Method(_SECOND)),
+    "second order": (0.1, lambda: Method(_SECOND)),
     "shared covariance": (0.1, lambda: Method(_SHARED)),
     "shared covariance, isotropic mass": (
         0.1, lambda: Method(with_shared_covariance("isotropic")),
@@ -127,7 +127,7 @@ METHODS: dict[str, tuple[float, Callable[[], Method]]] = {
     "dense every 8th step, difference added": (
         0.1, lambda: Method(refresh=8, adds_difference=True),
     ),
-    "the same, shared covariance, diagonal mass": (
+    "the same, second order": (
         0.1, lambda: Method(_SECOND, refresh=8, adds_difference=True),
     ),
     "dense every 4th step, difference added": (
@@ -138,9 +138,9 @@ METHODS: dict[str, tuple[float, Callable[[], Method]]] = {
     "clusters in the metric of logits": (0.1, lambda: Method(features=logit_metric)),
     "covariance": (0.1, lambda: Method(with_covariance(None))),
     "first order at density 0.05": (0.05, Method),
-    "shared covariance, diagonal mass at density 0.05": (0.05, lambda: Method(_SECOND)),
+    "second order at density 0.05": (0.05, lambda: Method(_SECOND)),
     "first order at density 0.2": (0.2, Method),
-    "shared covariance, diagonal mass at density 0.2": (0.2, lambda: Method(_SECOND)),
+    "second order at density 0.2": (0.2, lambda: Method(_SECOND)),
     "first order at density 0.3": (0.3, Method),
 }  # fmt: skip
 """By name: density, and how a fresh one is made."""

@@ -334,8 +334,10 @@ BY_CASE: dict[str, Candidate] = {
     "covariance, rank 16": Candidate(with_covariance(16)),
     "shared covariance": Candidate(with_shared_covariance()),
     "shared covariance, isotropic mass": Candidate(with_shared_covariance("isotropic")),
-    "shared covariance, diagonal mass": Candidate(with_shared_covariance("diagonal")),
-    "shared covariance, spread routing": Candidate(with_shared_covariance(), by_spreads),
+    "second order": Candidate(with_shared_covariance("diagonal")),
+    "second order, routing: spread of values x keys": Candidate(
+        with_shared_covariance("diagonal"), by_spreads
+    ),
 }
 """Candidates that keep the clusters."""
 
@@ -490,7 +492,7 @@ class Study:
                 for call in self.calls[MIDDLE]
                 for case in cases_of(call, labels_of(features(call), plan), plan)
             ]
-            for form in ("paper", "first order", "shared covariance"):
+            for form in ("paper", "first order", "second order"):
                 self.keep(f"{name}: {form}", partial(mean_error, cases, BY_CASE[form]))
 
     def time(self) -> None:
@@ -510,8 +512,8 @@ class Study:
                 "labels, blocks and tables kept": (tables_kept, kept),
                 "old dense output": (lambda old, _case, _density: old.dense, kept),
                 "blocks kept, difference to dense added": (difference_added(), kept),
-                "the same, shared covariance": (
-                    difference_added(form=with_shared_covariance()), kept,
+                "the same, second order": (
+                    difference_added(form=with_shared_covariance("diagonal")), kept,
                 ),
                 "the same, difference in float8 e4m3": (
                     difference_added(torch.float8_e4m3fn), kept,
