@@ -162,7 +162,8 @@ class StandIns:
     Attributes:
         key, value: (Qc, Kc, D), or (1, Kc, D) where all query clusters share them.
         bias: (Qc, Kc).
-        curvature: (Kc, D) or None; the logit grows by ``sum_d dq_d^2 curvature_d``, dq = q - q_i.
+        curvature: (Kc, D) or None; the logit grows by ``sum_d dq_d^2 curvature_d``, dq = q - q_i,
+            at most by `LARGEST_GROWTH`.
         moves: (Qc, D, D) or None; what stand-ins give is moved by ``moves dq`` times their weight.
     """
 
@@ -188,6 +189,10 @@ def first_order_stand_ins(head: Head, blocks: Blocks) -> StandIns:
     return StandIns(blocks.mean_key, blocks.mean_value, blocks.log_mass - own)
 
 
+LARGEST_GROWTH = 0.5
+"""Far from its centroid a query sees the few keys that it is near to, and no Gaussian: without a
+limit late layers lose more than they gain."""
+
 Mass = Literal["first order", "isotropic", "diagonal"]
 """How far a stand-in's mass follows a query away from its centroid."""
 
@@ -206,8 +211,9 @@ def second_order_stand_ins(
       ``T_i = s sum_j p_ij Cov_j(v, k)`` with ``p_ij`` the masses of the skipped blocks at the query
       centroid, together 1: one (D, D) matrix for a query cluster, by one (Qc, Kc) by (Kc, D D)
       product;
-    * mass: a stand-in's logit grows by ``s^2/2 sum_d dq_d^2 Var_j(k_d)``, or with `mass`
-      "isotropic" by ``s^2/2 |dq|^2`` times the mean of the variances; with "first order" not.
+    * mass: a stand-in's logit grows by ``s^2/2 sum_d dq_d^2 Var_j(k_d)``, at most by
+      `LARGEST_GROWTH`; or with `mass` "isotropic" by ``s^2/2 |dq|^2`` times the mean of the
+      variances, with "first order" not at all.
 
     Args:
         head, blocks, exact: see `probe` and `attend`.
@@ -254,7 +260,8 @@ def attend(head: Head, exact: Tensor, stand_ins: StandIns | None) -> Tensor:
     apart = head.q[rows.index] - head.q_centroids[:, None]  # [Qc, M, D]
     away[rows.index[rows.inside]] = apart[rows.inside]
     if stand_ins.curvature is not None:
-        logits[:, tokens:] += away.square() @ stand_ins.curvature.T
+        growth = away.square() @ stand_ins.curvature.T
+        logits[:, tokens:] += growth.clamp(max=LARGEST_GROWTH)
     hidden = torch.nn.functional.pad(hidden, (0, clusters))
     weights = torch.softmax(logits.masked_fill_(hidden[head.q_labels], -math.inf), -1)
     if stand_ins.value.shape[0] == 1 and stand_ins.moves is None:

@@ -114,11 +114,13 @@ def test_rules_rank_as_their_papers_say() -> None:
 @TEXTS
 def test_second_order_is_its_formula(text: int) -> None:
     q, k, v = random_qkv()
+    q = 1.5 * q
     queries, keys = reference.cluster(q, k, PLAN, None, (0, text), None)
     out = attention(q, k, v, "second_order", PLAN, text=text)
     (b, h), this = head.heads_of(q, k, v, queries, keys, 32**-0.5)[4]
     exact = head.choose(this, head.error_score(this, head.probe(this)), PLAN.density)
     s = this.scale
+    grown: list[float] = []
     for row in (0, 57, 116):
         i = int(this.q_labels[row])
         if i == len(this.q_sizes):
@@ -138,7 +140,9 @@ def test_second_order_is_its_formula(text: int) -> None:
                 apart_k, apart_v = (x[mine] - x[mine].mean(0) for x in (this.k, this.v))
                 variance = apart_k.square().mean(0)
                 logit = w.sum().log() + s * mean_key @ away
-                logits.append(float(logit + s**2 / 2 * away.square() @ variance))
+                growth = s**2 / 2 * away.square() @ variance
+                grown.append(float(growth))
+                logits.append(float(logit + growth.clamp(max=head.LARGEST_GROWTH)))
                 values.append(mean_value)
                 matrix += w.sum() * apart_v.T @ apart_k / len(apart_k)
                 mass += w.sum()
@@ -146,6 +150,7 @@ def test_second_order_is_its_formula(text: int) -> None:
         weights = torch.tensor(logits, dtype=torch.float64).softmax(0)
         wanted = weights @ torch.stack(values) + weights[skipped].sum() * s * matrix @ away / mass
         torch.testing.assert_close(out[b, h, row], wanted)
+    assert min(grown) < head.LARGEST_GROWTH < max(grown)
 
 
 def test_second_order_is_exact_on_gaussian_clusters() -> None:
