@@ -418,17 +418,17 @@ def cases_of(call: Recording, labels: Labels, plan: AttentionPlan, text: int = 0
     return [Case(this) for _, this in head.heads_of(q, k, v, queries, keys, q.shape[-1] ** -0.5)]
 
 
-def mean_error(cases: Sequence[Case], candidate: Candidate, density: float) -> float:
-    """Mean relative L2 error over heads."""
-    found = [relative_error(candidate(case, density), case.dense) for case in cases]
-    return sum(found) / len(found)
+def errors_of(cases: Sequence[Case], candidate: Candidate, density: float) -> list[float]:
+    """Relative L2 error of every head."""
+    return [relative_error(candidate(case, density), case.dense) for case in cases]
 
 
 class Study:
     """Recorded calls and the errors of candidates on them.
 
     Attributes:
-        rows: name, density and mean relative L2 error of what was measured.
+        rows: name, density and relative L2 errors of what was measured: their mean, and each
+            head's in the order of the calls.
     """
 
     def __init__(
@@ -445,14 +445,18 @@ class Study:
             q_clusters=math.ceil(self.tokens / queries), k_clusters=math.ceil(self.tokens / keys)
         )
 
-    def keep(self, name: str, error_at: Callable[[float], float], **more: Any) -> None:
+    def keep(self, name: str, errors_at: Callable[[float], list[float]]) -> None:
         """Measure one candidate at all densities."""
         began = time.perf_counter()
+        means = []
         for density in self.densities:
-            error = error_at(density)
-            self.rows.append({"candidate": name, "density": density, "error": error, **more})
-        errors = " ".join(f"{row['error']:.4f}" for row in self.rows[-len(self.densities) :])
-        self.say(f"{name}: {errors} ({time.perf_counter() - began:.0f} s)")
+            errors = errors_at(density)
+            means.append(sum(errors) / len(errors))
+            self.rows.append(
+                {"candidate": name, "density": density, "error": means[-1], "errors": errors}
+            )
+        found = " ".join(f"{mean:.4f}" for mean in means)
+        self.say(f"{name}: {found} ({time.perf_counter() - began:.0f} s)")
 
     def parts(self) -> None:
         """Candidates that keep the clusters, and how many pairs hold how much mass."""
@@ -463,12 +467,12 @@ class Study:
             for case in cases_of(call, labels_of(plain(call), plan), plan)
         ]
         for name, candidate in BY_CASE.items():
-            self.keep(name, partial(mean_error, cases, candidate))
+            self.keep(name, partial(errors_of, cases, candidate))
         for share in (0.5, 0.8, 0.95):
 
-            def pairs(density: float, share: float = share) -> float:
+            def pairs(density: float, share: float = share) -> list[float]:
                 found = [pairs_with_mass(c, c.by_error(density), share) for c in cases]
-                return float(torch.stack([f.float().mean() for f in found]).mean())
+                return [float(f.float().mean()) for f in found]
 
             self.keep(f"share of pairs that holds {share:.0%} of skipped mass", pairs)
 
@@ -493,7 +497,7 @@ class Study:
                 for case in cases_of(call, labels_of(features(call), plan), plan)
             ]
             for form in ("paper", "first order", "second order"):
-                self.keep(f"{name}: {form}", partial(mean_error, cases, BY_CASE[form]))
+                self.keep(f"{name}: {form}", partial(errors_of, cases, BY_CASE[form]))
 
     def time(self) -> None:
         """What the last dense step leaves: labels, blocks, tables, and the difference to dense."""
@@ -521,7 +525,7 @@ class Study:
             }  # fmt: skip
             for name, (aged, cases) in variants.items():
                 self.keep(
-                    f"step + {step - LAST_DENSE}: {name}", partial(aged_error, old, cases, aged)
+                    f"step + {step - LAST_DENSE}: {name}", partial(aged_errors, old, cases, aged)
                 )
 
 
@@ -553,16 +557,15 @@ def difference_added(dtype: torch.dtype | None = None, form: Form = first_order)
     return aged
 
 
-def aged_error(
+def aged_errors(
     old: Sequence[Sequence[Case]], now: Sequence[Sequence[Case]], aged: Aged, density: float
-) -> float:
-    """Mean relative L2 error over calls and heads of now."""
-    found = [
+) -> list[float]:
+    """Relative L2 error of every head of now."""
+    return [
         relative_error(aged(before, case, density), case.dense)
         for olds, news in zip(old, now, strict=True)
         for before, case in zip(olds, news, strict=True)
     ]
-    return sum(found) / len(found)
 
 
 def recorded(
@@ -583,8 +586,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clip", choices=SHAPES, default="long")
-    parser.add_argument("--layers", default="0,2,4,7")
-    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--layers", default="0,1,2,3,4,5,6,7")
+    parser.add_argument("--heads", type=int, default=1, help="of each layer")
     parser.add_argument("--parts", default="parts,clusters,time", help="of these three")
     given = parser.parse_args()
     began = time.perf_counter()
@@ -604,13 +607,24 @@ def main() -> None:
             "rows": study.rows,
         }  # fmt: skip
         (given.out / "candidates.json").write_text(json.dumps(record_of, indent=1) + "\n")
-    table = Table(title="Mean relative L2 error of the attention output")
+    show(study.rows)
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Mean errors, and the worst head against first-order compensation."""
+    table = Table(title="Mean relative L2 error (worst head over first order's)")
     table.add_column("candidate")
+    base = {row["density"]: row["errors"] for row in rows if row["candidate"] == "first order"}
     for density in DENSITIES:
         table.add_column(f"{density:g}", justify="right")
-    for name in dict.fromkeys(row["candidate"] for row in study.rows):
-        errors = [row["error"] for row in study.rows if row["candidate"] == name]
-        table.add_row(name, *(f"{error:.4f}" for error in errors))
+    for name in dict.fromkeys(row["candidate"] for row in rows):
+        cells = []
+        for row in rows:
+            if row["candidate"] == name:
+                pairs = zip(row["errors"], base.get(row["density"], []), strict=False)
+                worst = max((mine / first for mine, first in pairs), default=math.nan)
+                cells.append(f"{row['error']:.4f} ({worst:.2f}x)")
+        table.add_row(name, *cells)
     Console(width=110).print(table)
 
 
