@@ -136,6 +136,7 @@ METHODS: dict[str, tuple[float, Callable[[], Method]]] = {
     "dense every 4th step": (0.1, lambda: Method(refresh=4)),
     "routing: spread of values x keys": (0.1, lambda: Method(route=by_spreads)),
     "clusters in the metric of logits": (0.1, lambda: Method(features=logit_metric)),
+    "second order, metric of logits": (0.1, lambda: Method(_SECOND, features=logit_metric)),
     "covariance": (0.1, lambda: Method(with_covariance(None))),
     "first order at density 0.05": (0.05, Method),
     "second order at density 0.05": (0.05, lambda: Method(_SECOND)),
