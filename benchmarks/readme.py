@@ -12,12 +12,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.fidelity.report import readme_table
 from svg_ear_compile.passes.site import Reason
 from svg_ear_compile.passes.spellings import PRODUCTS, STEPS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ATTENTION = RESULTS / "nvidia-h200" / "attention.json"
+FIDELITY = RESULTS / "nvidia-h200" / "fidelity"
 COMPILE_TIME = RESULTS / "cpu" / "compile_time" / "compile_time.json"
 ZOO = ROOT / "tests" / "zoo" / "sites.json"
 
@@ -110,6 +112,23 @@ def attention_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+FIDELITY_NOT_MEASURED = (
+    "No run of this state on a GPU is recorded yet: `python -m benchmarks.fidelity --out "
+    "benchmarks/results/nvidia-h200/fidelity` measures it, and `python -m benchmarks.readme` makes "
+    "this table."
+)
+
+
+def fidelity_section(folder: Path) -> str:
+    """The frontier's plot and the table of what was asked and measured."""
+    record = json.loads((folder / "fidelity.json").read_text())
+    plot = (folder / "frontier.png").relative_to(ROOT)
+    return (
+        f"{_where(record)}.\n\n![Fidelity against time and density, one curve per rule]({plot})\n\n"
+        f"{readme_table(record)}"
+    )
+
+
 def _where(record: dict[str, Any]) -> str:
     versions = record["versions"]
     triton = f", Triton {versions['triton']}" if record["cuda"] else ""
@@ -140,6 +159,9 @@ def main() -> int:
         "attention": attention_table(json.loads(ATTENTION.read_text()))
         if measured
         else NOT_MEASURED,
+        "fidelity": fidelity_section(FIDELITY)
+        if (FIDELITY / "fidelity.json").exists()
+        else FIDELITY_NOT_MEASURED,
         "compile-time": compile_time_table(json.loads(COMPILE_TIME.read_text())),
     }
     after = before

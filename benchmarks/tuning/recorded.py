@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.video_dit.attention import attention_answered_by
 from benchmarks.video_dit.data import LABELS
 from benchmarks.video_dit.demo import WEIGHTS
 from benchmarks.video_dit.model import VideoDiT
@@ -43,11 +41,12 @@ def record(
         nonlocal step
         step = done + 1
 
-    def see(q: Tensor, k: Tensor, v: Tensor) -> None:
+    def see(dense: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if step in chosen:
             kept.append(Recording(len(kept) % model.config.layers, step, q, k, v))
+        return dense(q, k, v)
 
-    with watched_attention(see):
+    with attention_answered_by(see):
         generate(
             model,
             label=seed % len(LABELS),
@@ -61,19 +60,3 @@ def record(
             on_step=finished,
         )
     yield from kept
-
-
-@contextmanager
-def watched_attention(see: Any) -> Iterator[None]:
-    """Let `see(q, k, v)` look at every attention call of eager models in the with block."""
-    dense = F.scaled_dot_product_attention
-
-    def call(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        see(q, k, v)
-        return dense(q, k, v, *args, **kwargs)
-
-    F.scaled_dot_product_attention = call
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = dense

@@ -1,24 +1,16 @@
 """The video diffusion transformer: pixel patches in, flow-matching velocity out.
 
 An ordinary DiT (patch embedding, adaLN-zero blocks, 3-D rotary positions, RMS-normalised queries
-and keys) in pixel space. The network estimates the clean clip and the velocity follows from it:
-clean pixels lie near a low-dimensional manifold that a narrow network can hit, noise does not
-("Back to basics: let denoising generative models denoise", arXiv 2511.13720).
+and keys) in pixel space, all tokens of a clip in one self-attention.
 """
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-_ROPE_BASE = 100.0  # token grids are at most some dozens wide
-_POSITION_OCTAVES = 6
-_TIMESTEP_FREQUENCIES = 64
-_MIN_SIGMA = 0.05
+from benchmarks.video_dit.pixel_dit import PixelDiT, rotate, two_layers
 
 
 @dataclass(frozen=True)
@@ -62,8 +54,8 @@ class Attention(nn.Module):
         q = self.to_q(x).unflatten(-1, (self.heads, -1))  # (B, N, H, D)
         k = self.to_k(x).unflatten(-1, (self.heads, -1))
         v = self.to_v(x).unflatten(-1, (self.heads, -1))
-        q = _rotate(self.norm_q(q), cos, sin).to(v.dtype)
-        k = _rotate(self.norm_k(k), cos, sin).to(v.dtype)
+        q = rotate(self.norm_q(q), cos, sin).to(v.dtype)
+        k = rotate(self.norm_k(k), cos, sin).to(v.dtype)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         )
@@ -97,37 +89,23 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
-class VideoDiT(nn.Module):
+class VideoDiT(PixelDiT):
     """A class- and camera-conditioned video diffusion transformer in pixel space."""
 
-    def __init__(self, config: VideoDiTConfig):
-        super().__init__()
-        self.config = config
-        width, cond_width = config.width, config.cond_width
-        patch_values = 3 * config.patch**2
-        self.patch_in = nn.Linear(patch_values, width)
-        # Rotary positions are relative; a photograph also wants to know where the frame ends.
-        self.position_in = nn.Linear(3 * 2 * _POSITION_OCTAVES, width)
-        self.timestep_in = _two_layers(2 * _TIMESTEP_FREQUENCIES, cond_width)
-        self.camera_in = _two_layers(len(config.camera_fields), cond_width)
-        self.label_in = nn.Embedding(len(config.class_names) + 1, cond_width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.modulation_out = nn.Linear(cond_width, 2 * width)
-        self.patch_out = nn.Linear(width, patch_values)
-        self._initialise()
+    config_type = VideoDiTConfig
 
-    def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.normal_(self.label_in.weight, std=0.5)
+    def __init__(self, config: VideoDiTConfig):
+        super().__init__(config)
+        self.camera_in = two_layers(len(config.camera_fields), config.cond_width)
+        self.label_in = nn.Embedding(len(config.class_names) + 1, config.cond_width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         # adaLN-zero: every block starts as the identity, the estimate as grey.
-        for layer in [*(block.modulation for block in self.blocks), self.patch_out]:
-            nn.init.zeros_(layer.weight)
-        nn.init.zeros_(self.modulation_out.weight)
+        self.initialise(*(block.modulation for block in self.blocks))
+        nn.init.normal_(self.label_in.weight, std=0.5)
+
+    def conditions(self, label: torch.Tensor, camera: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The label and the camera as they are."""
+        return label, camera
 
     def forward(
         self, x: torch.Tensor, timestep: torch.Tensor, label: torch.Tensor, camera: torch.Tensor
@@ -139,124 +117,11 @@ class VideoDiT(nn.Module):
         ``label`` ``(B,)`` int64, ``config.null_label`` for none; ``camera`` ``(B, C)`` float.
         Returns the shape and dtype of ``x``.
         """
-        patch = self.config.patch
-        batch, channels, frames, height, width = x.shape
-        rows, columns = height // patch, width // patch
         dtype = self.patch_in.weight.dtype
-
-        tokens = x.view(batch, channels, frames, rows, patch, columns, patch)
-        tokens = tokens.permute(0, 2, 3, 5, 4, 6, 1).reshape(batch, frames * rows * columns, -1)
-        positions = _token_positions(frames, rows, columns, x.device)  # (N, 3)
-        tokens = self.patch_in(tokens.to(dtype))
-        tokens = tokens + self.position_in(_position_features(positions, columns).to(dtype))
-        cos, sin = _rotary_tables(positions, self.config.width // self.config.heads)
-
+        tokens, (cos, sin) = self.embed(x, self.config.width // self.config.heads)
         has_condition = (label != self.config.null_label).to(dtype)[:, None]
-        code = self.timestep_in(_timestep_features(timestep).to(dtype)) + self.label_in(label)
+        code = self.timestep_code(timestep) + self.label_in(label)
         code = F.silu(code + has_condition * self.camera_in(camera.to(dtype)))
         for block in self.blocks:
             tokens = block(tokens, code, cos, sin)
-
-        shift, scale = self.modulation_out(code).unsqueeze(1).chunk(2, dim=-1)
-        pixels = self.patch_out(self.norm_out(tokens) * (1 + scale) + shift)
-        pixels = pixels.view(batch, frames, rows, columns, patch, patch, channels)
-        clean = pixels.permute(0, 6, 1, 2, 4, 3, 5).reshape(x.shape)
-        sigma = (timestep.to(x.dtype) / 1000).clamp(min=_MIN_SIGMA)
-        return (x - clean.to(x.dtype)) / sigma.view(-1, 1, 1, 1, 1)
-
-    def save(self, folder: Path | str) -> None:
-        """Write ``weights.safetensors`` (bfloat16) and ``config.json`` into ``folder``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
-            for name, tensor in self.state_dict().items()
-        }
-        # Written aside and renamed: a run that is cut leaves the previous checkpoint whole.
-        save_file(weights, folder / "weights.safetensors.part")
-        (folder / "weights.safetensors.part").rename(folder / "weights.safetensors")
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: Path | str,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> "VideoDiT":
-        """Load what :meth:`save` wrote, in evaluation mode and without gradients."""
-        folder = Path(folder)
-        fields = json.loads((folder / "config.json").read_text())
-        for name in ("class_names", "camera_fields"):
-            fields[name] = tuple(fields[name])
-        model = cls(VideoDiTConfig(**fields))
-        model.load_state_dict(load_file(folder / "weights.safetensors"))
-        return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-
-
-def velocity_target(
-    noisy: torch.Tensor, clean: torch.Tensor, timestep: torch.Tensor
-) -> torch.Tensor:
-    """What :meth:`VideoDiT.forward` should return for ``noisy`` when the clip is ``clean``.
-
-    This is ``noise - clean`` except at the lowest noise levels, where the division is clamped in
-    the same way as in the model. Shapes as in ``forward``.
-    """
-    sigma = (timestep / 1000).clamp(min=_MIN_SIGMA)
-    return (noisy - clean) / sigma.view(-1, 1, 1, 1, 1)
-
-
-def _two_layers(width_in: int, width_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width_in, width_out), nn.SiLU(), nn.Linear(width_out, width_out))
-
-
-def _token_positions(frames: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """Frame, row and column of every token, ``(N, 3)`` float32, each counted from the middle."""
-    axes = [
-        torch.arange(count, device=device, dtype=torch.float32) - (count - 1) / 2
-        for count in (frames, rows, columns)
-    ]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
-
-
-def _position_features(positions: torch.Tensor, columns: int) -> torch.Tensor:
-    """Sines and cosines of absolute positions, ``(N, 36)`` float32."""
-    # In octaves of half the frame's width; frames are counted in units of 16, so that a short
-    # clip reads like the middle of a long one.
-    frame, row, column = positions.unbind(-1)
-    scaled = torch.stack([frame / 16, row * (2 / columns), column * (2 / columns)], dim=-1)
-    octaves = 2.0 ** torch.arange(_POSITION_OCTAVES, device=positions.device)
-    angles = scaled[..., None] * octaves * (torch.pi / 2)  # (N, 3, octaves)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
-
-
-def _rotary_tables(positions: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines ``(N, 1, head_dim / 2)``: a quarter for frames, the rest for y and x."""
-    pairs = head_dim // 2
-    frame_pairs = pairs // 4
-    row_pairs = (pairs - frame_pairs) // 2
-    counts = (frame_pairs, row_pairs, pairs - frame_pairs - row_pairs)
-    angles = torch.cat(
-        [
-            positions[:, axis, None]
-            * _ROPE_BASE ** (-torch.arange(count, device=positions.device) / count)
-            for axis, count in enumerate(counts)
-        ],
-        dim=-1,
-    )
-    return angles.cos()[:, None], angles.sin()[:, None]
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs ``(x[d], x[d + D / 2])`` of ``(B, N, H, D)`` by their tokens' angles."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def _timestep_features(timestep: torch.Tensor) -> torch.Tensor:
-    """Sines and cosines of ``(B,)`` timesteps, ``(B, 128)`` float32."""
-    steps = torch.arange(_TIMESTEP_FREQUENCIES, device=timestep.device)
-    frequencies = 10000.0 ** (-steps / _TIMESTEP_FREQUENCIES)
-    angles = timestep.float()[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return self.velocity(x, tokens, code, timestep)

@@ -1,4 +1,4 @@
-"""Train the video DiT for a given number of minutes: ``python -m benchmarks.video_dit.train``.
+"""Train a video model for a given number of minutes: ``python -m benchmarks.video_dit.train``.
 
 The learning rate, and the moment when long clips join, follow the WALL CLOCK: the run ends
 annealed and on time on a fast device and on a slow one. Short clips come first, because attention
@@ -18,18 +18,10 @@ import imageio.v3 as imageio
 import torch
 import torch._dynamo
 
-from benchmarks.video_dit.data import (
-    CAMERA_FIELDS,
-    DEMO_SHAPE,
-    LABELS,
-    TRAIN_SHAPE,
-    Clips,
-    PhotoBank,
-    draw_clips,
-    load_photo_bank,
-)
-from benchmarks.video_dit.model import VideoDiT, VideoDiTConfig, velocity_target
+from benchmarks.video_dit.data import LABELS, Clips, PhotoBank, draw_clips, load_photo_bank
+from benchmarks.video_dit.pixel_dit import PixelDiT, velocity_target
 from benchmarks.video_dit.sample import generate
+from benchmarks.video_dit.zoo import MODELS, TrainedModel
 
 _LABEL_DROP = 0.1
 _EMA_DECAY = 0.998
@@ -40,22 +32,25 @@ _WARM_UP, _LONG_FROM, _DECAY_FROM = 0.03, 0.5, 0.6  # shares of the training tim
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What is trained, on which clips, and for how long.
+    """What is trained and for how long.
 
-    ``short`` and ``long`` are clip shapes (frames, height, width), each with its batch size;
     ``minutes`` is the wall time of everything but the imports, final samples included.
     """
 
-    config: VideoDiTConfig
+    model: TrainedModel
     minutes: float
-    short: tuple[int, int, int] = DEMO_SHAPE
-    short_batch: int = 48
-    long: tuple[int, int, int] = TRAIN_SHAPE
-    long_batch: int = 12
     learning_rate: float = 1e-3
     sample_steps: int = 40
     sample_labels: int = len(LABELS)
     seed: int = 0
+
+    @property
+    def batches(self) -> dict[tuple[int, int, int], int]:
+        """Batch size by clip shape, the short one first."""
+        return {
+            self.model.short: self.model.short_batch,
+            self.model.long: self.model.long_batch,
+        }
 
 
 def learning_rate_factor(progress: float) -> float:
@@ -68,7 +63,7 @@ def learning_rate_factor(progress: float) -> float:
 
 
 def flow_matching_loss(
-    model: VideoDiT, clips: Clips, generator: torch.Generator | None = None
+    model: PixelDiT, clips: Clips, generator: torch.Generator | None = None
 ) -> torch.Tensor:
     """Mean squared error of the velocity at one random noise level per clip, a scalar."""
     video, label = clips.video, clips.label
@@ -85,11 +80,11 @@ def flow_matching_loss(
     dropped = torch.rand(batch, device=device, generator=generator) < _LABEL_DROP
     label = torch.where(dropped, model.config.null_label, label)
     timestep = 1000 * sigma
-    velocity = model(noisy, timestep, label, clips.camera)
+    velocity = model(noisy, timestep, *model.conditions(label, clips.camera))
     return (velocity - velocity_target(noisy, video, timestep)).square().mean()
 
 
-def loss_with_gradients(model: VideoDiT, clips: Clips, generator: torch.Generator) -> torch.Tensor:
+def loss_with_gradients(model: PixelDiT, clips: Clips, generator: torch.Generator) -> torch.Tensor:
     """The loss, a scalar still on the device; its gradients are added to the parameters'."""
     with torch.autocast(clips.video.device.type, torch.bfloat16):
         loss = flow_matching_loss(model, clips, generator)
@@ -98,7 +93,7 @@ def loss_with_gradients(model: VideoDiT, clips: Clips, generator: torch.Generato
 
 
 def training_step(
-    model: VideoDiT, optimizer: torch.optim.Optimizer, clips: Clips, generator: torch.Generator
+    model: PixelDiT, optimizer: torch.optim.Optimizer, clips: Clips, generator: torch.Generator
 ) -> torch.Tensor:
     """One optimiser step; returns the loss, a scalar still on the device."""
     loss = loss_with_gradients(model, clips, generator)
@@ -108,7 +103,7 @@ def training_step(
     return loss
 
 
-def make_optimizer(model: VideoDiT, learning_rate: float) -> torch.optim.AdamW:
+def make_optimizer(model: PixelDiT, learning_rate: float) -> torch.optim.AdamW:
     """AdamW with a little weight decay on matrices and none on vectors."""
     parameters = list(model.parameters())
     groups = [
@@ -119,7 +114,7 @@ def make_optimizer(model: VideoDiT, learning_rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=fused)
 
 
-def train(plan: TrainingPlan, out: Path, device: torch.device) -> VideoDiT:
+def train(plan: TrainingPlan, out: Path, device: torch.device) -> PixelDiT:
     """Carry out ``plan``; leaves weights, configuration, losses and samples in ``out``."""
     started = time.perf_counter()
     finish = started + 60 * plan.minutes
@@ -130,8 +125,9 @@ def train(plan: TrainingPlan, out: Path, device: torch.device) -> VideoDiT:
     torch.set_float32_matmul_precision("high")
     generator = torch.Generator(device).manual_seed(plan.seed)
 
-    bank = load_photo_bank(plan.short[2], device)
-    model = VideoDiT(plan.config).to(device)
+    short, long = plan.batches
+    bank = load_photo_bank(short[2], device)
+    model = plan.model.build().to(device)
     smoothed = copy.deepcopy(model).requires_grad_(False)
     optimizer = make_optimizer(model, plan.learning_rate)
     count = sum(p.numel() for p in model.parameters())
@@ -144,7 +140,7 @@ def train(plan: TrainingPlan, out: Path, device: torch.device) -> VideoDiT:
     first_step = time.perf_counter()
     weights, smoothed_weights = list(model.parameters()), list(smoothed.parameters())
     losses: list[dict[str, float]] = []
-    loss_sum = {shape: torch.zeros((), device=device) for shape in (plan.short, plan.long)}
+    loss_sum = {shape: torch.zeros((), device=device) for shape in plan.batches}
     loss_count = dict.fromkeys(loss_sum, 0)
     last_log = last_checkpoint = first_step
     step = logged_step = 0
@@ -153,8 +149,8 @@ def train(plan: TrainingPlan, out: Path, device: torch.device) -> VideoDiT:
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate * learning_rate_factor(progress)
         is_long = progress >= _LONG_FROM and step % 2 == 1
-        shape = plan.long if is_long else plan.short
-        clips = draw_clips(bank, plan.long_batch if is_long else plan.short_batch, shape, generator)
+        shape = long if is_long else short
+        clips = draw_clips(bank, plan.batches[shape], shape, generator)
         loss_sum[shape] += training_step(model, optimizer, clips, generator)
         loss_count[shape] += 1
         step += 1
@@ -164,7 +160,7 @@ def train(plan: TrainingPlan, out: Path, device: torch.device) -> VideoDiT:
         if now - last_log >= _LOG_SECONDS:
             means = {
                 f"loss_{name}": loss_sum[shape].item() / loss_count[shape]
-                for name, shape in (("short", plan.short), ("long", plan.long))
+                for name, shape in (("short", short), ("long", long))
                 if loss_count[shape]
             }
             now = time.perf_counter()
@@ -187,12 +183,12 @@ def train(plan: TrainingPlan, out: Path, device: torch.device) -> VideoDiT:
         "minutes": plan.minutes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "short": {"shape": plan.short, "batch": plan.short_batch},
-        "long": {"shape": plan.long, "batch": plan.long_batch},
+        "short": {"shape": short, "batch": plan.batches[short]},
+        "long": {"shape": long, "batch": plan.batches[long]},
         "losses": losses,
     }
     (out / "loss.json").write_text(json.dumps(record, indent=1) + "\n")
-    _write_samples(VideoDiT.from_pretrained(out), plan, out, device, finish)
+    _write_samples(plan.model.kind.from_pretrained(out), plan, out, device, finish)
     print(f"done after {time.perf_counter() - started:.1f} s", flush=True)
     return smoothed
 
@@ -208,15 +204,17 @@ def write_contact_sheet(path: Path, clips: Iterable[torch.Tensor]) -> None:
 
 
 def _compile_blocks(
-    model: VideoDiT, bank: PhotoBank, plan: TrainingPlan, generator: torch.Generator
+    model: PixelDiT, bank: PhotoBank, plan: TrainingPlan, generator: torch.Generator
 ) -> None:
-    """Compile the blocks, which share one graph per clip shape, before the clock of training."""
-    # Were the graph not shared, eight blocks at two shapes would pass the default limit of 8 and
-    # the rest would silently run eager.
+    """Compile the blocks, which share graphs at each clip shape, before the clock of training."""
+    # Were graphs not shared, all blocks at two shapes would pass the default limit of 8 and the
+    # rest would silently run eager.
     torch._dynamo.config.recompile_limit = 64
+    # A block that does not compile trains eagerly: slower, but the run is not lost.
+    torch._dynamo.config.suppress_errors = True
     for block in model.blocks:
         block.compile(dynamic=False)
-    for shape, batch in ((plan.short, plan.short_batch), (plan.long, plan.long_batch)):
+    for shape, batch in plan.batches.items():
         clips = draw_clips(bank, batch, shape, generator)
         for run in ("first, with its compilation", "second"):
             started = time.perf_counter()
@@ -230,16 +228,16 @@ def _compile_blocks(
 
 def _write_data_sheet(bank: PhotoBank, plan: TrainingPlan, out: Path, device: torch.device) -> None:
     generator = torch.Generator(device).manual_seed(plan.seed)
-    video = draw_clips(bank, plan.sample_labels, plan.short, generator).video
+    video = draw_clips(bank, plan.sample_labels, plan.model.short, generator).video
     write_contact_sheet(out / "data.png", (video.permute(0, 2, 3, 4, 1) + 1) / 2)
 
 
 def _write_samples(
-    model: VideoDiT, plan: TrainingPlan, out: Path, device: torch.device, finish: float
+    model: PixelDiT, plan: TrainingPlan, out: Path, device: torch.device, finish: float
 ) -> None:
     """Sample every label short, then long, as far as the time until ``finish`` goes."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for name, shape in (("short", plan.short), ("long", plan.long)):
+    for name, shape in zip(("short", "long"), plan.batches, strict=True):
         clips = []
         for label in range(plan.sample_labels):
             if clips and time.perf_counter() > finish:
@@ -265,31 +263,22 @@ def _write_samples(
 def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--minutes", type=float, required=True, help="wall time, samples included")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and samples")
-    parser.add_argument("--short-batch", type=int, default=TrainingPlan.short_batch)
-    parser.add_argument("--long-batch", type=int, default=TrainingPlan.long_batch)
+    parser.add_argument("--short-batch", type=int, help="clips of a batch, by default the model's")
+    parser.add_argument("--long-batch", type=int, help="the same for long clips")
     parser.add_argument("--learning-rate", type=float, default=TrainingPlan.learning_rate)
     parser.add_argument("--tiny", action="store_true", help="a smoke run for a CPU")
     arguments = parser.parse_args()
-    plan = TrainingPlan(
-        config=VideoDiTConfig(class_names=LABELS, camera_fields=CAMERA_FIELDS),
-        minutes=arguments.minutes,
-        short_batch=arguments.short_batch,
-        long_batch=arguments.long_batch,
-        learning_rate=arguments.learning_rate,
-    )
+    model = MODELS[arguments.model]
     if arguments.tiny:
-        plan = replace(
-            plan,
-            config=replace(plan.config, width=64, heads=2, layers=2, mlp_width=128, cond_width=32),
-            short=(3, 48, 48),
-            short_batch=8,
-            long=(6, 48, 48),
-            long_batch=4,
-            sample_steps=8,
-            sample_labels=2,
-        )
+        model = model.shrunk()
+    given = {name: getattr(arguments, name) for name in ("short_batch", "long_batch")}
+    model = replace(model, **{name: size for name, size in given.items() if size is not None})
+    plan = TrainingPlan(model, arguments.minutes, arguments.learning_rate)
+    if arguments.tiny:
+        plan = replace(plan, sample_steps=8, sample_labels=2)
     train(plan, arguments.out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 

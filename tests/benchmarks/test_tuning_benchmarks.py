@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.tuning import wan
 from benchmarks.tuning.local_error import CLUSTER_SIZES, DENSITIES, Row, correlation, fit_power_law
-from benchmarks.tuning.recorded import watched_attention
 from benchmarks.tuning.video_dit import forward_error
+from benchmarks.video_dit.attention import attention_answered_by
 from benchmarks.video_dit.demo import WEIGHTS
 from benchmarks.video_dit.model import VideoDiT
 from svg_ear_compile.cost_model import budget as budgets
@@ -63,15 +63,20 @@ def test_forward_error_is_relative() -> None:
     assert forward_error(1.5 * x, x) == pytest.approx(0.5)
 
 
-def test_attention_is_watched_only_inside() -> None:
+def test_attention_is_answered_only_inside() -> None:
     q = torch.randn(1, 1, 5, 8)
-    seen: list[torch.Tensor] = []
     attention = torch.nn.functional.scaled_dot_product_attention
-    with watched_attention(lambda q, k, v: seen.append(q)):
-        out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
-    torch.testing.assert_close(out, attention(q, q, q))
-    torch.nn.functional.scaled_dot_product_attention(q, q, q)
-    assert len(seen) == 1
+
+    def answer(dense, q, k, v):
+        return dense(q, k, v) + torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    with attention_answered_by(answer):
+        outs = [
+            torch.nn.functional.scaled_dot_product_attention(q, q, q, scale=0.3) for _ in range(2)
+        ]
+    for out in outs:
+        torch.testing.assert_close(out, attention(q, q, q, scale=0.3) + attention(q, q, q))
+    assert torch.nn.functional.scaled_dot_product_attention is attention
 
 
 def test_calls_of_wans_shape_run() -> None:

@@ -11,7 +11,8 @@ from benchmarks.video_dit.data import (
     draw_clips,
     load_photo_bank,
 )
-from benchmarks.video_dit.model import VideoDiT, VideoDiTConfig, velocity_target
+from benchmarks.video_dit.model import VideoDiT, VideoDiTConfig
+from benchmarks.video_dit.pixel_dit import velocity_target
 from benchmarks.video_dit.sample import generate, shifted_sigmas
 from benchmarks.video_dit.train import (
     flow_matching_loss,

@@ -1,0 +1,1 @@
+"""How close generated videos stay to dense attention, by rule, density and time."""

@@ -1,0 +1,154 @@
+"""Figures that follow from measured points: gains at equal density and at equal time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.fidelity.grid import DENSITIES, WARM_UPS, Cell
+from benchmarks.fidelity.scores import Interval, interval
+
+PAPER, OURS, DROPPING = "paper", "first_order", "svg2"
+
+Curve = list[tuple[float, float]]
+"""Points (time or density, PSNR), both rising."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured cell: scores of each seed, and milliseconds of the operator by shape."""
+
+    cell: Cell
+    psnr: tuple[float, ...]
+    ssim: tuple[float, ...]
+    flicker: tuple[float, ...]
+    attention_error: float
+    ms: Mapping[str, float]
+
+    @property
+    def mean_psnr(self) -> float:
+        """Mean over the seeds in dB."""
+        return sum(self.psnr) / len(self.psnr)
+
+
+def points_of(record: dict[str, Any]) -> list[Point]:
+    """The points of a record of `python -m benchmarks.fidelity`."""
+    times: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in record["times"]:
+        if row["ms"] is not None:
+            key = (row["rule"], row["density"], row["queries"], row["keys"])
+            times.setdefault(key, {})[row["shape"]] = row["ms"]
+    found = []
+    for row in record["cells"]:
+        cell = Cell(**row["cell"])
+        ms = times.get((cell.rule, cell.density, cell.queries, cell.keys), {})
+        psnr, ssim, flicker = (tuple(row[name]) for name in ("psnr", "ssim", "flicker"))
+        found.append(Point(cell, psnr, ssim, flicker, row["attention_error"], ms))
+    return found
+
+
+def rising(points: Sequence[tuple[float, float]]) -> Curve:
+    """The points that no other beats in both, by rising time."""
+    kept: Curve = []
+    for at, value in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not kept or value > kept[-1][1]:
+            kept.append((at, value))
+    return kept
+
+
+def value_at(curve: Curve, at: float) -> float | None:
+    """PSNR at a time or density, linear in its logarithm between points; None outside of them."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
+        if x0 <= at <= x1:
+            return y0 + (y1 - y0) * math.log(at / x0) / math.log(x1 / x0)
+    return next((y for x, y in curve if x == at), None)
+
+
+def first_at(curve: Curve, value: float) -> float | None:
+    """Time or density from which the curve has a PSNR; None where it never or always has."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
+        if y0 <= value <= y1:
+            return x0 * (x1 / x0) ** ((value - y0) / (y1 - y0))
+    return next((x for x, y in curve if y == value), None)
+
+
+def _selected(points: Sequence[Point], rule: str, **fixed: float) -> list[Point]:
+    return [
+        p
+        for p in points
+        if p.cell.rule == rule and all(getattr(p.cell, k) == v for k, v in fixed.items())
+    ]
+
+
+def time_curve(points: Sequence[Point], rule: str, shape: str) -> Curve:
+    """The frontier of a rule over all its densities and clusters, by milliseconds at a shape."""
+    timed = [p for p in points if p.cell.rule == rule and shape in p.ms]
+    return rising([(p.ms[shape], p.mean_psnr) for p in timed])
+
+
+def density_curve(points: Sequence[Point], rule: str) -> Curve:
+    """The best PSNR of a rule over its clusters, by density."""
+    return rising([(p.cell.density, p.mean_psnr) for p in points if p.cell.rule == rule])
+
+
+def derived(points: Sequence[Point], shapes: Sequence[str]) -> dict[str, Any]:
+    """Every figure that issue 6 asks for, of one model at the longer warm-up, as plain data.
+
+    Args:
+        points: of one model.
+        shapes: where times were measured.
+
+    Returns:
+        ``equal_density``: rows with the PSNR gain of first-order compensation over the paper's
+        rule (an interval over seeds, paired), the ratio of their attention errors and the density
+        that SVG2 needs for the PSNR of first-order compensation over its own (a lower bound, with
+        ``"svg2_at_least"``, where no measured density suffices). ``equal_time``: by shape, the gain
+        at the times at which the paper's frontier has its points; ``time_ratio``: by shape, the
+        time of first-order compensation at the PSNR that the paper's rule has at density 0.2 (the
+        best of its clusters) over the least time that the paper's rule has it in. Interpolated in
+        the logarithm of time or density; None outside of what was measured.
+    """
+    points = [p for p in points if p.cell.warm_up == WARM_UPS[0]]
+    dropping = density_curve(points, DROPPING)
+    equal_density = []
+    for ours in sorted(_selected(points, OURS), key=lambda p: (p.cell.queries, p.cell.density)):
+        cell = ours.cell
+        same = {"density": cell.density, "queries": cell.queries, "keys": cell.keys}
+        for paper in _selected(points, PAPER, **same):
+            gains = [a - b for a, b in zip(ours.psnr, paper.psnr, strict=True)]
+            row: dict[str, Any] = same | {
+                "gain": asdict(interval(gains)),
+                "error_ratio": ours.attention_error / paper.attention_error,
+                "svg2_density": None,
+                "svg2_at_least": False,
+            }
+            needed = first_at(dropping, ours.mean_psnr)
+            if needed is not None:
+                row["svg2_density"] = needed / cell.density
+            elif dropping and ours.mean_psnr > dropping[-1][1]:
+                row |= {"svg2_density": dropping[-1][0] / cell.density, "svg2_at_least": True}
+            equal_density.append(row)
+    equal_time: dict[str, list[dict[str, float | None]]] = {}
+    time_ratio: dict[str, float | None] = {}
+    for shape in shapes:
+        paper_curve, our_curve = (time_curve(points, rule, shape) for rule in (PAPER, OURS))
+        equal_time[shape] = []
+        for ms, psnr in paper_curve:
+            reached = value_at(our_curve, ms)
+            gain = None if reached is None else reached - psnr
+            equal_time[shape].append({"ms": ms, "paper": psnr, "gain": gain})
+        at_fifth = [p.mean_psnr for p in _selected(points, PAPER, density=DENSITIES[-1])]
+        wanted = max(at_fifth, default=math.nan)
+        times = [first_at(curve, wanted) for curve in (our_curve, paper_curve)]
+        if times[0] is None and our_curve and our_curve[0][1] > wanted:
+            times[0] = our_curve[0][0]  # its cheapest point is better already: no more than this
+        time_ratio[shape] = None if times[0] is None or times[1] is None else times[0] / times[1]
+    return {"equal_density": equal_density, "equal_time": equal_time, "time_ratio": time_ratio}
+
+
+def gain_of(row: dict[str, Any]) -> Interval:
+    """The gain of a row of ``equal_density``."""
+    return Interval(**row["gain"])

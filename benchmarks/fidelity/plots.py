@@ -1,0 +1,78 @@
+"""The frontier: fidelity against time and against density, one curve per rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.fidelity.frontier import Curve, Point, density_curve, time_curve
+from benchmarks.fidelity.grid import FINE, WARM_UPS
+from benchmarks.fidelity.rules import RULES
+from svg_ear_compile.kernels.plan import AttentionPlan
+
+_COLOURS = {
+    "svg2": "#8c564b",
+    "score": "#bcbd22",
+    "paper": "#1f77b4",
+    "values": "#9467bd",
+    "first_order": "#d9622b",
+    "second_order": "#2ca02c",
+    "uniform": "#7f7f7f",
+}
+
+
+def write_frontier(
+    points: Sequence[Point], models: Sequence[str], shapes: Sequence[str], path: Path
+) -> None:
+    """Write a row of panels for each model: by density, and by operator time at each shape.
+
+    Args:
+        points: of all models; the longer warm-up is drawn.
+        models: rows, in order.
+        shapes: each with a panel, left out where nothing was timed.
+        path: of the PNG.
+    """
+    points = [p for p in points if p.cell.warm_up == WARM_UPS[0]]
+    timed = [shape for shape in shapes if any(shape in p.ms for p in points)]
+    columns = 1 + len(timed)
+    figure = Figure(figsize=(5 * columns, 3.6 * len(models)), layout="constrained")
+    axes = figure.subplots(len(models), columns, squeeze=False)
+    for model, row in zip(models, axes, strict=True):
+        mine = [p for p in points if p.cell.model == model]
+        _panel(row[0], mine, None)
+        row[0].set(title=f"model “{model}”", xlabel="density", ylabel="PSNR against dense, dB")
+        for shape, axis in zip(timed, row[1:], strict=True):
+            _panel(axis, mine, shape)
+            axis.set(title=f"operator at {shape}", xlabel="ms")
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _panel(axis: Axes, points: Sequence[Point], shape: str | None) -> None:
+    default = AttentionPlan()
+    for rule, colour in _COLOURS.items():
+        chosen = [p for p in points if p.cell.rule == rule and (shape is None or shape in p.ms)]
+        if not chosen:
+            continue
+        curve: Curve = (
+            density_curve(chosen, rule) if shape is None else time_curve(chosen, rule, shape)
+        )
+        axis.plot(*zip(*curve, strict=True), "-", color=colour, label=RULES[rule].title)
+        for point in chosen:
+            at = point.cell.density if shape is None else point.ms[shape]
+            fine = (point.cell.queries, point.cell.keys) == FINE
+            axis.plot(at, point.mean_psnr, "o", color=colour, ms=4, mfc=colour if fine else "white")
+            if rule == default.compensation and fine and point.cell.density == default.density:
+                axis.plot(at, point.mean_psnr, "*", color="black", ms=13, mfc="none")
+                axis.annotate(
+                    "default",
+                    (at, point.mean_psnr),
+                    (6, -12),
+                    textcoords="offset points",
+                    fontsize=8,
+                )
+    axis.set_xscale("log")
+    axis.grid(alpha=0.3)

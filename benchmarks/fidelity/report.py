@@ -1,0 +1,117 @@
+"""Tables of a record: every cell, and what issue 6 asked for against what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.fidelity.frontier import Point, gain_of, points_of
+from benchmarks.fidelity.grid import DENSITIES
+from benchmarks.fidelity.rules import RULES
+from benchmarks.fidelity.scores import interval
+
+ASKED = {
+    "density": ("+2 / +3 / +4 dB", "+6 dB"),
+    "time": ("+2.5 dB", "+5 dB"),
+    "ratio": ("0.8x", "0.6x"),
+    "error": ("0.9x", "0.75x"),
+    "svg2": ("2.5x ours", "4x ours"),
+}
+
+
+def cells_table(points: Sequence[Point], shape: str) -> Table:
+    """Every point with its intervals, and its time at a shape."""
+    table = Table(title="Against the dense clips, raw frames (± 95 % over seeds)")
+    for heading in ("model", "rule", "density", "clusters", "warm-up", "PSNR dB", "SSIM", "flicker",
+                    "attention error", "op ms"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading in ("model", "rule") else "right")
+    for point in sorted(points, key=lambda p: p.cell):
+        cell = point.cell
+        ms = point.ms.get(shape)
+        table.add_row(
+            cell.model, RULES[cell.rule].title, f"{cell.density:g}", f"{cell.queries}/{cell.keys}",
+            f"{cell.warm_up:.0%}", str(interval(point.psnr)),
+            f"{interval(point.ssim).mean:.4f}", f"{interval(point.flicker).mean:.4f}",
+            f"{point.attention_error:.3f}", "" if ms is None else f"{ms:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def asked_rows(found: dict[str, Any], shape: str) -> list[tuple[str, str, str, str]]:
+    """What was asked, strived for and measured, of one model's derived figures."""
+    rows = []
+    by_clusters: dict[tuple[int, int], dict[float, dict[str, Any]]] = {}
+    for row in found["equal_density"]:
+        by_clusters.setdefault((row["queries"], row["keys"]), {})[row["density"]] = row
+    for (queries, keys), by_density in sorted(by_clusters.items()):
+        chosen = [by_density.get(density) for density in DENSITIES]
+
+        def joined(form: Any, chosen: list[dict[str, Any] | None] = chosen) -> str:
+            return " / ".join("-" if row is None else form(row) for row in chosen)
+
+        each = f"densities {' / '.join(map(str, DENSITIES))}, {queries}/{keys} tokens a cluster"
+        rows += [
+            (f"PSNR over the paper's, {each}", *ASKED["density"],
+             joined(lambda r: f"{'+' if r['gain']['mean'] >= 0 else ''}{gain_of(r)}") + " dB"),
+            (f"attention error over the paper's, {each}", *ASKED["error"],
+             joined(lambda r: f"{r['error_ratio']:.2f}x")),
+            (f"density SVG2 needs at equal PSNR, {each}", *ASKED["svg2"],
+             joined(_svg2)),
+        ]  # fmt: skip
+    gains = found["equal_time"].get(shape, [])
+    texts = [
+        f"{'-' if g['gain'] is None else format(g['gain'], '+.1f')} at {g['ms']:.1f} ms"
+        for g in gains
+    ]
+    ratio = found["time_ratio"].get(shape)
+    rows += [
+        (f"PSNR over the paper's at equal op time ({shape})", *ASKED["time"],
+         ", ".join(texts) or "not measured"),
+        (f"op time at the paper's PSNR at density 0.2 ({shape})", *ASKED["ratio"],
+         "not measured" if ratio is None else f"{ratio:.2f}x"),
+    ]  # fmt: skip
+    return rows
+
+
+def _svg2(row: dict[str, Any]) -> str:
+    if row["svg2_density"] is None:
+        return "-"
+    return f"{'over ' if row['svg2_at_least'] else ''}{row['svg2_density']:.1f}x"
+
+
+def asked_table(derived: dict[str, Any], shape: str) -> Table:
+    """`asked_rows` of every model."""
+    table = Table(title="First-order compensation: asked, strived for, measured")
+    for heading in ("model", "", "asked", "strive for", "measured"):
+        table.add_column(heading)
+    for model, found in derived.items():
+        for row in asked_rows(found, shape):
+            table.add_row(model, *row)
+        table.add_section()
+    return table
+
+
+def readme_table(record: dict[str, Any]) -> str:
+    """The README's table: every model's rows as Markdown."""
+    lines = [
+        "| model | | asked | strive for | measured |",
+        "|---|---|---|---|---|",
+    ]
+    for model, found in record["derived"].items():
+        size = record["models"][model]
+        name = f"{model}, {size['tokens']:,} tokens"
+        lines += [f"| {name} | {' | '.join(row)} |" for row in asked_rows(found, record["shape"])]
+    models = record["models"].values()
+    ceilings = ", ".join(f"{interval(m['ceiling']['psnr']).mean:.1f} dB" for m in models)
+    points = points_of(record)
+    seeds = " and ".join(str(len(m["ceiling"]["psnr"])) for m in models)
+    return "\n".join(
+        [
+            f"{len(points)} points, {seeds} seeds, {record['settings']['steps']} denoising steps. "
+            f"Dense against dense on another backend: {ceilings}.",
+            "",
+            *lines,
+        ]
+    )

@@ -1,0 +1,183 @@
+"""Every rule that is compared: what it computes exactly and what it does with the rest.
+
+The paper's rule and first-order compensation go through the operator that users get. The others
+are written out in plain PyTorch (`head.py`) from their published descriptions: SVG2 is
+arXiv 2505.18875, SVG-EAR arXiv 2603.08982.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.fidelity import head
+from benchmarks.fidelity.head import Head, StandIns, heads_of
+from svg_ear_compile.kernels import op as _registers  # noqa: F401  # torch.ops.svg_ear.attention
+from svg_ear_compile.kernels import reference, state
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
+from svg_ear_compile.kernels.state import Call, Memory
+
+ByHead = Callable[[Head, float], tuple[Tensor, Tensor]]
+"""Of a head and a density: output (N, D) and exact blocks (Qc, Kc)."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way to attend sparsely.
+
+    Attributes:
+        title: in tables and plots.
+        compensation: the operator's form, for rules that the operator has.
+        by_head: the rule in plain PyTorch, for the others; None in both is `uniform`.
+    """
+
+    title: str
+    compensation: Compensation | None = None
+    by_head: ByHead | None = None
+
+
+def svg2(this: Head, density: float) -> tuple[Tensor, Tensor]:
+    """The blocks with most mass by centroids; everything else is dropped."""
+    exact = head.choose(this, head.mass_score(this), density)
+    return head.attend(this, exact, None), exact
+
+
+def score_and_centroids(this: Head, density: float) -> tuple[Tensor, Tensor]:
+    """SVG2's blocks; the others act as their centroids."""
+    exact = head.choose(this, head.mass_score(this), density)
+    return head.attend(this, exact, head.centroid_stand_ins(this)), exact
+
+
+def values_only(this: Head, density: float) -> tuple[Tensor, Tensor]:
+    """The paper's blocks; the others keep the centroid's logit and mass, with posterior values."""
+    blocks = head.probe(this)
+    exact = head.choose(this, head.error_score(this, blocks), density)
+    of_centroids = head.centroid_stand_ins(this)
+    stand_ins = StandIns(of_centroids.key, blocks.mean_value, of_centroids.bias)
+    return head.attend(this, exact, stand_ins), exact
+
+
+def second_order(this: Head, density: float) -> tuple[Tensor, Tensor]:
+    """The paper's blocks; the others by `head.second_order_stand_ins`."""
+    blocks = head.probe(this)
+    exact = head.choose(this, head.error_score(this, blocks), density)
+    return head.attend(this, exact, head.second_order_stand_ins(this, blocks, exact)), exact
+
+
+def uniform_attention(q: Tensor, k: Tensor, v: Tensor, density: float, text: int) -> Tensor:
+    """Every query attends to the same regular sample of the keys, and to all text.
+
+    The sample is the keys at places ``floor(i n / m)`` of the n video keys, i = 0..m-1 with
+    ``m = ceil(density n)``; each stands for n/m keys, a logit bias of ``log(n/m)`` beside text keys
+    of bias 0. Text queries attend to everything. Arguments as `attention`.
+    """
+    video = k.shape[2] - text
+    sampled = math.ceil(density * video)
+    taken = torch.arange(sampled, device=k.device) * video // sampled
+    places = torch.cat([taken, torch.arange(video, video + text, device=k.device)])
+    bias = None  # without text every weight has the same factor
+    if text:
+        bias = q.new_zeros(1, 1, 1, len(places))
+        bias[..., :sampled] = math.log(video / sampled)
+        bias = bias.expand(-1, -1, video, -1)
+    out = F.scaled_dot_product_attention(q[:, :, :video], k[:, :, places], v[:, :, places], bias)
+    if text:
+        own = F.scaled_dot_product_attention(q[:, :, video:], k, v)
+        out = torch.cat([out, own], 2)
+    return out
+
+
+RULES = {
+    "svg2": Rule("SVG2: score, drop", by_head=svg2),
+    "score": Rule("score, centroids", by_head=score_and_centroids),
+    "paper": Rule("paper (SVG-EAR)", compensation="centroid"),
+    "values": Rule("first order, values only", by_head=values_only),
+    "first_order": Rule("first order", compensation="first_order"),
+    "second_order": Rule("second order", by_head=second_order),
+    "uniform": Rule("uniform keys"),
+}
+
+
+@dataclass
+class Remembered:
+    """What one generation remembers, call site by call site: resolves the operator's calls too."""
+
+    memories: dict[str, Memory]
+
+    def resolve(self, layer: Tensor | None, site: str, plan: AttentionPlan) -> Call:
+        """See `kernels.state.Resolver`."""
+        return Call(plan, self.memories.setdefault(site, Memory()))
+
+    @property
+    def density(self) -> float | None:
+        """Mean density that the sites' last sparse calls reached; waits for the device."""
+        found = [m.density for m in self.memories.values() if m.density is not None]
+        return sum(found) / len(found) if found else None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: str,
+    plan: AttentionPlan,
+    *,
+    text: int = 0,
+    site: str = "",
+    remembered: Remembered | None = None,
+) -> Tensor:
+    """Sparse self-attention by one of `RULES`.
+
+    Args:
+        q, k, v: (B, H, N, D), text tokens last.
+        rule: its name.
+        plan: density, clusters, iterations, seed; the rule decides routing and compensation.
+        text: text tokens at the end.
+        site: what is remembered is remembered for this site.
+        remembered: starts from and keeps centroids; None clusters afresh.
+
+    Returns:
+        (B, H, N, D) in the dtype of q.
+    """
+    remembered = Remembered({}) if remembered is None else remembered
+    chosen = RULES[rule]
+    if chosen.compensation is not None:
+        plan = replace(plan, compensation=chosen.compensation)
+        with state.active(remembered):
+            out, _ = torch.ops.svg_ear.attention(
+                q, k, v, plan=plan.encode(), site=site, text_suffix=text
+            )
+        return out
+    if chosen.by_head is None:
+        return uniform_attention(q, k, v, plan.density, text)
+    memory = remembered.resolve(None, site, plan).memory
+    assert memory is not None
+    return attend_by_head(q, k, v, chosen.by_head, plan, text, memory)
+
+
+def attend_by_head(
+    q: Tensor, k: Tensor, v: Tensor, by_head: ByHead, plan: AttentionPlan, text: int, memory: Memory
+) -> Tensor:
+    """`attention` by a rule in plain PyTorch, in float32 where the inputs are narrower."""
+    wide_q, wide_k, wide_v = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
+    video = q.shape[2] - text
+    q_clusters, k_clusters = plan.clusters(video, video)
+    batch, heads, _, dim = q.shape
+    warm = memory.warm_start(
+        (batch, heads, q_clusters, dim), (batch, heads, k_clusters, dim), q.device
+    )
+    queries, keys = reference.cluster(wide_q, wide_k, plan, None, (0, text), warm)
+    out = torch.empty_like(q)
+    pairs = torch.zeros((), dtype=torch.float64, device=q.device)
+    for place, this in heads_of(wide_q, wide_k, wide_v, queries, keys, dim**-0.5):
+        result, exact = by_head(this, plan.density)
+        out[place] = result.to(out.dtype)
+        pairs += ((exact * this.k_sizes).sum(-1) * this.q_sizes).sum()
+    memory.q_centroids, memory.k_centroids = queries.centroids, keys.centroids
+    memory.exact_pairs, memory.pairs = pairs, batch * heads * video**2
+    return out

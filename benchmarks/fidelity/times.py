@@ -1,0 +1,85 @@
+"""Measured times of the attention operator at the shapes of the models and of Wan 14B at 720p.
+
+Sparse calls are those of `benchmarks.attention`: warm, everything included, and no time without a
+green gate. A model's own shape is timed on one of its recorded calls.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from benchmarks.attention.inputs import Inputs
+from benchmarks.attention.measure import measure_shape, time_ms
+from benchmarks.fidelity.grid import Cell
+from benchmarks.fidelity.rules import RULES, uniform_attention
+
+WAN = "wan14b-720p"
+_REPEATS = 5
+
+
+def measure_times(
+    inputs: Inputs, wanted: Sequence[Cell], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Milliseconds of every rule that has an implementation to time, at each plan of `wanted`.
+
+    Args:
+        inputs: what is attended to, on a GPU.
+        wanted: cells; rule, density and clusters count.
+        say: hears a line of progress for each row.
+
+    Returns:
+        A row for each plan: shape, rule, density, queries, keys, ms, dense_ms, raw samples. A row
+        whose gate failed has None for ms.
+    """
+    tokens = inputs.q.shape[2] - inputs.text
+    plans = list(dict.fromkeys((c.rule, c.density, c.queries, c.keys) for c in wanted))
+    rows: list[dict[str, Any]] = []
+    dense_ms: dict[str, float] = {}
+    # Clusters with the same rules and densities share one call, and so its dense baseline.
+    wishes: dict[tuple[int, int], set[tuple[str, float]]] = {}
+    for rule, density, queries, keys in plans:
+        if RULES[rule].compensation is not None:
+            wishes.setdefault((queries, keys), set()).add((rule, density))
+    groups: dict[frozenset[tuple[str, float]], list[tuple[int, int]]] = {}
+    for clusters, wish in wishes.items():
+        groups.setdefault(frozenset(wish), []).append(clusters)
+    for wish, clusters_of in groups.items():
+        forms = {str(RULES[rule].compensation): rule for rule, _ in sorted(wish)}
+        counts = {
+            f"{math.ceil(tokens / q)}/{math.ceil(tokens / k)}": (q, k) for q, k in clusters_of
+        }
+        for row in measure_shape(
+            inputs, sorted({d for _, d in wish}), list(forms), list(counts), _REPEATS, False, say
+        ):
+            dense = row["dense_samples_ms"][row["dense_backend"]]
+            dense_ms = {"dense_ms": statistics.median(dense)}
+            queries, keys = counts[row["clusters"]]
+            samples = row.get("samples_ms")
+            rows.append(
+                {
+                    "shape": inputs.name, "rule": forms[row["form"]], "density": row["density"],
+                    "queries": queries, "keys": keys,
+                    "ms": None if samples is None else statistics.median(samples),
+                    "samples_ms": samples, "gate": row["gate"],
+                }
+            )  # fmt: skip
+    for rule, density, queries, keys in plans:
+        if rule != "uniform":
+            continue
+        samples = time_ms(
+            partial(uniform_attention, inputs.q, inputs.k, inputs.v, density, inputs.text),
+            _REPEATS,
+            inputs.q.is_cuda,
+        )
+        rows.append(
+            {
+                "shape": inputs.name, "rule": rule, "density": density,
+                "queries": queries, "keys": keys,
+                "ms": statistics.median(samples), "samples_ms": samples, "gate": None,
+            }
+        )  # fmt: skip
+    return [row | dense_ms for row in rows]

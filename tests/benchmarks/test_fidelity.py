@@ -1,0 +1,383 @@
+"""The fidelity bench: its rules against the definition, its scores, its frontier, its record."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.attention.inputs import Inputs
+from benchmarks.fidelity import __main__ as bench
+from benchmarks.fidelity import head
+from benchmarks.fidelity.frontier import Point, derived, first_at, rising, value_at
+from benchmarks.fidelity.grid import Cell, cells
+from benchmarks.fidelity.head import Head
+from benchmarks.fidelity.report import asked_rows, readme_table
+from benchmarks.fidelity.rules import RULES, Remembered, attend_by_head, attention
+from benchmarks.fidelity.scores import Interval, flicker, interval, score_clips
+from benchmarks.fidelity.times import measure_times
+from benchmarks.video_dit.zoo import MODELS
+from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.state import Memory
+
+PLAN = AttentionPlan(density=0.3, q_clusters=5, k_clusters=11, first_iterations=3)
+TEXTS = pytest.mark.parametrize("text", [0, 7])
+
+
+def random_qkv(
+    tokens: int = 117, dim: int = 32, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randn(2, 3, tokens, dim, generator=generator, dtype=dtype) for _ in range(3)]
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def paper(this: Head, density: float) -> tuple[Tensor, Tensor]:
+    blocks = head.probe(this)
+    exact = head.choose(this, head.error_score(this, blocks), density)
+    return head.attend(this, exact, head.centroid_stand_ins(this)), exact
+
+
+def first_order(this: Head, density: float) -> tuple[Tensor, Tensor]:
+    blocks = head.probe(this)
+    exact = head.choose(this, head.error_score(this, blocks), density)
+    return head.attend(this, exact, head.first_order_stand_ins(this, blocks)), exact
+
+
+@TEXTS
+@pytest.mark.parametrize("form", ["centroid", "first_order"])
+def test_the_parts_of_a_head_are_the_definition(form: str, text: int) -> None:
+    q, k, v = random_qkv()
+    plan = AttentionPlan(**{**vars(PLAN), "compensation": form})
+    wanted = reference.sparse_attention(q, k, v, plan, text=(0, text))
+    memory = Memory()
+    by_head = {"centroid": paper, "first_order": first_order}[form]
+    found = attend_by_head(q, k, v, by_head, plan, text, memory)
+    torch.testing.assert_close(found, wanted.out)
+    assert memory.exact_pairs == wanted.exact_pairs
+    assert memory.pairs == 6 * (117 - text) ** 2
+
+
+@TEXTS
+def test_empty_clusters_have_no_part(text: int) -> None:
+    q, k, v = random_qkv()
+    k[:, :, :110] = k[:, :, :1]  # all in one cluster but for the last ones
+    plan = AttentionPlan(**{**vars(PLAN), "density": 0.5})
+    for rule in ("svg2", "score", "values"):
+        found = attention(q, k, v, rule, plan, text=text)
+        assert found.isfinite().all(), rule
+
+
+@TEXTS
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_tend_to_dense_attention(rule: str, text: int) -> None:
+    q, k, v = random_qkv(dtype=torch.float32)
+    dense = F.scaled_dot_product_attention(q, k, v)
+    errors = []
+    for density in (0.1, 0.5, 0.999):
+        plan = AttentionPlan(**{**vars(PLAN), "density": density})
+        out = attention(q, k, v, rule, plan, text=text)
+        errors.append(relative(out, dense))
+        # Text queries attend to everything at any density.
+        assert relative(out[:, :, 117 - text :], dense[:, :, 117 - text :]) < 1e-5 or not text
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < (1e-5 if rule != "uniform" else 0.2)
+    assert errors[0] > 0.01
+
+
+def test_rules_rank_as_their_papers_say() -> None:
+    q, k, v = random_qkv(tokens=300, dtype=torch.float32)
+    q, k = 0.4 * q, 0.4 * k
+    dense = F.scaled_dot_product_attention(q, k, v)
+    error = {r: relative(attention(q, k, v, r, PLAN), dense) for r in RULES}
+    assert (
+        error["second_order"]
+        < error["first_order"]
+        < error["values"]
+        < error["paper"]
+        < error["score"]
+    )
+    assert error["score"] < error["svg2"]
+
+
+@TEXTS
+def test_second_order_is_its_formula(text: int) -> None:
+    q, k, v = random_qkv()
+    q = 1.5 * q
+    queries, keys = reference.cluster(q, k, PLAN, None, (0, text), None)
+    out = attention(q, k, v, "second_order", PLAN, text=text)
+    (b, h), this = head.heads_of(q, k, v, queries, keys, 32**-0.5)[4]
+    exact = head.choose(this, head.error_score(this, head.probe(this)), PLAN.density)
+    s = this.scale
+    grown: list[float] = []
+    for row in (0, 57, 116):
+        i = int(this.q_labels[row])
+        if i == len(this.q_sizes):
+            continue
+        away = this.q[row] - this.q_centroids[i]
+        skipped: list[int] = []
+        central = (s * this.k @ this.q_centroids[i]).exp()
+        logits, values, matrix, mass = [], [], torch.zeros(32, 32, dtype=torch.float64), 0.0
+        for j in range(len(this.k_sizes) + 1):
+            mine = this.k_labels == j
+            if j == len(this.k_sizes) or exact[i, j]:
+                logits += (s * this.k[mine] @ this.q[row]).tolist()
+                values += list(this.v[mine])
+            elif mine.any():
+                w = central[mine]
+                mean_key, mean_value = (w @ x[mine] / w.sum() for x in (this.k, this.v))
+                apart_k, apart_v = (x[mine] - x[mine].mean(0) for x in (this.k, this.v))
+                variance = apart_k.square().mean(0)
+                logit = w.sum().log() + s * mean_key @ away
+                growth = s**2 / 2 * away.square() @ variance
+                grown.append(float(growth))
+                logits.append(float(logit + growth.clamp(max=head.LARGEST_GROWTH)))
+                values.append(mean_value)
+                matrix += w.sum() * apart_v.T @ apart_k / len(apart_k)
+                mass += w.sum()
+                skipped.append(len(logits) - 1)
+        weights = torch.tensor(logits, dtype=torch.float64).softmax(0)
+        wanted = weights @ torch.stack(values) + weights[skipped].sum() * s * matrix @ away / mass
+        torch.testing.assert_close(out[b, h, row], wanted)
+    assert min(grown) < head.LARGEST_GROWTH < max(grown)
+
+
+def test_second_order_is_exact_on_gaussian_clusters() -> None:
+    """Many jointly Gaussian keys and values about two centres: the rest is sampling."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    labels = torch.arange(40_000) % 2
+    noise = 0.7 * normal(40_000, 8)
+    k = normal(2, 8)[labels] + noise
+    v = normal(2, 8)[labels] + noise @ normal(8, 8)
+    q = 1.5 * normal(6, 8)
+    this = Head(
+        q, k, v, torch.zeros(6, dtype=torch.int64), labels, q.mean(0, keepdim=True),
+        torch.stack([k[labels == j].mean(0) for j in (0, 1)]), torch.tensor([6]),
+        torch.tensor([20_000, 20_000]), 8**-0.5,
+    )  # fmt: skip
+    dense = F.scaled_dot_product_attention(q, k, v)
+    blocks, none = head.probe(this), torch.zeros(1, 2, dtype=torch.bool)
+    first = relative(head.attend(this, none, head.first_order_stand_ins(this, blocks)), dense)
+    second = head.attend(this, none, head.second_order_stand_ins(this, blocks, none))
+    assert relative(second, dense) < 0.4 * first
+
+
+def test_dropping_leaves_attention_over_the_chosen_blocks() -> None:
+    q, k, v = random_qkv()
+    queries, keys = reference.cluster(q, k, PLAN, None, (0, 4), None)
+    out = attention(q, k, v, "svg2", PLAN, text=4)
+    for (b, h), this in head.heads_of(q, k, v, queries, keys, 32**-0.5):
+        exact = head.choose(this, head.mass_score(this), PLAN.density)
+        taken = F.pad(exact, (0, 1, 0, 1), value=True)[this.q_labels][:, this.k_labels]
+        wanted = F.scaled_dot_product_attention(this.q, this.k, this.v, taken)
+        torch.testing.assert_close(out[b, h], wanted)
+
+
+def test_uniform_keys_are_a_regular_sample_that_weighs_as_much_as_all() -> None:
+    q, k, v = random_qkv()
+    k[:, :, :100] = k[:, :, :1]  # any sample of equal keys has the right logits
+    v[:, :, :100] = v[:, :, :1]
+    found = attention(q, k, v, "uniform", PLAN, text=17)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("rule", ["paper", "values"])
+def test_a_generation_is_remembered_site_by_site(rule: str) -> None:
+    q, k, v = random_qkv(dtype=torch.float32)
+    remembered = Remembered({})
+    assert remembered.density is None
+    cold = attention(q, k, v, rule, PLAN, site="0", remembered=remembered)
+    warm = attention(q, k, v, rule, PLAN, site="0", remembered=remembered)
+    other = attention(q, k, v, rule, PLAN, site="1", remembered=remembered)
+    assert torch.equal(cold, other)
+    assert not torch.equal(cold, warm)
+    assert remembered.density is not None
+    assert PLAN.density <= remembered.density < PLAN.density + 1 / 5
+    assert math.isfinite(remembered.density)
+
+
+def test_flicker_is_about_changes_between_frames() -> None:
+    frames = torch.rand(5, 6, 7, 3, generator=torch.Generator().manual_seed(0)) / 2
+    assert flicker(frames, frames) == 0
+    assert flicker(frames + 0.25, frames) == pytest.approx(0, abs=1e-7)  # a shift does not flicker
+    other = frames.clone()
+    other[1::2] += 0.25
+    assert flicker(other, frames) == pytest.approx(0.25)
+    assert flicker(frames[:1], other[:1]) == 0
+
+
+def test_scores_of_clips_are_each_clips_own() -> None:
+    clips = torch.rand(3, 2, 16, 16, 3, generator=torch.Generator().manual_seed(0))
+    noisy = (clips + 0.01 * torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1, 1, 1)).clamp(0, 2)
+    found = score_clips(noisy, clips)
+    assert found["psnr"] == pytest.approx([40.0, 40 - 6.02, 40 - 12.04], abs=0.01)
+    assert all(len(values) == 3 for values in found.values())
+
+
+def test_interval_is_students() -> None:
+    found = interval([1.0, 2.0, 3.0, 4.0])
+    assert found.mean == 2.5
+    half = 3.18245 * (5 / 3) ** 0.5 / 2
+    assert found.high == pytest.approx(2.5 + half, rel=1e-5)
+    assert found.low == pytest.approx(2.5 - half, rel=1e-5)
+    assert interval([3.0]) == Interval(3.0, None, None)
+    assert "±" not in str(interval([3.0]))
+
+
+def test_curves_are_read_between_their_points_alone() -> None:
+    curve = rising([(4.0, 30.0), (1.0, 20.0), (2.0, 19.0), (16.0, 34.0), (4.0, 29.0)])
+    assert curve == [(1.0, 20.0), (4.0, 30.0), (16.0, 34.0)]
+    assert value_at(curve, 2.0) == pytest.approx(25.0)
+    assert value_at(curve, 8.0) == pytest.approx(32.0)
+    assert value_at(curve, 4.0) == 30.0
+    assert value_at(curve, 0.9) is None
+    assert value_at(curve, 17.0) is None
+    assert first_at(curve, 25.0) == pytest.approx(2.0)
+    assert first_at(curve, 19.0) is None
+    assert first_at(curve, 35.0) is None
+    assert value_at([], 1.0) is None
+    assert value_at([(2.0, 3.0)], 2.0) == 3.0
+
+
+def made_point(
+    rule: str, density: float, psnr: float, ms: float | None, queries: int = 128
+) -> Point:
+    times = {} if ms is None else {"wan": ms}
+    error = 0.2 if rule == "paper" else 0.15
+    scores = ((psnr - 1, psnr + 1), (0.9, 0.9), (0.1, 0.1))
+    return Point(Cell("self", rule, density, queries, 64), *scores, error, times)
+
+
+def test_figures_that_follow_from_points() -> None:
+    points = [
+        *(
+            made_point("paper", d, p, t)
+            for d, p, t in [(0.05, 20, 10), (0.1, 24, 20), (0.2, 28, 40)]
+        ),
+        *(made_point("first_order", d, p, t) for d, p, t in [(0.05, 24, 12), (0.1, 29, 24)]),
+        *(made_point("svg2", d, p, None) for d, p in [(0.1, 22), (0.2, 24), (0.4, 26)]),
+    ]
+    found = derived(points, ["wan"])
+    first, second = found["equal_density"]
+    assert first["gain"]["mean"] == 4
+    assert first["gain"]["high"] == pytest.approx(4)  # paired: both seeds gain the same
+    assert first["error_ratio"] == pytest.approx(0.75)
+    assert first["svg2_density"] == pytest.approx(4.0)
+    assert not first["svg2_at_least"]
+    assert second["svg2_density"] == pytest.approx(4.0)
+    assert second["svg2_at_least"]
+    at = {row["ms"]: row["gain"] for row in found["equal_time"]["wan"]}
+    assert at[10] is None
+    assert at[40] is None
+    assert at[20] == pytest.approx(24 + 5 * math.log(20 / 12) / math.log(2) - 24)
+    assert found["time_ratio"]["wan"] == pytest.approx(12 * 2**0.8 / 40)
+    rows = asked_rows(found, "wan")
+    assert rows[0][3].startswith("+4.00 ± 0.00 / +5.00 ± 0.00 / -")
+    assert rows[2][3] == "4.0x / over 4.0x / -"
+    assert rows[-1][3] == f"{12 * 2**0.8 / 40:.2f}x"
+
+
+def test_the_decisive_cells_come_first() -> None:
+    found = cells(["self", "joint"])
+    decisive = [cell for cell in found if cell.is_decisive]
+    assert found[: len(decisive)] == decisive
+    assert len(decisive) == 2 * 2 * 2 * 3
+    assert len(set(found)) == len(found)
+    assert Cell("self", "paper", 0.1, 128, 64).plan(1000).clusters(1000, 1000) == (8, 16)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Both models shrunk and untrained; the folder is for results."""
+    shrunk = {}
+    for name, trained in MODELS.items():
+        torch.manual_seed(0)
+        small = replace(trained.shrunk(), weights=tmp_path / name, long=(4, 36, 36))
+        model = small.build()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.3)
+        model.save(small.weights)
+        shrunk[name] = small
+    monkeypatch.setattr(bench, "MODELS", shrunk)
+    return tmp_path / "out"
+
+
+def run_bench(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> dict[str, Any]:
+    base = ["fidelity", "--out", str(out), "--steps", "4", "--seeds", "2"]
+    monkeypatch.setattr("sys.argv", [*base, *arguments])
+    bench.main()
+    return json.loads((out / "fidelity.json").read_text())
+
+
+def test_a_run_is_recorded_and_goes_on_where_it_was(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = ("--densities", "0.2", "--clusters", "128/64", "--warm-ups", "0.2")
+    first = run_bench(monkeypatch, tiny, *part, "--rules", "paper,first_order")
+    assert [row["cell"]["rule"] for row in first["cells"]] == ["paper", "first_order"] * 2
+    assert first["models"]["joint"]["text"] == 16
+    assert first["models"]["self"]["tokens"] == 4 * 6 * 6
+    for model in ("self", "joint"):
+        ceiling = first["models"][model]["ceiling"]["psnr"]
+        mine = [row for row in first["cells"] if row["cell"]["model"] == model]
+        assert all(len(row["psnr"]) == 2 for row in mine)
+        assert all(max(row["psnr"]) < min(ceiling) for row in mine)
+        assert first["derived"][model]["equal_density"][0]["error_ratio"] > 0
+    assert (tiny / "frontier.png").stat().st_size > 5000
+    capsys.readouterr()
+    whole = run_bench(monkeypatch, tiny, *part)
+    assert whole["cells"][:4] == first["cells"]
+    assert {row["cell"]["rule"] for row in whole["cells"]} == set(RULES)
+    said = capsys.readouterr().out
+    assert "values" in said
+    assert "self  paper" not in said
+    assert "asked" in said
+    assert readme_table(whole).count("\n| self, 144 tokens") == 5
+    with pytest.raises(ValueError, match="choose another --out"):
+        run_bench(monkeypatch, tiny, *part, "--guidance", "1.5")
+
+
+def test_time_that_is_up_leaves_a_record(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run_bench(monkeypatch, tiny, "--minutes", "0.01")
+    assert found["cells"] == []
+    assert found["derived"] == {}
+
+
+def test_a_model_without_weights_is_left_out(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = replace(bench.MODELS["joint"], weights=tiny / "nowhere")
+    monkeypatch.setitem(bench.MODELS, "joint", missing)
+    found = run_bench(monkeypatch, tiny, "--rules", "uniform", "--densities", "0.1")
+    assert [row["cell"]["model"] for row in found["cells"]] == ["self"]
+    assert "joint is left out" in capsys.readouterr().out
+
+
+def test_times_of_plans_that_were_asked_for() -> None:
+    q, k, v = random_qkv(dtype=torch.float32)
+    wanted = [
+        Cell("self", rule, density, 32, 16)
+        for rule in ("paper", "first_order", "uniform", "svg2")
+        for density in (0.1, 0.2)
+    ]
+    rows = measure_times(Inputs("tiny", q, k, v, 7), wanted, lambda line: None)
+    found = {(row["rule"], row["density"], row["queries"], row["keys"]) for row in rows}
+    assert found == {(c.rule, c.density, 32, 16) for c in wanted if c.rule != "svg2"}
+    assert all(row["ms"] > 0 and row["dense_ms"] > 0 for row in rows)
