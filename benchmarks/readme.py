@@ -12,6 +12,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.attention.targets import targets_table
 from benchmarks.fidelity.report import readme_table
 from svg_ear_compile.passes.site import Reason
 from svg_ear_compile.passes.spellings import PRODUCTS, STEPS
@@ -88,6 +89,8 @@ def attention_table(record: dict[str, Any]) -> str:
     lines = [
         f"{_where(record)}. Matrix product {record['roofs']['tflops']:.0f} TFLOP/s, copy "
         f"{record['roofs']['gb_per_second']:.0f} GB/s.",
+        "",
+        targets_table(record),
         "",
         "| shape | clusters | form | density | dense ms | op ms | op over dense | attend, useful "
         "TFLOP/s (of dense) | rest, of dense | extra memory of Q+K+V+O | error |",
