@@ -190,8 +190,8 @@ def _read(path: Path) -> Calibration | None:
 # Conservative on purpose: an early sparse site that turns out slower is worse than a late one. The
 # ratios are rounded up from stage times seen with early kernels on one GPU (benchmarks/NOTES.md)
 # and on a two-core CPU; the roofs are those of an older data-centre GPU and a small CPU. With them
-# first-order attention at density 0.2, clustered afresh, breaks even near 37,000 tokens of 128
-# channels on a GPU (that GPU was seen to break even near 32,000) and near 9,000 on a CPU.
+# first-order attention at density 0.2, clustered afresh, breaks even near 39,000 tokens of 128
+# channels on a GPU (an H200 is 1.6 times as fast at 32,760) and near 9,000 on a CPU.
 _GUESSES = {
     "cuda": (
         Roofs({"bfloat16": 250.0, "float16": 250.0, "float32": 15.0}, 1500.0, 0.006),
@@ -202,7 +202,7 @@ _GUESSES = {
             "probe": Efficiency(16.0, 3.0, 1.0),
             "tables": Efficiency(8.0, 2.0, 1.0),
             "route": Efficiency(1.0, 4.0, 1.0),
-            "attend": Efficiency(2.4, 1.5, 1.0),
+            "attend": Efficiency(3.0, 1.5, 1.0),
         },
     ),
     "cpu": (

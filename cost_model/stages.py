@@ -97,8 +97,8 @@ def sparse_amounts(
     kv_bytes = 2.0 * kv_heads * keys * dim * size
     config = launch_config(dim, size)
     tile = (config.wgmma or config.attend).rows if on_gpu else 1
-    # A ragged cluster leaves half a tile empty on average.
-    rows = queries + q_clusters * (tile - 1) / 2
+    # A ragged cluster leaves half a step empty on average.
+    rows = queries + q_clusters * ((config.query_step if on_gpu else 1) - 1) / 2
     # The block that crosses the budget is taken whole: half of one on average.
     exact = min(float(keys), density * keys + keys / (2 * k_clusters))
     # The GPU walks all stand-ins and takes the exact ones out by their bias.

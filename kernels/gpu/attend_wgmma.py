@@ -24,6 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from svg_ear_compile.kernels.gpu.launch import WGMMA_SHARE
+
 # Gluon's names since Triton 3.7, and before.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -35,7 +37,7 @@ GATHER_WARPS = gl.constexpr(4)
 CONSUMER_REGISTERS = gl.constexpr(152)
 GATHER_REGISTERS = gl.constexpr(56)
 CONSUMERS = gl.constexpr(3)
-SHARE = gl.constexpr(64)  # queries of one consumer
+SHARE = gl.constexpr(WGMMA_SHARE)  # queries of one consumer
 
 
 @gluon.jit

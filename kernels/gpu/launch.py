@@ -15,6 +15,9 @@ import torch
 
 from svg_ear_compile.kernels.plan import HEAD_DIMS
 
+WGMMA_SHARE = 64
+"""Queries that one group of warps attends to; a group without queries does nothing."""
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -43,6 +46,11 @@ class LaunchConfig:
     probe: Tiles
     attend: Tiles
     wgmma: Tiles | None = None
+
+    @property
+    def query_step(self) -> int:
+        """A cluster's queries are worked on in multiples of this."""
+        return WGMMA_SHARE if self.wgmma else self.attend.rows
 
 
 @functools.lru_cache(maxsize=64)
