@@ -92,13 +92,16 @@ def attention_table(record: dict[str, Any]) -> str:
         "",
         targets_table(record),
         "",
-        "| shape | clusters | form | density | dense ms | op ms | op over dense | attend, useful "
+        "| shape | clusters (mean queries / keys) | form | density | dense ms | op ms | op over dense | attend, useful "
         "TFLOP/s (of dense) | rest, of dense | extra memory of Q+K+V+O | error |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
         dense = statistics.median(row["dense_samples_ms"][row["dense_backend"]])
-        cells = [row["shape"], row["clusters"], row["form"], f"{row['density']:g}", f"{dense:.1f}"]
+        clusters = row["clusters"]
+        if "q_sizes" in row:
+            clusters += f" ({row['q_sizes'][0]:.0f} / {row['k_sizes'][0]:.0f})"
+        cells = [row["shape"], clusters, row["form"], f"{row['density']:g}", f"{dense:.1f}"]
         if "samples_ms" not in row:
             cells += [f"gate failed ({row['gate']:.1e})", *[""] * 5]
         else:

@@ -26,9 +26,12 @@ HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128, 160, 192, 256)
 # warm_iterations 2: from the last step's centroids two rounds are as good as eight cold ones, and
 #   a third gains 1 %.
 # Clusters are means, in tokens. First-order compensation gains with every halving of the query
-#   clusters until one is about a 128-row tile; below that the tiles run half empty. 64 keys are one
-#   key tile.
+#   clusters until one is about a tile of queries; below that the tiles run half empty. But the probe
+#   and the tables cost in proportion to the clusters: on long videos 256 queries a cluster at twice
+#   the density take as long as 128 and give the better picture. 64 keys are one key tile.
 QUERIES_PER_CLUSTER = 128
+LONG_QUERIES_PER_CLUSTER = 256
+FINE_QUERY_CLUSTERS = 256
 KEYS_PER_CLUSTER = 64
 
 
@@ -47,7 +50,8 @@ class AttentionPlan:
         threshold: smallest ``rho`` computed exactly by ``routing="threshold"``.
         cost_exponent: gamma of the error-to-cost score ``log E - gamma * log(m * n)``.
         compensation: form of the skipped blocks, ``"first_order"`` or ``"centroid"``.
-        q_clusters: number of query clusters; None takes one per 128 queries.
+        q_clusters: number of query clusters; None takes one per 128 queries up to 256 clusters, and
+            more than those only where they would be of more than 256 queries.
         k_clusters: number of key clusters; None takes one per 64 keys.
         first_iterations: k-means iterations where nothing is remembered.
         warm_iterations: k-means iterations from remembered centroids.
@@ -123,7 +127,9 @@ class AttentionPlan:
 
     def clusters(self, q_tokens: int, k_tokens: int) -> tuple[int, int]:
         """(Qc, Kc) for that many clustered tokens: never more clusters than tokens, at least 1."""
-        q_clusters = self.q_clusters or math.ceil(q_tokens / QUERIES_PER_CLUSTER)
+        fine = math.ceil(q_tokens / QUERIES_PER_CLUSTER)
+        long = math.ceil(q_tokens / LONG_QUERIES_PER_CLUSTER)
+        q_clusters = self.q_clusters or min(fine, max(FINE_QUERY_CLUSTERS, long))
         k_clusters = self.k_clusters or math.ceil(k_tokens / KEYS_PER_CLUSTER)
         return max(1, min(q_clusters, q_tokens)), max(1, min(k_clusters, k_tokens))
 

@@ -69,3 +69,13 @@ def test_never_more_clusters_than_tokens(plan: AttentionPlan, q_tokens: int, k_t
     assert 1 <= k_clusters <= k_tokens
     if plan.q_clusters is not None:
         assert q_clusters == min(plan.q_clusters, q_tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "q_clusters"),
+    [(1, 1), (2304, 18), (32768, 256), (32769, 256), (65536, 256), (75600, 296), (118800, 465)],
+)
+def test_query_clusters_of_128_queries_up_to_256_and_of_256_beyond(
+    tokens: int, q_clusters: int
+) -> None:
+    assert AttentionPlan().clusters(tokens, tokens)[0] == q_clusters
