@@ -92,8 +92,8 @@ def attention_table(record: dict[str, Any]) -> str:
         "",
         targets_table(record),
         "",
-        "| shape | clusters (mean queries / keys) | form | density | dense ms | op ms | op over dense | attend, useful "
-        "TFLOP/s (of dense) | rest, of dense | extra memory of Q+K+V+O | error |",
+        "| shape | clusters (mean sizes) | form | density | dense ms | op ms | op over dense "
+        "| attend, useful TFLOP/s (of dense) | rest, of dense | extra memory of Q+K+V+O | error |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:

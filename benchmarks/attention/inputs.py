@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.attention.data import video_like
 from benchmarks.tuning.recorded import record
 from benchmarks.video_dit.data import TRAIN_SHAPE
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.reference import Result
 
 # name: (B, H, video tokens, text tokens, D)
@@ -23,6 +24,9 @@ SHAPES = {
 }
 RECORDED = "video-dit"
 """One layer of the video DiT half way through a generation: 6,912 tokens of real structure."""
+
+PAPERS_CLUSTERS = "300/1000"
+"""Query and key clusters of the paper for Wan 14B at 720p."""
 
 _STEPS, _STEP, _LAYER = 24, 10, 4
 
@@ -63,6 +67,23 @@ def inputs_of(name: str, device: str, dtype: torch.dtype) -> Inputs:
     batch, heads, tokens, text, dim = SHAPES[name]
     q, k, v = video_like(batch, heads, tokens, dim, text=text, device=device, dtype=dtype)
     return Inputs(name, q, k, v, text)
+
+
+def plan_of(clusters: str, form: Compensation, density: float) -> AttentionPlan:
+    """The plan of a row: ``"default"``, or counts such as `PAPERS_CLUSTERS`.
+
+    The paper's are warmed in two rounds, as the paper does.
+    """
+    if clusters == "default":
+        return AttentionPlan(density=density, compensation=form)
+    q_clusters, k_clusters = map(int, clusters.split("/"))
+    return AttentionPlan(
+        density=density,
+        compensation=form,
+        q_clusters=q_clusters,
+        k_clusters=k_clusters,
+        warm_iterations=2 if clusters == PAPERS_CLUSTERS else AttentionPlan().warm_iterations,
+    )
 
 
 def sparse_form(on_gpu: bool) -> Callable[..., Result]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.attention.inputs import plan_of
 from svg_ear_compile.cost_model.stages import Amount, AttentionShape, sparse_amounts
-from svg_ear_compile.kernels.plan import AttentionPlan
 
 _COLOURS = {
     "assign": "#1f77b4",
@@ -92,13 +93,11 @@ def _roofline(rows: list[dict[str, Any]], roofs: dict[str, float], folder: Path)
 def _measured_amounts(row: dict[str, Any]) -> dict[str, Amount]:
     batch, heads, tokens, dim = row["size"]
     shape = AttentionShape(batch, heads, heads, tokens, tokens, dim, "bfloat16", row["text"])
-    fixed = [None, None] if row["clusters"] == "default" else map(int, row["clusters"].split("/"))
-    q_clusters, k_clusters = fixed
-    plan = AttentionPlan(
-        density=row["density"],
-        compensation=row["form"],
-        q_clusters=q_clusters,
-        k_clusters=k_clusters,
+    plan = replace(
+        plan_of(row["clusters"], row["form"], row["density"]),
+        # As measured: a default can have changed since.
+        q_clusters=round((tokens - row["text"]) / row["q_sizes"][0]),
+        k_clusters=round((tokens - row["text"]) / row["k_sizes"][0]),
     )
     amounts = sparse_amounts(shape, plan, "cuda")
     return {

@@ -5,83 +5,89 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from benchmarks.attention.inputs import PAPERS_CLUSTERS
+
 Row = dict[str, Any]
-_PAPERS = "300/1000"  # clusters of the rows that the targets speak of
+_DENSITIES = (0.2, 0.1)
+_FORMS = {"centroid": "centroid form", "first_order": "first-order form"}
+_WHOLE = {
+    "centroid": ("3.0x / 4.6x", "4.0x / 6.5x"),
+    "first_order": ("2.7x / 3.9x", "3.6x / 5.6x"),
+}
 _NOT_MEASURED = "not measured"
-_CENTROID, _FIRST_ORDER = ("3.0x / 4.6x", "4.0x / 6.5x"), ("2.7x / 3.9x", "3.6x / 5.6x")
 
 
 def targets_table(record: dict[str, Any]) -> str:
-    """Markdown: what, reach, strive for, measured; the two densities of a cell are 0.2 and 0.1.
+    """Markdown: what, reach, strive for, measured; pairs are of density 0.2 and 0.1.
 
     Args:
-        record: of `python -m benchmarks.attention`, rows of Wan 14B and HunyuanVideo among them.
-
-    Raises:
-        KeyError: a row that a target speaks of is missing.
+        record: of `python -m benchmarks.attention`. A row that it lacks, or whose gate failed, is
+            said to be not measured.
     """
-    rows = {
-        (r["shape"], r["clusters"], r["form"], r["density"]): r
-        for r in record["rows"]
-        if "samples_ms" in r
-    }
+    timed = [row for row in record["rows"] if "samples_ms" in row and row["form"] != "flex"]
+    found = {(r["shape"], r["clusters"], r["form"], r["density"]): r for r in timed}
 
-    def pair(shape: str, form: str) -> tuple[Row, Row]:
-        return rows[shape, _PAPERS, form, 0.2], rows[shape, _PAPERS, form, 0.1]
+    def wan(form: str, density: float) -> Row | None:
+        return found.get(("wan14b-720p", PAPERS_CLUSTERS, form, density))
 
-    wan, hunyuan = (
-        {form: pair(shape, form) for form in ("centroid", "first_order")}
-        for shape in ("wan14b-720p", "hunyuan-720p")
-    )
+    def pair(values: list[str | None]) -> str:
+        return " / ".join(value or _NOT_MEASURED for value in values)
 
-    def rates(index: int) -> str:
-        both = (wan[form][index]["attend_over_dense_rate"] for form in ("centroid", "first_order"))
-        return " / ".join(f"{rate:.2f}" for rate in both)
-
-    def speedups(found: tuple[Row, Row]) -> str:
-        return " / ".join(f"{row['speedup']:.2f}x" for row in found)
-
-    rest = " / ".join(f"{row['rest_share']:.1%}" for row in wan["centroid"])
-    adds = " / ".join(
-        f"{(_ms(first) - _ms(plain)) / _dense_ms(plain):.1%}"
-        for first, plain in zip(wan["first_order"], wan["centroid"], strict=True)
-    )
-    memory = max(
-        row["extra_memory"] for found in (*wan.values(), *hunyuan.values()) for row in found
-    )
-    lines = [
-        ("attend, useful rate over dense, 0.2: centroid / first order", "0.78", "0.92", rates(0)),
-        ("the same at 0.1", "0.70", "0.85", rates(1)),
-        ("everything else, of the dense time, centroid form", "7 %", "3.5 %", rest),
-        ("what the first-order form adds, of the dense time", "4 %", "2.5 %", adds),
-        ("whole op over dense, Wan 14B, centroid form", *_CENTROID, speedups(wan["centroid"])),
-        ("the same, first-order form", *_FIRST_ORDER, speedups(wan["first_order"])),
-        ("the same, HunyuanVideo, centroid form", *_CENTROID, speedups(hunyuan["centroid"])),
-        ("the same, first-order form", *_FIRST_ORDER, speedups(hunyuan["first_order"])),
-        ("extra peak memory over the bytes of Q, K, V and output", "1.0", "0.5", f"{memory:.2f}"),
-        ("fewest tokens at which density 0.2 beats dense", "16k", "8k", _shortest(record["rows"])),
-        ("density 1 through the attend kernel over dense", "1.25x", "1.05x", _NOT_MEASURED),
+    lines = []
+    for form, name in _FORMS.items():
+        rates = [
+            row and f"{row['attend_over_dense_rate']:.2f}"
+            for row in (wan(form, density) for density in _DENSITIES)
+        ]
+        what = f"Wan 14B, {name}: useful rate of the attend stage over dense"
+        lines.append((what, "0.78 / 0.70", "0.92 / 0.85", pair(rates)))
+    rest = [row and f"{row['rest_share']:.1%}" for row in (wan("centroid", d) for d in _DENSITIES)]
+    what = "Wan 14B, centroid form: everything but the attend stage, share of the dense time"
+    lines.append((what, "7 %", "3.5 %", pair(rest)))
+    adds = [_added(wan("first_order", d), wan("centroid", d)) for d in _DENSITIES]
+    what = "Wan 14B: what the first-order form adds, share of the dense time"
+    lines.append((what, "4 %", "2.5 %", pair(adds)))
+    for shape, model in (("wan14b-720p", "Wan 14B"), ("hunyuan-720p", "HunyuanVideo")):
+        for form, name in _FORMS.items():
+            rows = [found.get((shape, PAPERS_CLUSTERS, form, density)) for density in _DENSITIES]
+            speedups = pair([row and f"{row['speedup']:.2f}x" for row in rows])
+            lines.append((f"{model}, {name}: whole op over dense", *_WHOLE[form], speedups))
+    extra = [
+        r["extra_memory"] for r in timed if r["clusters"] == PAPERS_CLUSTERS and r["size"][3] == 128
     ]
-    head = "| 300 / 1000 clusters, density 0.2 / 0.1 | reach | strive for | measured |"
+    most = f"{max(extra):.2f}" if extra else _NOT_MEASURED
+    lines.append(("extra peak memory over the bytes of Q, K, V and output", "1.0", "0.5", most))
+    what = "fewest tokens (head dim 128, default clusters) at which density 0.2 beats dense"
+    lines.append((what, "16k", "8k", _shortest(timed)))
+    what = "density 1 through the attend kernel, time over dense"
+    lines.append((what, "1.25x", "1.05x", _NOT_MEASURED))
+    head = "| density 0.2 / 0.1, 300 / 1000 clusters | reach | strive for | measured |"
     return "\n".join([head, "|---|---|---|---|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
+def _added(first_order: Row | None, centroid: Row | None) -> str | None:
+    if first_order is None or centroid is None:
+        return None
+    dense = statistics.median(centroid["dense_samples_ms"][centroid["dense_backend"]])
+    return f"{(_ms(first_order) - _ms(centroid)) / dense:.1%}"
+
+
 def _shortest(rows: list[Row]) -> str:
-    """The shortest sequence of head dim 128 in a record whose default clusters beat dense."""
+    """The length from which every measured one is faster than dense, in both forms."""
     pays: dict[int, bool] = {}
     for row in rows:
         if row["clusters"] == "default" and row["density"] == 0.2 and row["size"][3] == 128:
             tokens = row["size"][2]
-            pays[tokens] = pays.get(tokens, True) and row.get("speedup", 0.0) > 1
-    shortest = min(pays)
-    if pays[shortest]:
-        return f"{_NOT_MEASURED} below {shortest:,} tokens, where it does"
-    return f"{min(n for n, wins in pays.items() if wins):,}"
+            pays[tokens] = pays.get(tokens, True) and row["speedup"] > 1
+    shortest = None
+    for tokens in sorted(pays, reverse=True):
+        if not pays[tokens]:
+            break
+        shortest = tokens
+    if shortest is None:
+        return "none measured does" if pays else _NOT_MEASURED
+    return f"{shortest:,}{', shorter ones not measured' if shortest == min(pays) else ''}"
 
 
 def _ms(row: Row) -> float:
     return statistics.median(row["samples_ms"])
-
-
-def _dense_ms(row: Row) -> float:
-    return statistics.median(row["dense_samples_ms"][row["dense_backend"]])

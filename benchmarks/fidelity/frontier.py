@@ -75,6 +75,16 @@ def first_at(curve: Curve, value: float) -> float | None:
     return next((x for x, y in curve if y == value), None)
 
 
+def bounded(curve: Curve, value: float) -> tuple[float, str] | None:
+    """`first_at`, or the end of what was measured with ``"over"`` or ``"under"``; None if empty."""
+    if not curve:
+        return None
+    found = first_at(curve, value)
+    if found is not None:
+        return found, ""
+    return (curve[-1][0], "over") if value > curve[-1][1] else (curve[0][0], "under")
+
+
 def _selected(points: Sequence[Point], rule: str, **fixed: float) -> list[Point]:
     return [
         p
@@ -95,7 +105,7 @@ def density_curve(points: Sequence[Point], rule: str) -> Curve:
 
 
 def derived(points: Sequence[Point], shapes: Sequence[str]) -> dict[str, Any]:
-    """Every figure that issue 6 asks for, of one model at the longer warm-up, as plain data.
+    """Every figure that `report.ASKED` speaks of, of one model at the longer warm-up.
 
     Args:
         points: of one model.
@@ -104,12 +114,12 @@ def derived(points: Sequence[Point], shapes: Sequence[str]) -> dict[str, Any]:
     Returns:
         ``equal_density``: rows with the PSNR gain of first-order compensation over the paper's
         rule (an interval over seeds, paired), the ratio of their attention errors and the density
-        that SVG2 needs for the PSNR of first-order compensation over its own (a lower bound, with
-        ``"svg2_at_least"``, where no measured density suffices). ``equal_time``: by shape, the gain
-        at the times at which the paper's frontier has its points; ``time_ratio``: by shape, the
-        time of first-order compensation at the PSNR that the paper's rule has at density 0.2 (the
-        best of its clusters) over the least time that the paper's rule has it in. Interpolated in
-        the logarithm of time or density; None outside of what was measured.
+        that SVG2 (the best of its clusters) needs for the PSNR of first-order compensation, over
+        its own. ``equal_time``: by shape, the gain at the times at which the paper's frontier has
+        its points; ``time_ratio``: by shape, the time of first-order compensation at the PSNR that
+        the paper's rule has at density 0.2 (the best of its clusters) over the least time that the
+        paper's rule has it in. Interpolated in the logarithm of time or density. Ratios come as
+        (value, bound): ``"over"`` or ``"under"`` where the PSNR lies outside of what was measured.
     """
     points = [p for p in points if p.cell.warm_up == WARM_UPS[0]]
     dropping = density_curve(points, DROPPING)
@@ -123,16 +133,13 @@ def derived(points: Sequence[Point], shapes: Sequence[str]) -> dict[str, Any]:
                 "gain": asdict(interval(gains)),
                 "error_ratio": ours.attention_error / paper.attention_error,
                 "svg2_density": None,
-                "svg2_at_least": False,
             }
-            needed = first_at(dropping, ours.mean_psnr)
+            needed = bounded(dropping, ours.mean_psnr)
             if needed is not None:
-                row["svg2_density"] = needed / cell.density
-            elif dropping and ours.mean_psnr > dropping[-1][1]:
-                row |= {"svg2_density": dropping[-1][0] / cell.density, "svg2_at_least": True}
+                row["svg2_density"] = (needed[0] / cell.density, needed[1])
             equal_density.append(row)
     equal_time: dict[str, list[dict[str, float | None]]] = {}
-    time_ratio: dict[str, float | None] = {}
+    time_ratio: dict[str, tuple[float, str] | None] = {}
     for shape in shapes:
         paper_curve, our_curve = (time_curve(points, rule, shape) for rule in (PAPER, OURS))
         equal_time[shape] = []
@@ -142,10 +149,10 @@ def derived(points: Sequence[Point], shapes: Sequence[str]) -> dict[str, Any]:
             equal_time[shape].append({"ms": ms, "paper": psnr, "gain": gain})
         at_fifth = [p.mean_psnr for p in _selected(points, PAPER, density=DENSITIES[-1])]
         wanted = max(at_fifth, default=math.nan)
-        times = [first_at(curve, wanted) for curve in (our_curve, paper_curve)]
-        if times[0] is None and our_curve and our_curve[0][1] > wanted:
-            times[0] = our_curve[0][0]  # its cheapest point is better already: no more than this
-        time_ratio[shape] = None if times[0] is None or times[1] is None else times[0] / times[1]
+        ours_at, paper_at = bounded(our_curve, wanted), first_at(paper_curve, wanted)
+        time_ratio[shape] = None
+        if ours_at is not None and paper_at is not None:
+            time_ratio[shape] = (ours_at[0] / paper_at, ours_at[1])
     return {"equal_density": equal_density, "equal_time": equal_time, "time_ratio": time_ratio}
 
 

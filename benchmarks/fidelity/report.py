@@ -1,4 +1,4 @@
-"""Tables of a record: every cell, and what issue 6 asked for against what was measured."""
+"""Tables of a record: every cell, and what was asked for against what was measured."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def asked_rows(found: dict[str, Any], shape: str) -> list[tuple[str, str, str, s
             (f"attention error over the paper's, {each}", *ASKED["error"],
              joined(lambda r: f"{r['error_ratio']:.2f}x")),
             (f"density SVG2 needs at equal PSNR, {each}", *ASKED["svg2"],
-             joined(_svg2)),
+             joined(lambda r: _bounded(r["svg2_density"], ".1f"))),
         ]  # fmt: skip
     gains = found["equal_time"].get(shape, [])
     texts = [
@@ -70,15 +70,17 @@ def asked_rows(found: dict[str, Any], shape: str) -> list[tuple[str, str, str, s
         (f"PSNR over the paper's at equal op time ({shape})", *ASKED["time"],
          ", ".join(texts) or "not measured"),
         (f"op time at the paper's PSNR at density 0.2 ({shape})", *ASKED["ratio"],
-         "not measured" if ratio is None else f"{ratio:.2f}x"),
+         _bounded(ratio, ".2f")),
     ]  # fmt: skip
     return rows
 
 
-def _svg2(row: dict[str, Any]) -> str:
-    if row["svg2_density"] is None:
-        return "-"
-    return f"{'over ' if row['svg2_at_least'] else ''}{row['svg2_density']:.1f}x"
+def _bounded(ratio: Sequence[Any] | None, form: str) -> str:
+    """A ratio with its bound, as `frontier.derived` gives them."""
+    if ratio is None:
+        return "not measured"
+    value, bound = ratio
+    return f"{bound} {value:{form}}x".strip()
 
 
 def asked_table(derived: dict[str, Any], shape: str) -> Table:

@@ -38,7 +38,7 @@ def measure_times(
     tokens = inputs.q.shape[2] - inputs.text
     plans = list(dict.fromkeys((c.rule, c.density, c.queries, c.keys) for c in wanted))
     rows: list[dict[str, Any]] = []
-    dense_ms: dict[str, float] = {}
+    dense_ms = math.nan
     # Clusters with the same rules and densities share one call, and so its dense baseline.
     wishes: dict[tuple[int, int], set[tuple[str, float]]] = {}
     for rule, density, queries, keys in plans:
@@ -56,7 +56,7 @@ def measure_times(
             inputs, sorted({d for _, d in wish}), list(forms), list(counts), _REPEATS, False, say
         ):
             dense = row["dense_samples_ms"][row["dense_backend"]]
-            dense_ms = {"dense_ms": statistics.median(dense)}
+            dense_ms = statistics.median(dense)
             queries, keys = counts[row["clusters"]]
             samples = row.get("samples_ms")
             rows.append(
@@ -64,7 +64,7 @@ def measure_times(
                     "shape": inputs.name, "rule": forms[row["form"]], "density": row["density"],
                     "queries": queries, "keys": keys,
                     "ms": None if samples is None else statistics.median(samples),
-                    "samples_ms": samples, "gate": row["gate"],
+                    "samples_ms": samples, "gate": row["gate"], "dense_ms": dense_ms,
                 }
             )  # fmt: skip
     for rule, density, queries, keys in plans:
@@ -80,6 +80,7 @@ def measure_times(
                 "shape": inputs.name, "rule": rule, "density": density,
                 "queries": queries, "keys": keys,
                 "ms": statistics.median(samples), "samples_ms": samples, "gate": None,
+                "dense_ms": dense_ms,
             }
         )  # fmt: skip
-    return [row | dense_ms for row in rows]
+    return rows

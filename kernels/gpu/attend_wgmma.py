@@ -195,9 +195,12 @@ def attend_share(
 
     if first_place >= cluster_end:  # nothing to attend, but the others wait for free tiles
         for t in range(count):
+            # One thread arrives: no warp may be left behind at the wait before it.
             mbarrier.wait(k_full.index(t % STAGES), (t // STAGES) & 1)
+            barrier()
             mbarrier.arrive(k_empty.index(t % STAGES), count=1)
             mbarrier.wait(v_full.index(t % STAGES), (t // STAGES) & 1)
+            barrier()
             mbarrier.arrive(v_empty.index(t % STAGES), count=1)
     else:
         m = first_place + gl.arange(0, SHARE, rows_copied)  # [BM]

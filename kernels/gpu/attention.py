@@ -10,7 +10,6 @@ from torch import Tensor
 
 from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.gpu.attend import attend_kernel
-from svg_ear_compile.kernels.gpu.attend_wgmma import attend_wgmma_kernel
 from svg_ear_compile.kernels.gpu.kmeans import SortedClusters, cluster_means, kmeans
 from svg_ear_compile.kernels.gpu.launch import is_hopper, launch_config
 from svg_ear_compile.kernels.gpu.probe import probe_kernel
@@ -43,7 +42,9 @@ def sparse_attention(
     """
     if scale is not None and scale < 0:  # the kernels take the largest logit before they scale
         q, scale = -q, -scale
-    out = torch.empty_like(q)
+    promised = torch.empty_like(q)
+    # The kernels write rows: a layout whose last dim is not dense is filled at the end.
+    out = promised if promised.stride(-1) == 1 else q.new_empty(q.shape)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     batch, heads, q_tokens, dim = q.shape
     kv_heads, k_tokens = k.shape[1], k.shape[2]
@@ -104,7 +105,7 @@ def sparse_attention(
         probe_kernel[(k_clusters, triton.cdiv(q_clusters, config.probe.rows), launched)](
             queries.rounded, k, v, keys.order, keys.starts, keys.centroids, value_means,
             log_error, log_mass, logit, bias, stand_in_key, stand_in_value,
-            *k.stride()[:3], *v.stride()[:3], first_head, *head_counts,
+            *_strides(k), *_strides(v), first_head, *head_counts,
             k_tokens, q_clusters, k_clusters, scale,
             D=dim, BLOCK_D=config.block_dim, BLOCK_Q=config.probe.rows,
             BLOCK_N=config.probe.columns, FIRST_ORDER=first_order,
@@ -125,7 +126,7 @@ def sparse_attention(
         arguments = (
             q, k, v, out, lse, tile_cluster, tile_place, queries.order, queries.starts,
             keys.order, keys.starts, key_list, rows, stand_in_key, stand_in_value, bias,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            *_strides(q), *_strides(k), *_strides(v), *_strides(out),
             first_head, *head_counts, q_tokens, k_tokens, q_clusters, k_clusters, tiles, listed,
             scale,
         )  # fmt: skip
@@ -134,14 +135,19 @@ def sparse_attention(
             "FIRST_ORDER": first_order, "WRITE_LSE": return_lse, "num_warps": attend.warps,
         }  # fmt: skip
         if wgmma:
+            # Experimental in Triton: only what runs it depends on it.
+            from svg_ear_compile.kernels.gpu.attend_wgmma import attend_wgmma_kernel
+
             attend_wgmma_kernel[(tiles, launched)](*arguments, **constants, STAGES=wgmma.stages)
         else:
             attend_kernel[(tiles, launched)](
                 *arguments, **constants, BLOCK_D=config.block_dim, WIDE=wide,
                 num_stages=attend.stages,
             )  # fmt: skip
+    if out is not promised:
+        promised.copy_(out)
     return Result(
-        out,
+        promised,
         lse,
         _clusters(queries, batch, heads),
         _clusters(keys, batch, kv_heads),
@@ -176,11 +182,17 @@ def query_tiles(queries: SortedClusters, q_tokens: int, rows: int) -> tuple[Tens
     return torch.where(turn == clusters, clusters, cluster), place
 
 
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of batch, heads and tokens; 0 where there is one of them, whatever PyTorch says."""
+    return tuple(
+        0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride(), strict=False)
+    )
+
+
 def _copied_in_16_bytes(*tensors: Tensor) -> bool:
     """Whether Triton can see that every row starts at a multiple of 16 bytes."""
     return all(
-        t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in t.stride()[:3])
-        for t in tensors
+        t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in _strides(t)) for t in tensors
     )
 
 

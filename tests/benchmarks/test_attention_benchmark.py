@@ -87,6 +87,7 @@ def row(tokens: int, form: str = "first_order") -> dict[str, Any]:
         "shape": f"n{tokens}", "size": [1, 2, tokens, 64], "text": 0, "clusters": "default",
         "form": form, "density": 0.2, "samples_ms": [3.0, 3.1], "stages_ms": stages,
         "dense_backend": "default", "dense_samples_ms": {"default": [9.0]},
+        "q_sizes": [128.0, 60.0], "k_sizes": [64.0, 30.0],
     }  # fmt: skip
 
 

@@ -277,15 +277,13 @@ def test_figures_that_follow_from_points() -> None:
     assert first["gain"]["mean"] == 4
     assert first["gain"]["high"] == pytest.approx(4)  # paired: both seeds gain the same
     assert first["error_ratio"] == pytest.approx(0.75)
-    assert first["svg2_density"] == pytest.approx(4.0)
-    assert not first["svg2_at_least"]
-    assert second["svg2_density"] == pytest.approx(4.0)
-    assert second["svg2_at_least"]
+    assert first["svg2_density"] == (pytest.approx(4.0), "")
+    assert second["svg2_density"] == (pytest.approx(4.0), "over")
     at = {row["ms"]: row["gain"] for row in found["equal_time"]["wan"]}
     assert at[10] is None
     assert at[40] is None
     assert at[20] == pytest.approx(24 + 5 * math.log(20 / 12) / math.log(2) - 24)
-    assert found["time_ratio"]["wan"] == pytest.approx(12 * 2**0.8 / 40)
+    assert found["time_ratio"]["wan"] == (pytest.approx(12 * 2**0.8 / 40), "")
     rows = asked_rows(found, "wan")
     assert rows[0][3].startswith("+4.00 ± 0.00 / +5.00 ± 0.00 / -")
     assert rows[2][3] == "4.0x / over 4.0x / -"

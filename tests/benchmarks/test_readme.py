@@ -2,9 +2,60 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from benchmarks import readme
+from benchmarks.attention.targets import targets_table
+
+
+def row(clusters: str, density: float, tokens: int = 75600, **more: Any) -> dict[str, Any]:
+    """A row of the attention benchmark, as far as the README reads it."""
+    return {
+        "shape": "wan14b-720p", "clusters": clusters, "form": "centroid", "density": density,
+        "size": [1, 40, tokens, 128], "dense_backend": "cudnn", "samples_ms": [70.0],
+        "dense_samples_ms": {"cudnn": [200.0]}, "speedup": 200 / 70, "extra_memory": 0.4,
+        "attend_over_dense_rate": 0.8, "rest_share": 0.07, **more,
+    }  # fmt: skip
+
+
+def measured(rows: list[dict[str, Any]], what: str) -> str:
+    """The last cell of the line of the targets' table that names `what`."""
+    (line,) = (line for line in targets_table({"rows": rows}).splitlines() if what in line)
+    return line.split(" | ")[-1].removesuffix(" |")
+
+
+def test_targets_say_what_was_measured_and_what_was_not() -> None:
+    rows = [row("300/1000", 0.2), row("300/1000", 0.2, form="first_order", samples_ms=[76.0])]
+    assert measured(rows, "Wan 14B, centroid form: useful rate") == "0.80 / not measured"
+    assert measured(rows, "first-order form adds") == "3.0% / not measured"
+    assert measured(rows, "HunyuanVideo, centroid form") == "not measured / not measured"
+    assert measured([], "extra peak memory") == "not measured"
+
+
+def test_a_row_whose_gate_failed_is_not_measured() -> None:
+    failed = row("300/1000", 0.2)
+    del failed["samples_ms"]
+    assert measured([failed], "Wan 14B, centroid form: whole op") == "not measured / not measured"
+
+
+@pytest.mark.parametrize(
+    ("speedups", "said"),
+    [
+        ({8192: 0.9, 16384: 1.2, 65536: 2.0}, "16,384"),
+        ({8192: 1.1, 16384: 0.9, 65536: 2.0}, "65,536"),
+        ({16384: 1.1, 65536: 2.0}, "16,384, shorter ones not measured"),
+        ({16384: 0.5}, "none measured does"),
+        ({}, "not measured"),
+    ],
+)
+def test_the_shortest_length_that_pays_is_followed_by_none_that_does_not(
+    speedups: dict[int, float], said: str
+) -> None:
+    rows = [row("default", 0.2, tokens, speedup=x) for tokens, x in speedups.items()]
+    slow = [row("default", 0.2, tokens, speedup=0.1, form="flex") for tokens in speedups]
+    assert measured(rows + slow, "fewest tokens") == said
 
 
 def test_the_readme_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.reference import Clusters, Result
 
 SEEDS = st.integers(0, 2**31 - 1)
-LAYOUTS = ("bhsd", "bshd", "fused", "strided")
+LAYOUTS = ("bhsd", "bshd", "fused", "strided", "bhds")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_interpreter = pytest.mark.skipif(
     not INTERPRETED, reason="Triton kernels run on the CUDA device here, not interpreted"
@@ -71,7 +71,7 @@ def random_qkv(
 
     Layouts: "bhsd" contiguous; "bshd" views of (B, N, H, D); "fused" slices of one (B, N, 3, H, D)
     where the shapes allow it, else of a wider (B, N, H, 2 D); "strided" every second element of
-    the last dim of "bshd" memory.
+    the last dim of "bshd" memory; "bhds" views of (B, H, D, N).
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -93,6 +93,8 @@ def random_qkv(
     elif layout == "strided":
         found = [torch.stack([t, t + 1], -1).transpose(1, 2).contiguous() for t in found]
         found = [t.transpose(1, 2)[..., 0] for t in found]
+    elif layout == "bhds":
+        found = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in found]
     q, k, v = found
     return q, k, v
 
