@@ -61,7 +61,10 @@ class Cell:
         )
 
     def plan(self, tokens: int) -> AttentionPlan:
-        """The plan of this point for that many video tokens."""
+        """The plan of this point for that many video tokens.
+
+        All rules are warmed in as many rounds: nothing but the rule differs.
+        """
         return AttentionPlan(
             density=self.density,
             q_clusters=math.ceil(tokens / self.queries),

@@ -123,13 +123,16 @@ def sparse_options(settings: DemoSettings, patch: int, compensation: str) -> dic
     """The backend's options for one sparse run of a model with patches of ``patch`` pixels."""
     frames, height, width = settings.shape
     tokens = frames * (height // patch) * (width // patch)
-    return {
+    options = {
         "density": settings.density,
         "min_tokens": _MIN_TOKENS,
         "q_clusters": math.ceil(tokens / _QUERIES_PER_CLUSTER),
         "k_clusters": math.ceil(tokens / _KEYS_PER_CLUSTER),
         "compensation": compensation,
     }
+    if compensation == "centroid":
+        options["warm_iterations"] = 2  # the paper's rule, as the paper warms it
+    return options
 
 
 def explain_rewrite(settings: DemoSettings, model: VideoDiT) -> str:
