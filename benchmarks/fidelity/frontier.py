@@ -27,6 +27,12 @@ class Point:
     flicker: tuple[float, ...]
     attention_error: float
     ms: Mapping[str, float]
+    density_reached: float | None = None
+
+    @property
+    def density(self) -> float:
+        """The share computed exactly: whole blocks overshoot what was asked for."""
+        return self.cell.density if self.density_reached is None else self.density_reached
 
     @property
     def mean_psnr(self) -> float:
@@ -46,7 +52,8 @@ def points_of(record: dict[str, Any]) -> list[Point]:
         cell = Cell(**row["cell"])
         ms = times.get((cell.rule, cell.density, cell.queries, cell.keys), {})
         psnr, ssim, flicker = (tuple(row[name]) for name in ("psnr", "ssim", "flicker"))
-        found.append(Point(cell, psnr, ssim, flicker, row["attention_error"], ms))
+        reached = row["density_reached"]
+        found.append(Point(cell, psnr, ssim, flicker, row["attention_error"], ms, reached))
     return found
 
 
@@ -101,7 +108,7 @@ def time_curve(points: Sequence[Point], rule: str, shape: str) -> Curve:
 
 def density_curve(points: Sequence[Point], rule: str) -> Curve:
     """The best PSNR of a rule over its clusters, by density."""
-    return rising([(p.cell.density, p.mean_psnr) for p in points if p.cell.rule == rule])
+    return rising([(p.density, p.mean_psnr) for p in points if p.cell.rule == rule])
 
 
 def derived(points: Sequence[Point], shapes: Sequence[str]) -> dict[str, Any]:
@@ -136,7 +143,7 @@ def derived(points: Sequence[Point], shapes: Sequence[str]) -> dict[str, Any]:
             }
             needed = bounded(dropping, ours.mean_psnr)
             if needed is not None:
-                row["svg2_density"] = (needed[0] / cell.density, needed[1])
+                row["svg2_density"] = (needed[0] / ours.density, needed[1])
             equal_density.append(row)
     equal_time: dict[str, list[dict[str, float | None]]] = {}
     time_ratio: dict[str, tuple[float, str] | None] = {}

@@ -62,7 +62,7 @@ def _panel(axis: Axes, points: Sequence[Point], shape: str | None) -> None:
         )
         axis.plot(*zip(*curve, strict=True), "-", color=colour, label=RULES[rule].title)
         for point in chosen:
-            at = point.cell.density if shape is None else point.ms[shape]
+            at = point.density if shape is None else point.ms[shape]
             fine = (point.cell.queries, point.cell.keys) == FINE
             axis.plot(at, point.mean_psnr, "o", color=colour, ms=4, mfc=colour if fine else "white")
             if rule == default.compensation and fine and point.cell.density == default.density:

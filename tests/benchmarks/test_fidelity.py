@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.attention.inputs import Inputs
 from benchmarks.fidelity import __main__ as bench
 from benchmarks.fidelity import head
-from benchmarks.fidelity.frontier import Point, derived, first_at, rising, value_at
+from benchmarks.fidelity.frontier import Point, density_curve, derived, first_at, rising, value_at
 from benchmarks.fidelity.grid import Cell, cells
 from benchmarks.fidelity.head import Head
 from benchmarks.fidelity.report import asked_rows, readme_table
@@ -288,6 +288,18 @@ def test_figures_that_follow_from_points() -> None:
     assert rows[0][3].startswith("+4.00 ± 0.00 / +5.00 ± 0.00 / -")
     assert rows[2][3] == "4.0x / over 4.0x / -"
     assert rows[-1][3] == f"{12 * 2**0.8 / 40:.2f}x"
+
+
+def test_curves_and_ratios_are_over_the_density_that_was_reached() -> None:
+    ours = replace(made_point("first_order", 0.1, 24, None), density_reached=0.11)
+    peers = [
+        replace(made_point("svg2", d, p, None), density_reached=1.1 * d)
+        for d, p in [(0.2, 22), (0.4, 24)]
+    ]
+    assert density_curve(peers, "svg2") == [(pytest.approx(0.22), 22), (pytest.approx(0.44), 24)]
+    points = [ours, replace(made_point("paper", 0.1, 20, None), density_reached=0.11), *peers]
+    (row,) = derived(points, [])["equal_density"]
+    assert row["svg2_density"] == (pytest.approx(4.0), "")
 
 
 def test_the_decisive_cells_come_first() -> None:
