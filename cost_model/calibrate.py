@@ -198,12 +198,13 @@ def fastest_dense_ms(q: Tensor, k: Tensor, v: Tensor, repeats: int = 5) -> float
     if clock.on_gpu:
         for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
             with sdpa_kernel(backend):
-                if _takes(q, k, v):
+                if backend_takes(q, k, v):
                     times.append(clock.ms(default, repeats))
     return min(times)
 
 
-def _takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def backend_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the backend that `sdpa_kernel` leaves has a kernel for such inputs."""
     try:
         F.scaled_dot_product_attention(q[:, :, :16], k[:, :, :16], v[:, :, :16])
     except RuntimeError:  # "No available kernel": PyTorch has no other way to ask

@@ -15,14 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.attention.flex import flex_row
 from benchmarks.attention.gate import definition_rows, passes, relative_error
 from benchmarks.attention.inputs import Inputs, exact_pairs, plan_of, sparse_form
+from svg_ear_compile.cost_model.calibrate import backend_takes
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.reference import Result
 
-DENSE = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "default": None,
-}
+FUSED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 # Kernels by stage; whatever else runs sorts tokens by cluster or prepares them.
 STAGES = {
     "kmeans_assign_kernel": "assign",
@@ -75,24 +72,18 @@ def stage_ms(call: Callable[[], object], repeats: int) -> dict[str, float]:
 
 
 def dense_baselines(inputs: Inputs, repeats: int) -> dict[str, list[float]]:
-    """Raw milliseconds of every dense backend that takes these inputs, as the default one must."""
+    """Raw milliseconds of every dense backend that takes these inputs."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    samples = {}
-    for name, backend in DENSE.items():
-        if backend is not None and not q.is_cuda:
-            continue
 
-        def call(backend: SDPBackend | None = backend) -> Tensor:
-            if backend is None:
-                return F.scaled_dot_product_attention(q, k, v)
+    def call() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    samples = {"default": time_ms(call, repeats, q.is_cuda)}
+    if q.is_cuda:
+        for name, backend in FUSED.items():
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v)
-
-        try:
-            samples[name] = time_ms(call, repeats, q.is_cuda)
-        except RuntimeError:
-            if backend is None:
-                raise
+                if backend_takes(q, k, v):
+                    samples[name] = time_ms(call, repeats, True)
     return samples
 
 

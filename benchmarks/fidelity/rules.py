@@ -17,8 +17,7 @@ from torch import Tensor
 
 from benchmarks.fidelity import head
 from benchmarks.fidelity.head import Head, StandIns, heads_of
-from svg_ear_compile.kernels import op as _registers  # noqa: F401  # torch.ops.svg_ear.attention
-from svg_ear_compile.kernels import reference, state
+from svg_ear_compile.kernels import op, reference, state
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.state import Call, Memory
 
@@ -149,9 +148,7 @@ def attention(
     if chosen.compensation is not None:
         plan = replace(plan, compensation=chosen.compensation)
         with state.active(remembered):
-            out, _ = torch.ops.svg_ear.attention(
-                q, k, v, plan=plan.encode(), site=site, text_suffix=text
-            )
+            out, _ = op.attention(q, k, v, plan=plan.encode(), site=site, text_suffix=text)
         return out
     if chosen.by_head is None:
         return uniform_attention(q, k, v, plan.density, text)
