@@ -11,7 +11,7 @@ from torch import Tensor
 from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.gpu.attend import attend_kernel
 from svg_ear_compile.kernels.gpu.kmeans import SortedClusters, cluster_means, kmeans
-from svg_ear_compile.kernels.gpu.launch import is_hopper, launch_config
+from svg_ear_compile.kernels.gpu.launch import is_hopper, launch_config, token_strides
 from svg_ear_compile.kernels.gpu.probe import probe_kernel
 from svg_ear_compile.kernels.gpu.route import list_keys_kernel, route_kernel
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -105,7 +105,7 @@ def sparse_attention(
         probe_kernel[(k_clusters, triton.cdiv(q_clusters, config.probe.rows), launched)](
             queries.rounded, k, v, keys.order, keys.starts, keys.centroids, value_means,
             log_error, log_mass, logit, bias, stand_in_key, stand_in_value,
-            *_strides(k), *_strides(v), first_head, *head_counts,
+            *token_strides(k), *token_strides(v), first_head, *head_counts,
             k_tokens, q_clusters, k_clusters, scale,
             D=dim, BLOCK_D=config.block_dim, BLOCK_Q=config.probe.rows,
             BLOCK_N=config.probe.columns, FIRST_ORDER=first_order,
@@ -119,14 +119,14 @@ def sparse_attention(
             BLOCK_K=block_k, ROUTING=plan.routing, FIRST_ORDER=first_order,
             num_warps=min(16, max(4, block_k // 512)),
         )  # fmt: skip
-        list_keys_kernel[(q_clusters, triton.cdiv(k_clusters, 16), launched)](
+        list_keys_kernel[(q_clusters, triton.cdiv(k_clusters, 64), launched)](
             offset, keys.starts, keys.order, key_list, first_head, *head_counts,
-            k_tokens, q_clusters, k_clusters, listed, BLOCK_J=16, BLOCK_N=64,
+            k_tokens, q_clusters, k_clusters, listed, BLOCK_J=64, BLOCK_N=32,
         )  # fmt: skip
         arguments = (
             q, k, v, out, lse, tile_cluster, tile_place, queries.order, queries.starts,
             keys.order, keys.starts, key_list, rows, stand_in_key, stand_in_value, bias,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(out),
+            *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(out),
             first_head, *head_counts, q_tokens, k_tokens, q_clusters, k_clusters, tiles, listed,
             scale,
         )  # fmt: skip
@@ -182,17 +182,11 @@ def query_tiles(queries: SortedClusters, q_tokens: int, rows: int) -> tuple[Tens
     return torch.where(turn == clusters, clusters, cluster), place
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of batch, heads and tokens; 0 where there is one of them, whatever PyTorch says."""
-    return tuple(
-        0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride(), strict=False)
-    )
-
-
 def _copied_in_16_bytes(*tensors: Tensor) -> bool:
     """Whether Triton can see that every row starts at a multiple of 16 bytes."""
     return all(
-        t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in _strides(t)) for t in tensors
+        t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in token_strides(t))
+        for t in tensors
     )
 
 

@@ -7,6 +7,7 @@ depend on the order in which programs run.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg_ear_compile.kernels.gpu.launch import LaunchConfig
+from svg_ear_compile.kernels.gpu.launch import LaunchConfig, token_strides
+
+# Half norms are padded to a multiple of this, so that no tile of centroids has to mask them.
+_PITCH = 64
 
 
 class SortedClusters(NamedTuple):
@@ -39,7 +43,7 @@ class SortedClusters(NamedTuple):
 def kmeans_assign_kernel(
     x_ptr,  # (B, H, N, D)
     centroid_ptr,  # (G, C, D) in the dtype of x
-    half_norm_ptr,  # (G, C) float32, |c|^2 / 2
+    half_norm_ptr,  # (G, P) float32, |c|^2 / 2, infinite from C on
     mask_ptr,  # (B|1, H|1, N) bool, True takes part
     label_ptr,  # (G, N) int32
     stride_xb,
@@ -48,6 +52,7 @@ def kmeans_assign_kernel(
     stride_mb,
     stride_mh,
     stride_mn,
+    pitch,  # P, a multiple of BLOCK_C
     heads,
     tokens,
     clusters,
@@ -74,7 +79,7 @@ def kmeans_assign_kernel(
         c = first + tl.arange(0, BLOCK_C)  # [BC]
         row = centroid_ptr + (g * clusters + c)[None, :] * D + d[:, None]
         centroid = tl.load(row, mask=(c[None, :] < clusters) & (d[:, None] < D), other=0.0)
-        half_norm = tl.load(half_norm_ptr + g * clusters + c, mask=c < clusters, other=float("inf"))
+        half_norm = tl.load(half_norm_ptr + g * pitch + c)
         distance = half_norm[None, :] - tl.dot(x, centroid, input_precision="ieee")  # [BN, BC]
         origin = tl.where(distance < best, first, origin)
         best = tl.minimum(best, distance)
@@ -99,10 +104,11 @@ def cluster_mean_kernel(
     start_ptr,  # (G, C + 3) int32
     mean_ptr,  # (G, C, D) float32, in and out
     rounded_ptr,  # (G, C, D) in the dtype of x
-    half_norm_ptr,  # (G, C) float32
+    half_norm_ptr,  # (G, P) float32
     stride_xb,
     stride_xh,
     stride_xn,
+    pitch,
     heads,
     tokens,
     clusters,
@@ -133,7 +139,7 @@ def cluster_mean_kernel(
     rounded = mean.to(rounded_ptr.dtype.element_ty)
     tl.store(rounded_ptr + to, rounded, mask=d < D)
     wide = rounded.to(tl.float32)
-    tl.store(half_norm_ptr + g * clusters + c, tl.sum(wide * wide, 0) * 0.5)
+    tl.store(half_norm_ptr + g * pitch + c, tl.sum(wide * wide, 0) * 0.5)
 
 
 def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
@@ -154,15 +160,15 @@ def cluster_means(
     """Overwrite `means` (G, C, D) float32 with the cluster means of x (B, H, N, D).
 
     Returns:
-        The means in the dtype of x, and half their squared norms (G, C) float32.
+        The means in the dtype of x, and half their squared norms (G, P) float32, infinite past C.
     """
     _, heads, tokens, dim = x.shape
     groups, clusters, _ = means.shape
     rounded = torch.empty_like(means, dtype=x.dtype)
-    half_norm = means.new_empty(groups, clusters)
+    half_norm = _padded_half_norm(means)
     cluster_mean_kernel[(clusters, groups)](
         x, order, starts, means, rounded, half_norm,
-        x.stride(0), x.stride(1), x.stride(2), heads, tokens, clusters,
+        x.stride(0), x.stride(1), x.stride(2), half_norm.shape[1], heads, tokens, clusters,
         D=dim, BLOCK_D=config.block_dim, BLOCK_N=32, num_warps=2,
     )  # fmt: skip
     return rounded, half_norm
@@ -170,7 +176,7 @@ def cluster_means(
 
 def kmeans(
     x: Tensor,
-    key_mask: Tensor | None,
+    mask: Tensor | None,
     centroids: Tensor,
     text: tuple[int, int],
     iterations: int,
@@ -180,7 +186,7 @@ def kmeans(
 
     Args:
         x: (B, H, N, D), last stride 1.
-        key_mask: (B|1, H|1, N) bool or None.
+        mask: (B|1, H|1, N) bool or None.
         centroids: (B, H, C, D) finite, any float dtype; not modified.
         text: text tokens before and after the video tokens.
         iterations: assign-and-update rounds, at least 1.
@@ -190,27 +196,23 @@ def kmeans(
     groups, clusters = batch * heads, centroids.shape[2]
     means = centroids.reshape(groups, clusters, dim).to(torch.float32, copy=True)
     rounded = means.to(x.dtype)
-    half_norm = rounded.float().square().sum(-1) * 0.5
+    half_norm = _padded_half_norm(means)
+    torch.sum(rounded.float().square() * 0.5, -1, out=half_norm[:, :clusters])
     labels = torch.empty(groups, tokens, dtype=torch.int32, device=x.device)
-    mask_strides = (0, 0, 0) if key_mask is None else _broadcast_strides(key_mask)
+    mask_strides = (0, 0, 0) if mask is None else token_strides(mask)
     tiles = config.assign
     for _ in range(iterations):
         kmeans_assign_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
-            x, rounded, half_norm, x if key_mask is None else key_mask, labels,
-            x.stride(0), x.stride(1), x.stride(2), *mask_strides,
-            heads, tokens, clusters, *text,
+            x, rounded, half_norm, x if mask is None else mask, labels,
+            *token_strides(x), *mask_strides, half_norm.shape[1], heads, tokens, clusters, *text,
             D=dim, BLOCK_D=config.block_dim, BLOCK_N=tiles.rows, BLOCK_C=tiles.columns,
-            HAS_MASK=key_mask is not None, num_warps=tiles.warps, num_stages=tiles.stages,
+            HAS_MASK=mask is not None, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         order, starts = sort_by_label(labels, clusters)
         rounded, half_norm = cluster_means(x, order, starts, means, config)
     return SortedClusters(labels, order, starts, means, rounded)
 
 
-def _broadcast_strides(mask: Tensor) -> tuple[int, int, int]:
-    batch, head, token = mask.stride()
-    return (
-        0 if mask.shape[0] == 1 else batch,
-        0 if mask.shape[1] == 1 else head,
-        token,
-    )
+def _padded_half_norm(means: Tensor) -> Tensor:
+    groups, clusters, _ = means.shape
+    return means.new_full((groups, triton.cdiv(clusters, _PITCH) * _PITCH), math.inf)

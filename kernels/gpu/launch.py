@@ -12,6 +12,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from svg_ear_compile.kernels.plan import HEAD_DIMS
 
@@ -91,6 +92,13 @@ def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> Laun
         attend = Tiles(128, 64, 8 if padded or block_dim == 128 else 4, 3)
     wgmma = Tiles(192, 64, 4, 4) if hopper and head_dim in (64, 128) else None
     return LaunchConfig(block_dim, assign, probe, attend, wgmma)
+
+
+def token_strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of batch, heads and tokens; 0 where there is one of them, whatever PyTorch says."""
+    return tuple(
+        0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride(), strict=False)
+    )
 
 
 def all_launch_configs() -> list[tuple[int, int, bool, LaunchConfig]]:
