@@ -14,24 +14,52 @@ from typing import Any
 
 import torch
 
-from benchmarks.attention.inputs import RECORDED, SHAPES, inputs_of
+from benchmarks.attention.inputs import (
+    MODEL_SHAPES,
+    PAPERS_CLUSTERS,
+    RECORDED,
+    SHAPES,
+    SWEEP,
+    inputs_of,
+)
 from benchmarks.attention.measure import measure_shape
 from benchmarks.attention.plots import write_plots
 from benchmarks.provenance import provenance
 from svg_ear_compile.cost_model.calibrate import measure_roofs
 
 
+def jobs(given: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
+    """Shapes and the arguments of `measure_shape`; without `--shapes` those of the record."""
+    job = {
+        "densities": [float(d) for d in given.densities.split(",")],
+        "forms": given.forms.split(","),
+        "clusters": given.clusters.split(","),
+        "repeats": given.repeats,
+        "flex": given.flex,
+    }
+    if given.shapes:
+        names = given.shapes.replace("sweep", ",".join(SWEEP)).split(",")
+        return [(name, job) for name in names]
+    default = job | {"clusters": ["default"]}
+    price = {"densities": [1.0], "forms": ["centroid"], "clusters": [PAPERS_CLUSTERS]}
+    return [
+        # FlexAttention where its index lists are small enough to be quick.
+        *((name, job | {"flex": name == "wan1.3b-480p"}) for name in MODEL_SHAPES),
+        ("wan14b-720p", job | price),
+        *((name, default | {"densities": [0.2]}) for name in SWEEP),
+        (RECORDED, default),
+    ]
+
+
 def main() -> None:
     """Parse the command line, measure, write `attention.json` and plots."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--shapes",
-        default="wan14b-720p,hunyuan-720p,wan1.3b-480p,cogvideox-5b",
-        help=f"among {', '.join([*SHAPES, RECORDED])}, or sweep for all lengths",
+        "--shapes", help=f"only these: {', '.join([*SHAPES, RECORDED])}, or sweep for all lengths"
     )
     parser.add_argument("--densities", default="0.1,0.2")
     parser.add_argument("--forms", default="centroid,first_order")
-    parser.add_argument("--clusters", default="300/1000,default")
+    parser.add_argument("--clusters", default=f"{PAPERS_CLUSTERS},default")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--flex", action="store_true", help="also time FlexAttention")
     parser.add_argument("--out", type=Path, required=True)
@@ -39,8 +67,6 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    sweep = [name for name in SHAPES if name.startswith("sweep-")]
-    names = [n for name in given.shapes.split(",") for n in (sweep if name == "sweep" else [name])]
     started = time.time()
     kind = "bfloat16" if device == "cuda" else "float32"
     side, copied = (8192, 1 << 31) if device == "cuda" else (1024, 1 << 26)
@@ -48,15 +74,9 @@ def main() -> None:
     roofs = {"tflops": measured.flops[kind], "gb_per_second": measured.bandwidth}
     rows: list[dict[str, Any]] = []
     given.out.mkdir(parents=True, exist_ok=True)
-    for name in names:
+    for name, job in jobs(given):
         rows += measure_shape(
-            inputs_of(name, device, dtype),
-            [float(d) for d in given.densities.split(",")],
-            given.forms.split(","),
-            given.clusters.split(","),
-            given.repeats,
-            given.flex,
-            lambda line: print(line, flush=True),
+            inputs_of(name, device, dtype), **job, say=lambda line: print(line, flush=True)
         )
         torch.cuda.empty_cache()
         seconds = time.time() - started

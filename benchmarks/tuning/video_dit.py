@@ -1,7 +1,7 @@
-"""Budgets for the video DiT: tune on some clips, judge on others.
+"""Budgets for the video models: tune on some clips, judge on others.
 
     svg-ear tune --model benchmarks.tuning.video_dit:short --density 0.2 --out budget.json
-    python -m benchmarks.tuning.video_dit --shape long --out benchmarks/results/GPU/tuning
+    python -m benchmarks.tuning.video_dit --model joint --out benchmarks/results/GPU/tuning
 
 The second command is the proof: at each operating point it tunes, generates clips of seeds that
 were not used in tuning with dense attention, one density for all and the tuned budget, and compares
@@ -26,9 +26,9 @@ from rich.table import Table
 from benchmarks.tuning.recorded import CAMERA
 from benchmarks.video_dit.compare import score_frames
 from benchmarks.video_dit.data import LABELS
-from benchmarks.video_dit.demo import SHAPES, WEIGHTS
-from benchmarks.video_dit.model import VideoDiT
+from benchmarks.video_dit.pixel_dit import PixelDiT
 from benchmarks.video_dit.sample import generate
+from benchmarks.video_dit.zoo import MODELS, Shape
 from svg_ear_compile import ModelCall, TuningSettings, bind, pictures, record_calls, tune
 from svg_ear_compile.backend import svg_ear
 from svg_ear_compile.cost_model import budget as budgets
@@ -44,13 +44,13 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load() -> VideoDiT:
-    """The model: bfloat16 on a GPU, float32 on a CPU."""
+def load(name: str) -> PixelDiT:
+    """A model of `MODELS`: bfloat16 on a GPU, float32 on a CPU."""
     dtype = torch.bfloat16 if device() == "cuda" else torch.float32
-    return VideoDiT.from_pretrained(WEIGHTS, device=device(), dtype=dtype)
+    return MODELS[name].load(device=device(), dtype=dtype)
 
 
-def clip(model: Any, shape: tuple[int, int, int], steps: int, seed: int) -> torch.Tensor:
+def clip(model: Any, shape: Shape, steps: int, seed: int) -> torch.Tensor:
     """Frames (T, H, W, 3) of one clip; its label follows from the seed."""
     inner = getattr(model, "_orig_mod", model)
     return generate(
@@ -62,13 +62,13 @@ def clip(model: Any, shape: tuple[int, int, int], steps: int, seed: int) -> torc
         guidance=1.0,
         shape=shape,
         device=device(),
-        dtype=inner.patch_in.weight.dtype,
+        dtype=next(inner.parameters()).dtype,
     )
 
 
 def calls_of(
-    model: VideoDiT,
-    shape: tuple[int, int, int],
+    model: PixelDiT,
+    shape: Shape,
     steps: int,
     at: Sequence[int],
     seeds: Sequence[int],
@@ -82,16 +82,16 @@ def calls_of(
     return record_calls(model, run, keep=lambda index: index % steps in at)
 
 
-def short() -> tuple[VideoDiT, list[ModelCall]]:
+def short() -> tuple[PixelDiT, list[ModelCall]]:
     """The demo's 2,304 tokens, two clips, two steps each."""
-    model = load()
-    return model, calls_of(model, SHAPES["short"], 12, (5, 9), TUNED_ON[:2])
+    model = load("self")
+    return model, calls_of(model, MODELS["self"].short, 12, (5, 9), TUNED_ON[:2])
 
 
-def long() -> tuple[VideoDiT, list[ModelCall]]:
+def long() -> tuple[PixelDiT, list[ModelCall]]:
     """The 6,912 tokens that the model was trained at, two clips, one step each."""
-    model = load()
-    return model, calls_of(model, SHAPES["long"], 6, (3,), TUNED_ON[:2])
+    model = load("self")
+    return model, calls_of(model, MODELS["self"].long, 6, (3,), TUNED_ON[:2])
 
 
 def forward_error(sparse: torch.Tensor, dense: torch.Tensor) -> float:
@@ -102,9 +102,9 @@ def forward_error(sparse: torch.Tensor, dense: torch.Tensor) -> float:
 class Proof:
     """Runs of one shape: every clip and forward is made with the same compiled model."""
 
-    def __init__(self, shape: tuple[int, int, int], steps: int, dense_steps: int) -> None:
+    def __init__(self, name: str, shape: Shape, steps: int, dense_steps: int) -> None:
         self.shape, self.steps, self.dense_steps = shape, steps, dense_steps
-        self.model = load()
+        self.model = load(name)
         options = {"density": 0.5, "min_tokens": 1}
         self.compiled = torch.compile(self.model, backend=svg_ear, options=options)
         self.at = [round(dense_steps + f * (steps - dense_steps)) for f in (0.1, 0.5, 0.8)]
@@ -179,7 +179,8 @@ def main() -> None:
     """The proof; short tables last."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shape", choices=SHAPES, default="long")
+    parser.add_argument("--model", choices=MODELS, default="self")
+    parser.add_argument("--shape", choices=("short", "long"), default="long")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--dense-steps", type=int, default=5)
     parser.add_argument("--densities", default="0.05,0.1,0.2", help="operating points")
@@ -189,8 +190,11 @@ def main() -> None:
     given = parser.parse_args()
     began = time.time()
     given.out.mkdir(parents=True, exist_ok=True)
-    proof = Proof(SHAPES[given.shape], given.steps, given.dense_steps)
-    record: dict[str, Any] = {"shape": given.shape, "steps": given.steps, "points": []}
+    shape = getattr(MODELS[given.model], given.shape)
+    proof = Proof(given.model, shape, given.steps, given.dense_steps)
+    record: dict[str, Any] = {
+        "model": given.model, "shape": given.shape, "steps": given.steps, "points": [],
+    }  # fmt: skip
     for density in map(float, given.densities.split(",")):
         record["points"].append(proof.point(density, given.out, range(given.seeds)))
         print(f"density {density:g}: {record['points'][-1]['gain_db']:+.2f} dB", flush=True)

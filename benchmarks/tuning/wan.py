@@ -71,3 +71,11 @@ def full() -> tuple[WanTransformer3DModel, list[ModelCall]]:
     """Wan 2.1 14B at 720p and 81 frames: 75,600 tokens, 40 layers; 28 GB of weights."""
     model = _model("cuda", torch.bfloat16)
     return model, calls(21, 90, 160, 16, (512, 4096), "cuda", torch.bfloat16)
+
+
+def short() -> tuple[WanTransformer3DModel, list[ModelCall]]:
+    """Six layers of Wan 2.1 1.3B at 480p and 81 frames: 32,760 tokens."""
+    model = _model(
+        "cuda", torch.bfloat16, num_layers=6, num_attention_heads=12, ffn_dim=8960,
+    )  # fmt: skip
+    return model, calls(21, 60, 104, 16, (512, 4096), "cuda", torch.bfloat16)
