@@ -8,6 +8,7 @@ are read off a profiler: of kernels on a GPU, of Python functions on a CPU.
 from __future__ import annotations
 
 import cProfile
+import math
 import pstats
 import statistics
 import time
@@ -45,6 +46,8 @@ SECONDS = 55.0
 """Time that a calibration may take; what is not measured by then is left to the nearest class."""
 
 _PATIENCE_MS = 1500.0  # for the repeats of one call
+# A rested GPU clocks up to a fifth higher than one that has been busy this long.
+_BUSY_MS, _MOST_CALLS = 150.0, 50
 _LEAST_SAMPLES = 8  # two lengths: enough for the three coefficients of a stage
 
 # Kernels and functions by stage; everything else sorts tokens by cluster, which is clustering.
@@ -103,7 +106,8 @@ _HELD_OUT_PLANS = (
     AttentionPlan(density=0.15),
     AttentionPlan(density=0.25, compensation="centroid"),
 )
-_COARSER, _HELD_OUT_COARSER = 2, 1.5  # cluster sizes over the default ones
+# Cluster sizes over the default ones.
+_SIZES, _HELD_OUT_SIZES = (2.0, 0.4), (1.5, 0.6)
 
 
 class _Clock:
@@ -116,27 +120,32 @@ class _Clock:
     def ms(self, call: Callable[[], object], repeats: int = 5) -> float:
         """Milliseconds of a call after one to warm up; fewer repeats where they take seconds.
 
-        The median on a GPU. The least on a CPU: whatever else runs there only ever adds, and adds
-        much.
+        The median of calls back to back on a busy GPU, as in a generation. The least on a CPU:
+        whatever else runs there only ever adds, and adds much.
         """
         call()
+        if self.on_gpu:
+            count = self._calls_until_busy(call)
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + repeats + 1)]
+            for mark in marks:
+                mark.record()
+                call()
+            torch.cuda.synchronize(self.device)
+            spans = zip(marks[count:-1], marks[count + 1 :], strict=True)
+            return statistics.median(start.elapsed_time(end) for start, end in spans)
         samples: list[float] = []
         while len(samples) < repeats and (len(samples) < 2 or sum(samples) < _PATIENCE_MS):
-            samples.append(self._once(call))
-        return statistics.median(samples) if self.on_gpu else min(samples)
-
-    def _once(self, call: Callable[[], object]) -> float:
-        if self.on_gpu:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize(self.device)
-            start.record()
+            began = time.perf_counter()
             call()
-            end.record()
-            torch.cuda.synchronize(self.device)
-            return start.elapsed_time(end)
+            samples.append(1e3 * (time.perf_counter() - began))
+        return min(samples)
+
+    def _calls_until_busy(self, call: Callable[[], object]) -> int:
+        torch.cuda.synchronize(self.device)
         began = time.perf_counter()
         call()
-        return 1e3 * (time.perf_counter() - began)
+        torch.cuda.synchronize(self.device)
+        return min(_MOST_CALLS, math.ceil(_BUSY_MS / 1e3 / (time.perf_counter() - began)))
 
     def stages(self, call: Callable[[], object]) -> dict[str, float]:
         """Milliseconds of a sparse call by `STAGES`; a GPU makes its tables inside the probe."""
@@ -144,10 +153,12 @@ class _Clock:
         return {stage: min(run[stage] for run in runs) for stage in STAGES}
 
     def _profiled_kernels(self, call: Callable[[], object]) -> dict[str, float]:
+        count = self._calls_until_busy(call)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            call()
+            for _ in range(count):
+                call()
             torch.cuda.synchronize(self.device)
-        spent = {e.key: e.self_device_time_total / 1e3 for e in profile.key_averages()}
+        spent = {e.key: e.self_device_time_total / 1e3 / count for e in profile.key_averages()}
         return _by_stage(spent, _STAGE_OF_KERNEL, sum(spent.values()))
 
     def _profiled_functions(self, call: Callable[[], object]) -> list[dict[str, float]]:
@@ -168,15 +179,15 @@ class _Clock:
 
 def _by_stage(spent: dict[str, float], stage_of: dict[str, str], total: float) -> dict[str, float]:
     """Sum what was spent under each name by stage; what is left of the total is clustering."""
-    missing = stage_of.keys() - spent.keys()
+    missing = set(stage_of.values()) - {stage_of[name] for name in spent if name in stage_of}
     if missing:
         raise RuntimeError(
             f"the profiler saw nothing of {', '.join(sorted(missing))}: "
-            "the kernels have other names than this file knows"
+            "what runs has other names than this file knows"
         )
     found = dict.fromkeys(STAGES, 0.0)
     for name, stage in stage_of.items():
-        found[stage] += spent[name]
+        found[stage] += spent.get(name, 0.0)
     found["cluster"] = total - sum(found.values())
     return found
 
@@ -343,19 +354,24 @@ def _cases(workload: _Workload) -> Iterator[tuple[str, int, int, bool]]:
 
 
 def _plans(tokens: int, fitted: bool) -> list[AttentionPlan]:
-    plans, coarser = (_PLANS, _COARSER) if fitted else (_HELD_OUT_PLANS, _HELD_OUT_COARSER)
-    q_clusters, k_clusters = (
-        max(1, round(count / coarser)) for count in plans[0].clusters(tokens, tokens)
-    )
-    return [*plans, replace(plans[0], q_clusters=q_clusters, k_clusters=k_clusters)]
+    plans, sizes = (_PLANS, _SIZES) if fitted else (_HELD_OUT_PLANS, _HELD_OUT_SIZES)
+    counts = plans[0].clusters(tokens, tokens)
+    found = list(plans)
+    for size in sizes:
+        q_clusters, k_clusters = (max(1, round(count / size)) for count in counts)
+        other = replace(plans[0], q_clusters=q_clusters, k_clusters=k_clusters)
+        found += [other, replace(other, compensation="centroid")]
+    return found
 
 
 def _host_ms(device: torch.device, workload: _Workload) -> float:
-    """Milliseconds of a call so small that only its launches are left."""
+    """Milliseconds of a warm call so small that only its launches are left."""
     dtype, head_dim = workload.classes[0]
     tensors = video_like(1, 256, head_dim, device, getattr(torch, dtype))
-    call = _sparse_attention(True)
-    return _Clock(device).ms(lambda: call(*tensors, AttentionPlan(density=0.5)), 7)
+    call, plan = _sparse_attention(True), AttentionPlan(density=0.5)
+    cold = call(*tensors, plan)
+    warm = (cold.queries.centroids, cold.keys.centroids)
+    return _Clock(device).ms(lambda: call(*tensors, plan, centroids=warm), 7)
 
 
 def fit(samples: Sequence[Sample], roofs: Roofs, kind: str) -> dict[str, dict[str, Efficiency]]:

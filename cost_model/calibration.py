@@ -86,8 +86,8 @@ class Calibration:
         origin: ``"measured"`` here, ``"recorded"`` on such a device, or a ``"guess"``.
         device: what it holds for.
         roofs: see `Roofs`.
-        host_ms: milliseconds in which a whole sparse call can be issued; a call that has less work
-            takes that long.
+        host_ms: milliseconds in which a sparse call with a warm start can be issued; a call that
+            has less work takes that long.
         stages: class of call (``"dtype/head_dim"``) to stage, ``"dense"`` among them.
         seconds: what measuring took.
         samples: what was measured.

@@ -7,6 +7,7 @@ no stage of its own: both forms scatter the output to its tokens while they atte
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from svg_ear_compile.kernels.gpu.launch import launch_config
@@ -14,6 +15,12 @@ from svg_ear_compile.kernels.plan import AttentionPlan
 
 STAGES = ("cluster", "probe", "tables", "route", "attend")
 """Stages of a sparse call in order; ``tables`` is what the first-order form adds to the probe."""
+
+WAVE = 1024
+"""Programs that a GPU runs at once, about; however little they do, it takes them a launch."""
+
+CACHED = 0.25
+"""What a byte from a GPU's cache costs, about, of one from its memory."""
 
 ELEMENT_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -50,7 +57,10 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class Amount:
-    """Work of one stage: multiply-adds times two, bytes moved, launches (on a CPU: operators)."""
+    """Work of one stage: multiply-adds times two, bytes moved, launches.
+
+    On a GPU a wave of programs counts as a launch, see `WAVE`; on a CPU every operator does.
+    """
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -96,17 +106,36 @@ def sparse_amounts(
     size = shape.element_size if on_gpu else 4  # the CPU form computes in float32
     kv_bytes = 2.0 * kv_heads * keys * dim * size
     config = launch_config(dim, size)
-    tile = (config.wgmma or config.attend).rows if on_gpu else 1
-    # A ragged cluster leaves half a step empty on average.
-    rows = queries + q_clusters * ((config.query_step if on_gpu else 1) - 1) / 2
+    # A ragged cluster leaves half of its last tile empty on average.
+    rows, probed_keys, probed_rows = float(queries), float(keys), float(q_clusters)
+    if on_gpu:
+        rows += q_clusters * (config.query_step - 1) / 2
+        probed_keys += k_clusters * (config.probe.columns - 1) / 2
+        probed_rows = math.ceil(q_clusters / config.probe.rows) * config.probe.rows
     # The block that crosses the budget is taken whole: half of one on average.
     exact = min(float(keys), density * keys + keys / (2 * k_clusters))
     # The GPU walks all stand-ins and takes the exact ones out by their bias.
     stand_ins = k_clusters if on_gpu else k_clusters * (1 - density)
     distances = heads * queries * q_clusters + kv_heads * keys * k_clusters
-    posterior = 4.0 * dim * heads * q_clusters * keys  # mean keys and values of every block
-    attended = rows * (exact + shape.text + stand_ins) + shape.text * shape.k_tokens
-    tables_read = 2.0 * heads * rows / tile * k_clusters * dim * size if first_order else 0.0
+    posterior = 4.0 * dim * heads * probed_rows * probed_keys  # mean keys and values of every block
+    seen = exact + shape.text + stand_ins  # by one query
+    attended = rows * seen + shape.text * shape.k_tokens
+    # Keys and values pass from the cache to every tile of queries; a CPU reads them once.
+    read, probed = kv_bytes, kv_bytes
+    probe_waves = attend_waves = route_waves = 0.0
+    if on_gpu:
+        attend_rows = (config.wgmma or config.attend).rows
+        tiles = queries / attend_rows + q_clusters / 2
+        attended_keys = tiles * seen + shape.text / attend_rows * shape.k_tokens
+        read += CACHED * 2.0 * heads * dim * size * attended_keys
+        probed += CACHED * probed * (probed_rows / config.probe.rows - 1)
+        if first_order:  # tables of each query cluster: not in the cache when they are read
+            read += 2.0 * heads * dim * size * tiles * k_clusters
+        probe_waves = heads * k_clusters * probed_rows / config.probe.rows / WAVE
+        attend_waves = heads * tiles / WAVE
+        route_waves = heads * q_clusters * (1 + k_clusters / 64) / WAVE
+    elif first_order:
+        read += 2.0 * heads * rows * k_clusters * dim * size
     return {
         "cluster": Amount(
             flops=2.0 * rounds * dim * distances,
@@ -114,24 +143,24 @@ def sparse_amounts(
             launches=16.0 * rounds,
         ),
         "probe": Amount(
-            flops=2.0 * dim * heads * q_clusters * keys + (0.0 if on_gpu else posterior),
-            bytes=kv_bytes + 16.0 * blocks,
-            launches=1.0 if on_gpu else 24.0 * heads * k_clusters,
+            flops=2.0 * dim * heads * probed_rows * probed_keys + (0.0 if on_gpu else posterior),
+            bytes=probed + 16.0 * blocks,
+            launches=1.0 + probe_waves if on_gpu else 24.0 * heads * k_clusters,
         ),
         "tables": Amount(
             flops=posterior if on_gpu else 2.0 * dim * blocks,
             bytes=2.0 * dim * size * blocks,
-            launches=1.0,
+            launches=1.0 + probe_waves,
         )
         if first_order
         else Amount(),
         "route": Amount(
             bytes=24.0 * blocks + 8.0 * heads * q_clusters * density * keys,
-            launches=2.0 if on_gpu else 16.0,
+            launches=2.0 + route_waves if on_gpu else 16.0,
         ),
         "attend": Amount(
             flops=4.0 * dim * heads * attended,
-            bytes=2.0 * heads * queries * dim * size + kv_bytes + tables_read,
-            launches=1.0 if on_gpu else 16.0 * heads * (q_clusters + 1),
+            bytes=2.0 * heads * queries * dim * size + read,
+            launches=1.0 + attend_waves if on_gpu else 16.0 * heads * (q_clusters + 1),
         ),
     }

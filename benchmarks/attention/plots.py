@@ -37,7 +37,11 @@ def write_plots(record: dict[str, Any], folder: Path) -> list[Path]:
     made = []
     if staged:
         made += [_stages(staged, folder), _roofline(staged, record["roofs"], folder)]
-    sweep = [row for row in timed if row["form"] != "flex" and row["clusters"] == "default"]
+    sweep = [
+        row
+        for row in timed
+        if row["form"] != "flex" and row["clusters"] == "default" and row["size"][3] == 128
+    ]
     if len({row["size"][2] for row in sweep}) > 2:
         made.append(_lengths(sweep, folder))
     return made
@@ -109,7 +113,7 @@ def _measured_amounts(row: dict[str, Any]) -> dict[str, Amount]:
 
 
 def _lengths(rows: list[dict[str, Any]], folder: Path) -> Path:
-    """Time per head over tokens, dense and sparse."""
+    """Time per head over tokens at head dim 128, dense and sparse."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis: Axes = figure.subplots()
     curves: dict[str, dict[int, float]] = {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import svg_ear_compile
@@ -41,9 +42,10 @@ def attention_share(call: Callable[[], object], device: str) -> float:
     events = profiled.events() or []
     inside = [e for e in events if e.name.startswith(_ATTENTION_EVENTS) and not _is_nested(e)]
     if on_gpu:
-        return sum(e.device_time_total for e in inside) / sum(
-            e.self_device_time_total for e in events
-        )
+        # Operators carry the time of their kernels, which are events too.
+        kernels = [e for e in events if e.device_type == DeviceType.CUDA]
+        spent = sum(e.self_device_time_total for e in kernels)
+        return sum(e.device_time_total for e in inside) / spent
     return sum(e.cpu_time_total for e in inside) / sum(e.self_cpu_time_total for e in events)
 
 

@@ -112,7 +112,10 @@ def test_a_call_takes_as_long_as_the_host_needs_to_issue_it() -> None:
 
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.4])
 def test_break_even_is_where_the_plan_begins_to_pay(density: float) -> None:
-    plan, calibration = AttentionPlan(density=density, q_clusters=100, k_clusters=300), even()
+    plan, calibration = (
+        AttentionPlan(density=density, q_clusters=100, k_clusters=300),
+        even("cuda", 1.5),
+    )
     tokens = break_even_tokens(SHAPE, plan, calibration)
     assert tokens is not None
     assert pays(SHAPE.with_tokens(tokens), plan, calibration)
