@@ -20,6 +20,7 @@ from svg_ear_compile.passes.spellings import PRODUCTS, STEPS
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ATTENTION = RESULTS / "nvidia-h200" / "attention.json"
+END_TO_END = RESULTS / "nvidia-h200" / "end_to_end"
 FIDELITY = RESULTS / "nvidia-h200" / "fidelity"
 COMPILE_TIME = RESULTS / "cpu" / "compile_time" / "compile_time.json"
 ZOO = ROOT / "tests" / "zoo" / "sites.json"
@@ -118,6 +119,28 @@ def attention_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def end_to_end_table(records: list[dict[str, Any]]) -> str:
+    """Forwards through the whole model, dense and sparse."""
+    lines = [
+        f"{_where(records[0])}, random weights.",
+        "",
+        "| model | layers | backend | density | s a forward | speed-up | first call, s | peak GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        dense = statistics.median(record["rows"][0]["samples_seconds"])
+        for row in record["rows"]:
+            seconds = statistics.median(row["samples_seconds"])
+            cells = [
+                row["model"], row["layers"] or "all", row["backend"],
+                str(row["options"].get("density", "dense")), f"{seconds:.3f}",
+                f"{dense / seconds:.2f}x", f"{row['first_seconds']:.0f}",
+                f"{row['peak_bytes'] / 2**30:.1f}",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 FIDELITY_NOT_MEASURED = (
     "No run of this state on a GPU is recorded yet: `python -m benchmarks.fidelity --out "
     "benchmarks/results/nvidia-h200/fidelity` measures it, and `python -m benchmarks.readme` makes "
@@ -165,6 +188,9 @@ def main() -> int:
         "attention": attention_table(json.loads(ATTENTION.read_text()))
         if measured
         else NOT_MEASURED,
+        "end-to-end": end_to_end_table(
+            [json.loads(path.read_text()) for path in sorted(END_TO_END.glob("forward-*.json"))]
+        ),
         "fidelity": fidelity_section(FIDELITY)
         if (FIDELITY / "fidelity.json").exists()
         else FIDELITY_NOT_MEASURED,
