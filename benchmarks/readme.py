@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.attention.targets import targets_table
+from benchmarks.attention.targets import cold_ms, dense_ms, targets_table
 from benchmarks.fidelity.report import readme_table
 from svg_ear_compile.passes.site import Reason
 from svg_ear_compile.passes.spellings import PRODUCTS, STEPS
@@ -93,16 +93,18 @@ def attention_table(record: dict[str, Any]) -> str:
         "",
         targets_table(record),
         "",
-        "| shape | clusters (mean sizes) | form | density | dense ms | op ms | op over dense "
-        "| attend, useful TFLOP/s (of dense) | rest, of dense | extra memory of Q+K+V+O | error |",
+        "| shape (B × H × N × D) | clusters (mean sizes) | form | density | dense ms | op ms "
+        "| op over dense, warm (cold) | attend, useful TFLOP/s (of dense) | rest, of dense "
+        "| extra memory of Q+K+V+O | error |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
-        dense = statistics.median(row["dense_samples_ms"][row["dense_backend"]])
+        dense = dense_ms(row)
         clusters = row["clusters"]
         if "q_sizes" in row:
             clusters += f" ({row['q_sizes'][0]:.0f} / {row['k_sizes'][0]:.0f})"
-        cells = [row["shape"], clusters, row["form"], f"{row['density']:g}", f"{dense:.1f}"]
+        shape = f"{row['shape']} ({' × '.join(map(str, row['size']))})"
+        cells = [shape, clusters, row["form"], f"{row['density']:g}", f"{dense:.1f}"]
         if "samples_ms" not in row:
             cells += [f"gate failed ({row['gate']:.1e})", *[""] * 5]
         else:
@@ -113,7 +115,8 @@ def attention_table(record: dict[str, Any]) -> str:
             elif "useful_tflops" in row:
                 rate = f"{row['useful_tflops']:.0f}"
             ms = statistics.median(row["samples_ms"])
-            cells += [f"{ms:.1f}", f"{row['speedup']:.2f}x", rate, rest, memory]
+            cold = f" ({dense / cold_ms(row):.2f}x)" if "cold_samples_ms" in row else ""
+            cells += [f"{ms:.1f}", f"{row['speedup']:.2f}x{cold}", rate, rest, memory]
             cells.append(f"{row['error']:.3f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -121,10 +124,12 @@ def attention_table(record: dict[str, Any]) -> str:
 
 def end_to_end_table(records: list[dict[str, Any]]) -> str:
     """Forwards through the whole model, dense and sparse."""
+    where = dict.fromkeys(map(_where, records))
     lines = [
-        f"{_where(records[0])}, random weights.",
+        f"{'; '.join(where)}. Random weights.",
         "",
-        "| model | layers | backend | density | s a forward | speed-up | first call, s | peak GB |",
+        "| model | layers | backend | density | s a forward | speed-up | first call, s "
+        "| peak GiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for record in records:

@@ -47,8 +47,8 @@ SECONDS = 55.0
 
 _PATIENCE_MS = 1500.0  # for the repeats of one call
 # A rested GPU clocks up to a fifth higher than one that has been busy this long.
-_BUSY_MS, _MOST_CALLS = 150.0, 50
-_LEAST_SAMPLES = 8  # two lengths: enough for the three coefficients of a stage
+_BUSY_MS, _MOST_CALLS = 150.0, 150
+_LEAST_SAMPLES = 14  # two lengths: enough for the three coefficients of a stage
 
 # Kernels and functions by stage; everything else sorts tokens by cluster, which is clustering.
 _STAGE_OF_KERNEL = {
@@ -118,14 +118,14 @@ class _Clock:
         self.on_gpu = device.type == "cuda"
 
     def ms(self, call: Callable[[], object], repeats: int = 5) -> float:
-        """Milliseconds of a call after one to warm up; fewer repeats where they take seconds.
+        """Milliseconds of a call after one to warm up; fewer repeats where a CPU takes seconds.
 
         The median of calls back to back on a busy GPU, as in a generation. The least on a CPU:
         whatever else runs there only ever adds, and adds much.
         """
         call()
         if self.on_gpu:
-            count = self._calls_until_busy(call)
+            count = calls_until_busy(call)
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + repeats + 1)]
             for mark in marks:
                 mark.record()
@@ -140,20 +140,15 @@ class _Clock:
             samples.append(1e3 * (time.perf_counter() - began))
         return min(samples)
 
-    def _calls_until_busy(self, call: Callable[[], object]) -> int:
-        torch.cuda.synchronize(self.device)
-        began = time.perf_counter()
-        call()
-        torch.cuda.synchronize(self.device)
-        return min(_MOST_CALLS, math.ceil(_BUSY_MS / 1e3 / (time.perf_counter() - began)))
-
     def stages(self, call: Callable[[], object]) -> dict[str, float]:
         """Milliseconds of a sparse call by `STAGES`; a GPU makes its tables inside the probe."""
         runs = [self._profiled_kernels(call)] if self.on_gpu else self._profiled_functions(call)
         return {stage: min(run[stage] for run in runs) for stage in STAGES}
 
     def _profiled_kernels(self, call: Callable[[], object]) -> dict[str, float]:
-        count = self._calls_until_busy(call)
+        count = calls_until_busy(call)
+        for _ in range(count):
+            call()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(count):
                 call()
@@ -175,6 +170,15 @@ class _Clock:
             runs.append(_by_stage(spent, _STAGE_OF_FUNCTION, total))
             spent_ms += total
         return runs
+
+
+def calls_until_busy(call: Callable[[], object]) -> int:
+    """How many calls keep the current GPU at work until its clock is that of a long run."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return min(_MOST_CALLS, math.ceil(_BUSY_MS / 1e3 / (time.perf_counter() - began)))
 
 
 def _by_stage(spent: dict[str, float], stage_of: dict[str, str], total: float) -> dict[str, float]:
@@ -309,6 +313,8 @@ def calibrate(
         ValueError: there are no kernels for such a device.
         ImportError: scipy, part of the extra ``tune``, is missing.
     """
+    import scipy.optimize  # noqa: F401  missing, it shall be missed before a minute is spent
+
     began = time.perf_counter()
     device = torch.device(device)
     facts, workload = describe(device), _WORKLOADS[device.type]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from svg_ear_compile.kernels.gpu.launch import launch_config
+from svg_ear_compile.kernels.gpu.launch import LISTED_CLUSTERS, launch_config
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 STAGES = ("cluster", "probe", "tables", "route", "attend")
@@ -59,7 +59,8 @@ class AttentionShape:
 class Amount:
     """Work of one stage: multiply-adds times two, bytes moved, launches.
 
-    On a GPU a wave of programs counts as a launch, see `WAVE`; on a CPU every operator does.
+    On a GPU bytes from the cache count as `CACHED` says, and beside launches the waves of programs
+    of the probe, the route and the attend stage count, see `WAVE`; on a CPU every operator does.
     """
 
     flops: float = 0.0
@@ -128,12 +129,12 @@ def sparse_amounts(
         tiles = queries / attend_rows + q_clusters / 2
         attended_keys = tiles * seen + shape.text / attend_rows * shape.k_tokens
         read += CACHED * 2.0 * heads * dim * size * attended_keys
-        probed += CACHED * probed * (probed_rows / config.probe.rows - 1)
-        if first_order:  # tables of each query cluster: not in the cache when they are read
+        probed += CACHED * 2.0 * heads * keys * dim * size * probed_rows / config.probe.rows
+        if first_order:  # and come from memory: every query cluster has tables of its own
             read += 2.0 * heads * dim * size * tiles * k_clusters
         probe_waves = heads * k_clusters * probed_rows / config.probe.rows / WAVE
         attend_waves = heads * tiles / WAVE
-        route_waves = heads * q_clusters * (1 + k_clusters / 64) / WAVE
+        route_waves = heads * q_clusters * (1 + k_clusters / LISTED_CLUSTERS) / WAVE
     elif first_order:
         read += 2.0 * heads * rows * k_clusters * dim * size
     return {

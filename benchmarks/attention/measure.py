@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.attention.flex import flex_row
 from benchmarks.attention.gate import definition_rows, passes, relative_error
 from benchmarks.attention.inputs import Inputs, exact_pairs, plan_of, sparse_form
-from svg_ear_compile.cost_model.calibrate import backend_takes
+from svg_ear_compile.cost_model.calibrate import backend_takes, calls_until_busy
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.reference import Result
 
@@ -34,8 +34,7 @@ _SAMPLED_ROWS = 48
 
 
 def time_ms(call: Callable[[], object], repeats: int, on_gpu: bool) -> list[float]:
-    """Milliseconds of each of `repeats` calls, by device events on a GPU, after two to warm up."""
-    call()
+    """Milliseconds of each of `repeats` calls, by device events on a busy GPU."""
     call()
     if not on_gpu:
         samples = []
@@ -45,7 +44,8 @@ def time_ms(call: Callable[[], object], repeats: int, on_gpu: bool) -> list[floa
             samples.append(1e3 * (time.perf_counter() - started))
         return samples
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    torch.cuda.synchronize()
+    for _ in range(calls_until_busy(call)):
+        call()
     for start, end in marks:
         start.record()
         call()
@@ -60,7 +60,8 @@ def stage_ms(call: Callable[[], object], repeats: int) -> dict[str, float]:
     A mean over calls back to back: a single call finds a rested device, whose clocks are higher
     than those that the baselines are timed at.
     """
-    call()
+    for _ in range(calls_until_busy(call)):
+        call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(repeats):
             call()

@@ -89,7 +89,9 @@ def _roofline(rows: list[dict[str, Any]], roofs: dict[str, float], folder: Path)
                 labelled.add(stage)
                 at = (amount.flops / amount.bytes, amount.flops / ms / 1e9)
                 axis.loglog(*at, "o", ms=4, color=_COLOURS[stage], label=name)
-    axis.set(xlabel="FLOP per byte that has to move", ylabel="TFLOP/s of counted work")
+    axis.set(
+        xlabel="FLOP per counted byte (from the cache: a quarter)", ylabel="TFLOP/s of counted work"
+    )
     axis.legend(fontsize=8, loc="lower right")
     return _save(figure, folder / "roofline.png")
 

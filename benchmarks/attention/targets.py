@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.attention.inputs import PAPERS_CLUSTERS
@@ -58,29 +59,29 @@ def targets_table(record: dict[str, Any]) -> str:
     most = f"{max(extra):.2f}" if extra else _NOT_MEASURED
     lines.append(("extra peak memory over the bytes of Q, K, V and output", "1.0", "0.5", most))
     what = "fewest tokens (head dim 128, default clusters) at which density 0.2 beats dense"
-    lines.append((what, "16k", "8k", _shortest(timed)))
+    shortest = f"{_shortest(timed, _ms)} (clustered afresh: {_shortest(timed, cold_ms)})"
+    lines.append((what, "16k", "8k", shortest))
     what = "density 1 through the attend kernel, time over dense"
     price = wan("centroid", 1.0)
     paid = f"{1 / price['attend_over_dense_rate']:.2f}x" if price else _NOT_MEASURED
     lines.append((what, "1.25x", "1.05x", paid))
-    head = "| density 0.2 / 0.1, 300 / 1000 clusters | reach | strive for | measured |"
+    head = "| density 0.2 / 0.1, 300 / 1000 clusters | goal | stretch goal | measured |"
     return "\n".join([head, "|---|---|---|---|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def _added(first_order: Row | None, centroid: Row | None) -> str | None:
     if first_order is None or centroid is None:
         return None
-    dense = statistics.median(centroid["dense_samples_ms"][centroid["dense_backend"]])
-    return f"{(_ms(first_order) - _ms(centroid)) / dense:.1%}"
+    return f"{(_ms(first_order) - _ms(centroid)) / dense_ms(centroid):.1%}"
 
 
-def _shortest(rows: list[Row]) -> str:
+def _shortest(rows: list[Row], ms: Callable[[Row], float]) -> str:
     """The length from which every measured one is faster than dense, in both forms."""
     pays: dict[int, bool] = {}
     for row in rows:
         if row["clusters"] == "default" and row["density"] == 0.2 and row["size"][3] == 128:
             tokens = row["size"][2]
-            pays[tokens] = pays.get(tokens, True) and row["speedup"] > 1
+            pays[tokens] = pays.get(tokens, True) and ms(row) < dense_ms(row)
     shortest = None
     for tokens in sorted(pays, reverse=True):
         if not pays[tokens]:
@@ -89,6 +90,16 @@ def _shortest(rows: list[Row]) -> str:
     if shortest is None:
         return "none measured does" if pays else _NOT_MEASURED
     return f"{shortest:,}{', shorter ones not measured' if shortest == min(pays) else ''}"
+
+
+def dense_ms(row: Row) -> float:
+    """Milliseconds of the fastest dense attention on the inputs of a row."""
+    return statistics.median(row["dense_samples_ms"][row["dense_backend"]])
+
+
+def cold_ms(row: Row) -> float:
+    """Milliseconds of a call that clusters afresh; the first of the samples may have compiled."""
+    return min(row["cold_samples_ms"])
 
 
 def _ms(row: Row) -> float:

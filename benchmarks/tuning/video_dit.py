@@ -206,7 +206,7 @@ def main() -> None:
         errors = proof.unseen_errors(found, range(10))
         record["max_error"] = {"wished": given.max_error, "unseen": errors}
     record |= {"device": asdict(describe(device())), "seconds": time.time() - began}
-    (given.out / "video_dit.json").write_text(json.dumps(record, indent=1) + "\n")
+    (given.out / f"{given.model}.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in sorted(given.out.glob("budget-*.json")):
         pictures.budget(budgets.load(path), path.with_suffix(".png"))
         pictures.frontier(budgets.load(path), path.with_name(f"frontier-{path.stem}.png"))

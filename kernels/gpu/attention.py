@@ -11,7 +11,12 @@ from torch import Tensor
 from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.gpu.attend import attend_kernel
 from svg_ear_compile.kernels.gpu.kmeans import SortedClusters, cluster_means, kmeans
-from svg_ear_compile.kernels.gpu.launch import is_hopper, launch_config, token_strides
+from svg_ear_compile.kernels.gpu.launch import (
+    LISTED_CLUSTERS,
+    is_hopper,
+    launch_config,
+    token_strides,
+)
 from svg_ear_compile.kernels.gpu.probe import probe_kernel
 from svg_ear_compile.kernels.gpu.route import list_keys_kernel, route_kernel
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -119,9 +124,10 @@ def sparse_attention(
             BLOCK_K=block_k, ROUTING=plan.routing, FIRST_ORDER=first_order,
             num_warps=min(16, max(4, block_k // 512)),
         )  # fmt: skip
-        list_keys_kernel[(q_clusters, triton.cdiv(k_clusters, 64), launched)](
+        list_keys_kernel[(q_clusters, triton.cdiv(k_clusters, LISTED_CLUSTERS), launched)](
             offset, keys.starts, keys.order, key_list, first_head, *head_counts,
-            k_tokens, q_clusters, k_clusters, listed, BLOCK_J=64, BLOCK_N=32,
+            k_tokens, q_clusters, k_clusters, listed,
+            BLOCK_J=LISTED_CLUSTERS, BLOCK_N=32,
         )  # fmt: skip
         arguments = (
             q, k, v, out, lse, tile_cluster, tile_place, queries.order, queries.starts,

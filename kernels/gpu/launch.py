@@ -19,6 +19,9 @@ from svg_ear_compile.kernels.plan import HEAD_DIMS
 WGMMA_SHARE = 64
 """Queries that one group of warps attends to; a group without queries does nothing."""
 
+LISTED_CLUSTERS = 64
+"""Key clusters whose tokens one program lists."""
+
 
 @dataclass(frozen=True)
 class Tiles:
