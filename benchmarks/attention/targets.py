@@ -1,4 +1,4 @@
-"""What the attention of this project set out to reach, beside what a record says was reached."""
+"""What the attention of this project set out to reach, beside what a record says was."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOT_MEASURED = "not measured"
 
 
 def targets_table(record: dict[str, Any]) -> str:
-    """Markdown: what, reach, strive for, measured; pairs are of density 0.2 and 0.1.
+    """Markdown: what, goal, stretch goal, measured; pairs are of density 0.2 and 0.1.
 
     Args:
         record: of `python -m benchmarks.attention`. A row that it lacks, or whose gate failed, is

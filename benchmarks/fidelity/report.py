@@ -1,4 +1,4 @@
-"""Tables of a record: every cell, and what was asked for against what was measured."""
+"""Tables of a record: every cell, and the goals against what was measured."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def cells_table(points: Sequence[Point], shape: str) -> Table:
 
 
 def asked_rows(found: dict[str, Any], shape: str) -> list[tuple[str, str, str, str]]:
-    """What was asked, strived for and measured, of one model's derived figures."""
+    """Goal, stretch goal and what was measured, of one model's derived figures."""
     rows = []
     by_clusters: dict[tuple[int, int], dict[float, dict[str, Any]]] = {}
     for row in found["equal_density"]:
@@ -85,8 +85,8 @@ def _bounded(ratio: Sequence[Any] | None, form: str) -> str:
 
 def asked_table(derived: dict[str, Any], shape: str) -> Table:
     """`asked_rows` of every model."""
-    table = Table(title="First-order compensation: asked, strived for, measured")
-    for heading in ("model", "", "asked", "strive for", "measured"):
+    table = Table(title="First-order compensation: goals and measured")
+    for heading in ("model", "", "goal", "stretch goal", "measured"):
         table.add_column(heading)
     for model, found in derived.items():
         for row in asked_rows(found, shape):
@@ -98,7 +98,7 @@ def asked_table(derived: dict[str, Any], shape: str) -> Table:
 def readme_table(record: dict[str, Any]) -> str:
     """The README's table: every model's rows as Markdown."""
     lines = [
-        "| model | | asked | strive for | measured |",
+        "| model | | goal | stretch goal | measured |",
         "|---|---|---|---|---|",
     ]
     for model, found in record["derived"].items():
