@@ -8,12 +8,14 @@ are read off a profiler: of kernels on a GPU, of Python functions on a CPU.
 from __future__ import annotations
 
 import cProfile
+import importlib
 import math
 import pstats
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -123,16 +125,10 @@ class _Clock:
         The median of calls back to back on a busy GPU, as in a generation. The least on a CPU:
         whatever else runs there only ever adds, and adds much.
         """
-        call()
         if self.on_gpu:
-            count = calls_until_busy(call)
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + repeats + 1)]
-            for mark in marks:
-                mark.record()
-                call()
-            torch.cuda.synchronize(self.device)
-            spans = zip(marks[count:-1], marks[count + 1 :], strict=True)
-            return statistics.median(start.elapsed_time(end) for start, end in spans)
+            with torch.cuda.device(self.device):
+                return statistics.median(busy_ms(call, repeats))
+        call()
         samples: list[float] = []
         while len(samples) < repeats and (len(samples) < 2 or sum(samples) < _PATIENCE_MS):
             began = time.perf_counter()
@@ -146,14 +142,8 @@ class _Clock:
         return {stage: min(run[stage] for run in runs) for stage in STAGES}
 
     def _profiled_kernels(self, call: Callable[[], object]) -> dict[str, float]:
-        count = calls_until_busy(call)
-        for _ in range(count):
-            call()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(count):
-                call()
-            torch.cuda.synchronize(self.device)
-        spent = {e.key: e.self_device_time_total / 1e3 / count for e in profile.key_averages()}
+        with torch.cuda.device(self.device):
+            spent = busy_kernels_ms(call, 5)
         return _by_stage(spent, _STAGE_OF_KERNEL, sum(spent.values()))
 
     def _profiled_functions(self, call: Callable[[], object]) -> list[dict[str, float]]:
@@ -172,13 +162,38 @@ class _Clock:
         return runs
 
 
-def calls_until_busy(call: Callable[[], object]) -> int:
-    """How many calls keep the current GPU at work until its clock is that of a long run."""
+def busy_ms(call: Callable[[], object], repeats: int) -> list[float]:
+    """Milliseconds of each of `repeats` calls back to back on the current GPU, busy before."""
+    _keep_busy(call)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in pairwise(marks)]
+
+
+def busy_kernels_ms(call: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Device milliseconds by kernel in one of `repeats` calls, on average, timed as `busy_ms`."""
+    _keep_busy(call)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    return {e.key: e.self_device_time_total / 1e3 / repeats for e in profile.key_averages()}
+
+
+def _keep_busy(call: Callable[[], object]) -> None:
+    """Call once to compile, and then until the GPU's clock is that of a long run."""
+    call()
     torch.cuda.synchronize()
     began = time.perf_counter()
     call()
     torch.cuda.synchronize()
-    return min(_MOST_CALLS, math.ceil(_BUSY_MS / 1e3 / (time.perf_counter() - began)))
+    seconds = time.perf_counter() - began
+    for _ in range(min(_MOST_CALLS, math.ceil(_BUSY_MS / 1e3 / seconds))):
+        call()
 
 
 def _by_stage(spent: dict[str, float], stage_of: dict[str, str], total: float) -> dict[str, float]:
@@ -313,8 +328,7 @@ def calibrate(
         ValueError: there are no kernels for such a device.
         ImportError: scipy, part of the extra ``tune``, is missing.
     """
-    import scipy.optimize  # noqa: F401  missing, it shall be missed before a minute is spent
-
+    importlib.import_module("scipy.optimize")  # `fit` needs it, after a minute of measuring
     began = time.perf_counter()
     device = torch.device(device)
     facts, workload = describe(device), _WORKLOADS[device.type]

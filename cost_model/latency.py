@@ -31,7 +31,7 @@ LONGEST = 1 << 19
 REST_OVERHEAD = 1.45
 
 # A round of k-means is this share of what the host issues in a call of one round; measured on an
-# H200: 7.0 ms with five rounds, 1.8 with one.
+# H200: a cold call of 256 tokens with five rounds 7.0 ms, a warm one of 4,096 with one 1.8.
 ROUND_SHARE = 0.7
 
 

@@ -30,24 +30,18 @@ from svg_ear_compile.cost_model.calibrate import measure_roofs
 
 def jobs(given: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     """Shapes and the arguments of `measure_shape`; without `--shapes` those of the record."""
+    job = {
+        "densities": [float(d) for d in given.densities.split(",")],
+        "forms": given.forms.split(","),
+        "clusters": given.clusters.split(","),
+        "repeats": given.repeats,
+        "flex": given.flex,
+    }
     if given.shapes:
-        job = {
-            "densities": [float(d) for d in given.densities.split(",")],
-            "forms": given.forms.split(","),
-            "clusters": given.clusters.split(","),
-            "repeats": given.repeats,
-            "flex": given.flex,
-        }
         asked = given.shapes.split(",")
         names = [n for name in asked for n in (SWEEP if name == "sweep" else [name])]
         return [(name, job) for name in names]
-    job = {
-        "densities": [0.1, 0.2],
-        "forms": ["centroid", "first_order"],
-        "clusters": [PAPERS_CLUSTERS, "default"],
-        "repeats": given.repeats,
-        "flex": False,
-    }
+    job["flex"] = False
     default = job | {"clusters": ["default"]}
     price = {"densities": [1.0], "forms": ["centroid"], "clusters": [PAPERS_CLUSTERS]}
     return [
@@ -65,9 +59,9 @@ def main() -> None:
     parser.add_argument(
         "--shapes", help=f"only these: {', '.join([*SHAPES, RECORDED])}, or sweep for all lengths"
     )
-    parser.add_argument("--densities", default="0.1,0.2", help="with --shapes")
-    parser.add_argument("--forms", default="centroid,first_order", help="with --shapes")
-    parser.add_argument("--clusters", default=f"{PAPERS_CLUSTERS},default", help="with --shapes")
+    parser.add_argument("--densities", default="0.1,0.2")
+    parser.add_argument("--forms", default="centroid,first_order")
+    parser.add_argument("--clusters", default=f"{PAPERS_CLUSTERS},default")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--flex", action="store_true", help="with --shapes: FlexAttention too")
     parser.add_argument("--out", type=Path, required=True)

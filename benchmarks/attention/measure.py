@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.attention.flex import flex_row
 from benchmarks.attention.gate import definition_rows, passes, relative_error
 from benchmarks.attention.inputs import Inputs, exact_pairs, plan_of, sparse_form
-from svg_ear_compile.cost_model.calibrate import backend_takes, calls_until_busy
+from svg_ear_compile.cost_model.calibrate import backend_takes, busy_kernels_ms, busy_ms
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.reference import Result
 
@@ -35,23 +35,15 @@ _SAMPLED_ROWS = 48
 
 def time_ms(call: Callable[[], object], repeats: int, on_gpu: bool) -> list[float]:
     """Milliseconds of each of `repeats` calls, by device events on a busy GPU."""
+    if on_gpu:
+        return busy_ms(call, repeats)
     call()
-    if not on_gpu:
-        samples = []
-        for _ in range(repeats):
-            started = time.perf_counter()
-            call()
-            samples.append(1e3 * (time.perf_counter() - started))
-        return samples
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for _ in range(calls_until_busy(call)):
+    samples = []
+    for _ in range(repeats):
+        started = time.perf_counter()
         call()
-    for start, end in marks:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in marks]
+        samples.append(1e3 * (time.perf_counter() - started))
+    return samples
 
 
 def stage_ms(call: Callable[[], object], repeats: int) -> dict[str, float]:
@@ -60,15 +52,9 @@ def stage_ms(call: Callable[[], object], repeats: int) -> dict[str, float]:
     A mean over calls back to back: a single call finds a rested device, whose clocks are higher
     than those that the baselines are timed at.
     """
-    for _ in range(calls_until_busy(call)):
-        call()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
     found = dict.fromkeys(("assign", "means", "sort", "probe", "route", "attend"), 0.0)
-    for event in profile.key_averages():
-        found[STAGES.get(event.key, "sort")] += event.self_device_time_total / 1000 / repeats
+    for kernel, ms in busy_kernels_ms(call, repeats).items():
+        found[STAGES.get(kernel, "sort")] += ms
     return found
 
 

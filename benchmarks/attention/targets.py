@@ -98,8 +98,8 @@ def dense_ms(row: Row) -> float:
 
 
 def cold_ms(row: Row) -> float:
-    """Milliseconds of a call that clusters afresh; the first of the samples may have compiled."""
-    return min(row["cold_samples_ms"])
+    """Milliseconds of a call that clusters afresh."""
+    return statistics.median(row["cold_samples_ms"])
 
 
 def _ms(row: Row) -> float:

@@ -73,7 +73,7 @@ def full() -> tuple[WanTransformer3DModel, list[ModelCall]]:
     return model, calls(21, 90, 160, 16, (512, 4096), "cuda", torch.bfloat16)
 
 
-def short() -> tuple[WanTransformer3DModel, list[ModelCall]]:
+def six_layers() -> tuple[WanTransformer3DModel, list[ModelCall]]:
     """Six layers of Wan 2.1 1.3B at 480p and 81 frames: 32,760 tokens."""
     model = _model(
         "cuda", torch.bfloat16, num_layers=6, num_attention_heads=12, ffn_dim=8960,
