@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attention.targets import cold_ms, dense_ms, targets_table
+from benchmarks.fidelity.record import read
 from benchmarks.fidelity.report import readme_table
 from svg_ear_compile.passes.site import Reason
 from svg_ear_compile.passes.spellings import PRODUCTS, STEPS
@@ -155,11 +156,14 @@ FIDELITY_NOT_MEASURED = (
 
 def fidelity_section(folder: Path) -> str:
     """The frontier's plot and the table of what was asked and measured."""
-    record = json.loads((folder / "fidelity.json").read_text())
+    evidence = read(folder)
     plot = (folder / "frontier.png").relative_to(ROOT)
+    where = " and ".join(dict.fromkeys(_where(m) for m in evidence.models.values()))
+    times = f"; times: {_where(evidence.times)}" if evidence.times else ""
     return (
-        f"{_where(record)}.\n\n![Fidelity against time and density, one curve per rule]({plot})\n\n"
-        f"{readme_table(record)}"
+        f"Clips: {where}{times}.\n\n"
+        f"![Fidelity against time and density, one curve per rule]({plot})\n\n"
+        f"{readme_table(evidence)}"
     )
 
 
@@ -196,9 +200,7 @@ def main() -> int:
         "end-to-end": end_to_end_table(
             [json.loads(path.read_text()) for path in sorted(END_TO_END.glob("forward-*.json"))]
         ),
-        "fidelity": fidelity_section(FIDELITY)
-        if (FIDELITY / "fidelity.json").exists()
-        else FIDELITY_NOT_MEASURED,
+        "fidelity": fidelity_section(FIDELITY) if FIDELITY.exists() else FIDELITY_NOT_MEASURED,
         "compile-time": compile_time_table(json.loads(COMPILE_TIME.read_text())),
     }
     after = before

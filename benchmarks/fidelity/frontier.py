@@ -40,23 +40,6 @@ class Point:
         return sum(self.psnr) / len(self.psnr)
 
 
-def points_of(record: dict[str, Any]) -> list[Point]:
-    """The points of a record of `python -m benchmarks.fidelity`."""
-    times: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in record["times"]:
-        if row["ms"] is not None:
-            key = (row["rule"], row["density"], row["queries"], row["keys"])
-            times.setdefault(key, {})[row["shape"]] = row["ms"]
-    found = []
-    for row in record["cells"]:
-        cell = Cell(**row["cell"])
-        ms = times.get((cell.rule, cell.density, cell.queries, cell.keys), {})
-        psnr, ssim, flicker = (tuple(row[name]) for name in ("psnr", "ssim", "flicker"))
-        reached = row["density_reached"]
-        found.append(Point(cell, psnr, ssim, flicker, row["attention_error"], ms, reached))
-    return found
-
-
 def rising(points: Sequence[tuple[float, float]]) -> Curve:
     """The points that no other beats in both, by rising time."""
     kept: Curve = []

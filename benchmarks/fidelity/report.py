@@ -7,8 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.fidelity.frontier import Point, gain_of, points_of
+from benchmarks.fidelity.frontier import derived, gain_of
 from benchmarks.fidelity.grid import DENSITIES
+from benchmarks.fidelity.record import Evidence
 from benchmarks.fidelity.rules import RULES
 from benchmarks.fidelity.scores import interval
 
@@ -21,15 +22,15 @@ ASKED = {
 }
 
 
-def cells_table(points: Sequence[Point], shape: str) -> Table:
-    """Every point with its intervals, and its time at a shape."""
+def cells_table(evidence: Evidence) -> Table:
+    """Every point with its intervals, and its time at the first shape."""
     table = Table(title="Against the dense clips, raw frames (± 95 % over seeds)")
     for heading in ("model", "rule", "density", "clusters", "warm-up", "PSNR dB", "SSIM", "flicker",
                     "attention error", "op ms"):  # fmt: skip
         table.add_column(heading, justify="left" if heading in ("model", "rule") else "right")
-    for point in sorted(points, key=lambda p: p.cell):
+    for point in sorted(evidence.points, key=lambda p: p.cell):
         cell = point.cell
-        ms = point.ms.get(shape)
+        ms = point.ms.get(evidence.shape)
         table.add_row(
             cell.model, RULES[cell.rule].title, f"{cell.density:g}", f"{cell.queries}/{cell.keys}",
             f"{cell.warm_up:.0%}", str(interval(point.psnr)),
@@ -83,35 +84,43 @@ def _bounded(ratio: Sequence[Any] | None, form: str) -> str:
     return f"{bound} {value:{form}}x".strip()
 
 
-def asked_table(derived: dict[str, Any], shape: str) -> Table:
+def _asked_by_model(evidence: Evidence) -> dict[str, list[tuple[str, str, str, str]]]:
+    points = {m: [p for p in evidence.points if p.cell.model == m] for m in evidence.models}
+    return {
+        model: asked_rows(derived(of, evidence.shapes), evidence.shape)
+        for model, of in points.items()
+    }
+
+
+def asked_table(evidence: Evidence) -> Table:
     """`asked_rows` of every model."""
     table = Table(title="First-order compensation: goals and measured")
     for heading in ("model", "", "goal", "stretch goal", "measured"):
         table.add_column(heading)
-    for model, found in derived.items():
-        for row in asked_rows(found, shape):
+    for model, rows in _asked_by_model(evidence).items():
+        for row in rows:
             table.add_row(model, *row)
         table.add_section()
     return table
 
 
-def readme_table(record: dict[str, Any]) -> str:
+def readme_table(evidence: Evidence) -> str:
     """The README's table: every model's rows as Markdown."""
     lines = [
         "| model | | goal | stretch goal | measured |",
         "|---|---|---|---|---|",
     ]
-    for model, found in record["derived"].items():
-        size = record["models"][model]
-        name = f"{model}, {size['tokens']:,} tokens"
-        lines += [f"| {name} | {' | '.join(row)} |" for row in asked_rows(found, record["shape"])]
-    models = record["models"].values()
-    ceilings = ", ".join(f"{interval(m['ceiling']['psnr']).mean:.1f} dB" for m in models)
-    points = points_of(record)
-    seeds = " and ".join(str(len(m["ceiling"]["psnr"])) for m in models)
+    for model, rows in _asked_by_model(evidence).items():
+        name = f"{model}, {evidence.models[model]['model']['tokens']:,} tokens"
+        lines += [f"| {name} | {' | '.join(row)} |" for row in rows]
+    models = evidence.models.values()
+    scores = [m["model"]["ceiling"]["psnr"] for m in models]
+    ceilings = ", ".join(f"{interval(psnr).mean:.1f} dB" for psnr in scores)
+    seeds = " and ".join(str(len(psnr)) for psnr in scores)
+    steps = " and ".join(dict.fromkeys(str(m["settings"]["steps"]) for m in models))
     return "\n".join(
         [
-            f"{len(points)} points, {seeds} seeds, {record['settings']['steps']} denoising steps. "
+            f"{len(evidence.points)} points, {seeds} seeds, {steps} denoising steps. "
             f"Dense against dense on another backend: {ceilings}.",
             "",
             *lines,

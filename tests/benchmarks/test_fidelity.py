@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,10 +17,11 @@ from benchmarks.fidelity import head
 from benchmarks.fidelity.frontier import Point, density_curve, derived, first_at, rising, value_at
 from benchmarks.fidelity.grid import Cell, cells
 from benchmarks.fidelity.head import Head
+from benchmarks.fidelity.record import Evidence, Record, read
 from benchmarks.fidelity.report import asked_rows, readme_table
 from benchmarks.fidelity.rules import RULES, Remembered, attend_by_head, attention
 from benchmarks.fidelity.scores import Interval, flicker, interval, score_clips
-from benchmarks.fidelity.times import measure_times
+from benchmarks.fidelity.times import WAN, measure_times
 from benchmarks.video_dit.zoo import MODELS
 from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -329,11 +328,11 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "out"
 
 
-def run_bench(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> dict[str, Any]:
+def run_bench(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> Evidence:
     base = ["fidelity", "--out", str(out), "--steps", "4", "--seeds", "2"]
     monkeypatch.setattr("sys.argv", [*base, *arguments])
     bench.main()
-    return json.loads((out / "fidelity.json").read_text())
+    return read(out)
 
 
 def test_a_run_is_recorded_and_goes_on_where_it_was(
@@ -341,20 +340,21 @@ def test_a_run_is_recorded_and_goes_on_where_it_was(
 ) -> None:
     part = ("--densities", "0.2", "--clusters", "128/64", "--warm-ups", "0.2")
     first = run_bench(monkeypatch, tiny, *part, "--rules", "paper,first_order")
-    assert [row["cell"]["rule"] for row in first["cells"]] == ["paper", "first_order"] * 2
-    assert first["models"]["joint"]["text"] == 16
-    assert first["models"]["self"]["tokens"] == 4 * 6 * 6
+    assert [p.cell.rule for p in first.points] == ["paper", "first_order"] * 2
+    assert first.models["joint"]["model"]["text"] == 16
+    assert first.models["self"]["model"]["tokens"] == 4 * 6 * 6
     for model in ("self", "joint"):
-        ceiling = first["models"][model]["ceiling"]["psnr"]
-        mine = [row for row in first["cells"] if row["cell"]["model"] == model]
-        assert all(len(row["psnr"]) == 2 for row in mine)
-        assert all(max(row["psnr"]) < min(ceiling) for row in mine)
-        assert first["derived"][model]["equal_density"][0]["error_ratio"] > 0
+        ceiling = first.models[model]["model"]["ceiling"]["psnr"]
+        mine = [p for p in first.points if p.cell.model == model]
+        assert all(len(p.psnr) == 2 for p in mine)
+        assert all(max(p.psnr) < min(ceiling) for p in mine)
+        assert derived(mine, [])["equal_density"][0]["error_ratio"] > 0
     assert (tiny / "frontier.png").stat().st_size > 5000
     capsys.readouterr()
-    whole = run_bench(monkeypatch, tiny, *part)
-    assert whole["cells"][:4] == first["cells"]
-    assert {row["cell"]["rule"] for row in whole["cells"]} == set(RULES)
+    whole = run_bench(monkeypatch, tiny, "clips", *part, "--models", "self")
+    whole = run_bench(monkeypatch, tiny, "clips", *part, "--models", "joint")
+    assert [p for p in whole.points if p.cell.rule in ("paper", "first_order")] == first.points
+    assert {p.cell.rule for p in whole.points} == set(RULES)
     said = capsys.readouterr().out
     assert "values" in said
     assert "self  paper" not in said
@@ -364,10 +364,27 @@ def test_a_run_is_recorded_and_goes_on_where_it_was(
         run_bench(monkeypatch, tiny, *part, "--guidance", "1.5")
 
 
-def test_time_that_is_up_leaves_a_record(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_go_to_the_points_of_their_plan(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = ("--densities", "0.2", "--clusters", "128/64", "--rules", "paper,svg2")
+    found = run_bench(monkeypatch, tiny, "clips", *part)
+    assert found.shape == "no time measured"
+    times = Record(tiny / "times.json", {})
+    plan = {"rule": "paper", "density": 0.2, "queries": 128, "keys": 64}
+    times.rows += [{**plan, "shape": s, "ms": ms} for s, ms in [("self", 2.0), (WAN, 70.0)]]
+    times.rows.append({**plan, "rule": "first_order", "shape": WAN, "ms": None})
+    times.write()
+    found = run_bench(monkeypatch, tiny, "report")
+    assert found.shape == WAN
+    for point in found.points:
+        assert point.ms == ({"self": 2.0, WAN: 70.0} if point.cell.rule == "paper" else {})
+
+
+def test_time_that_is_up_leaves_a_record(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = run_bench(monkeypatch, tiny, "--minutes", "0.01")
-    assert found["cells"] == []
-    assert found["derived"] == {}
+    assert found.points == []
+    assert "out of time" in capsys.readouterr().out
 
 
 def test_a_model_without_weights_is_left_out(
@@ -376,7 +393,7 @@ def test_a_model_without_weights_is_left_out(
     missing = replace(bench.MODELS["joint"], weights=tiny / "nowhere")
     monkeypatch.setitem(bench.MODELS, "joint", missing)
     found = run_bench(monkeypatch, tiny, "--rules", "uniform", "--densities", "0.1")
-    assert [row["cell"]["model"] for row in found["cells"]] == ["self"]
+    assert [p.cell.model for p in found.points] == ["self"]
     assert "joint is left out" in capsys.readouterr().out
 
 

@@ -1,0 +1,95 @@
+"""Records of the bench: a file of clips for each model, and one of times."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fidelity.frontier import Point
+from benchmarks.fidelity.grid import Cell
+from benchmarks.fidelity.times import WAN
+from benchmarks.provenance import provenance
+
+
+class Record:
+    """A JSON file of a run, written after every measurement.
+
+    Attributes:
+        data: everything in the file.
+        rows: what was measured, a part of `data`.
+
+    Raises:
+        ValueError: the file is of other settings, another device or another commit.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        fresh = {**provenance(), "settings": settings}
+        self.data: dict[str, Any] = {**fresh, "rows": []}
+        if path.exists():
+            self.data = json.loads(path.read_text())
+            for name, value in fresh.items():
+                if self.data[name] != value:
+                    raise ValueError(
+                        f"{path} is of another run ({name}: {self.data[name]!r} instead of "
+                        f"{value!r}): choose another --out"
+                    )
+        self.rows: list[dict[str, Any]] = self.data["rows"]
+
+    def write(self) -> None:
+        """Write everything measured so far."""
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.data, indent=1) + "\n")
+        part.rename(self.path)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the records of a folder say.
+
+    Attributes:
+        models: by name, the record of its clips without the rows.
+        times: the record of the operator's times, or None.
+        points: all cells with their times.
+    """
+
+    models: dict[str, dict[str, Any]]
+    times: dict[str, Any] | None
+    points: list[Point]
+
+    @property
+    def shapes(self) -> list[str]:
+        """Where the operator was timed, Wan's shape first."""
+        rows = self.times["rows"] if self.times else []
+        found = dict.fromkeys(row["shape"] for row in rows)
+        return sorted(found, key=lambda shape: (shape != WAN, shape))
+
+    @property
+    def shape(self) -> str:
+        """The shape whose times tables show."""
+        return next(iter(self.shapes), "no time measured")
+
+
+def read(folder: Path) -> Evidence:
+    """Everything that was measured into a folder, models in the order of their size."""
+    times_path = folder / "times.json"
+    times = json.loads(times_path.read_text()) if times_path.exists() else None
+    ms: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in times["rows"] if times else []:
+        if row["ms"] is not None:
+            key = (row["rule"], row["density"], row["queries"], row["keys"])
+            ms.setdefault(key, {})[row["shape"]] = row["ms"]
+    models: dict[str, dict[str, Any]] = {}
+    points = []
+    records = [json.loads(p.read_text()) for p in folder.glob("*.json") if p != times_path]
+    for record in sorted(records, key=lambda r: r["model"]["tokens"]):
+        for row in record["rows"]:
+            cell = Cell(**row["cell"])
+            at = ms.get((cell.rule, cell.density, cell.queries, cell.keys), {})
+            psnr, ssim, flicker = (tuple(row[name]) for name in ("psnr", "ssim", "flicker"))
+            reached = row["density_reached"]
+            points.append(Point(cell, psnr, ssim, flicker, row["attention_error"], at, reached))
+        models[record["model"]["name"]] = {k: v for k, v in record.items() if k != "rows"}
+    return Evidence(models, times, points)
