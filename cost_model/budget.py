@@ -40,7 +40,7 @@ class Choice:
     density: float
     q_clusters: int | None = None
     k_clusters: int | None = None
-    compensation: Compensation = "first_order"
+    compensation: Compensation = AttentionPlan.compensation
     threshold: float | None = None
 
     def plan(self, base: AttentionPlan) -> AttentionPlan:

@@ -59,12 +59,16 @@ _STAGE_OF_KERNEL = {
     "list_keys_kernel": "route",
     "attend_kernel": "attend",
     "attend_wgmma_kernel": "attend",
+    "covariance_kernel": "second_order",
+    "growth_kernel": "second_order",
+    "move_kernel": "second_order",
 }
 _STAGE_OF_FUNCTION = {
     "_probe": "probe",
     "route": "route",
     "compensation_tables": "tables",
     "_attend": "attend",
+    "second_order": "second_order",
 }
 
 
@@ -444,9 +448,9 @@ def _fit_stage(stage: str, samples: Sequence[Sample], roofs: Roofs, kind: str) -
 def _share_of_probe(
     stage: str, sample: Sample, samples: Sequence[Sample], amount: Amount
 ) -> tuple[Amount, float]:
-    first_order = sample.compensation == "first_order"
+    own_tables = plan_of(sample).has_own_tables
     if stage == "probe":
-        return (Amount(), 0.0) if first_order else (amount, sample.stages_ms["probe"])
+        return (Amount(), 0.0) if own_tables else (amount, sample.stages_ms["probe"])
     twins = [
         other.stages_ms["probe"]
         for other in samples
@@ -454,7 +458,7 @@ def _share_of_probe(
         and (other.tokens, other.q_clusters, other.k_clusters)
         == (sample.tokens, sample.q_clusters, sample.k_clusters)
     ]
-    if not first_order or not twins:
+    if not own_tables or not twins:
         return Amount(), 0.0
     return amount, max(sample.stages_ms["probe"] - statistics.mean(twins), 0.0)
 

@@ -19,7 +19,7 @@ from svg_ear_compile.cost_model.stages import ELEMENT_SIZES, Amount
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 RECORDED = Path(__file__).with_name("recorded")
 Origin = Literal["measured", "recorded", "guess"]
 
@@ -203,6 +203,7 @@ _GUESSES = {
             "tables": Efficiency(8.0, 2.0, 1.0),
             "route": Efficiency(1.0, 4.0, 1.0),
             "attend": Efficiency(3.0, 1.5, 1.0),
+            "second_order": Efficiency(8.0, 3.0, 1.0),
         },
     ),
     "cpu": (
@@ -215,6 +216,7 @@ _GUESSES = {
             "tables": Efficiency(0.0, 1.5, 19.0),
             "route": Efficiency(0.0, 18.0, 3.0),
             "attend": Efficiency(3.0, 0.1, 3.0),
+            "second_order": Efficiency(3.0, 5.0, 3.0),
         },
     ),
 }

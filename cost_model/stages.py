@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from svg_ear_compile.kernels.gpu.launch import LISTED_CLUSTERS, launch_config
 from svg_ear_compile.kernels.plan import AttentionPlan
 
-STAGES = ("cluster", "probe", "tables", "route", "attend")
-"""Stages of a sparse call in order; ``tables`` is what the first-order form adds to the probe."""
+STAGES = ("cluster", "probe", "tables", "route", "attend", "second_order")
+"""Stages of a sparse call; ``tables`` is what stand-ins of every query cluster's own add to the
+probe, ``second_order`` what that form does before and after the attend stage."""
 
 WAVE = 1024
 """Programs that a GPU runs at once, about; however little they do, it takes them a launch."""
@@ -102,7 +103,7 @@ def sparse_amounts(
     q_clusters, k_clusters = plan.clusters(queries, keys)
     blocks = float(heads * q_clusters * k_clusters)
     density = expected_density(plan)
-    first_order = plan.compensation == "first_order"
+    own_tables = plan.has_own_tables
     on_gpu = kind == "cuda"
     size = shape.element_size if on_gpu else 4  # the CPU form computes in float32
     kv_bytes = 2.0 * kv_heads * keys * dim * size
@@ -130,12 +131,12 @@ def sparse_amounts(
         attended_keys = tiles * seen + shape.text / attend_rows * shape.k_tokens
         read += CACHED * 2.0 * heads * dim * size * attended_keys
         probed += CACHED * 2.0 * heads * keys * dim * size * probed_rows / config.probe.rows
-        if first_order:  # and come from memory: every query cluster has tables of its own
+        if own_tables:  # and come from memory: every query cluster has tables of its own
             read += 2.0 * heads * dim * size * tiles * k_clusters
         probe_waves = heads * k_clusters * probed_rows / config.probe.rows / WAVE
         attend_waves = heads * tiles / WAVE
         route_waves = heads * q_clusters * (1 + k_clusters / LISTED_CLUSTERS) / WAVE
-    elif first_order:
+    elif own_tables:
         read += 2.0 * heads * rows * k_clusters * dim * size
     return {
         "cluster": Amount(
@@ -153,7 +154,7 @@ def sparse_amounts(
             bytes=2.0 * dim * size * blocks,
             launches=1.0 + probe_waves,
         )
-        if first_order
+        if own_tables
         else Amount(),
         "route": Amount(
             bytes=24.0 * blocks + 8.0 * heads * q_clusters * density * keys,
@@ -164,4 +165,13 @@ def sparse_amounts(
             bytes=2.0 * heads * queries * dim * size + read,
             launches=1.0 + attend_waves if on_gpu else 16.0 * heads * (q_clusters + 1),
         ),
+        # Two covariances of the keys, two products of the queries; the centroids are gathered.
+        "second_order": Amount(
+            flops=4.0 * dim**2 * (kv_heads * keys + heads * queries),
+            bytes=(1 + CACHED * 4 / size) * kv_bytes
+            + (4 + CACHED * 2) * heads * queries * dim * size,
+            launches=14.0,
+        )
+        if plan.compensation == "second_order"
+        else Amount(),
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Clusters, Probe, Result
+from svg_ear_compile.kernels.reference import Clusters, Probe, Result, SecondOrder
 
 
 def sparse_attention(
@@ -50,15 +50,20 @@ def sparse_attention(
         *(torch.stack(part).unflatten(0, q.shape[:2]) for part in zip(*probes, strict=True))
     )
     exact = reference.route(found, queries, shared, plan)
-    value_means, _ = reference.cluster_means(
-        wide_v.repeat_interleave(groups, 1), shared.labels, exact.shape[3]
-    )
+    all_v = wide_v.repeat_interleave(groups, 1)
+    value_means, _ = reference.cluster_means(all_v, shared.labels, exact.shape[3])
     tables = reference.compensation_tables(found, queries, shared, value_means, plan, scale)
+    second = None
+    if plan.compensation == "second_order":
+        all_k = wide_k.repeat_interleave(groups, 1)
+        second = reference.second_order(wide_q, all_k, all_v, queries, shared, value_means, scale)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     for p in pairs:
         _attend(
             wide_q[p], *heads[p], queries.labels[p], bounds[p], exact[p],
-            (tables[0][p], tables[1][p], tables[2][p]), scale, out[p], lse[p],
+            (tables[0][p], tables[1][p], tables[2][p]), scale,
+            None if second is None else SecondOrder(second.growth[p], second.move[p]),
+            out[p], lse[p],
         )  # fmt: skip
     area = reference.row_area(exact, shared)
     return Result(out, lse if return_lse else lse.new_empty(0), queries, keys, exact, area)
@@ -114,6 +119,7 @@ def _attend(
     exact: Tensor,
     tables: tuple[Tensor, Tensor, Tensor],
     scale: float,
+    second: SecondOrder | None,
     out: Tensor,
     lse: Tensor,
 ) -> None:
@@ -133,10 +139,15 @@ def _attend(
         if i < q_clusters:
             skipped = bias[i].isfinite().nonzero().squeeze(1)
             rest = mine @ stand_in_key[i, skipped].T + bias[i, skipped]
+            if second is not None:
+                rest += second.growth[rows, None]
             logits = torch.cat([logits, rest], 1)
             values = torch.cat([values, stand_in_value[i, skipped]])
         total = logits.logsumexp(1)
         lse[rows] = total
         # A row without keys has no columns or only -inf: its weights must be 0, not NaN.
         weights = (logits - total.masked_fill(total == -math.inf, 0.0)[:, None]).exp()
-        out[rows] = (weights @ values).to(out.dtype)
+        result = weights @ values
+        if i < q_clusters and second is not None:
+            result += weights[:, len(columns) :].sum(1, keepdim=True) * second.move[rows]
+        out[rows] = result.to(out.dtype)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 Routing = Literal["density", "top_p", "threshold"]
-Compensation = Literal["first_order", "centroid"]
+Compensation = Literal["second_order", "first_order", "centroid"]
 
 HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128, 160, 192, 256)
 """Head dims that the kernels are built and tested for."""
@@ -49,7 +49,8 @@ class AttentionPlan:
         min_block_ratio: share of a row's blocks guaranteed by ``routing="top_p"``.
         threshold: smallest ``rho`` computed exactly by ``routing="threshold"``.
         cost_exponent: gamma of the error-to-cost score ``log E - gamma * log(m * n)``.
-        compensation: form of the skipped blocks, ``"first_order"`` or ``"centroid"``.
+        compensation: form of the skipped blocks, ``"second_order"``, ``"first_order"`` or
+            ``"centroid"``; see `reference.compensation_tables` and `reference.second_order`.
         q_clusters: number of query clusters; None takes one per 128 queries up to 256 clusters, and
             more than those only where they would be of more than 256 queries.
         k_clusters: number of key clusters; None takes one per 64 keys.
@@ -69,7 +70,7 @@ class AttentionPlan:
     min_block_ratio: float = 0.1
     threshold: float = 1e-3
     cost_exponent: float = 1.0
-    compensation: Compensation = "first_order"
+    compensation: Compensation = "second_order"
     q_clusters: int | None = None
     k_clusters: int | None = None
     first_iterations: int = 5
@@ -124,6 +125,11 @@ class AttentionPlan:
     def is_dense(self) -> bool:
         """True where the plan asks for every block."""
         return self.density >= 1.0
+
+    @property
+    def has_own_tables(self) -> bool:
+        """True where every query cluster has stand-ins of its own."""
+        return self.compensation != "centroid"
 
     def clusters(self, q_tokens: int, k_tokens: int) -> tuple[int, int]:
         """(Qc, Kc) for that many clustered tokens: never more clusters than tokens, at least 1."""

@@ -2,7 +2,8 @@
 
 Works in any float dtype and on any device; float64 is the oracle of the tests. The five stages are
 those of "SVG-EAR: Parameter-Free Linear Compensation for Sparse Video Generation via Error-aware
-Routing" (arXiv 2603.08982); the ``"first_order"`` form of the compensation is ours.
+Routing" (arXiv 2603.08982); the ``"first_order"`` and ``"second_order"``
+forms of the compensation are ours.
 
 Notation: query cluster ``i`` of ``m_i`` queries with mean ``q_i``; key cluster ``j`` of ``n_j``
 keys with means ``k_j`` and ``v_j``; scale ``s``. A token's label is its cluster, or ``C`` for a
@@ -38,6 +39,11 @@ class Clusters(NamedTuple):
     sizes: Tensor
 
 
+LARGEST_GROWTH = 0.5
+"""Limit of a stand-in's second-order growth in log-mass. Far from its centroid a query sees the few
+keys that it is near to, and no Gaussian: without a limit late layers lose more than they gain."""
+
+
 class Probe(NamedTuple):
     """What every block looks like from its query centroid, all (B, H, Qc, Kc[, D]).
 
@@ -54,6 +60,18 @@ class Probe(NamedTuple):
     mean_key: Tensor
     mean_value: Tensor
     centroid_logit: Tensor
+
+
+class SecondOrder(NamedTuple):
+    """What a query's distance from its centroid does to its stand-ins, see `second_order`.
+
+    Attributes:
+        growth: (B, H, N_q) added to the logit of every stand-in.
+        move: (B, H, N_q, D) added to the value of every stand-in.
+    """
+
+    growth: Tensor
+    move: Tensor
 
 
 @dataclass(frozen=True)
@@ -354,7 +372,8 @@ def compensation_tables(
     A skipped block acts on a query q of cluster i as one key ``K`` with value ``V`` and logit
     ``s q . K + bias``. The paper's centroid form takes ``K = k_j, V = v_j, bias = log n_j``. The
     first-order form takes the block's posterior means at the query centroid and
-    ``bias = log Z_ij - s q_i . K_ij``: mass and its gradient are exact at ``q = q_i``.
+    ``bias = log Z_ij - s q_i . K_ij``: mass and its gradient are exact at ``q = q_i``. The
+    second-order form has the same tables and adds `second_order`.
 
     Args:
         found, queries, keys: see `probe`.
@@ -365,7 +384,7 @@ def compensation_tables(
     Returns:
         keys and values (B, H, Qc, Kc, D), bias (B, H, Qc, Kc).
     """
-    if plan.compensation == "first_order":
+    if plan.has_own_tables:
         bias = found.log_mass - scale * torch.einsum(
             "bhid,bhijd->bhij", queries.centroids, found.mean_key
         )
@@ -373,6 +392,67 @@ def compensation_tables(
     shape = found.mean_key.shape
     bias = keys.sizes.to(value_means.dtype).log().unsqueeze(2).expand(shape[:4])
     return keys.centroids.unsqueeze(2).expand(shape), value_means.unsqueeze(2).expand(shape), bias
+
+
+def pooled_covariances(
+    k: Tensor, v: Tensor, keys: Clusters, value_means: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Covariance of keys, and of values with keys, within the clusters of a head, pooled.
+
+    Args:
+        k, v: (B, H, N_k, D).
+        keys, value_means: clusters, and (B, H, Kc, D); text and padding have no part.
+
+    Returns:
+        ``Cov(k, k)`` and ``Cov(v, k)``, both (B, H, D, D): means over the clustered keys of
+        ``(k_t - k_j)(k_t - k_j)'`` and ``(v_t - v_j)(k_t - k_j)'``.
+    """
+
+    def away(x: Tensor, means: Tensor) -> Tensor:
+        clusters = means.shape[2]
+        label = keys.labels.clamp(max=clusters - 1).unsqueeze(-1).expand_as(x)
+        inside = (keys.labels < clusters).unsqueeze(-1)
+        return torch.where(inside, x - means.gather(2, label), 0.0)
+
+    from_mean = away(k, keys.centroids)
+    count = keys.sizes.sum(-1).clamp(min=1)[..., None, None]
+    pairs = (from_mean, away(v, value_means))
+    of_keys, of_values = (x.transpose(2, 3) @ from_mean / count for x in pairs)
+    return of_keys, of_values
+
+
+def second_order(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Clusters,
+    keys: Clusters,
+    value_means: Tensor,
+    scale: float,
+) -> SecondOrder:
+    """What first-order stand-ins leave out, under one covariance for all key clusters of a head.
+
+    Under weights ``exp(s q . k)`` a cluster of jointly Gaussian keys and values keeps its
+    covariance whatever the query; with ``dq = q - q_i`` its mean value moves by ``s Cov(v, k) dq``
+    and its log-mass grows by the slope and ``s^2/2 dq' Cov(k, k) dq``, exactly. The covariances of
+    single clusters serve hardly better than the pooled one, with which the growth and the move are
+    the query's own, the same for all its stand-ins. The growth is at most `LARGEST_GROWTH`.
+
+    Args:
+        q: (B, H, N_q, D). k, v: (B, H, N_k, D).
+        queries, keys, value_means: clusters, and (B, H, Kc, D).
+        scale: s.
+
+    Returns:
+        `SecondOrder`, 0 for queries that are in no cluster.
+    """
+    of_keys, of_values = pooled_covariances(k, v, keys, value_means)
+    clusters = queries.centroids.shape[2]
+    label = queries.labels.clamp(max=clusters - 1).unsqueeze(-1).expand_as(q)
+    inside = (queries.labels < clusters).unsqueeze(-1)
+    away = torch.where(inside, q - queries.centroids.gather(2, label), 0.0)
+    growth = scale**2 / 2 * (away @ of_keys * away).sum(-1)
+    return SecondOrder(growth.clamp(max=LARGEST_GROWTH), scale * away @ of_values.transpose(2, 3))
 
 
 def attend(
@@ -384,6 +464,7 @@ def attend(
     exact: Tensor,
     tables: tuple[Tensor, Tensor, Tensor],
     scale: float,
+    second: SecondOrder | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Stages 4 and 5. One softmax over exact keys and the stand-ins of skipped blocks.
 
@@ -397,6 +478,7 @@ def attend(
         exact: (B, H, Qc, Kc) bool.
         tables: see `compensation_tables`.
         scale: s.
+        second: see `second_order`.
 
     Returns:
         out (B, H, N_q, D) and lse (B, H, N_q).
@@ -422,6 +504,8 @@ def attend(
                 if not mine.any():
                     continue
                 rest = scale * q[b, h][mine] @ stand_in_key[b, h, i].T + bias[b, h, i]
+                if second is not None:
+                    rest = rest + second.growth[b, h][mine][:, None]
                 both = torch.cat(
                     [logits[mine], rest.masked_fill(bias[b, h, i] == -math.inf, -math.inf)], -1
                 )
@@ -432,6 +516,9 @@ def attend(
                 result[mine] = (
                     p[:, : k.shape[2]] @ v[b, h] + p[:, k.shape[2] :] @ stand_in_value[b, h, i]
                 )
+                if second is not None:
+                    moved = p[:, k.shape[2] :].sum(-1, keepdim=True)
+                    result[mine] += moved * second.move[b, h][mine]
             out[b, h], lse[b, h] = result, merged_lse
     return out, lse
 
@@ -469,5 +556,8 @@ def sparse_attention(
     exact = route(found, queries, shared, plan)
     value_means, _ = cluster_means(v, shared.labels, exact.shape[3])
     tables = compensation_tables(found, queries, shared, value_means, plan, scale)
-    out, lse = attend(q, k, v, queries.labels, shared.labels, exact, tables, scale)
+    second = None
+    if plan.compensation == "second_order":
+        second = second_order(q, k, v, queries, shared, value_means, scale)
+    out, lse = attend(q, k, v, queries.labels, shared.labels, exact, tables, scale, second)
     return Result(out, lse, queries, keys, exact, row_area(exact, shared))

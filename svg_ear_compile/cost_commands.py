@@ -30,6 +30,7 @@ from svg_ear_compile.cost_model.budget import Budget, Outcome
 from svg_ear_compile.cost_model.calibrate import compare
 from svg_ear_compile.cost_model.calibration import Calibration
 from svg_ear_compile.cost_model.device import describe
+from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.recording import ModelCall
 from svg_ear_compile.tuning import Cost, TuningSettings, tune
 
@@ -63,7 +64,9 @@ def add(commands: Any, load: Callable[[str], Any]) -> None:
         default="default",
         help="mean cluster sizes that are tried, e.g. default,256x64 (queries x keys)",
     )
-    command.add_argument("--forms", default="first_order", help="e.g. first_order,centroid")
+    command.add_argument(
+        "--forms", default=AttentionPlan.compensation, help="e.g. second_order,centroid"
+    )
     command.add_argument("--phases", type=int, default=1, help="parts of the denoising")
     command.add_argument("--dense-steps", type=int, default=0, help="leading dense steps")
     command.add_argument("--dense-from", type=float, help="timestep from which the end is dense")
@@ -225,7 +228,7 @@ def _words(choice: budgets.Choice) -> str:
     words = [f"{choice.density:.3g}"]
     if choice.q_clusters is not None:
         words.append(f"{choice.q_clusters} × {choice.k_clusters}")
-    if choice.compensation != "first_order":
+    if choice.compensation != AttentionPlan.compensation:
         words.append(choice.compensation)
     if choice.threshold is not None:
         words.append(f"rho ≥ {choice.threshold:.2g}")

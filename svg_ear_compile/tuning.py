@@ -63,7 +63,7 @@ class TuningSettings:
 
     densities: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
     cluster_sizes: tuple[tuple[int, int] | None, ...] = (None,)
-    forms: tuple[Compensation, ...] = ("first_order",)
+    forms: tuple[Compensation, ...] = (AttentionPlan.compensation,)
     phases: int = 1
     dense_steps: int = 0
     dense_from: float | None = None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Result
+from svg_ear_compile.kernels.reference import Clusters, Result
 
 GATE = 1e-2
 """Relative error from which no time is printed: arithmetic in bf16 is below it."""
@@ -39,6 +40,15 @@ def definition_rows(
     keys, values = k[b, kv].double(), v[b, kv].double()
     k_labels, clusters = result.keys.labels[b, kv].long(), result.keys.sizes.shape[-1]
     q_clusters = result.queries.sizes.shape[-1]
+    of_keys = of_values = keys.new_zeros(keys.shape[1], keys.shape[1])
+    if plan.compensation == "second_order":
+        labelled = Clusters(*(t[b : b + 1, kv : kv + 1] for t in result.keys))
+        labelled = labelled._replace(
+            labels=labelled.labels.long(), centroids=labelled.centroids.double()
+        )
+        mine = keys[None, None], values[None, None]
+        means, _ = reference.cluster_means(mine[1], labelled.labels, clusters)
+        of_keys, of_values = (t[0, 0] for t in reference.pooled_covariances(*mine, labelled, means))
     out = []
     for row in rows.tolist():
         i = int(result.queries.labels[b, h, row])
@@ -62,12 +72,15 @@ def definition_rows(
         safe = mass.clamp(min=1e-300)[:, None]
         key = (over_blocks(weight[:, None] * keys) / safe).to(q.dtype).double()
         value = (over_blocks(weight[:, None] * values) / safe).to(q.dtype).double()
-        own = scale * key @ center if plan.compensation == "first_order" else 0.0
+        own = scale * key @ center if plan.has_own_tables else 0.0
+        away = query - center
+        growth = (scale**2 / 2 * away @ of_keys @ away).clamp(max=reference.LARGEST_GROWTH)
         bias = torch.where(
             exact[:clusters] | (size == 0), -torch.inf, mass.clamp(min=1e-300).log() - own
         )
-        logits = torch.cat([scale * keys[taken] @ query, scale * key @ query + bias])
-        out.append(torch.softmax(logits, 0) @ torch.cat([values[taken], value]))
+        logits = torch.cat([scale * keys[taken] @ query, scale * key @ query + bias + growth])
+        moved = value + scale * of_values @ away
+        out.append(torch.softmax(logits, 0) @ torch.cat([values[taken], moved]))
     return torch.stack(out)
 
 

@@ -29,7 +29,11 @@ STAGES = {
     "list_keys_kernel": "route",
     "attend_kernel": "attend",
     "attend_wgmma_kernel": "attend",
+    "covariance_kernel": "second order",
+    "growth_kernel": "second order",
+    "move_kernel": "second order",
 }
+STAGE_NAMES = ("assign", "means", "sort", "probe", "route", "attend", "second order")
 _SAMPLED_ROWS = 48
 
 
@@ -52,7 +56,7 @@ def stage_ms(call: Callable[[], object], repeats: int) -> dict[str, float]:
     A mean over calls back to back: a single call finds a rested device, whose clocks are higher
     than those that the baselines are timed at.
     """
-    found = dict.fromkeys(("assign", "means", "sort", "probe", "route", "attend"), 0.0)
+    found = dict.fromkeys(STAGE_NAMES, 0.0)
     for kernel, ms in busy_kernels_ms(call, repeats).items():
         found[STAGES.get(kernel, "sort")] += ms
     return found

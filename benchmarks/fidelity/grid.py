@@ -22,7 +22,7 @@ _OTHER_CLUSTERS = (
     (QUERIES_PER_CLUSTER, 2 * KEYS_PER_CLUSTER),
 )
 
-IN_KERNELS = ("paper", "first_order")
+IN_KERNELS = ("paper", "first_order", "second_order")
 """Rules that the operator has: these can be timed."""
 
 # Where the curves of the two meet: at the same time one has more exact blocks than the other.
@@ -52,7 +52,7 @@ class Cell:
 
     @property
     def is_decisive(self) -> bool:
-        """True for the cells that say whether first-order compensation is worth it."""
+        """True for the cells that say what the forms of the compensation are worth."""
         return (
             self.rule in IN_KERNELS
             and self.density in DENSITIES
@@ -75,9 +75,9 @@ class Cell:
 def cells(models: Sequence[str]) -> list[Cell]:
     """Every cell in the order of what it decides.
 
-    First the paper's rule and first-order compensation, then second order; then densities around
-    these, so that rules can be read at equal time, and other clusters; then how much density SVG2
-    needs, shorter warm-ups, other rules, and coarser clusters for those.
+    First the paper's rule and both orders of compensation; then densities around these, so that
+    rules can be read at equal time, and other clusters; then how much density SVG2 needs, shorter
+    warm-ups, other rules, and coarser clusters for those.
     """
 
     def made(
@@ -94,9 +94,8 @@ def cells(models: Sequence[str]) -> list[Cell]:
 
     ordered = [
         *made(IN_KERNELS, DENSITIES, CLUSTERS),
-        *made(["second_order"], DENSITIES, CLUSTERS),
         *made(IN_KERNELS, _OUTER, CLUSTERS),
-        *made(["first_order"], DENSITIES, _OTHER_CLUSTERS),
+        *made(["second_order"], DENSITIES, _OTHER_CLUSTERS),
         *made(["svg2"], _SVG2, [FINE]),
         *made(["uniform"], DENSITIES, [FINE]),
         *made(IN_KERNELS, DENSITIES, [FINE], WARM_UPS[1]),

@@ -1,7 +1,7 @@
 """Every rule that is compared: what it computes exactly and what it does with the rest.
 
-The paper's rule and first-order compensation go through the operator that users get. The others
-are written out in plain PyTorch (`head.py`) from their published descriptions: SVG2 is
+The paper's rule and compensation of first and second order go through the operator that users get.
+The others are written out in plain PyTorch (`head.py`) from their published descriptions: SVG2 is
 arXiv 2505.18875, SVG-EAR arXiv 2603.08982.
 """
 
@@ -61,13 +61,6 @@ def values_only(this: Head, density: float) -> tuple[Tensor, Tensor]:
     return head.attend(this, exact, stand_ins), exact
 
 
-def second_order(this: Head, density: float) -> tuple[Tensor, Tensor]:
-    """The paper's blocks; the others by `head.second_order_stand_ins`."""
-    blocks = head.probe(this)
-    exact = head.choose(this, head.error_score(this, blocks), density)
-    return head.attend(this, exact, head.second_order_stand_ins(this, blocks, exact)), exact
-
-
 def uniform_attention(q: Tensor, k: Tensor, v: Tensor, density: float, text: int) -> Tensor:
     """Every query attends to the same regular sample of the keys, and to all text.
 
@@ -97,7 +90,7 @@ RULES = {
     "paper": Rule("paper (SVG-EAR)", compensation="centroid"),
     "values": Rule("first order, values only", by_head=values_only),
     "first_order": Rule("first order", compensation="first_order"),
-    "second_order": Rule("second order", by_head=second_order),
+    "second_order": Rule("second order", compensation="second_order"),
     "uniform": Rule("uniform keys"),
 }
 

@@ -41,7 +41,7 @@ CPU_SHAPES = {
     "4.5k-d128": (1, 2, 4500, 0, 128),
     "7k-d64": (1, 1, 7000, 0, 64),
 }
-FORMS: tuple[Compensation, ...] = ("centroid", "first_order")
+FORMS: tuple[Compensation, ...] = ("centroid", "first_order", "second_order")
 
 
 def samples_of(shape: tuple[int, int, int, int, int], device: str) -> list[Sample]:

@@ -40,7 +40,7 @@ from benchmarks.video_dit.sample import generate
 
 WEIGHTS = Path(__file__).with_name("weights")
 SHAPES = {"short": DEMO_SHAPE, "long": TRAIN_SHAPE}
-TITLES = {"centroid": "paper's rule", "first_order": "svg_ear"}
+TITLES = {"centroid": "paper's rule", "second_order": "svg_ear"}
 
 # pan right, drift up, zoom in, turn a little; no cut-out. Everything in the picture moves, so no
 # frame is a copy of another.
@@ -71,7 +71,7 @@ class DemoSettings:
     label: int = LABELS.index("astronaut")
     seed: int = 0
     guidance: float = 2.0
-    compensations: tuple[str, ...] = ("centroid", "first_order")
+    compensations: tuple[str, ...] = ("centroid", "second_order")
 
     @classmethod
     def for_device(cls, device: str) -> DemoSettings:

@@ -38,12 +38,12 @@ def load_rows(base, row, stride, d, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE
 def fold(q, k, v, bias, acc, total, largest, to_log2, BIASED: tl.constexpr):
     """One step of the online softmax: q [BM, BD] over k, v [BN, BD].
 
-    `bias` [BN] is added to the logits in log2 units, and -inf there takes a key out; without it
-    every logit must be finite.
+    `bias` [1, BN] or [BM, BN] is added to the logits in log2 units, and -inf there takes a key out;
+    without it every logit must be finite.
     """
     logit = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
     if BIASED:
-        logit = logit * to_log2 + bias[None, :]
+        logit = logit * to_log2 + bias
         now = tl.maximum(largest, tl.max(logit, 1))
         # Nothing seen so far: any finite shift will do.
         shift = tl.where(now == float("-inf"), 0.0, now)
@@ -88,6 +88,8 @@ def attend_kernel(
     stand_in_key_ptr,  # (L, Qc, Kc, D), or (G_kv, Kc, D) in the centroid form
     stand_in_value_ptr,  # like stand_in_key_ptr
     bias_ptr,  # (L, Qc, Kc) float32 log2, -inf where the block is exact or empty
+    growth_ptr,  # (G, N_q) float32 log2, added to the logits of a query's stand-ins
+    share_ptr,  # (G, N_q) float32, out: weight of a query's stand-ins
     stride_qb,
     stride_qh,
     stride_qn,
@@ -114,7 +116,8 @@ def attend_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FIRST_ORDER: tl.constexpr,
+    OWN_TABLES: tl.constexpr,
+    SECOND_ORDER: tl.constexpr,
     WRITE_LSE: tl.constexpr,
     WIDE: tl.constexpr,  # offsets inside one head of K or V pass 2^31 elements
 ):
@@ -162,7 +165,7 @@ def attend_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     n = tl.arange(0, BLOCK_N)  # [BN]
-    no_bias = tl.zeros([BLOCK_N], tl.float32)
+    no_bias = tl.zeros([1, BLOCK_N], tl.float32)
     # Whole tiles of the list: the hot loop, whose loads have no mask but the head dim's.
     whole = listed // BLOCK_N * BLOCK_N
     for first in range(0, whole, BLOCK_N):
@@ -180,25 +183,33 @@ def attend_kernel(
         v = load_rows(v_base, key, stride_vn, d, D, BLOCK_D, WIDE)
         # Key 0 stands in for places past the end; its value must not reach the sum as 0 * inf.
         v = tl.where(inside[:, None], v, 0.0)
-        bias = tl.where(inside, 0.0, float("-inf"))
+        bias = tl.where(inside, 0.0, float("-inf"))[None, :]
         logit_key = tl.where(inside[:, None], k, 0.0)
         acc, total, largest = fold(q, logit_key, v, bias, acc, total, largest, to_log2, True)
 
     # Tables of one row lie next to each other; the centroid form's are shared by all rows.
-    table = (row if FIRST_ORDER else g_kv) * k_clusters * D
+    table = (row if OWN_TABLES else g_kv) * k_clusters * D
     bias_row = bias_ptr + row * k_clusters
+    of_keys = largest + tl.log2(total)  # [BM], -inf where there is none
     for first in range(0, stand_ins, BLOCK_N):
         j = first + n
         bias = tl.load(bias_row + j, mask=j < k_clusters, other=float("-inf"))
         j = tl.minimum(j, k_clusters - 1)
         k = load_rows(stand_in_key_ptr + table, j, D, d, D, BLOCK_D, False)
         v = load_rows(stand_in_value_ptr + table, j, D, d, D, BLOCK_D, False)
+        bias = bias[None, :]
+        if SECOND_ORDER:
+            growth = tl.load(growth_ptr + g * q_tokens + token, mask=in_cluster, other=0.0)
+            bias = bias + growth[:, None]
         acc, total, largest = fold(q, k, v, bias, acc, total, largest, to_log2, True)
 
     # A row without any key gives 0 and -inf, as PyTorch's boolean masks do; a NaN row stays NaN.
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_row = out_ptr + b * stride_ob + h * stride_oh + token[:, None] * stride_on + d[None, :]
     tl.store(out_row, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+    if SECOND_ORDER:
+        share = 1.0 - tl.where(total == 0.0, 1.0, tl.exp2(of_keys - largest - tl.log2(total)))
+        tl.store(share_ptr + g * q_tokens + token, share, mask=in_cluster)
     if WRITE_LSE:
         lse = (largest + tl.log2(total)) * LN2
         tl.store(lse_ptr + g * q_tokens + token, lse, mask=in_cluster)

@@ -84,10 +84,18 @@ def tile_bias(tile, n, key_tiles, keys, k_clusters, bias_row, BLOCK_N: gl.conste
 
 
 @gluon.jit
-def softmax_step(logit, bias, total, largest, to_log2, BIASED: gl.constexpr):
-    """One step of the online softmax on logits [BM, BN]: weights, shrink, total, largest."""
+def softmax_step(
+    logit, bias, growth, of_keys, total, rest, largest, to_log2,
+    BIASED: gl.constexpr, SECOND_ORDER: gl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax on logits [BM, BN]: weights, shrink, total, rest, largest.
+
+    `rest` [BM] is the part of `total` that stand-ins have.
+    """
     if BIASED:
         logit = logit * to_log2 + gl.expand_dims(bias, 0)
+        if SECOND_ORDER:
+            logit = logit + gl.expand_dims(gl.where(of_keys, 0.0, growth), 1)
         now = gl.maximum(largest, gl.max(logit, 1))
         # Nothing seen so far: any finite shift will do.
         shift = gl.where(now == float("-inf"), 0.0, now)
@@ -97,8 +105,11 @@ def softmax_step(logit, bias, total, largest, to_log2, BIASED: gl.constexpr):
         shift = now
         weight = gl.exp2(logit * to_log2 - gl.expand_dims(now, 1))
     shrink = gl.exp2(largest - shift)
-    total = total * shrink + gl.sum(weight, 1)
-    return weight, shrink, total, now
+    mass = gl.sum(weight, 1)
+    total = total * shrink + mass
+    if BIASED and SECOND_ORDER:  # before, there are no stand-ins
+        rest = rest * shrink + gl.where(of_keys, 0.0, mass)
+    return weight, shrink, total, rest, now
 
 
 @gluon.jit
@@ -142,8 +153,8 @@ def gather(
 
 @gluon.jit
 def advance(
-    t, weight, acc, total, largest, bias, q_share, k_shared, v_shared, k_full, k_empty, v_full,
-    v_empty, to_log2, BIASED: gl.constexpr,
+    t, weight, acc, total, rest, largest, bias, growth, of_keys, q_share, k_shared, v_shared,
+    k_full, k_empty, v_full, v_empty, to_log2, BIASED: gl.constexpr, SECOND_ORDER: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of tile t > 0 while the values of tile t - 1 are multiplied."""
     STAGES: gl.constexpr = k_shared.shape[0]
@@ -163,20 +174,23 @@ def advance(
     logit = warpgroup_mma_wait(1, deps=[logit])
     barrier()
     mbarrier.arrive(k_empty.index(stage), count=1)
-    following, shrink, total, largest = softmax_step(logit, bias, total, largest, to_log2, BIASED)
+    following, shrink, total, rest, largest = softmax_step(
+        logit, bias, growth, of_keys, total, rest, largest, to_log2, BIASED, SECOND_ORDER
+    )
     acc = warpgroup_mma_wait(0, deps=[acc])
     barrier()
     mbarrier.arrive(v_empty.index(before), count=1)
     weight = gl.convert_layout(following.to(weight.dtype), weight.type.layout)
     acc = acc * gl.expand_dims(gl.convert_layout(shrink, acc_rows), 1)
-    return weight, acc, total, largest
+    return weight, acc, total, rest, largest
 
 
 @gluon.jit
 def attend_share(
     q_share, first_place, k_shared, v_shared, k_full, k_empty, v_full, v_empty,
     count, whole, key_tiles, keys, k_clusters, bias_row, cluster_end, q_base, out_base,
-    lse_row, order_row, stride_qn, stride_on, to_log2, lse_end,
+    lse_row, growth_row, share_row, order_row, stride_qn, stride_on, to_log2, lse_end,
+    SECOND_ORDER: gl.constexpr,
 ):  # fmt: skip
     """SHARE queries of one cluster from place `first_place` of the sorted order on."""
     STAGES: gl.constexpr = k_shared.shape[0]
@@ -217,6 +231,11 @@ def attend_share(
         acc = gl.zeros([SHARE, D], gl.float32, acc_layout)
         largest = gl.full([SHARE], float("-inf"), gl.float32, logit_rows)
         total = gl.zeros([SHARE], gl.float32, logit_rows)
+        rest = gl.zeros([SHARE], gl.float32, logit_rows)
+        growth = gl.zeros([SHARE], gl.float32, logit_rows)
+        if SECOND_ORDER:
+            of_row = gl.convert_layout(token, logit_rows)
+            growth = gl.load(growth_row + of_row)
         if count > 0:
             bias = tile_bias(0, n, key_tiles, keys, k_clusters, bias_row, BLOCK_N)
             mbarrier.wait(k_full.index(0), 0)
@@ -228,18 +247,22 @@ def attend_share(
             logit = warpgroup_mma_wait(0, deps=[logit])
             barrier()
             mbarrier.arrive(k_empty.index(0), count=1)
-            weight, _, total, largest = softmax_step(logit, bias, total, largest, to_log2, True)
+            weight, _, total, rest, largest = softmax_step(
+                logit, bias, growth, key_tiles > 0, total, rest, largest, to_log2, True,
+                SECOND_ORDER,
+            )  # fmt: skip
             weight = gl.convert_layout(weight.to(dtype), weight_layout)
             for t in range(1, whole):
-                weight, acc, total, largest = advance(
-                    t, weight, acc, total, largest, bias, q_share, k_shared, v_shared, k_full,
-                    k_empty, v_full, v_empty, to_log2, False,
+                weight, acc, total, rest, largest = advance(
+                    t, weight, acc, total, rest, largest, bias, growth, True, q_share, k_shared,
+                    v_shared, k_full, k_empty, v_full, v_empty, to_log2, False, SECOND_ORDER,
                 )  # fmt: skip
             for t in range(gl.maximum(whole, 1), count):
                 bias = tile_bias(t, n, key_tiles, keys, k_clusters, bias_row, BLOCK_N)
-                weight, acc, total, largest = advance(
-                    t, weight, acc, total, largest, bias, q_share, k_shared, v_shared, k_full,
-                    k_empty, v_full, v_empty, to_log2, True,
+                weight, acc, total, rest, largest = advance(
+                    t, weight, acc, total, rest, largest, bias, growth, t < key_tiles, q_share,
+                    k_shared, v_shared, k_full, k_empty, v_full, v_empty, to_log2, True,
+                    SECOND_ORDER,
                 )  # fmt: skip
             last = (count - 1) % STAGES
             mbarrier.wait(v_full.index(last), ((count - 1) // STAGES) & 1)
@@ -259,6 +282,9 @@ def attend_share(
         gl.store(out_row, q_share.load(copied), mask=there)
         lse = gl.convert_layout((largest + gl.log2(total)) * LN2, rows_copied)
         gl.store(lse_row + token, lse, mask=m < lse_end)
+        if SECOND_ORDER:
+            of_stand_ins = gl.convert_layout(rest / gl.where(total == 0.0, 1.0, total), rows_copied)
+            gl.store(share_row + token, of_stand_ins, mask=m < cluster_end)
 
 
 @gluon.jit(
@@ -291,6 +317,8 @@ def attend_wgmma_kernel(
     stand_in_key_ptr,  # (L, Qc, Kc, D), or (G_kv, Kc, D) in the centroid form
     stand_in_value_ptr,  # like stand_in_key_ptr
     bias_ptr,  # (L, Qc, Kc) float32 log2, -inf where the block is exact or empty
+    growth_ptr,  # (G, N_q) float32 log2, added to the logits of a query's stand-ins
+    share_ptr,  # (G, N_q) float32, out: weight of a query's stand-ins
     stride_qb,
     stride_qh,
     stride_qn,
@@ -317,7 +345,8 @@ def attend_wgmma_kernel(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,  # tiles of K, and of V, in shared memory
-    FIRST_ORDER: gl.constexpr,
+    OWN_TABLES: gl.constexpr,
+    SECOND_ORDER: gl.constexpr,
     WRITE_LSE: gl.constexpr,
 ):
     """One tile of BLOCK_M queries of one cluster."""
@@ -354,7 +383,7 @@ def attend_wgmma_kernel(
     count = gl.where(there, count, 0)
     cluster_end = gl.where(there, cluster_end, 0)
     # Tables of one row lie next to each other; the centroid form's are shared by all rows.
-    table = (row if FIRST_ORDER else g_kv) * k_clusters * D
+    table = (row if OWN_TABLES else g_kv) * k_clusters * D
 
     q_shared = gl.allocate_shared_memory(dtype, [CONSUMERS, SHARE, D], shared)
     k_shared = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], shared)
@@ -373,6 +402,9 @@ def attend_wgmma_kernel(
     list_row = list_ptr + row * pitch
     k_base = k_ptr + b * stride_kb + kv_head * stride_kh
     v_base = v_ptr + b * stride_vb + kv_head * stride_vh
+    # Triton 3.6 fails on an argument that a group of warps is given and does not use.
+    growth_base = growth_ptr if SECOND_ORDER else lse_ptr
+    share_base = share_ptr if SECOND_ORDER else lse_ptr
     tiles_shared = (k_shared, v_shared, k_full, k_empty, v_full, v_empty)
     work = (
         count, gl.minimum(listed // BLOCK_N, count), key_tiles, keys, k_clusters,
@@ -380,8 +412,9 @@ def attend_wgmma_kernel(
     )  # fmt: skip
     rows = (
         cluster_end, q_ptr + b * stride_qb + h * stride_qh, out_ptr + b * stride_ob + h * stride_oh,
-        lse_ptr + g * q_tokens, q_order_ptr + g * q_tokens, stride_qn, stride_on, scale * LOG2E,
-        cluster_end if WRITE_LSE else 0,
+        lse_ptr + g * q_tokens, growth_base + g * q_tokens, share_base + g * q_tokens,
+        q_order_ptr + g * q_tokens, stride_qn, stride_on, scale * LOG2E,
+        cluster_end if WRITE_LSE else 0, SECOND_ORDER,
     )  # fmt: skip
     rows_of_keys = (
         count, key_tiles, listed, run, run_keys, text_start, keys, k_clusters, list_row, order_row,

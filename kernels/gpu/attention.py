@@ -19,6 +19,7 @@ from svg_ear_compile.kernels.gpu.launch import (
 )
 from svg_ear_compile.kernels.gpu.probe import probe_kernel
 from svg_ear_compile.kernels.gpu.route import list_keys_kernel, route_kernel
+from svg_ear_compile.kernels.gpu.second_order import add_moves, curvature_and_slope, growth
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.reference import Clusters, Result
 
@@ -82,9 +83,9 @@ def sparse_attention(
     wgmma = None if wide or interpreted or not _copied_in_16_bytes(q, k, v) else config.wgmma
     attend = wgmma or config.attend
     tile_cluster, tile_place = query_tiles(queries, q_tokens, attend.rows)
-    first_order = plan.compensation == "first_order"
+    own_tables = plan.has_own_tables
     pairs = q_clusters * k_clusters
-    table_bytes = 2 * dim * q.element_size() if first_order else 0
+    table_bytes = 2 * dim * q.element_size() if own_tables else 0
     per_head = pairs * (table_bytes + 4 * 5) + q_clusters * listed * 4
     tensors = (2 * q.numel() + 2 * k.numel()) * q.element_size()
     room = max(WORKSPACE_FLOOR, int(WORKSPACE_SHARE * tensors))
@@ -97,11 +98,17 @@ def sparse_attention(
     offset = table(k_clusters, dtype=torch.int32)
     rows = table(3, dtype=torch.int32)
     key_list = table(listed, dtype=torch.int32)
-    if first_order:
+    if own_tables:
         stand_in_key = table(k_clusters, dim, dtype=k.dtype)
         stand_in_value = table(k_clusters, dim, dtype=v.dtype)
     else:
         stand_in_key, stand_in_value = keys.rounded, rounded_value_means
+    second_order = plan.compensation == "second_order"
+    grown = share = bias  # never read, never written
+    if second_order:
+        curvature, slope = curvature_and_slope(k, v, keys, value_means, scale, config)
+        grown = growth(q, queries, curvature, kv_heads, config)
+        share = torch.empty_like(grown)
     head_counts = (heads, kv_heads)
     tiles = tile_cluster.shape[1]
     log_threshold = math.log(plan.threshold) if plan.threshold > 0 else -math.inf
@@ -113,7 +120,7 @@ def sparse_attention(
             *token_strides(k), *token_strides(v), first_head, *head_counts,
             k_tokens, q_clusters, k_clusters, scale,
             D=dim, BLOCK_D=config.block_dim, BLOCK_Q=config.probe.rows,
-            BLOCK_N=config.probe.columns, FIRST_ORDER=first_order,
+            BLOCK_N=config.probe.columns, OWN_TABLES=own_tables,
             num_warps=config.probe.warps, num_stages=config.probe.stages,
         )  # fmt: skip
         block_k = triton.next_power_of_2(k_clusters)
@@ -121,7 +128,7 @@ def sparse_attention(
             log_error, log_mass, logit, bias, queries.starts, keys.starts, budget,
             exact, row_area, offset, rows, first_head, *head_counts, q_clusters, k_clusters,
             plan.cost_exponent, plan.top_p, plan.min_block_ratio, log_threshold,
-            BLOCK_K=block_k, ROUTING=plan.routing, FIRST_ORDER=first_order,
+            BLOCK_K=block_k, ROUTING=plan.routing, OWN_TABLES=own_tables,
             num_warps=min(16, max(4, block_k // 512)),
         )  # fmt: skip
         list_keys_kernel[(q_clusters, triton.cdiv(k_clusters, LISTED_CLUSTERS), launched)](
@@ -132,13 +139,15 @@ def sparse_attention(
         arguments = (
             q, k, v, out, lse, tile_cluster, tile_place, queries.order, queries.starts,
             keys.order, keys.starts, key_list, rows, stand_in_key, stand_in_value, bias,
+            grown, share,
             *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(out),
             first_head, *head_counts, q_tokens, k_tokens, q_clusters, k_clusters, tiles, listed,
             scale,
         )  # fmt: skip
         constants = {
             "D": dim, "BLOCK_M": attend.rows, "BLOCK_N": attend.columns,
-            "FIRST_ORDER": first_order, "WRITE_LSE": return_lse, "num_warps": attend.warps,
+            "OWN_TABLES": own_tables, "SECOND_ORDER": second_order, "WRITE_LSE": return_lse,
+            "num_warps": attend.warps,
         }  # fmt: skip
         if wgmma:
             # Experimental in Triton: only what runs it depends on it.
@@ -150,6 +159,8 @@ def sparse_attention(
                 *arguments, **constants, BLOCK_D=config.block_dim, WIDE=wide,
                 num_stages=attend.stages,
             )  # fmt: skip
+    if second_order:
+        add_moves(out, q, queries, slope, share, kv_heads, config)
     if out is not promised:
         promised.copy_(out)
     return Result(

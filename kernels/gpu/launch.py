@@ -42,6 +42,7 @@ class LaunchConfig:
         assign: queries or keys × centroids.
         probe: query centroids × keys of one cluster.
         attend: queries of one cluster × keys.
+        pooled: tokens × columns of a head's covariances.
         wgmma: the same for `attend_wgmma_kernel`, None where that kernel does not serve.
     """
 
@@ -49,6 +50,7 @@ class LaunchConfig:
     assign: Tiles
     probe: Tiles
     attend: Tiles
+    pooled: Tiles
     wgmma: Tiles | None = None
 
     @property
@@ -74,27 +76,29 @@ def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> Laun
     """
     block_dim = max(16, 1 << (head_dim - 1).bit_length())
     padded = head_dim < block_dim  # its masks take registers
+    pooled = Tiles(64, min(64, 8192 // block_dim), 8, 1) if hopper else Tiles(32, 32, 4, 1)
     if element_size == 4:
         # tf32 would break the float32 tolerance, so float32 products run on the CUDA cores.
         if block_dim <= 64:
             tiles = Tiles(32, 32, 4, 2)
         else:
             tiles = Tiles(16, 32, 4, 1) if block_dim > 128 else Tiles(32, 32, 4, 1)
-        return LaunchConfig(block_dim, tiles, tiles, tiles)
+        pooled = Tiles(32, 32, 8 if block_dim > 128 else 4, 1)
+        return LaunchConfig(block_dim, tiles, tiles, tiles, pooled)
+    # 72 is no multiple of 16: its loads are narrow and their addresses take the registers.
+    rows = 64 if head_dim == 72 else 128
     if block_dim > 128:
         assign, probe, attend = Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 1), Tiles(64, 32, 8, 2)
     elif not hopper:
-        # 72 is no multiple of 16: its loads are narrow and their addresses take the registers.
-        rows = 64 if head_dim == 72 else 128
         attend = Tiles(rows, 32, 8 if padded or block_dim == 128 else 4, 2)
         assign, probe = Tiles(64, 64, 8 if padded else 4, 2), Tiles(32, 32, 8, 1)
     else:
         # Two stages here gave other values from one call to the next at head dims 80 and 96.
         probe = Tiles(32 if head_dim == 72 else 64, 32, 4, 1)
         assign = Tiles(64, 64, 4, 2)
-        attend = Tiles(128, 64, 8 if padded or block_dim == 128 else 4, 3)
+        attend = Tiles(rows, 64, 8 if padded or block_dim == 128 else 4, 3)
     wgmma = Tiles(192, 64, 4, 4) if hopper and head_dim in (64, 128) else None
-    return LaunchConfig(block_dim, assign, probe, attend, wgmma)
+    return LaunchConfig(block_dim, assign, probe, attend, pooled, wgmma)
 
 
 def token_strides(x: Tensor) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ def probe_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FIRST_ORDER: tl.constexpr,
+    OWN_TABLES: tl.constexpr,
 ):
     """One key cluster against BLOCK_Q query centroids.
 
@@ -79,7 +79,7 @@ def probe_kernel(
     largest = central
     error = tl.zeros([BLOCK_Q], tl.float32)
     mass = tl.zeros([BLOCK_Q], tl.float32)
-    if FIRST_ORDER:
+    if OWN_TABLES:
         key_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         value_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for place in range(first, last, BLOCK_N):
@@ -101,7 +101,7 @@ def probe_kernel(
         term = lag * lag * mean_square + 2.0 * x * lag * along[None, :] + x * x * spread[None, :]
         error = error * shrink * shrink + tl.sum(term, 1)
         mass = mass * shrink + tl.sum(x, 1)
-        if FIRST_ORDER:
+        if OWN_TABLES:
             weight = x.to(k.dtype)
             key_sum = key_sum * shrink[:, None]
             key_sum = tl.dot(weight, k, key_sum, input_precision="ieee")
@@ -117,7 +117,7 @@ def probe_kernel(
     log_mass = tl.log2(mass) + largest
     tl.store(log_mass_ptr + pair, log_mass * LN2, mask=row)
     tl.store(logit_ptr + pair, central * LN2, mask=row)
-    if FIRST_ORDER:
+    if OWN_TABLES:
         share = 1.0 / tl.maximum(mass, 1e-37)[:, None]
         mean_key = (key_sum * share).to(mean_key_ptr.dtype.element_ty)  # [BQ, BD]
         mean_value = (value_sum * share).to(mean_value_ptr.dtype.element_ty)

@@ -67,7 +67,7 @@ def route_kernel(
     log_threshold,
     BLOCK_K: tl.constexpr,
     ROUTING: tl.constexpr,
-    FIRST_ORDER: tl.constexpr,
+    OWN_TABLES: tl.constexpr,
 ):
     """One row of blocks."""
     i = tl.program_id(0)
@@ -126,7 +126,7 @@ def route_kernel(
     tl.store(row_to, tl.sum(listed_size, 0))
     tl.store(row_to + 1, tl.sum(tl.where(crosses, start, 0), 0))
     tl.store(row_to + 2, tl.sum(tl.where(crosses, size, 0), 0))
-    if FIRST_ORDER:
+    if OWN_TABLES:
         bias = tl.load(bias_ptr + pair, mask=inside, other=float("-inf"))
     else:
         bias = tl.log2(tl.maximum(keys, 1.0))

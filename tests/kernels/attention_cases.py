@@ -172,13 +172,18 @@ class Oracle:
         key, value, bias = reference.compensation_tables(
             self.probe, self.queries, self.keys, value_means, self.plan, self.scale
         )
-        if self.plan.compensation == "first_order":
+        if self.plan.has_own_tables:
             own = torch.einsum("bhid,bhijd->bhij", self.queries.centroids, rounded(key).double())
             bias = self.probe.log_mass - self.scale * own
+        second = None
+        if self.plan.compensation == "second_order":
+            away = (self.q, self.k, self.v, self.queries, self.keys, value_means)
+            found = reference.second_order(*away, self.scale)
+            second = reference.SecondOrder(found.growth.to(wide), rounded(found.move))
         out, lse = reference.attend(
             *(t.to(wide) for t in (self.q, self.k, self.v)),
             self.queries.labels, self.keys.labels, exact.cpu(),
-            (rounded(key), rounded(value), bias.to(wide)), self.scale,
+            (rounded(key), rounded(value), bias.to(wide)), self.scale, second,
         )  # fmt: skip
         return rounded(out), lse
 

@@ -29,7 +29,7 @@ from svg_ear_compile.kernels.plan import HEAD_DIMS, AttentionPlan
 from svg_ear_compile.kernels.reference import Result
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
-COMPENSATIONS = ("first_order", "centroid")
+COMPENSATIONS = ("second_order", "first_order", "centroid")
 
 # How far two float32 evaluations of one block's score may lie apart (natural log).
 SCORE_TOLERANCE = 2e-3
