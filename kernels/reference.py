@@ -40,8 +40,9 @@ class Clusters(NamedTuple):
 
 
 LARGEST_GROWTH = 0.5
-"""Limit of a stand-in's second-order growth in log-mass. Far from its centroid a query sees the few
-keys that it is near to, and no Gaussian: without a limit late layers lose more than they gain."""
+"""Growth in log-mass up to which second order is believed. Farther from its centroid a query sees
+the few keys that it is near to, and no Gaussian: without a limit some heads lose more than they
+gain."""
 
 
 class Probe(NamedTuple):
@@ -436,7 +437,8 @@ def second_order(
     covariance whatever the query; with ``dq = q - q_i`` its mean value moves by ``s Cov(v, k) dq``
     and its log-mass grows by the slope and ``s^2/2 dq' Cov(k, k) dq``, exactly. The covariances of
     single clusters serve hardly better than the pooled one, with which the growth and the move are
-    the query's own, the same for all its stand-ins. The growth is at most `LARGEST_GROWTH`.
+    the query's own, the same for all its stand-ins. A `dq` whose growth is more than
+    `LARGEST_GROWTH` is shortened to where it is that, for growth and move.
 
     Args:
         q: (B, H, N_q, D). k, v: (B, H, N_k, D).
@@ -452,7 +454,9 @@ def second_order(
     inside = (queries.labels < clusters).unsqueeze(-1)
     away = torch.where(inside, q - queries.centroids.gather(2, label), 0.0)
     growth = scale**2 / 2 * (away @ of_keys * away).sum(-1)
-    return SecondOrder(growth.clamp(max=LARGEST_GROWTH), scale * away @ of_values.transpose(2, 3))
+    shortened = away * (LARGEST_GROWTH / growth).sqrt().clamp(max=1).unsqueeze(-1)
+    move = scale * shortened @ of_values.transpose(2, 3)
+    return SecondOrder(growth.clamp(max=LARGEST_GROWTH), move)
 
 
 def attend(

@@ -74,7 +74,9 @@ def definition_rows(
         value = (over_blocks(weight[:, None] * values) / safe).to(q.dtype).double()
         own = scale * key @ center if plan.has_own_tables else 0.0
         away = query - center
-        growth = (scale**2 / 2 * away @ of_keys @ away).clamp(max=reference.LARGEST_GROWTH)
+        growth = scale**2 / 2 * away @ of_keys @ away
+        away = away * (reference.LARGEST_GROWTH / growth).sqrt().clamp(max=1)
+        growth = growth.clamp(max=reference.LARGEST_GROWTH)
         bias = torch.where(
             exact[:clusters] | (size == 0), -torch.inf, mass.clamp(min=1e-300).log() - own
         )

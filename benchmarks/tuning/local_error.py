@@ -144,7 +144,7 @@ def plot(rows: list[Row], found: dict[str, dict[str, float]], path: Path) -> Non
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), sharex=True, sharey=True)
+    figure, axes = plt.subplots(1, len(FORMS), figsize=(13, 4.2), sharex=True, sharey=True)
     colours = dict(zip(DENSITIES, plt.get_cmap("viridis")(np.linspace(0, 0.85, 4)), strict=True))
     for axis, form in zip(axes, FORMS, strict=True):
         for density, colour in colours.items():

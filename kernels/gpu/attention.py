@@ -19,7 +19,11 @@ from svg_ear_compile.kernels.gpu.launch import (
 )
 from svg_ear_compile.kernels.gpu.probe import probe_kernel
 from svg_ear_compile.kernels.gpu.route import list_keys_kernel, route_kernel
-from svg_ear_compile.kernels.gpu.second_order import add_moves, curvature_and_slope, growth
+from svg_ear_compile.kernels.gpu.second_order import (
+    add_moves,
+    curvature_and_slope,
+    growth_and_length,
+)
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.reference import Clusters, Result
 
@@ -106,8 +110,8 @@ def sparse_attention(
     second_order = plan.compensation == "second_order"
     grown = share = bias  # never read, never written
     if second_order:
-        curvature, slope = curvature_and_slope(k, v, keys, value_means, scale, config)
-        grown = growth(q, queries, curvature, kv_heads, config)
+        curvature, slope = curvature_and_slope(k, v, keys, rounded_value_means, scale, config)
+        grown, length = growth_and_length(q, queries, curvature, kv_heads, config)
         share = torch.empty_like(grown)
     head_counts = (heads, kv_heads)
     tiles = tile_cluster.shape[1]
@@ -160,7 +164,7 @@ def sparse_attention(
                 num_stages=attend.stages,
             )  # fmt: skip
     if second_order:
-        add_moves(out, q, queries, slope, share, kv_heads, config)
+        add_moves(out, q, queries, slope, length, share, kv_heads, config)
     if out is not promised:
         promised.copy_(out)
     return Result(

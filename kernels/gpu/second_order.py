@@ -39,8 +39,8 @@ def covariance_kernel(
     k_ptr,  # (B, H_kv, N, D)
     v_ptr,  # (B, H_kv, N, D)
     label_ptr,  # (G_kv, N) int32
-    key_mean_ptr,  # (G_kv, Kc, D) float32
-    value_mean_ptr,  # (G_kv, Kc, D) float32
+    key_mean_ptr,  # (G_kv, Kc, D) in the dtype of k
+    value_mean_ptr,  # (G_kv, Kc, D) in the dtype of k
     part_ptr,  # (P, G_kv, 2, D, D) float32
     stride_kb,
     stride_kh,
@@ -95,6 +95,7 @@ def growth_kernel(
     centroid_ptr,  # (G, Qc, D) in the dtype of q
     curvature_ptr,  # (G_kv, D, D) in the dtype of q, symmetric
     growth_ptr,  # (G, N) float32 log2
+    length_ptr,  # (G, N) float32, what dq is shortened to
     stride_qb,
     stride_qh,
     stride_qn,
@@ -108,7 +109,7 @@ def growth_kernel(
     BLOCK_N: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
-    """``dq' curvature dq`` of BLOCK_N queries, at most LIMIT; 0 outside of the clusters."""
+    """``dq' curvature dq`` of BLOCK_N queries, dq shortened to where it is LIMIT; 0 for others."""
     g = tl.program_id(1).to(tl.int64)
     b, h = g // heads, g % heads
     g_kv = b * kv_heads + h // (heads // kv_heads)
@@ -130,7 +131,9 @@ def growth_kernel(
         bent = tl.dot(away, column, input_precision="ieee")  # [BN, BC]
         mine = rows_away(q_row, label, token, stride_qn, centroid, clusters, c, there, D)
         growth += tl.sum(bent * mine, 1)
+    length = tl.sqrt(LIMIT / tl.maximum(growth, LIMIT))
     tl.store(growth_ptr + g * tokens + at, tl.minimum(growth, LIMIT), mask=there)
+    tl.store(length_ptr + g * tokens + at, length, mask=there)
 
 
 @triton.jit(do_not_specialize=["heads", "kv_heads", "tokens", "clusters"])
@@ -140,6 +143,7 @@ def move_kernel(
     label_ptr,  # (G, N) int32
     centroid_ptr,  # (G, Qc, D) in the dtype of q
     slope_ptr,  # (G_kv, D, D) in the dtype of q, s Cov(v, k)
+    length_ptr,  # (G, N) float32, what dq is shortened to
     share_ptr,  # (G, N) float32, weight of a query's stand-ins
     stride_qb,
     stride_qh,
@@ -156,7 +160,7 @@ def move_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add ``share * slope dq`` to the output of BLOCK_N queries."""
+    """Add ``share * length * slope dq`` to the output of BLOCK_N queries."""
     g = tl.program_id(1).to(tl.int64)
     b, h = g // heads, g % heads
     g_kv = b * kv_heads + h // (heads // kv_heads)
@@ -170,6 +174,7 @@ def move_kernel(
     away = rows_away(q_row, label, token, stride_qn, centroid, clusters, d, there, D)
     away = away.to(q_ptr.dtype.element_ty)  # [BN, BD]
     share = tl.load(share_ptr + g * tokens + at, mask=there, other=0.0)  # [BN]
+    share *= tl.load(length_ptr + g * tokens + at, mask=there, other=0.0)
     out_row = out_ptr + b * stride_ob + h * stride_oh + token[:, None] * stride_on
     clustered = there & (label < clusters)
     for first in range(0, D, BLOCK_C):
@@ -192,12 +197,13 @@ def curvature_and_slope(
     Args:
         k, v: (B, H_kv, N, D).
         keys: their clusters.
-        value_means: (G_kv, Kc, D) float32.
+        value_means: (G_kv, Kc, D) in the dtype of v, as `keys.rounded`: what rounding adds to a
+            covariance is its square.
         scale: s.
         config: see `launch_config`.
     """
     batch, heads, tokens, dim = k.shape
-    groups, clusters = batch * heads, keys.centroids.shape[1]
+    groups, clusters = batch * heads, keys.rounded.shape[1]
     tiles = config.pooled
     columns = triton.cdiv(dim, tiles.columns)
     parts = min(triton.cdiv(_PROGRAMS, groups * columns), triton.cdiv(tokens, _LEAST_TOKENS))
@@ -205,7 +211,7 @@ def curvature_and_slope(
     parts = triton.cdiv(tokens, chunk)
     sums = torch.empty(parts, groups, 2, dim, dim, dtype=torch.float32, device=k.device)
     covariance_kernel[(parts, columns, groups)](
-        k, v, keys.labels, keys.centroids, value_means, sums,
+        k, v, keys.labels, keys.rounded, value_means, sums,
         *token_strides(k), *token_strides(v), heads, tokens, clusters, chunk,
         D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,
         num_warps=tiles.warps, num_stages=tiles.stages,
@@ -216,10 +222,10 @@ def curvature_and_slope(
     return curvature.to(k.dtype), (scale * of_values).to(k.dtype)
 
 
-def growth(
+def growth_and_length(
     q: Tensor, queries: SortedClusters, curvature: Tensor, kv_heads: int, config: LaunchConfig
-) -> Tensor:
-    """(G, N) float32, log2 of what the mass of a query's stand-ins grows by.
+) -> tuple[Tensor, Tensor]:
+    """Growth in log2 of the mass of a query's stand-ins, and the length of dq; (G, N) float32.
 
     Args:
         q: (B, H, N, D).
@@ -230,10 +236,10 @@ def growth(
     """
     _, heads, tokens, dim = q.shape
     groups, clusters, _ = queries.centroids.shape
-    found = torch.empty(groups, tokens, dtype=torch.float32, device=q.device)
+    found = torch.empty(2, groups, tokens, dtype=torch.float32, device=q.device).unbind()
     tiles = config.pooled
     growth_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
-        q, queries.labels, queries.rounded, curvature, found,
+        q, queries.labels, queries.rounded, curvature, *found,
         *token_strides(q), heads, kv_heads, tokens, clusters,
         D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,
         LIMIT=LARGEST_GROWTH / math.log(2), num_warps=tiles.warps, num_stages=tiles.stages,
@@ -242,22 +248,23 @@ def growth(
 
 
 def add_moves(
-    out: Tensor, q: Tensor, queries: SortedClusters, slope: Tensor, share: Tensor, kv_heads: int,
-    config: LaunchConfig,
+    out: Tensor, q: Tensor, queries: SortedClusters, slope: Tensor, length: Tensor, share: Tensor,
+    kv_heads: int, config: LaunchConfig,
 ) -> None:  # fmt: skip
     """Add the moves of the stand-ins to the output.
 
     Args:
         out: (B, H, N, D), changed.
-        q, queries, kv_heads, config: see `growth`.
+        q, queries, kv_heads, config: see `growth_and_length`.
         slope: see `curvature_and_slope`.
+        length: see `growth_and_length`.
         share: (G, N) float32, weight that a query gives to its stand-ins.
     """
     _, heads, tokens, dim = q.shape
     groups, clusters, _ = queries.centroids.shape
     tiles = config.pooled
     move_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
-        q, out, queries.labels, queries.rounded, slope, share,
+        q, out, queries.labels, queries.rounded, slope, length, share,
         *token_strides(q), *token_strides(out), heads, kv_heads, tokens, clusters,
         D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,
         num_warps=tiles.warps, num_stages=tiles.stages,
