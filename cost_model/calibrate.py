@@ -140,17 +140,24 @@ class _Clock:
             samples.append(1e3 * (time.perf_counter() - began))
         return min(samples)
 
-    def stages(self, call: Callable[[], object]) -> dict[str, float]:
+    def stages(self, call: Callable[[], object], form: str) -> dict[str, float]:
         """Milliseconds of a sparse call by `STAGES`; a GPU makes its tables inside the probe."""
-        runs = [self._profiled_kernels(call)] if self.on_gpu else self._profiled_functions(call)
+        known = _STAGE_OF_KERNEL if self.on_gpu else _STAGE_OF_FUNCTION
+        known = {name: s for name, s in known.items() if s != "second_order" or s == form}
+        profiled = self._profiled_kernels if self.on_gpu else self._profiled_functions
+        runs = profiled(call, known)
         return {stage: min(run[stage] for run in runs) for stage in STAGES}
 
-    def _profiled_kernels(self, call: Callable[[], object]) -> dict[str, float]:
+    def _profiled_kernels(
+        self, call: Callable[[], object], stage_of: dict[str, str]
+    ) -> list[dict[str, float]]:
         with torch.cuda.device(self.device):
             spent = busy_kernels_ms(call, 5)
-        return _by_stage(spent, _STAGE_OF_KERNEL, sum(spent.values()))
+        return [_by_stage(spent, stage_of, sum(spent.values()))]
 
-    def _profiled_functions(self, call: Callable[[], object]) -> list[dict[str, float]]:
+    def _profiled_functions(
+        self, call: Callable[[], object], stage_of: dict[str, str]
+    ) -> list[dict[str, float]]:
         runs: list[dict[str, float]] = []
         spent_ms = 0.0
         while len(runs) < 4 and spent_ms < _PATIENCE_MS:
@@ -161,7 +168,7 @@ class _Clock:
             spent: dict[str, float] = {}
             for (_, _, name), entry in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
                 spent[name] = spent.get(name, 0.0) + 1e3 * entry[3]
-            runs.append(_by_stage(spent, _STAGE_OF_FUNCTION, total))
+            runs.append(_by_stage(spent, stage_of, total))
             spent_ms += total
         return runs
 
@@ -287,7 +294,7 @@ def measure(
     def call() -> object:
         return sparse_attention(q, k, v, plan, text=(0, text), centroids=warm)
 
-    stages = clock.stages(call)
+    stages = clock.stages(call, plan.compensation)
     q_clusters, k_clusters = plan.clusters(tokens - text, tokens - text)
     return Sample(
         tokens=tokens,

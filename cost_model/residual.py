@@ -2,13 +2,16 @@
 
 A skipped block (i, j) acts on a query q with its mean value instead of the value that q would
 weight. To leading order the difference is ``s Cov_ij(v, k) (q - q_i)`` in the first-order form,
-which is exact at the query centroid, and ``s Cov_ij(v, k) q`` in the centroid form, which is exact
-at q = 0; ``Cov_ij`` is the covariance of values and keys in the block. Its size is estimated by the
-spreads alone, ``s * sigma_v(j) * sigma_k(j) * |q - q_i|`` (or ``|q|``) over sqrt(D), as for a
-covariance without a preferred direction, weighted by the block's share of the row's mass.
+which is exact at the query centroid (the second-order form, of which the same is estimated, leaves
+the part in which the block's covariance differs from the pooled one), and ``s Cov_ij(v, k) q`` in
+the centroid form, which is exact at q = 0; ``Cov_ij`` is the covariance of values and keys in the
+block. Its size is estimated by the spreads alone, ``s * sigma_v(j) * sigma_k(j) * |q - q_i|`` (or
+``|q|``) over sqrt(D), as for a covariance without a preferred direction, weighted by the block's
+share of the row's mass.
 
 An estimate to compare calls with, not an error in any unit: how it goes along with the real error
-is measured in benchmarks/tuning and shown there.
+is measured in benchmarks/tuning and shown there, less well for the second-order form than for the
+others.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ class LaunchConfig:
         assign: queries or keys × centroids.
         probe: query centroids × keys of one cluster.
         attend: queries of one cluster × keys.
-        pooled: tokens × columns of a head's covariances.
+        covariance: tokens × columns of a head's covariances.
+        away: queries × columns of what those make of them.
         wgmma: the same for `attend_wgmma_kernel`, None where that kernel does not serve.
     """
 
@@ -50,7 +51,8 @@ class LaunchConfig:
     assign: Tiles
     probe: Tiles
     attend: Tiles
-    pooled: Tiles
+    covariance: Tiles
+    away: Tiles
     wgmma: Tiles | None = None
 
     @property
@@ -76,15 +78,18 @@ def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> Laun
     """
     block_dim = max(16, 1 << (head_dim - 1).bit_length())
     padded = head_dim < block_dim  # its masks take registers
-    pooled = Tiles(64, min(64, 8192 // block_dim), 8, 1) if hopper else Tiles(32, 32, 4, 1)
+    covariance = away = Tiles(32, 32, 4, 1)
+    if hopper:
+        columns = block_dim if block_dim <= 128 else 32
+        covariance = Tiles(64, columns, 8, 1 if padded or block_dim > 128 else 2)
+        away = Tiles(64, min(64, block_dim), 8 if padded else 4, 1)
     if element_size == 4:
         # tf32 would break the float32 tolerance, so float32 products run on the CUDA cores.
         if block_dim <= 64:
             tiles = Tiles(32, 32, 4, 2)
         else:
             tiles = Tiles(16, 32, 4, 1) if block_dim > 128 else Tiles(32, 32, 4, 1)
-        pooled = Tiles(32, 32, 8 if block_dim > 128 else 4, 1)
-        return LaunchConfig(block_dim, tiles, tiles, tiles, pooled)
+        return LaunchConfig(block_dim, tiles, tiles, tiles, Tiles(32, 32, 8, 1), tiles)
     # 72 is no multiple of 16: its loads are narrow and their addresses take the registers.
     rows = 64 if head_dim == 72 else 128
     if block_dim > 128:
@@ -98,7 +103,7 @@ def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> Laun
         assign = Tiles(64, 64, 4, 2)
         attend = Tiles(rows, 64, 8 if padded or block_dim == 128 else 4, 3)
     wgmma = Tiles(192, 64, 4, 4) if hopper and head_dim in (64, 128) else None
-    return LaunchConfig(block_dim, assign, probe, attend, pooled, wgmma)
+    return LaunchConfig(block_dim, assign, probe, attend, covariance, away, wgmma)
 
 
 def token_strides(x: Tensor) -> tuple[int, ...]:

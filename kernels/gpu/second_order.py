@@ -204,7 +204,7 @@ def curvature_and_slope(
     """
     batch, heads, tokens, dim = k.shape
     groups, clusters = batch * heads, keys.rounded.shape[1]
-    tiles = config.pooled
+    tiles = config.covariance
     columns = triton.cdiv(dim, tiles.columns)
     parts = min(triton.cdiv(_PROGRAMS, groups * columns), triton.cdiv(tokens, _LEAST_TOKENS))
     chunk = triton.cdiv(triton.cdiv(tokens, parts), tiles.rows) * tiles.rows
@@ -237,7 +237,7 @@ def growth_and_length(
     _, heads, tokens, dim = q.shape
     groups, clusters, _ = queries.centroids.shape
     found = torch.empty(2, groups, tokens, dtype=torch.float32, device=q.device).unbind()
-    tiles = config.pooled
+    tiles = config.away
     growth_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
         q, queries.labels, queries.rounded, curvature, *found,
         *token_strides(q), heads, kv_heads, tokens, clusters,
@@ -262,7 +262,7 @@ def add_moves(
     """
     _, heads, tokens, dim = q.shape
     groups, clusters, _ = queries.centroids.shape
-    tiles = config.pooled
+    tiles = config.away
     move_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
         q, out, queries.labels, queries.rounded, slope, length, share,
         *token_strides(q), *token_strides(out), heads, kv_heads, tokens, clusters,

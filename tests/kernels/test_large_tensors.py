@@ -20,7 +20,7 @@ def draw(*shape: int) -> Tensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compensation", ["first_order", "centroid"])
+@pytest.mark.parametrize("compensation", ["second_order", "first_order", "centroid"])
 @pytest.mark.parametrize(
     ("heads", "tokens", "row"),
     [(132, 131072, 1), (1, 70000, 32768)],
