@@ -50,6 +50,8 @@ SECONDS = 55.0
 _PATIENCE_MS = 1500.0  # for the repeats of one call
 # A rested GPU clocks up to a fifth higher than one that has been busy this long.
 _BUSY_MS, _MOST_CALLS = 150.0, 150
+# Short calls wait for the host, which hesitates now and then: they are repeated for this long.
+_SAMPLED_MS, _MOST_SAMPLES = 100.0, 40
 _LEAST_SAMPLES = 14  # two lengths: enough for the three coefficients of a stage
 
 # Kernels and functions by stage; everything else sorts tokens by cluster, which is clustering.
@@ -174,8 +176,12 @@ class _Clock:
 
 
 def busy_ms(call: Callable[[], object], repeats: int) -> list[float]:
-    """Milliseconds of each of `repeats` calls back to back on the current GPU, busy before."""
-    _keep_busy(call)
+    """Milliseconds of each of at least `repeats` calls back to back on the current GPU.
+
+    The device is busy before; short calls are repeated up to 40 times.
+    """
+    seconds = _keep_busy(call)
+    repeats = max(repeats, min(_MOST_SAMPLES, math.ceil(_SAMPLED_MS / 1e3 / seconds)))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
     for mark in marks[1:]:
@@ -195,8 +201,8 @@ def busy_kernels_ms(call: Callable[[], object], repeats: int) -> dict[str, float
     return {e.key: e.self_device_time_total / 1e3 / repeats for e in profile.key_averages()}
 
 
-def _keep_busy(call: Callable[[], object]) -> None:
-    """Call once to compile, and then until the GPU's clock is that of a long run."""
+def _keep_busy(call: Callable[[], object]) -> float:
+    """Call once to compile, then until the GPU's clock is that of a long run; seconds of a call."""
     call()
     torch.cuda.synchronize()
     began = time.perf_counter()
@@ -205,6 +211,7 @@ def _keep_busy(call: Callable[[], object]) -> None:
     seconds = time.perf_counter() - began
     for _ in range(min(_MOST_CALLS, math.ceil(_BUSY_MS / 1e3 / seconds))):
         call()
+    return seconds
 
 
 def _by_stage(spent: dict[str, float], stage_of: dict[str, str], total: float) -> dict[str, float]:

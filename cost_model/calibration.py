@@ -86,8 +86,8 @@ class Calibration:
         origin: ``"measured"`` here, ``"recorded"`` on such a device, or a ``"guess"``.
         device: what it holds for.
         roofs: see `Roofs`.
-        host_ms: milliseconds in which a sparse call with a warm start can be issued; a call that
-            has less work takes that long.
+        host_ms: milliseconds in which a second-order call with a warm start can be issued; a call
+            that has less work takes that long.
         stages: class of call (``"dtype/head_dim"``) to stage, ``"dense"`` among them.
         seconds: what measuring took.
         samples: what was measured.
@@ -203,7 +203,7 @@ _GUESSES = {
             "tables": Efficiency(8.0, 2.0, 1.0),
             "route": Efficiency(1.0, 4.0, 1.0),
             "attend": Efficiency(3.0, 1.5, 1.0),
-            "second_order": Efficiency(8.0, 3.0, 1.0),
+            "second_order": Efficiency(1.0, 2.0, 0.5),
         },
     ),
     "cpu": (
@@ -216,7 +216,7 @@ _GUESSES = {
             "tables": Efficiency(0.0, 1.5, 19.0),
             "route": Efficiency(0.0, 18.0, 3.0),
             "attend": Efficiency(3.0, 0.1, 3.0),
-            "second_order": Efficiency(3.0, 5.0, 3.0),
+            "second_order": Efficiency(1.0, 2.0, 1.0),
         },
     ),
 }

@@ -42,11 +42,16 @@ def jobs(given: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
         names = [n for name in asked for n in (SWEEP if name == "sweep" else [name])]
         return [(name, job) for name in names]
     job["flex"] = False
-    default = job | {"clusters": ["default"]}
+    papers = job | {"clusters": [PAPERS_CLUSTERS]}
+    default = job | {"clusters": ["default"], "forms": ["centroid", "second_order"]}
     price = {"densities": [1.0], "forms": ["centroid"], "clusters": [PAPERS_CLUSTERS]}
     return [
         # FlexAttention where its index lists are small enough to be quick.
-        *((name, job | {"flex": name == "wan1.3b-480p"}) for name in MODEL_SHAPES),
+        *(
+            (name, part | {"flex": name == "wan1.3b-480p"})
+            for name in MODEL_SHAPES
+            for part in (papers, default)
+        ),
         ("wan14b-720p", job | price),
         *((name, default | {"densities": [0.2]}) for name in SWEEP),
         (RECORDED, default),

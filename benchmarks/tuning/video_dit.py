@@ -195,18 +195,24 @@ def main() -> None:
     record: dict[str, Any] = {
         "model": given.model, "shape": given.shape, "steps": given.steps, "points": [],
     }  # fmt: skip
+
+    def keep() -> None:
+        record.update(device=asdict(describe(device())), seconds=time.time() - began)
+        (given.out / f"{given.model}.json").write_text(json.dumps(record, indent=1) + "\n")
+
     for density in map(float, given.densities.split(",")):
         record["points"].append(proof.point(density, given.out, range(given.seeds)))
+        keep()
         print(f"density {density:g}: {record['points'][-1]['gain_db']:+.2f} dB", flush=True)
     if given.speedup is not None:
         found = proof.tuned(given.out, target_speedup=given.speedup)
         record["speedup"] = {"wished": given.speedup, "measured": asdict(found.measured)}
+        keep()
     if given.max_error is not None:
         found = proof.tuned(given.out, max_error=given.max_error)
         errors = proof.unseen_errors(found, range(10))
         record["max_error"] = {"wished": given.max_error, "unseen": errors}
-    record |= {"device": asdict(describe(device())), "seconds": time.time() - began}
-    (given.out / f"{given.model}.json").write_text(json.dumps(record, indent=1) + "\n")
+        keep()
     for path in sorted(given.out.glob("budget-*.json")):
         pictures.budget(budgets.load(path), path.with_suffix(".png"))
         pictures.frontier(budgets.load(path), path.with_name(f"frontier-{path.stem}.png"))
