@@ -13,7 +13,7 @@ import difflib
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -172,7 +172,7 @@ class _BoundModel:
         bare = _clean(site.partition("#")[0])
         owner = None if layer is None else self.owners.get(layer)
         if owner is not None:
-            path = self.ordered[site, call] = _layer_path(owner, bare)
+            path = self.ordered[site, call] = _layer_path(owner, bare, self.paths)
             return path, "parameter"
         if (site, call) in self.ordered:
             return self.ordered[site, call], "order"
@@ -214,6 +214,7 @@ class Binding:
         self._dense_layers = dense_layers
         self._ascending = ascending or any(b.schedule.ascending for b in self._tuned)
         self._lone_steps = 0
+        self._strangers: set[str] = set()
         self._generation = _Generation()
         self._forward: _Forward | None = None
         for index, module in enumerate(models):
@@ -357,6 +358,13 @@ class Binding:
                 not self._ascending,
             )
 
+    def _warn_of_stranger(self, path: str) -> None:
+        if path not in self._strangers:
+            self._strangers.add(path)
+            log.warning(
+                "the budget knows nothing of %s: it keeps what the compiler's options say", path
+            )
+
     def resolve(self, layer: Tensor | None, site: str, plan: AttentionPlan) -> Call:
         """The call of `site` in the layer that owns `layer`, in the forward under way."""
         forward = self._forward
@@ -379,7 +387,10 @@ class Binding:
         """The plan that the budget gives this layer, `plan` where it says nothing of it."""
         if self._tuned:
             choice = self._tuned[forward.model].choice(path, forward.timestep)
-            return plan if choice is None else _chosen(plan, choice)
+            if choice is None:
+                self._warn_of_stranger(path)
+                return plan
+            return _chosen(plan, choice)
         if path not in self._densities:
             # Its own entry, else the first that matches.
             matching = (d for pattern, d in self._budget.items() if fnmatchcase(path, pattern))
@@ -432,12 +443,20 @@ def _clean(path: str) -> str:
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
-def _layer_path(owner: str, site: str) -> str:
-    """Path of the layer of `site`, from the path of a module that owns a parameter of it."""
+def _layer_path(owner: str, site: str, paths: Container[str]) -> str:
+    """Path of the layer of `site`, from the path of a module that owns a parameter of it.
+
+    `site` is relative to what was compiled, the model or one of its blocks. The attention may be in
+    a module of its own beside the projection: both are then in the module that it is named in.
+    """
     parts, named = owner.split("."), site.split(".")
     for end in range(len(parts), len(named) - 1, -1):
         if parts[end - len(named) : end] == named:
             return ".".join(parts[:end])
+    for end in range(len(parts), -1, -1):
+        path = [*parts[:end], *named]
+        if ".".join(path) in paths and parts[: len(path) - 1] == path[:-1]:
+            return ".".join(path)
     return ".".join(parts[:-1])
 
 

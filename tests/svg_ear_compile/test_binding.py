@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import svg_ear_compile.kernels.op  # noqa: F401
-from svg_ear_compile.binding import MAX_BRANCHES, Binding, bind
+from svg_ear_compile.binding import MAX_BRANCHES, Binding, _layer_path, bind
 from svg_ear_compile.kernels import state
 from svg_ear_compile.kernels.state import Call
 
@@ -238,6 +238,34 @@ def test_a_module_path_may_name_more_or_less_than_the_site(calls: list[Call]) ->
             ("y@0", "order"),
             ("y@1", "order"),
         }
+
+
+@pytest.mark.parametrize(
+    ("owner", "site", "layer"),
+    [
+        ("blocks.3.attn1.to_q", "attn1", "blocks.3.attn1"),
+        ("blocks.3.attn1.to_q", "blocks.3.attn1", "blocks.3.attn1"),
+        # In a module of its own beside the projection, or beside the streams that have them.
+        ("single.3.to_q", "single.3.attn", "single.3.attn"),
+        ("single.3.to_q", "attn", "single.3.attn"),
+        ("dual.3.video.to_q", "dual.3.attn", "dual.3.attn"),
+        ("dual.3.video.to_q", "attn", "dual.3.attn"),
+        # A graph that was traced in another layer.
+        ("single.3.to_q", "single.0.attn", "single.3"),
+    ],
+)
+def test_the_layer_of_a_parameter_is_the_one_that_the_graph_names(
+    owner: str, site: str, layer: str
+) -> None:
+    paths = [
+        f"{kind}.{i}{inside}"
+        for kind, insides in (
+            ("blocks", ("", ".attn1")), ("single", ("", ".attn")), ("dual", ("", ".attn", ".video"))
+        )
+        for i in range(4)
+        for inside in insides
+    ]  # fmt: skip
+    assert _layer_path(owner, site, paths) == layer
 
 
 def test_two_models_never_mix() -> None:

@@ -104,11 +104,17 @@ def test_one_budget_for_each_model() -> None:
         pass
 
 
-def test_layers_that_the_budget_does_not_know_keep_the_compiled_plan(calls: list[Call]) -> None:
+def test_layers_that_the_budget_does_not_know_keep_the_compiled_plan(
+    calls: list[Call], caplog: pytest.LogCaptureFixture
+) -> None:
     inner, model, x = compiled()
     with bind(model, budget=budget_for(inner, {"blocks.1": (Choice(0.2),)}, TOKENS)):
         run(model, x, 900.0)
-    assert taken(calls) == [0.4, 0.2]
+        run(model, x, 800.0)
+    assert taken(calls) == [0.4, 0.2] * 2
+    assert [r.getMessage() for r in caplog.records if "knows nothing" in r.getMessage()] == [
+        "the budget knows nothing of blocks.0: it keeps what the compiler's options say"
+    ]
 
 
 @pytest.mark.parametrize("timestep", [torch.tensor([800.0]), torch.tensor([800]), 800])
