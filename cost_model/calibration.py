@@ -190,7 +190,7 @@ def _read(path: Path) -> Calibration | None:
 # Conservative on purpose: an early sparse site that turns out slower is worse than a late one. The
 # ratios are rounded up from stage times seen with early kernels on one GPU (benchmarks/NOTES.md)
 # and on a two-core CPU; the roofs are those of an older data-centre GPU and a small CPU. With them
-# first-order attention at density 0.2, clustered afresh, breaks even near 47,000 tokens of 128
+# the default at density 0.2, clustered afresh, breaks even near 49,000 tokens of 128
 # channels on a GPU (an H200 is 1.3 times as fast at 32,760) and near 9,000 on a CPU.
 _GUESSES = {
     "cuda": (

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.fidelity.frontier import Curve, Point, density_curve, time_curve
-from benchmarks.fidelity.grid import FINE, WARM_UPS
+from benchmarks.fidelity.grid import COARSE, FINE, WARM_UPS
 from benchmarks.fidelity.rules import RULES
 from svg_ear_compile.kernels.plan import AttentionPlan
 
@@ -65,7 +65,14 @@ def _panel(axis: Axes, points: Sequence[Point], shape: str | None) -> None:
             at = point.density if shape is None else point.ms[shape]
             fine = (point.cell.queries, point.cell.keys) == FINE
             axis.plot(at, point.mean_psnr, "o", color=colour, ms=4, mfc=colour if fine else "white")
-            if rule == default.compensation and fine and point.cell.density == default.density:
+            # Long videos have coarser clusters by default.
+            clusters = FINE if shape is None else COARSE
+            of_default = (point.cell.queries, point.cell.keys) == clusters
+            if (
+                rule == default.compensation
+                and of_default
+                and point.cell.density == default.density
+            ):
                 axis.plot(at, point.mean_psnr, "*", color="black", ms=13, mfc="none")
                 axis.annotate(
                     "default",
@@ -75,4 +82,7 @@ def _panel(axis: Axes, points: Sequence[Point], shape: str | None) -> None:
                     fontsize=8,
                 )
     axis.set_xscale("log")
+    ticks = (0.03, 0.05, 0.1, 0.2, 0.4) if shape is None else (25, 50, 75, 100, 150)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
     axis.grid(alpha=0.3)

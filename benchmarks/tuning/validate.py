@@ -1,8 +1,9 @@
-"""`python -m benchmarks.tuning.validate --out FOLDER`: predicted against measured times.
+"""`python -m benchmarks.tuning.validate --record FILE --out FOLDER`: predicted and measured times.
 
-Calibrates the device if it is not calibrated, then times whole sparse calls and dense attention at
-shapes, densities, forms and cluster counts that were not used to fit, on inputs of another
-generator. Writes every sample as JSON and the plot of predicted against measured milliseconds.
+Predicts every row of a record of `python -m benchmarks.attention` from the calibration of its
+device: shapes, densities, forms and cluster counts that were not used to fit, on inputs of another
+generator. Writes every row as JSON and the plot of predicted against measured milliseconds. Needs
+no device.
 """
 
 from __future__ import annotations
@@ -14,91 +15,90 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.attention.data import video_like
-from svg_ear_compile import calibrate, pictures
+from benchmarks.attention.inputs import plan_of
+from benchmarks.attention.targets import dense_ms
+from svg_ear_compile import pictures
 from svg_ear_compile.cost_model import calibration as calibrations
-from svg_ear_compile.cost_model.calibrate import Comparison, compare, fastest_dense_ms, measure
+from svg_ear_compile.cost_model import latency
+from svg_ear_compile.cost_model.calibrate import Comparison, shape_of
 from svg_ear_compile.cost_model.calibration import Calibration, Sample
-from svg_ear_compile.cost_model.device import describe
-from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
-
-# (batch, heads, video tokens, text tokens, head dim); those of benchmarks/attention and a sweep.
-GPU_SHAPES = {
-    "wan14b-720p": (1, 40, 75600, 0, 128),
-    "hunyuan-720p": (1, 24, 118800, 256, 128),
-    "wan1.3b-480p": (1, 12, 32760, 0, 128),
-    "cogvideox-5b": (2, 48, 17550, 226, 64),
-    "sweep-12k": (1, 24, 12288, 0, 128),
-    "sweep-65k": (1, 24, 65536, 0, 128),
-}
-CPU_SHAPES = {
-    "1.5k-d64": (1, 4, 1500, 0, 64),
-    "3k-d64-text": (2, 2, 3000, 77, 64),
-    "4.5k-d128": (1, 2, 4500, 0, 128),
-    "7k-d64": (1, 1, 7000, 0, 64),
-}
-FORMS: tuple[Compensation, ...] = ("centroid", "first_order", "second_order")
+from svg_ear_compile.cost_model.device import Device
 
 
-def samples_of(shape: tuple[int, int, int, int, int], device: str) -> list[Sample]:
-    """Densities 0.1 and 0.2, both forms, default and other cluster counts."""
-    batch, heads, tokens, text, dim = shape
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    q, k, v = video_like(batch, heads, tokens, dim, text=text, device=device, dtype=dtype)
-    dense = fastest_dense_ms(q, k, v)
-    other = (300, 1000) if tokens >= 10000 else (max(tokens // 200, 2), max(tokens // 90, 2))
-    found = []
-    for q_clusters, k_clusters in ((None, None), other):
-        for form in FORMS:
-            for density in (0.1, 0.2):
-                plan = AttentionPlan(
-                    density=density,
-                    compensation=form,
-                    q_clusters=q_clusters,
-                    k_clusters=k_clusters,
-                )
-                found.append(measure(q, k, v, plan, dense, text=text))
+def calibration_for(record: dict[str, Any]) -> Calibration:
+    """That of the device of a record.
+
+    Raises:
+        ValueError: such a device was never calibrated.
+    """
+    versions = record["versions"]
+    kind = "cuda" if record["cuda"] else "cpu"
+    device = Device(kind, record["device"], versions["torch"], versions.get("triton", ""), "")
+    found = calibrations.load(device)
+    if found.origin == "guess":
+        raise ValueError(f"no calibration of {device.name}: put one into cost_model/recorded")
     return found
 
 
-def summary(compared: list[Comparison]) -> dict[str, float]:
+def compared(record: dict[str, Any], calibration: Calibration) -> list[tuple[str, Comparison]]:
+    """Shape and predicted times of every timed sparse row whose plan is not dense."""
+    found = []
+    for row in record["rows"]:
+        if "samples_ms" not in row or row["form"] == "flex" or row["density"] >= 1:
+            continue
+        plan = plan_of(row["clusters"], row["form"], row["density"])
+        batch, heads, tokens, head_dim = row["size"]
+        q_clusters, k_clusters = plan.clusters(tokens - row["text"], tokens - row["text"])
+        sample = Sample(
+            tokens=tokens,
+            heads=heads,
+            head_dim=head_dim,
+            dtype="bfloat16" if record["cuda"] else "float32",
+            density=row["density"],
+            compensation=row["form"],
+            q_clusters=q_clusters,
+            k_clusters=k_clusters,
+            dense_ms=dense_ms(row),
+            op_ms=statistics.median(row["samples_ms"]),
+            stages_ms=row.get("stages_ms", {}),
+            fitted=False,
+            batch=batch,
+            text=row["text"],
+        )
+        shape = shape_of(sample)
+        op = latency.sparse_ms(shape, plan, calibration).total
+        comparison = Comparison(sample, op, latency.dense_ms(shape, calibration))
+        found.append((row["shape"], comparison))
+    return found
+
+
+def summary(found: list[Comparison]) -> dict[str, float]:
     """Median and worst relative error of whole calls and of dense attention."""
-    op = [abs(c.op_error) for c in compared]
-    dense = [abs(c.dense_ms / c.sample.dense_ms - 1) for c in compared]
+    op = [abs(c.op_error) for c in found]
+    dense = [abs(c.dense_ms / c.sample.dense_ms - 1) for c in found]
     return {
         "op_median": statistics.median(op), "op_worst": max(op),
         "dense_median": statistics.median(dense), "dense_worst": max(dense),
     }  # fmt: skip
 
 
-def calibration(device: str) -> Calibration:
-    """That of this machine, measured now if need be."""
-    found = calibrations.load(describe(device))
-    return found if found.origin == "measured" else calibrate(device)
-
-
 def main() -> None:
-    """Measure, compare, write; the table last."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Compare and write; the table last."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shapes", help="comma-separated, all by default")
     given = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    known = calibration(device)
-    shapes = GPU_SHAPES if device == "cuda" else CPU_SHAPES
-    chosen = given.shapes.split(",") if given.shapes else list(shapes)
-    rows: list[tuple[str, Comparison]] = []
-    for name in chosen:
-        rows += [(name, c) for c in compare(known, samples_of(shapes[name], device))]
-        print(f"{name}: {summary([c for n, c in rows if n == name])}", flush=True)
+    record = json.loads(given.record.read_text())
+    known = calibration_for(record)
+    rows = compared(record, known)
     found = summary([c for _, c in rows])
     given.out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {
-        "device": asdict(known.device),
+    written: dict[str, Any] = {
+        "device": record["device"],
+        "commit": record["commit"],
         "calibration_seconds": known.seconds,
         "summary": found,
         "rows": [
@@ -107,9 +107,10 @@ def main() -> None:
             for name, c in rows
         ],
     }
-    (given.out / "validate.json").write_text(json.dumps(record) + "\n")
-    pictures.times([c for _, c in rows], known.device.name, given.out / "validate.png")
-    table = Table(title=f"Predicted / measured ms ({known.device.name}, {known.seconds:.0f} s)")
+    (given.out / "validate.json").write_text(json.dumps(written) + "\n")
+    title = f"{known.device.name}, calibrated in {known.seconds:.0f} s"
+    pictures.times([c for _, c in rows], title, given.out / "validate.png")
+    table = Table(title=f"Predicted / measured ms ({title})")
     for heading in ("shape", "clusters", "form", "density", "op", "error", "dense"):
         table.add_column(heading, justify="right")
     for name, c in rows:

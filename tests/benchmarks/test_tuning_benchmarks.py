@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from benchmarks.tuning import wan
-from benchmarks.tuning.local_error import CLUSTER_SIZES, DENSITIES, Row, correlation, fit_power_law
+from benchmarks.tuning.local_error import (
+    CLUSTER_SIZES,
+    DENSITIES,
+    FORMS,
+    Row,
+    correlation,
+    fit_power_law,
+)
 from benchmarks.tuning.video_dit import forward_error
 from benchmarks.video_dit.attention import attention_answered_by
 from benchmarks.video_dit.demo import WEIGHTS
@@ -23,7 +30,7 @@ def rows(noise: float) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     found = []
     for layer, density, (q, k), form in itertools.product(
-        range(4), DENSITIES, CLUSTER_SIZES, ("first_order", "centroid")
+        range(4), DENSITIES, CLUSTER_SIZES, FORMS
     ):
         error = (1 - density) * math.exp(-5 + layer / 10) * density**-0.5 * q**0.4 * k**0.3
         error *= math.exp(noise * float(torch.randn((), generator=generator)))
