@@ -51,7 +51,7 @@ _PATIENCE_MS = 1500.0  # for the repeats of one call
 # A rested GPU clocks up to a fifth higher than one that has been busy this long.
 _BUSY_MS, _MOST_CALLS = 150.0, 150
 # Short calls wait for the host, which hesitates now and then: they are repeated for this long.
-_SAMPLED_MS, _MOST_SAMPLES = 100.0, 40
+_SAMPLED_MS, _MOST_SAMPLES = 50.0, 40
 _LEAST_SAMPLES = 14  # two lengths: enough for the three coefficients of a stage
 
 # Kernels and functions by stage; everything else sorts tokens by cluster, which is clustering.

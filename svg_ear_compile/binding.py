@@ -453,7 +453,7 @@ def _layer_path(owner: str, site: str, paths: Container[str]) -> str:
     for end in range(len(parts), len(named) - 1, -1):
         if parts[end - len(named) : end] == named:
             return ".".join(parts[:end])
-    for end in range(len(parts), -1, -1):
+    for end in range(len(parts) if site else -1, -1, -1):  # a block may be the layer itself
         path = [*parts[:end], *named]
         if ".".join(path) in paths and parts[: len(path) - 1] == path[:-1]:
             return ".".join(path)

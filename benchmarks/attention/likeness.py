@@ -62,8 +62,8 @@ def rows_of(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> lis
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """One panel for each form, one line for each call."""
-    figure = Figure(figsize=(8.5, 4), layout="constrained")
-    for axis, form in zip(figure.subplots(1, 2, sharey=True), FORMS, strict=True):
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for axis, form in zip(figure.subplots(1, len(FORMS), sharey=True), FORMS, strict=True):
         for inputs, colour in (("recorded", "#d9622b"), ("synthetic", "#1f77b4")):
             chosen = [r for r in rows if (r["inputs"], r["form"]) == (inputs, form)]
             for i, row in enumerate(chosen):

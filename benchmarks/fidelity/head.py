@@ -8,8 +8,7 @@ padded to one width and one (N, N + Kc) matrix of logits is held at a time. Nota
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -93,18 +92,16 @@ class Blocks:
     """What blocks look like from their query centroids; see `reference.Probe`.
 
     Attributes:
-        log_error, log_mass: (Qc, Kc).
-        mean_key, mean_value: (Qc, Kc, D).
+        log_error: (Qc, Kc).
+        mean_value: (Qc, Kc, D).
     """
 
     log_error: Tensor
-    log_mass: Tensor
-    mean_key: Tensor
     mean_value: Tensor
 
 
 def probe(head: Head) -> Blocks:
-    """Stage 2, every block of a head; an empty block has log_error and log_mass -inf."""
+    """Stage 2, every block of a head; an empty block has log_error -inf."""
     keys = members(head.k_labels, head.k_sizes)
     inside = keys.inside[:, None]  # [Kc, 1, M]
     logits = head.scale * head.q_centroids @ head.k.T  # [Qc, N]
@@ -113,7 +110,7 @@ def probe(head: Head) -> Blocks:
     shift = block.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
     weight = (block - shift).exp()
     mass = weight.sum(-1)
-    k, v = head.k[keys.index], head.v[keys.index]  # [Kc, M, D]
+    v = head.v[keys.index]  # [Kc, M, D]
     center = (v * keys.inside[..., None]).sum(1) / head.k_sizes.clamp(min=1)[:, None]
     spread = (v - center[:, None]) * keys.inside[..., None]  # sums to zero: nothing cancels below
     central = (head.centroid_logits.T[..., None] - shift).exp()
@@ -126,8 +123,6 @@ def probe(head: Head) -> Blocks:
     divisor = mass.clamp(min=torch.finfo(mass.dtype).tiny)[..., None]
     return Blocks(
         (error.clamp(min=0).log() + 2 * shift.squeeze(-1)).T,
-        (mass.log() + shift.squeeze(-1)).T,
-        ((weight @ k) / divisor).transpose(0, 1),
         ((weight @ v) / divisor).transpose(0, 1),
     )
 
@@ -155,121 +150,38 @@ def choose(head: Head, score: Tensor, density: float) -> Tensor:
     return reference.take_until(score.masked_fill(~occupied, -math.inf), weight, limit) & occupied
 
 
-@dataclass(frozen=True)
-class StandIns:
-    """One key, value and logit bias for each block that is not exact.
-
-    Attributes:
-        key, value: (Qc, Kc, D), or (1, Kc, D) where all query clusters share them.
-        bias: (Qc, Kc).
-        curvature: (Kc, D) or None; the logit grows by ``sum_d dq_d^2 curvature_d``, dq = q - q_i,
-            at most by `LARGEST_GROWTH`.
-        moves: (Qc, D, D) or None; what stand-ins give is moved by ``moves dq`` times their weight.
-    """
-
-    key: Tensor
-    value: Tensor
-    bias: Tensor
-    curvature: Tensor | None = None
-    moves: Tensor | None = None
-
-
-def centroid_stand_ins(head: Head) -> StandIns:
-    """The paper's: means of keys and values, and ``log n_j``."""
-    value, _ = reference.cluster_means(
+def value_means(head: Head) -> Tensor:
+    """Mean value of every key cluster, (1, Kc, D): what skipped blocks give in the paper."""
+    means, _ = reference.cluster_means(
         head.v[None, None], head.k_labels[None, None], len(head.k_sizes)
     )
-    bias = head.k_sizes.to(head.q_centroids.dtype).log().expand(len(head.q_sizes), -1)
-    return StandIns(head.k_centroids[None], value[0, 0][None], bias)
+    return means[0]
 
 
-def first_order_stand_ins(head: Head, blocks: Blocks) -> StandIns:
-    """Posterior means at the query centroid and ``log Z_ij - s q_i . K_ij``."""
-    own = head.scale * torch.einsum("id,ijd->ij", head.q_centroids, blocks.mean_key)
-    return StandIns(blocks.mean_key, blocks.mean_value, blocks.log_mass - own)
-
-
-LARGEST_GROWTH = 0.5
-"""Far from its centroid a query sees the few keys that it is near to, and no Gaussian: without a
-limit late layers lose more than they gain."""
-
-Mass = Literal["first order", "isotropic", "diagonal"]
-"""How far a stand-in's mass follows a query away from its centroid."""
-
-
-def second_order_stand_ins(
-    head: Head, blocks: Blocks, exact: Tensor, mass: Mass = "diagonal"
-) -> StandIns:
-    """First-order stand-ins and what they leave out, under one covariance for a key cluster.
-
-    Under weights ``e^{s q.k}`` a cluster of jointly Gaussian keys and values keeps its covariance
-    whatever the query, its mean value moves by ``s Cov(v, k) dq`` and its log-mass by the slope and
-    ``s^2/2 dq' Cov(k, k) dq``, exactly. So ``Cov_j`` of the cluster's own tokens serves every query
-    cluster i, with ``dq = q - q_i``:
-
-    * values: what stand-ins give to a query is moved by their weight times ``T_i dq``, where
-      ``T_i = s sum_j p_ij Cov_j(v, k)`` with ``p_ij`` the masses of the skipped blocks at the query
-      centroid, together 1: one (D, D) matrix for a query cluster, by one (Qc, Kc) by (Kc, D D)
-      product;
-    * mass: a stand-in's logit grows by ``s^2/2 sum_d dq_d^2 Var_j(k_d)``, at most by
-      `LARGEST_GROWTH`; or with `mass` "isotropic" by ``s^2/2 |dq|^2`` times the mean of the
-      variances, with "first order" not at all.
+def attend(head: Head, exact: Tensor, stand_ins: Tensor | None) -> Tensor:
+    """Stages 4 and 5, (N, D): one softmax over exact keys and stand-ins, or exact keys alone.
 
     Args:
-        head, blocks, exact: see `probe` and `attend`.
-        mass: order of the mass.
+        head: tokens and clusters.
+        exact: (Qc, Kc) bool.
+        stand_ins: value of every other block, (Qc, Kc, D), or (1, Kc, D) where all query clusters
+            share them; their logits are ``c_ij + log n_j`` at the query instead of its centroid.
     """
-    keys = members(head.k_labels, head.k_sizes)
-    sizes = head.k_sizes.clamp(min=1)[:, None, None]
-    inside = keys.inside[..., None]
-    v, k = (x[keys.index] * inside for x in (head.v, head.k))  # [Kc, M, D]
-    v, k = ((x - x.sum(1, keepdim=True) / sizes) * inside for x in (v, k))
-    covariance = v.transpose(1, 2) @ k / sizes  # [Kc, D, D]
-    skipped = blocks.log_mass.masked_fill(exact, -math.inf)
-    share = torch.softmax(skipped, -1).nan_to_num(0.0)  # a row may have no skipped block
-    moves = head.scale * (share @ covariance.flatten(1)).unflatten(1, covariance.shape[1:])
-    variance = k.square().sum(1) / sizes[..., 0]  # [Kc, D]
-    if mass == "isotropic":
-        variance = variance.mean(-1, keepdim=True).expand_as(variance)
-    curvature = None if mass == "first order" else 0.5 * head.scale**2 * variance
-    return replace(first_order_stand_ins(head, blocks), curvature=curvature, moves=moves)
-
-
-def attend(head: Head, exact: Tensor, stand_ins: StandIns | None) -> Tensor:
-    """Stages 4 and 5, (N, D): one softmax over exact keys and stand-ins, or exact keys alone."""
-    clusters = len(head.k_sizes)
     tokens = len(head.k)
     hidden = ~torch.nn.functional.pad(exact, (0, 1, 0, 1), value=True)[:, head.k_labels]
     if stand_ins is None:
         logits = head.scale * head.q @ head.k.T
         return torch.softmax(logits.masked_fill_(hidden[head.q_labels], -math.inf), -1) @ head.v
-    rows = members(head.q_labels, head.q_sizes)
-    shared = stand_ins.key.shape[0] == 1
-    key = stand_ins.key[0] if shared else head.k_centroids  # others are filled in below
-    logits = head.scale * head.q @ torch.cat([head.k, key]).T  # [N, N_k + Kc]
-    if not shared:
-        mine = head.scale * head.q[rows.index] @ stand_ins.key.transpose(1, 2)  # [Qc, M, Kc]
-        logits[rows.index[rows.inside], tokens:] = mine[rows.inside]
+    logits = head.scale * head.q @ torch.cat([head.k, head.k_centroids]).T  # [N, N_k + Kc]
+    logits[:, tokens:] += head.k_sizes.to(head.q.dtype).log()
     # Exact and empty blocks have no stand-in; text queries (row Qc) have none at all.
-    bias = torch.nn.functional.pad(
-        stand_ins.bias.masked_fill(exact | (head.k_sizes == 0), -math.inf), (0, 0, 0, 1),
-        value=-math.inf,
-    )  # fmt: skip
-    logits[:, tokens:] += bias[head.q_labels]
-    away = torch.zeros_like(head.q)
-    apart = head.q[rows.index] - head.q_centroids[:, None]  # [Qc, M, D]
-    away[rows.index[rows.inside]] = apart[rows.inside]
-    if stand_ins.curvature is not None:
-        growth = away.square() @ stand_ins.curvature.T
-        logits[:, tokens:] += growth.clamp(max=LARGEST_GROWTH)
-    hidden = torch.nn.functional.pad(hidden, (0, clusters))
+    without = torch.nn.functional.pad(exact | (head.k_sizes == 0), (0, 0, 0, 1), value=True)
+    hidden = torch.cat([hidden, without], 1)
     weights = torch.softmax(logits.masked_fill_(hidden[head.q_labels], -math.inf), -1)
-    if stand_ins.value.shape[0] == 1 and stand_ins.moves is None:
-        return weights @ torch.cat([head.v, stand_ins.value[0]])
+    if stand_ins.shape[0] == 1:
+        return weights @ torch.cat([head.v, stand_ins[0]])
     out = weights[:, :tokens] @ head.v
+    rows = members(head.q_labels, head.q_sizes)
     mine = weights[:, tokens:][rows.index]  # [Qc, M, Kc]
-    theirs = mine @ stand_ins.value
-    if stand_ins.moves is not None:
-        theirs += mine.sum(-1, keepdim=True) * (apart @ stand_ins.moves.transpose(1, 2))
-    out[rows.index[rows.inside]] += theirs[rows.inside]
+    out[rows.index[rows.inside]] += (mine @ stand_ins)[rows.inside]
     return out

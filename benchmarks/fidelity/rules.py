@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.fidelity import head
-from benchmarks.fidelity.head import Head, StandIns, heads_of
+from benchmarks.fidelity.head import Head, heads_of
 from svg_ear_compile.kernels import op, reference, state
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.state import Call, Memory
@@ -49,16 +49,14 @@ def svg2(this: Head, density: float) -> tuple[Tensor, Tensor]:
 def score_and_centroids(this: Head, density: float) -> tuple[Tensor, Tensor]:
     """SVG2's blocks; the others act as their centroids."""
     exact = head.choose(this, head.mass_score(this), density)
-    return head.attend(this, exact, head.centroid_stand_ins(this)), exact
+    return head.attend(this, exact, head.value_means(this)), exact
 
 
 def values_only(this: Head, density: float) -> tuple[Tensor, Tensor]:
     """The paper's blocks; the others keep the centroid's logit and mass, with posterior values."""
     blocks = head.probe(this)
     exact = head.choose(this, head.error_score(this, blocks), density)
-    of_centroids = head.centroid_stand_ins(this)
-    stand_ins = StandIns(of_centroids.key, blocks.mean_value, of_centroids.bias)
-    return head.attend(this, exact, stand_ins), exact
+    return head.attend(this, exact, blocks.mean_value), exact
 
 
 def uniform_attention(q: Tensor, k: Tensor, v: Tensor, density: float, text: int) -> Tensor:

@@ -252,12 +252,14 @@ def test_a_module_path_may_name_more_or_less_than_the_site(calls: list[Call]) ->
         ("dual.3.video.to_q", "attn", "dual.3.attn"),
         # A graph that was traced in another layer.
         ("single.3.to_q", "single.0.attn", "single.3"),
+        # The block that was compiled attends itself.
+        ("single.3.to_q", "", "single.3"),
     ],
 )
 def test_the_layer_of_a_parameter_is_the_one_that_the_graph_names(
     owner: str, site: str, layer: str
 ) -> None:
-    paths = [
+    paths = [""] + [
         f"{kind}.{i}{inside}"
         for kind, insides in (
             ("blocks", ("", ".attn1")), ("single", ("", ".attn")), ("dual", ("", ".attn", ".video"))
