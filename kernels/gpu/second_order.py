@@ -34,7 +34,7 @@ def rows_away(
     return x.to(tl.float32) - mean.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["heads", "tokens", "clusters", "chunk", "chunks"])
+@triton.jit(do_not_specialize=["heads", "tokens", "clusters", "chunk"])
 def covariance_kernel(
     k_ptr,  # (B, H_kv, N, D)
     v_ptr,  # (B, H_kv, N, D)
