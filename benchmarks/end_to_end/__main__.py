@@ -26,11 +26,11 @@ def table(kind: str, rows: list[dict[str, Any]]) -> Table:
     found = Table(title=f"{kind}: {rows[0]['model']}")
     headings = {
         "forward": ("backend", "density", "s", "speed-up", "attention", "first call, s", "peak GB"),
-        "generation": ("backend", "density", "dense steps", "s", "speed-up", "cold, s"),
+        "generation": ("backend", "density", "dense steps", "s", "speed-up", "first 3 steps, s"),
     }[kind]
     for heading in headings:
         found.add_column(heading, justify="right")
-    key = "samples_seconds" if kind == "forward" else "cached_seconds"
+    key = "samples_seconds" if kind == "forward" else "seconds"
 
     def seconds(row: dict[str, Any]) -> float:
         value = row[key]
@@ -48,7 +48,7 @@ def table(kind: str, rows: list[dict[str, Any]]) -> Table:
         else:
             cells = (
                 row["backend"], density, str(row["dense_steps"]), f"{seconds(row):.1f}", speedup,
-                f"{row['cold_seconds']:.1f}",
+                f"{row['first_seconds']:.1f}",
             )  # fmt: skip
         found.add_row(*cells)
     return found

@@ -236,15 +236,15 @@ def growth_and_length(
     """
     _, heads, tokens, dim = q.shape
     groups, clusters, _ = queries.centroids.shape
-    found = torch.empty(2, groups, tokens, dtype=torch.float32, device=q.device).unbind()
+    grown, length = torch.empty(2, groups, tokens, dtype=torch.float32, device=q.device).unbind()
     tiles = config.away
     growth_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
-        q, queries.labels, queries.rounded, curvature, *found,
+        q, queries.labels, queries.rounded, curvature, grown, length,
         *token_strides(q), heads, kv_heads, tokens, clusters,
         D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,
         LIMIT=LARGEST_GROWTH / math.log(2), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return found
+    return grown, length
 
 
 def add_moves(
