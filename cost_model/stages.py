@@ -170,7 +170,7 @@ def sparse_amounts(
             flops=4.0 * dim**2 * (kv_heads * keys + heads * queries),
             bytes=(1 + CACHED * 4 / size) * kv_bytes
             + (4 + CACHED * 2) * heads * queries * dim * size,
-            launches=14.0,
+            launches=3.0,
         )
         if plan.compensation == "second_order"
         else Amount(),

@@ -2,8 +2,8 @@
 
 Works in any float dtype and on any device; float64 is the oracle of the tests. The five stages are
 those of "SVG-EAR: Parameter-Free Linear Compensation for Sparse Video Generation via Error-aware
-Routing" (arXiv 2603.08982); the ``"first_order"`` and ``"second_order"``
-forms of the compensation are ours.
+Routing" (arXiv 2603.08982); the ``"first_order"`` and ``"second_order"`` forms of the compensation
+are ours.
 
 Notation: query cluster ``i`` of ``m_i`` queries with mean ``q_i``; key cluster ``j`` of ``n_j``
 keys with means ``k_j`` and ``v_j``; scale ``s``. A token's label is its cluster, or ``C`` for a
@@ -454,7 +454,9 @@ def second_order(
     inside = (queries.labels < clusters).unsqueeze(-1)
     away = torch.where(inside, q - queries.centroids.gather(2, label), 0.0)
     growth = scale**2 / 2 * (away @ of_keys * away).sum(-1)
-    shortened = away * (LARGEST_GROWTH / growth).sqrt().clamp(max=1).unsqueeze(-1)
+    # Rounding may leave less than nothing of a growth of 0.
+    length = (LARGEST_GROWTH / growth.clamp(min=LARGEST_GROWTH)).sqrt()
+    shortened = away * length.unsqueeze(-1)
     move = scale * shortened @ of_values.transpose(2, 3)
     return SecondOrder(growth.clamp(max=LARGEST_GROWTH), move)
 

@@ -75,8 +75,9 @@ def definition_rows(
         own = scale * key @ center if plan.has_own_tables else 0.0
         away = query - center
         growth = scale**2 / 2 * away @ of_keys @ away
-        away = away * (reference.LARGEST_GROWTH / growth).sqrt().clamp(max=1)
-        growth = growth.clamp(max=reference.LARGEST_GROWTH)
+        largest = reference.LARGEST_GROWTH
+        away = away * (largest / growth.clamp(min=largest)).sqrt()
+        growth = growth.clamp(max=largest)
         bias = torch.where(
             exact[:clusters] | (size == 0), -torch.inf, mass.clamp(min=1e-300).log() - own
         )

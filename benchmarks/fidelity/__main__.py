@@ -35,6 +35,7 @@ from benchmarks.video_dit.zoo import MODELS
 SEEDS = {"self": 6, "joint": 4}
 """Clips of a cell by default: the longer model's take longer."""
 
+_FIRST = 10.0  # seconds that a rule may take the first time
 _RESERVE = 12.0  # seconds for tables and plots
 
 
@@ -63,14 +64,29 @@ class Clips:
     """Measures cells of one model into its record."""
 
     def __init__(self, name: str, given: argparse.Namespace, clock: Clock) -> None:
-        settings = {n: getattr(given, n) for n in ("clip", "steps", "guidance", "seeds")}
-        self.record = Record(given.out / f"{name}.json", settings)
         self.name, self.given, self.clock = name, given, clock
         self.longest: dict[str, float] = {}
 
     @cached_property
+    def record(self) -> Record:
+        """Where the cells go, with what the model is and its noise ceiling."""
+        names = ("clip", "steps", "guidance", "seeds")
+        found = Record(
+            self.given.out / f"{self.name}.json", {n: getattr(self.given, n) for n in names}
+        )
+        if "model" not in found.data:
+            mine, (q, _, _) = self.subject, self.subject.calls[0]
+            found.data["model"] = {
+                "name": self.name, "clip": mine.shape, "tokens": mine.tokens, "text": mine.text,
+                "layers": mine.layers, "head_dim": q.shape[-1], "heads": q.shape[1],
+                "ceiling": score_clips(mine.other_backend(), mine.dense_clips),
+            }  # fmt: skip
+            found.write()
+        return found
+
+    @cached_property
     def subject(self) -> Subject:
-        """The model, its dense clips made and the noise ceiling measured."""
+        """The model, its dense clips made."""
         given, began = self.given, time.perf_counter()
         trained = MODELS[self.name]
         found = Subject(
@@ -81,20 +97,12 @@ class Clips:
             getattr(trained, given.clip),
             _device(),
         )
-        if "model" not in self.record.data:
-            self.record.data["model"] = {
-                "name": self.name, "clip": found.shape, "tokens": found.tokens, "text": found.text,
-                "layers": found.layers, "head_dim": found.calls[0][0].shape[-1],
-                "heads": found.calls[0][0].shape[1],
-                "ceiling": score_clips(found.other_backend(), found.dense_clips),
-            }  # fmt: skip
-            self.record.write()
         say(f"{self.name}: dense clips in {time.perf_counter() - began:.1f} s")
         return found
 
     def measure(self, cell: Cell) -> None:
         """Measure one cell and keep it."""
-        self.clock.need(self.longest.get(cell.rule, 0.0))
+        self.clock.need(self.longest.get(cell.rule, _FIRST))
         began = time.perf_counter()
         clips, reached = self.subject.sparse_clips(cell)
         scores = score_clips(clips, self.subject.dense_clips)
@@ -123,9 +131,12 @@ def make_clips(clips: Sequence[Clips], wanted: Sequence[Cell]) -> None:
             of[cell.model].measure(cell)
 
 
-def take_times(clips: Sequence[Clips], wanted: Sequence[Cell], out: Path, clock: Clock) -> None:
+def take_times(
+    clips: Sequence[Clips], wanted: Sequence[Cell], given: argparse.Namespace, clock: Clock
+) -> None:
     """Time the operator at every shape that has no times yet."""
-    record = Record(out / "times.json", {})
+    settings = {name: getattr(given, name) for name in ("clip", "rules", "densities", "clusters")}
+    record = Record(given.out / "times.json", settings)
     timed = {row["shape"] for row in record.rows}
     if WAN not in timed:
         clock.need(50.0)
@@ -211,7 +222,7 @@ def main() -> None:
             if given.part != "times":
                 make_clips(clips, [cell for cell in wanted if cell.is_decisive])
             if given.part != "clips" and _device().type == "cuda":
-                take_times(clips, wanted, given.out, clock)
+                take_times(clips, wanted, given, clock)
             if given.part != "times":
                 make_clips(clips, wanted)
         except OutOfTime:

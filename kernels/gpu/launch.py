@@ -44,7 +44,7 @@ class LaunchConfig:
         attend: queries of one cluster × keys.
         covariance: tokens × columns of a head's covariances.
         away: queries × columns of what those make of them.
-        wgmma: the same for `attend_wgmma_kernel`, None where that kernel does not serve.
+        wgmma: as `attend`, for `attend_wgmma_kernel`; None where that kernel does not serve.
     """
 
     block_dim: int

@@ -23,7 +23,7 @@ def probe_kernel(
     log_error_ptr,  # (L, Qc, Kc) float32, natural log of E_ij
     log_mass_ptr,  # (L, Qc, Kc) float32, natural log of Z_ij
     logit_ptr,  # (L, Qc, Kc) float32, c_ij
-    bias_ptr,  # (L, Qc, Kc) float32, log2 bias of the first-order stand-ins
+    bias_ptr,  # (L, Qc, Kc) float32, log2 bias of own stand-ins
     mean_key_ptr,  # (L, Qc, Kc, D) in the dtype of k
     mean_value_ptr,  # (L, Qc, Kc, D) in the dtype of v
     stride_kb,

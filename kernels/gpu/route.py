@@ -48,7 +48,7 @@ def route_kernel(
     log_error_ptr,  # (L, Qc, Kc) float32
     log_mass_ptr,  # (L, Qc, Kc) float32
     logit_ptr,  # (L, Qc, Kc) float32
-    bias_ptr,  # (L, Qc, Kc) float32 log2, in (first order) and out
+    bias_ptr,  # (L, Qc, Kc) float32 log2, in (own tables) and out
     q_start_ptr,  # (G, Qc + 3) int32
     k_start_ptr,  # (G_kv, Kc + 3) int32
     budget_ptr,  # (G_kv,) float32, keys that a row may take before the crossing block

@@ -121,6 +121,17 @@ def test_it_is_nothing_at_the_centroid_and_bounded_away_from_it(seed: int) -> No
     close(second_order_of(case).move, far.move)
 
 
+def test_a_growth_that_rounds_below_nothing_is_nothing() -> None:
+    """Keys and queries that vary in different directions: no growth, up to its rounding."""
+    generator = torch.Generator().manual_seed(3)
+    turn, _ = torch.linalg.qr(torch.randn(64, 64, generator=generator))
+    q, k = torch.randn(2, 1, 2, 1024, 64, generator=generator)
+    q[..., 32:], k[..., :32] = 0, 0
+    v = torch.randn(1, 2, 1024, 64, generator=generator)
+    plan = AttentionPlan(density=0.2, q_clusters=8, k_clusters=16)
+    assert cpu.sparse_attention(q @ turn, k @ turn, v, plan).out.isfinite().all()
+
+
 @pytest.mark.parametrize("text", [(0, 0), (3, 4)])
 def test_queries_and_keys_outside_of_the_clusters_have_no_part(text: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(1)
