@@ -117,6 +117,8 @@ def times(found: Sequence[Comparison], title: str, path: Path) -> None:
         )
         for name, belongs, mark, colour in kinds:
             mine = [c for c in found if belongs(c)]
+            if not mine:
+                continue
             axes.scatter(
                 [c.sample.op_ms for c in mine], [c.op_ms for c in mine], marker=mark, s=26,
                 color=colour, label=name, alpha=0.85,

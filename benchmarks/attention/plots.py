@@ -20,6 +20,7 @@ _COLOURS = {
     "probe": "#9467bd",
     "route": "#8c564b",
     "attend": "#d9622b",
+    "second order": "#2ca02c",
 }
 # Stages of the cost model that a measured stage carries out.
 _AMOUNTS = {
@@ -27,6 +28,7 @@ _AMOUNTS = {
     "probe": ("probe", "tables"),
     "route": ("route",),
     "attend": ("attend",),
+    "second order": ("second_order",),
 }
 
 
