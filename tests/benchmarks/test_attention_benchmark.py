@@ -82,7 +82,7 @@ def test_recorded_inputs_are_the_video_dits(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def row(tokens: int, form: str = "first_order") -> dict[str, Any]:
-    stages = dict.fromkeys(STAGE_NAMES, 0.5)
+    stages = dict.fromkeys(measure.STAGE_NAMES, 0.5)
     return {
         "shape": f"n{tokens}", "size": [1, 2, tokens, 128], "text": 0, "clusters": "default",
         "form": form, "density": 0.2, "samples_ms": [3.0, 3.1], "stages_ms": stages,
