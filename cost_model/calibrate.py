@@ -145,7 +145,8 @@ class _Clock:
     def stages(self, call: Callable[[], object], form: str) -> dict[str, float]:
         """Milliseconds of a sparse call by `STAGES`; a GPU makes its tables inside the probe."""
         known = _STAGE_OF_KERNEL if self.on_gpu else _STAGE_OF_FUNCTION
-        known = {name: s for name, s in known.items() if s != "second_order" or s == form}
+        # What a call is known not to run must not be missed in its profile.
+        known = {name: s for name, s in known.items() if s != "second_order" or form == s}
         profiled = self._profiled_kernels if self.on_gpu else self._profiled_functions
         runs = profiled(call, known)
         return {stage: min(run[stage] for run in runs) for stage in STAGES}

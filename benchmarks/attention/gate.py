@@ -40,17 +40,24 @@ def definition_rows(
     keys, values = k[b, kv].double(), v[b, kv].double()
     k_labels, clusters = result.keys.labels[b, kv].long(), result.keys.sizes.shape[-1]
     q_clusters = result.queries.sizes.shape[-1]
-    of_keys = of_values = keys.new_zeros(keys.shape[1], keys.shape[1])
+    centers = result.queries.centroids[b, h].to(q.dtype).double()
+    second = None
     if plan.compensation == "second_order":
-        labelled = Clusters(*(t[b : b + 1, kv : kv + 1] for t in result.keys))
-        labelled = labelled._replace(
-            labels=labelled.labels.long(), centroids=labelled.centroids.double()
+        of_rows = Clusters(
+            result.queries.labels[b, h, rows].long()[None, None],
+            centers[None, None],
+            result.queries.sizes[b : b + 1, h : h + 1],
         )
-        mine = keys[None, None], values[None, None]
-        means, _ = reference.cluster_means(mine[1], labelled.labels, clusters)
-        of_keys, of_values = (t[0, 0] for t in reference.pooled_covariances(*mine, labelled, means))
+        of_keys = Clusters(
+            k_labels[None, None],
+            result.keys.centroids[b, kv].double()[None, None],
+            result.keys.sizes[b : b + 1, kv : kv + 1],
+        )
+        means, _ = reference.cluster_means(values[None, None], of_keys.labels, clusters)
+        tokens = (x[None, None] for x in (q[b, h, rows].double(), keys, values))
+        second = reference.second_order(*tokens, of_rows, of_keys, means, scale)
     out = []
-    for row in rows.tolist():
+    for place, row in enumerate(rows.tolist()):
         i = int(result.queries.labels[b, h, row])
         query = q[b, h, row].double()
         if i == q_clusters:
@@ -58,7 +65,7 @@ def definition_rows(
             continue
         exact = torch.cat([result.exact[b, h, i], result.exact.new_ones(1)])
         taken = exact[k_labels]
-        center = result.queries.centroids[b, h, i].to(q.dtype).double()
+        center = centers[i]
         size = result.keys.sizes[b, kv].double()
         weight = torch.exp(scale * keys @ center)
         if plan.compensation == "centroid":
@@ -73,17 +80,14 @@ def definition_rows(
         key = (over_blocks(weight[:, None] * keys) / safe).to(q.dtype).double()
         value = (over_blocks(weight[:, None] * values) / safe).to(q.dtype).double()
         own = scale * key @ center if plan.has_own_tables else 0.0
-        away = query - center
-        growth = scale**2 / 2 * away @ of_keys @ away
-        largest = reference.LARGEST_GROWTH
-        away = away * (largest / growth.clamp(min=largest)).sqrt()
-        growth = growth.clamp(max=largest)
         bias = torch.where(
             exact[:clusters] | (size == 0), -torch.inf, mass.clamp(min=1e-300).log() - own
         )
-        logits = torch.cat([scale * keys[taken] @ query, scale * key @ query + bias + growth])
-        moved = value + scale * of_values @ away
-        out.append(torch.softmax(logits, 0) @ torch.cat([values[taken], moved]))
+        if second is not None:
+            bias = bias + second.growth[0, 0, place]
+            value = value + second.move[0, 0, place]
+        logits = torch.cat([scale * keys[taken] @ query, scale * key @ query + bias])
+        out.append(torch.softmax(logits, 0) @ torch.cat([values[taken], value]))
     return torch.stack(out)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from benchmarks.video_dit.data import TRAIN_SHAPE
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 
 DENSITIES = (0.05, 0.1, 0.2, 0.4)
-FORMS: tuple[Compensation, ...] = ("second_order", "first_order", "centroid")
+FORMS: tuple[Compensation, ...] = get_args(Compensation)
 _STEPS, _WANTED, _LAYERS = 24, (8, 16), (1, 4, 7)
 
 

@@ -38,7 +38,6 @@ SEEDS = {"self": 6, "joint": 4}
 _FIRST = 10.0  # seconds that a rule may take the first time
 _RESERVE = 12.0  # seconds for tables and plots
 
-
 say = partial(print, flush=True)
 
 

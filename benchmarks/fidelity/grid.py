@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.fidelity.rules import RULES
 from svg_ear_compile.kernels.plan import KEYS_PER_CLUSTER, QUERIES_PER_CLUSTER, AttentionPlan
 
 DENSITIES = (0.05, 0.1, 0.2)
@@ -22,7 +23,7 @@ _OTHER_CLUSTERS = (
     (QUERIES_PER_CLUSTER, 2 * KEYS_PER_CLUSTER),
 )
 
-IN_KERNELS = ("paper", "first_order", "second_order")
+IN_KERNELS = tuple(name for name, rule in RULES.items() if rule.compensation is not None)
 """Rules that the operator has: these can be timed."""
 
 # Where the curves of the two meet: at the same time one has more exact blocks than the other.

@@ -12,7 +12,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from svg_ear_compile.kernels.reference import Clusters, Result
 
 DENSITIES = (0.05, 0.1, 0.2, 0.4)
 CLUSTER_SIZES = ((256, 64), (128, 64), (128, 128), (64, 32))
-FORMS: tuple[Compensation, ...] = ("second_order", "first_order", "centroid")
+FORMS: tuple[Compensation, ...] = get_args(Compensation)
 
 
 @dataclass(frozen=True)

@@ -78,11 +78,6 @@ def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> Laun
     """
     block_dim = max(16, 1 << (head_dim - 1).bit_length())
     padded = head_dim < block_dim  # its masks take registers
-    covariance = away = Tiles(32, 32, 4, 1)
-    if hopper:
-        columns = block_dim if block_dim <= 128 else 32
-        covariance = Tiles(64, columns, 8, 1 if padded or block_dim > 128 else 2)
-        away = Tiles(64, min(64, block_dim), 8 if padded else 4, 1)
     if element_size == 4:
         # tf32 would break the float32 tolerance, so float32 products run on the CUDA cores.
         if block_dim <= 64:
@@ -90,6 +85,11 @@ def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> Laun
         else:
             tiles = Tiles(16, 32, 4, 1) if block_dim > 128 else Tiles(32, 32, 4, 1)
         return LaunchConfig(block_dim, tiles, tiles, tiles, Tiles(32, 32, 8, 1), tiles)
+    covariance = away = Tiles(32, 32, 4, 1)
+    if hopper:
+        columns = block_dim if block_dim <= 128 else 32
+        covariance = Tiles(64, columns, 8, 1 if padded or block_dim > 128 else 2)
+        away = Tiles(64, min(64, block_dim), 8 if padded else 4, 1)
     # 72 is no multiple of 16: its loads are narrow and their addresses take the registers.
     rows = 64 if head_dim == 72 else 128
     if block_dim > 128:

@@ -24,10 +24,9 @@ def tiny(text: int = 0) -> Inputs:
 @pytest.mark.parametrize("text", [0, 9])
 def test_rows_of_a_shape(text: int) -> None:
     said: list[str] = []
-    rows = measure.measure_shape(
-        tiny(text), [0.2], ["first_order", "centroid"], ["default", "4/9"], 2, True, said.append
-    )
-    assert [row["form"] for row in rows] == ["first_order", "flex", "centroid"] * 2
+    forms = ["first_order", "second_order", "centroid"]
+    rows = measure.measure_shape(tiny(text), [0.2], forms, ["default", "4/9"], 2, True, said.append)
+    assert [row["form"] for row in rows] == ["first_order", "flex", *forms[1:]] * 2
     for row in rows:
         assert row["gate"] < 1e-2
         assert len(row["samples_ms"]) == 2
@@ -36,7 +35,7 @@ def test_rows_of_a_shape(text: int) -> None:
     assert all(0.2 <= row["density_reached"] < 0.5 for row in rows if row["form"] != "flex")
     assert rows[1]["waste"] > 1
     assert rows[1]["computed_tflops"] == pytest.approx(rows[1]["useful_tflops"] * rows[1]["waste"])
-    assert len(said) == 7
+    assert len(said) == 9
 
 
 def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import pytest
 import torch
@@ -25,11 +26,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svg_ear_compile.kernels import reference
-from svg_ear_compile.kernels.plan import HEAD_DIMS, AttentionPlan
+from svg_ear_compile.kernels.plan import HEAD_DIMS, AttentionPlan, Compensation
 from svg_ear_compile.kernels.reference import Result
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
-COMPENSATIONS = ("second_order", "first_order", "centroid")
+COMPENSATIONS = get_args(Compensation)
 
 # How far two float32 evaluations of one block's score may lie apart (natural log).
 SCORE_TOLERANCE = 2e-3
