@@ -147,6 +147,27 @@ def end_to_end_table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def generation_table(records: list[dict[str, Any]]) -> str:
+    """Whole sampling loops, dense and sparse."""
+    where = dict.fromkeys(map(_where, records))
+    lines = [
+        f"{'; '.join(where)}. Random weights.",
+        "",
+        "| model | backend | density | denoising steps (dense ones) | s a generation | speed-up |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        dense = record["rows"][0]["seconds"]
+        for row in record["rows"]:
+            cells = [
+                row["model"], row["backend"], str(row["options"].get("density", "dense")),
+                f"{row['steps']} ({row['dense_steps']})", f"{row['seconds']:.1f}",
+                f"{dense / row['seconds']:.2f}x",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 FIDELITY_NOT_MEASURED = (
     "No run of this state on a GPU is recorded yet: `python -m benchmarks.fidelity --out "
     "benchmarks/results/nvidia-h200/fidelity` measures it, and `python -m benchmarks.readme` makes "
@@ -199,6 +220,9 @@ def main() -> int:
         else NOT_MEASURED,
         "end-to-end": end_to_end_table(
             [json.loads(path.read_text()) for path in sorted(END_TO_END.glob("forward-*.json"))]
+        ),
+        "generation": generation_table(
+            [json.loads(path.read_text()) for path in sorted(END_TO_END.glob("generation-*.json"))]
         ),
         "fidelity": fidelity_section(FIDELITY) if FIDELITY.exists() else FIDELITY_NOT_MEASURED,
         "compile-time": compile_time_table(json.loads(COMPILE_TIME.read_text())),

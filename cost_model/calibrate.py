@@ -106,7 +106,7 @@ _WORKLOADS = {
 }
 _PLANS = (
     AttentionPlan(density=0.1),
-    AttentionPlan(density=0.3),
+    AttentionPlan(density=0.3, compensation="second_order"),
     AttentionPlan(density=0.2, compensation="centroid"),
 )
 # The lengths that test the fit are measured at densities and cluster sizes of their own.
@@ -142,11 +142,13 @@ class _Clock:
             samples.append(1e3 * (time.perf_counter() - began))
         return min(samples)
 
-    def stages(self, call: Callable[[], object], form: str) -> dict[str, float]:
+    def stages(self, call: Callable[[], object], plan: AttentionPlan) -> dict[str, float]:
         """Milliseconds of a sparse call by `STAGES`; a GPU makes its tables inside the probe."""
         known = _STAGE_OF_KERNEL if self.on_gpu else _STAGE_OF_FUNCTION
         # What a call is known not to run must not be missed in its profile.
-        known = {name: s for name, s in known.items() if s != "second_order" or form == s}
+        known = {
+            name: s for name, s in known.items() if s != "second_order" or plan.has_covariances
+        }
         profiled = self._profiled_kernels if self.on_gpu else self._profiled_functions
         runs = profiled(call, known)
         return {stage: min(run[stage] for run in runs) for stage in STAGES}
@@ -302,7 +304,7 @@ def measure(
     def call() -> object:
         return sparse_attention(q, k, v, plan, text=(0, text), centroids=warm)
 
-    stages = clock.stages(call, plan.compensation)
+    stages = clock.stages(call, plan)
     q_clusters, k_clusters = plan.clusters(tokens - text, tokens - text)
     return Sample(
         tokens=tokens,
@@ -399,7 +401,7 @@ def _plans(tokens: int, fitted: bool) -> list[AttentionPlan]:
     for size in sizes:
         q_clusters, k_clusters = (max(1, round(count / size)) for count in counts)
         other = replace(plans[0], q_clusters=q_clusters, k_clusters=k_clusters)
-        found += [other, replace(other, compensation="centroid")]
+        found += [other, replace(other, compensation="second_order")]
     return found
 
 
@@ -469,7 +471,7 @@ def _share_of_probe(
     twins = [
         other.stages_ms["probe"]
         for other in samples
-        if other.compensation == "centroid"
+        if not plan_of(other).has_own_tables
         and (other.tokens, other.q_clusters, other.k_clusters)
         == (sample.tokens, sample.q_clusters, sample.k_clusters)
     ]

@@ -35,9 +35,10 @@ class _Law:
 
 
 _LAWS: dict[Compensation, _Law] = {
-    "second_order": _Law(-7.29, -0.468, 0.511, 0.474),
-    "first_order": _Law(-6.56, -0.444, 0.476, 0.418),
-    "centroid": _Law(-5.52, -0.460, 0.342, 0.389),
+    "gaussian": _Law(-6.54, -0.633, 0.413, 0.347),
+    "second_order": _Law(-7.18, -0.618, 0.503, 0.363),
+    "first_order": _Law(-6.64, -0.600, 0.483, 0.326),
+    "centroid": _Law(-5.83, -0.600, 0.376, 0.299),
 }
 _LEAST_DENSITY = 0.02  # the law was fitted from 0.05 up; it must not run off to infinity at 0
 

@@ -71,7 +71,7 @@ def sparse_ms(
     }
     rounds = plan.warm_iterations if iterations is None else iterations
     issued = 1 + ROUND_SHARE * (rounds - 1)
-    if plan.compensation != "second_order":  # which is what `host_ms` is measured with
+    if not plan.has_covariances:  # which is what `host_ms` is measured with
         issued -= SECOND_ORDER_SHARE
     return StageTimes(stages, calibration.host_ms * issued)
 

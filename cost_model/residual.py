@@ -4,14 +4,14 @@ A skipped block (i, j) acts on a query q with its mean value instead of the valu
 weight. To leading order the difference is ``s Cov_ij(v, k) (q - q_i)`` in the first-order form,
 which is exact at the query centroid (the second-order form, of which the same is estimated, leaves
 the part in which the block's covariance differs from the pooled one), and ``s Cov_ij(v, k) q`` in
-the centroid form, which is exact at q = 0; ``Cov_ij`` is the covariance of values and keys in the
-block. Its size is estimated by the spreads alone, ``s * sigma_v(j) * sigma_k(j) * |q - q_i|`` (or
-``|q|``) over sqrt(D), as for a covariance without a preferred direction, weighted by the block's
-share of the row's mass.
+the centroid form, which is exact at q = 0, and with it in the Gaussian form; ``Cov_ij`` is the
+covariance of values and keys in the block. Its size is estimated by the spreads alone,
+``s * sigma_v(j) * sigma_k(j) * |q - q_i|`` (or ``|q|``) over sqrt(D), as for a covariance without a
+preferred direction, weighted by the block's share of the row's mass.
 
 An estimate to compare calls with, not an error in any unit: how it goes along with the real error
-is measured in benchmarks/tuning and shown there, less well for the second-order form than for the
-others.
+is measured in benchmarks/tuning and shown there, less well for the forms with
+covariances than for the others.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def residual(
     block = scale * spread(v, keys) * spread(k, keys) / math.sqrt(q.shape[-1])  # [B, H, Kc]
     skipped = (mass * block.unsqueeze(2)).square().masked_fill(exact, 0.0).sum(-1)  # [B, H, Qc]
     reach = spread(q, queries)
-    if compensation == "centroid":
+    if compensation in ("centroid", "gaussian"):
         reach = (reach.square() + queries.centroids.float().square().sum(-1)).sqrt()
     error = (skipped * reach.square() * queries.sizes).sum(-1)
     value_means, _ = cluster_means(v.float(), keys.labels.long(), keys.sizes.shape[-1])

@@ -15,7 +15,7 @@ from svg_ear_compile.kernels.plan import AttentionPlan
 
 STAGES = ("cluster", "probe", "tables", "route", "attend", "second_order")
 """Stages of a sparse call; ``tables`` is what stand-ins of every query cluster's own add to the
-probe, ``second_order`` what that form does before and after the attend stage."""
+probe, ``second_order`` what covariances take before and after the attend stage."""
 
 WAVE = 1024
 """Programs that a GPU runs at once, about; however little they do, it takes them a launch."""
@@ -119,6 +119,8 @@ def sparse_amounts(
     # The GPU walks all stand-ins and takes the exact ones out by their bias.
     stand_ins = k_clusters if on_gpu else k_clusters * (1 - density)
     distances = heads * queries * q_clusters + kv_heads * keys * k_clusters
+    tokens = heads * queries + kv_heads * keys
+    passes = rounds + (plan.cluster_metric == "logits")  # over all tokens
     posterior = 4.0 * dim * heads * probed_rows * probed_keys  # mean keys and values of every block
     seen = exact + shape.text + stand_ins  # by one query
     attended = rows * seen + shape.text * shape.k_tokens
@@ -140,9 +142,9 @@ def sparse_amounts(
         read += 2.0 * heads * rows * k_clusters * dim * size
     return {
         "cluster": Amount(
-            flops=2.0 * rounds * dim * distances,
-            bytes=2.0 * rounds * dim * size * (heads * queries + kv_heads * keys),
-            launches=16.0 * rounds,
+            flops=2.0 * rounds * dim * distances + 2.0 * (passes - rounds) * dim**2 * tokens,
+            bytes=2.0 * passes * dim * size * tokens,
+            launches=16.0 * passes,
         ),
         "probe": Amount(
             flops=2.0 * dim * heads * probed_rows * probed_keys + (0.0 if on_gpu else posterior),
@@ -172,6 +174,6 @@ def sparse_amounts(
             + (4 + CACHED * 2) * heads * queries * dim * size,
             launches=3.0,
         )
-        if plan.compensation == "second_order"
+        if plan.has_covariances
         else Amount(),
     }

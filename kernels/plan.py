@@ -13,7 +13,8 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 Routing = Literal["density", "top_p", "threshold"]
-Compensation = Literal["second_order", "first_order", "centroid"]
+Compensation = Literal["gaussian", "second_order", "first_order", "centroid"]
+ClusterMetric = Literal["logits", "euclidean"]
 
 HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128, 160, 192, 256)
 """Head dims that the kernels are built and tested for."""
@@ -50,8 +51,11 @@ class AttentionPlan:
         min_block_ratio: share of a row's blocks guaranteed by ``routing="top_p"``.
         threshold: smallest ``rho`` computed exactly by ``routing="threshold"``.
         cost_exponent: gamma of the error-to-cost score ``log E - gamma * log(m * n)``.
-        compensation: form of the skipped blocks, ``"second_order"``, ``"first_order"`` or
-            ``"centroid"``; see `reference.compensation_tables` and `reference.second_order`.
+        compensation: form of the skipped blocks, ``"gaussian"``, ``"second_order"``,
+            ``"first_order"`` or ``"centroid"``; see `reference.compensation_tables` and
+            `reference.second_order`.
+        cluster_metric: distance of the k-means, ``"logits"`` (what a difference between tokens does
+            to the logits, see `reference.logit_metrics`) or ``"euclidean"``.
         q_clusters: number of query clusters; None takes one per 128 queries up to 256 clusters, and
             more than those only where they would be of more than 256 queries.
         k_clusters: number of key clusters; None takes one per 64 keys.
@@ -71,7 +75,8 @@ class AttentionPlan:
     min_block_ratio: float = 0.1
     threshold: float = 1e-3
     cost_exponent: float = 1.0
-    compensation: Compensation = "second_order"
+    compensation: Compensation = "gaussian"
+    cluster_metric: ClusterMetric = "logits"
     q_clusters: int | None = None
     k_clusters: int | None = None
     first_iterations: int = 5
@@ -92,6 +97,11 @@ class AttentionPlan:
         if self.compensation not in get_args(Compensation):
             raise ValueError(
                 f"compensation must be one of {get_args(Compensation)}, got {self.compensation!r}"
+            )
+        if self.cluster_metric not in get_args(ClusterMetric):
+            raise ValueError(
+                f"cluster_metric must be one of {get_args(ClusterMetric)}, "
+                f"got {self.cluster_metric!r}"
             )
         for name in ("q_clusters", "k_clusters"):
             value = getattr(self, name)
@@ -130,7 +140,12 @@ class AttentionPlan:
     @property
     def has_own_tables(self) -> bool:
         """True where every query cluster has stand-ins of its own."""
-        return self.compensation != "centroid"
+        return self.compensation in ("first_order", "second_order")
+
+    @property
+    def has_covariances(self) -> bool:
+        """True where stand-ins grow and move with the query by the covariances of their head."""
+        return self.compensation in ("gaussian", "second_order")
 
     def clusters(self, q_tokens: int, k_tokens: int) -> tuple[int, int]:
         """(Qc, Kc) for that many clustered tokens: never more clusters than tokens, at least 1."""

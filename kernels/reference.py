@@ -2,8 +2,8 @@
 
 Works in any float dtype and on any device; float64 is the oracle of the tests. The five stages are
 those of "SVG-EAR: Parameter-Free Linear Compensation for Sparse Video Generation via Error-aware
-Routing" (arXiv 2603.08982); the ``"first_order"`` and ``"second_order"`` forms of the compensation
-are ours.
+Routing" (arXiv 2603.08982); the ``"gaussian"``, ``"first_order"`` and ``"second_order"`` forms of
+the compensation and the metric of the logits are ours.
 
 Notation: query cluster ``i`` of ``m_i`` queries with mean ``q_i``; key cluster ``j`` of ``n_j``
 keys with means ``k_j`` and ``v_j``; scale ``s``. A token's label is its cluster, or ``C`` for a
@@ -39,7 +39,7 @@ class Clusters(NamedTuple):
     sizes: Tensor
 
 
-LARGEST_GROWTH = 0.5
+LARGEST_GROWTH = 1.0
 """Growth in log-mass up to which second order is believed. Farther from its centroid a query sees
 the few keys that it is near to, and no Gaussian: without a limit some heads lose more than they
 gain."""
@@ -65,6 +65,8 @@ class Probe(NamedTuple):
 
 class SecondOrder(NamedTuple):
     """What a query's distance from its centroid does to its stand-ins, see `second_order`.
+
+    From the origin instead of the centroid in the ``"gaussian"`` form.
 
     Attributes:
         growth: (B, H, N_q) added to the logit of every stand-in.
@@ -170,7 +172,68 @@ def cluster(
         q_start = initial_centroids(q, None, q_clusters, text, plan.seed)
         k_start = initial_centroids(k, mask, k_clusters, text, plan.seed)
         iterations = plan.first_iterations
-    return kmeans(q, None, q_start, text, iterations), kmeans(k, mask, k_start, text, iterations)
+    of_queries, of_keys = None, None
+    if plan.cluster_metric == "logits":
+        of_queries, of_keys = logit_metrics(q, k, mask, text)
+    return (
+        kmeans(q, None, q_start, text, iterations, of_queries),
+        kmeans(k, mask, k_start, text, iterations, of_keys),
+    )
+
+
+def is_clustered(x: Tensor, key_mask: Tensor | None, text: tuple[int, int]) -> Tensor:
+    """(B, H, N) bool: finite video tokens that take part; arguments as `kmeans`."""
+    position = torch.arange(x.shape[2], device=x.device)
+    video = (position >= text[0]) & (position < x.shape[2] - text[1])
+    found = video & x.isfinite().all(-1)
+    return found if key_mask is None else found & key_mask
+
+
+def logit_metrics(
+    q: Tensor, k: Tensor, key_mask: Tensor | None, text: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """What a difference between two queries, or two keys, does to the logits.
+
+    Two queries that differ by ``d`` weigh the keys of their head alike where ``d . k`` is the same
+    for all keys; how much it is not is ``d' Cov(k) d``. The logits of two keys that differ by ``d``
+    differ by ``d' E[q q'] d`` in the mean square over the queries. Clusters of equal tokens by
+    these are what centroids stand for best.
+
+    Args:
+        q: (B, H, N_q, D). k: (B, H_kv, N_k, D).
+        key_mask: (B, H_kv, N_k) bool or None.
+        text: text tokens before and after the video tokens.
+
+    Returns:
+        Metrics (see `as_metric`) of the queries (B, H, D, D) and of the keys (B, H_kv, D, D): of
+        the clustered tokens, the queries of all heads of a key head together.
+    """
+
+    def moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        inside = is_clustered(x, mask, text).unsqueeze(-1)
+        count = inside.sum(2).clamp(min=1)  # [B, H, 1]
+        x = torch.where(inside, x, 0.0)
+        mean = x.sum(2) / count
+        away = torch.where(inside, x - mean.unsqueeze(2), 0.0)
+        squares, spreads = (t.transpose(2, 3) @ t / count.unsqueeze(-1) for t in (x, away))
+        return squares, spreads
+
+    kv_heads = k.shape[1]
+    of_queries = moments(q, None)[0].unflatten(1, (kv_heads, -1)).mean(2)
+    of_keys = moments(k, key_mask)[1].repeat_interleave(q.shape[1] // kv_heads, 1)
+    return as_metric(of_keys), as_metric(of_queries)
+
+
+def as_metric(moment: Tensor) -> Tensor:
+    """(..., D, D) of Frobenius norm 1; the identity where a moment is 0 or not finite.
+
+    k-means asks which distance is the least, so the size of a metric is free; at this one a token
+    becomes no longer, which keeps half precision within its range.
+    """
+    size = moment.square().sum((-2, -1), keepdim=True).sqrt()
+    usable = (size > 0) & size.isfinite()
+    identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    return torch.where(usable, moment / size, identity)
 
 
 def cluster_means(x: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
@@ -199,8 +262,9 @@ def kmeans(
     centroids: Tensor,
     text: tuple[int, int],
     iterations: int,
+    metric: Tensor | None = None,
 ) -> Clusters:
-    """Stage 1. Euclidean k-means from given centroids; ties go to the lowest cluster.
+    """Stage 1. k-means from given centroids; ties go to the lowest cluster.
 
     Args:
         x: (B, H, N, D).
@@ -208,19 +272,19 @@ def kmeans(
         centroids: (B, H, C, D), finite.
         text: text tokens before and after the video tokens.
         iterations: number of assign-and-update rounds, at least 1.
+        metric: (B, H, D, D) M of the squared distance ``d' M d``, symmetric; None is Euclidean.
 
     Returns:
         `Clusters`, whose centroids are the means of the returned labels.
     """
     clusters = centroids.shape[2]
-    tokens = x.shape[2]
-    position = torch.arange(tokens, device=x.device)
-    always_exact = (position < text[0]) | (position >= tokens - text[1])
-    always_exact = always_exact | ~x.isfinite().all(-1)
+    always_exact = ~is_clustered(x, None, text)
     finite = torch.where(always_exact.unsqueeze(-1), torch.zeros_like(x), x)
     labels = sizes = None
     for _ in range(iterations):
-        distance = centroids.square().sum(-1).unsqueeze(2) - 2 * finite @ centroids.transpose(2, 3)
+        aims = centroids if metric is None else centroids @ metric
+        norm = (centroids * aims).sum(-1)
+        distance = norm.unsqueeze(2) - 2 * finite @ aims.transpose(2, 3)
         labels = torch.where(always_exact, clusters, distance.argmin(-1))
         if key_mask is not None:
             labels = torch.where(key_mask, labels, clusters + 1)
@@ -371,10 +435,11 @@ def compensation_tables(
     """One stand-in key, value and logit bias for every block.
 
     A skipped block acts on a query q of cluster i as one key ``K`` with value ``V`` and logit
-    ``s q . K + bias``. The paper's centroid form takes ``K = k_j, V = v_j, bias = log n_j``. The
-    first-order form takes the block's posterior means at the query centroid and
-    ``bias = log Z_ij - s q_i . K_ij``: mass and its gradient are exact at ``q = q_i``. The
-    second-order form has the same tables and adds `second_order`.
+    ``s q . K + bias``. The paper's centroid form takes ``K = k_j, V = v_j, bias = log n_j``, and so
+    does the Gaussian form, which adds `second_order` from the origin: a query sees each cluster as
+    a Gaussian about its means. The first-order form takes the block's posterior means at the query
+    centroid and ``bias = log Z_ij - s q_i . K_ij``: mass and its gradient are exact at ``q = q_i``.
+    The second-order form has the same tables and adds `second_order` from there.
 
     Args:
         found, queries, keys: see `probe`.
@@ -459,6 +524,27 @@ def second_order(
     shortened = away * length.unsqueeze(-1)
     move = scale * shortened @ of_values.transpose(2, 3)
     return SecondOrder(growth.clamp(max=LARGEST_GROWTH), move)
+
+
+def covariance_terms(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Clusters,
+    keys: Clusters,
+    value_means: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+) -> SecondOrder | None:
+    """`second_order` about the point at which the plan's stand-ins are exact, None without.
+
+    Tables of a query cluster's own are exact at its centroid, those of the Gaussian form at 0.
+    """
+    if not plan.has_covariances:
+        return None
+    if not plan.has_own_tables:
+        queries = queries._replace(centroids=torch.zeros_like(queries.centroids))
+    return second_order(q, k, v, queries, keys, value_means, scale)
 
 
 def attend(
@@ -562,8 +648,6 @@ def sparse_attention(
     exact = route(found, queries, shared, plan)
     value_means, _ = cluster_means(v, shared.labels, exact.shape[3])
     tables = compensation_tables(found, queries, shared, value_means, plan, scale)
-    second = None
-    if plan.compensation == "second_order":
-        second = second_order(q, k, v, queries, shared, value_means, scale)
+    second = covariance_terms(q, k, v, queries, shared, value_means, plan, scale)
     out, lse = attend(q, k, v, queries.labels, shared.labels, exact, tables, scale, second)
     return Result(out, lse, queries, keys, exact, row_area(exact, shared))

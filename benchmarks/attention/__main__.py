@@ -43,7 +43,7 @@ def jobs(given: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
         return [(name, job) for name in names]
     job["flex"] = False
     papers = job | {"clusters": [PAPERS_CLUSTERS]}
-    default = job | {"clusters": ["default"], "forms": ["centroid", "second_order"]}
+    default = job | {"clusters": ["default"], "forms": ["centroid", "gaussian"]}
     price = {"densities": [1.0], "forms": ["centroid"], "clusters": [PAPERS_CLUSTERS]}
     return [
         # FlexAttention where its index lists are small enough to be quick.
@@ -65,7 +65,7 @@ def main() -> None:
         "--shapes", help=f"only these: {', '.join([*SHAPES, RECORDED])}, or sweep for all lengths"
     )
     parser.add_argument("--densities", default="0.1,0.2")
-    parser.add_argument("--forms", default="centroid,first_order,second_order")
+    parser.add_argument("--forms", default="centroid,first_order,gaussian")
     parser.add_argument("--clusters", default=f"{PAPERS_CLUSTERS},default")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--flex", action="store_true", help="with --shapes: FlexAttention too")

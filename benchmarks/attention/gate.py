@@ -42,7 +42,7 @@ def definition_rows(
     q_clusters = result.queries.sizes.shape[-1]
     centers = result.queries.centroids[b, h].to(q.dtype).double()
     second = None
-    if plan.compensation == "second_order":
+    if plan.has_covariances:
         of_rows = Clusters(
             result.queries.labels[b, h, rows].long()[None, None],
             centers[None, None],
@@ -55,7 +55,7 @@ def definition_rows(
         )
         means, _ = reference.cluster_means(values[None, None], of_keys.labels, clusters)
         tokens = (x[None, None] for x in (q[b, h, rows].double(), keys, values))
-        second = reference.second_order(*tokens, of_rows, of_keys, means, scale)
+        second = reference.covariance_terms(*tokens, of_rows, of_keys, means, plan, scale)
     out = []
     for place, row in enumerate(rows.tolist()):
         i = int(result.queries.labels[b, h, row])
@@ -68,7 +68,7 @@ def definition_rows(
         center = centers[i]
         size = result.keys.sizes[b, kv].double()
         weight = torch.exp(scale * keys @ center)
-        if plan.compensation == "centroid":
+        if not plan.has_own_tables:
             weight = torch.ones_like(weight)
 
         def over_blocks(x: Tensor) -> Tensor:

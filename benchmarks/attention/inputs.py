@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.attention.data import video_like
 from benchmarks.tuning.recorded import record
 from benchmarks.video_dit.data import TRAIN_SHAPE
-from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
+from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.reference import Result
 
 # name: (B, H, video tokens, text tokens, D)
@@ -74,21 +74,26 @@ def inputs_of(name: str, device: str, dtype: torch.dtype) -> Inputs:
     return Inputs(name, q, k, v, text)
 
 
-def plan_of(clusters: str, form: Compensation, density: float) -> AttentionPlan:
-    """The plan of a row: ``"default"``, or counts such as `PAPERS_CLUSTERS`.
+def plan_of(clusters: str, form: str, density: float) -> AttentionPlan:
+    """The plan of a row.
 
-    The paper's are warmed in two rounds, as the paper does.
+    Args:
+        clusters: ``"default"``, or counts such as `PAPERS_CLUSTERS`, which are warmed in two
+            rounds, as the paper does.
+        form: of the compensation, and with ``"/euclidean"`` after it the metric of the clusters.
+        density: see `AttentionPlan`.
     """
-    if clusters == "default":
-        return AttentionPlan(density=density, compensation=form)
-    q_clusters, k_clusters = map(int, clusters.split("/"))
-    return AttentionPlan(
+    compensation, _, metric = form.partition("/")
+    found = AttentionPlan(
         density=density,
-        compensation=form,
-        q_clusters=q_clusters,
-        k_clusters=k_clusters,
-        warm_iterations=2 if clusters == PAPERS_CLUSTERS else AttentionPlan().warm_iterations,
+        compensation=compensation,  # type: ignore[arg-type]
+        cluster_metric=metric or AttentionPlan.cluster_metric,  # type: ignore[arg-type]
     )
+    if clusters == "default":
+        return found
+    q_clusters, k_clusters = map(int, clusters.split("/"))
+    rounds = 2 if clusters == PAPERS_CLUSTERS else found.warm_iterations
+    return replace(found, q_clusters=q_clusters, k_clusters=k_clusters, warm_iterations=rounds)
 
 
 def sparse_form(on_gpu: bool) -> Callable[..., Result]:

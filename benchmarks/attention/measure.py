@@ -16,7 +16,7 @@ from benchmarks.attention.flex import flex_row
 from benchmarks.attention.gate import definition_rows, passes, relative_error
 from benchmarks.attention.inputs import Inputs, exact_pairs, plan_of, sparse_form
 from svg_ear_compile.cost_model.calibrate import backend_takes, busy_kernels_ms, busy_ms
-from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
+from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.reference import Result
 
 FUSED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -24,6 +24,7 @@ FUSED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTIO
 STAGES = {
     "kmeans_assign_kernel": "assign",
     "cluster_mean_kernel": "means",
+    "moment_kernel": "means",
     "probe_kernel": "probe",
     "route_kernel": "route",
     "list_keys_kernel": "route",
@@ -81,7 +82,7 @@ def dense_baselines(inputs: Inputs, repeats: int) -> dict[str, list[float]]:
 def measure_shape(
     inputs: Inputs,
     densities: Sequence[float],
-    forms: Sequence[Compensation],
+    forms: Sequence[str],
     clusters: Sequence[str],
     repeats: int,
     flex: bool,
@@ -91,8 +92,7 @@ def measure_shape(
 
     Args:
         inputs: what is attended to.
-        densities, forms: of the plans.
-        clusters: ``"default"`` or ``"300/1000"``, query and key clusters.
+        densities, forms, clusters: see `plan_of`.
         repeats: timed calls.
         flex: also time FlexAttention on the tiles that cover the chosen blocks.
         say: hears a line of progress for each row.

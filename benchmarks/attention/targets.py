@@ -13,12 +13,12 @@ _DENSITIES = (0.2, 0.1)
 _FORMS = {
     "centroid": "centroid form",
     "first_order": "first-order form",
-    "second_order": "second-order form",
+    "gaussian": "Gaussian form",
 }
 _WHOLE = {
     "centroid": ("3.0x / 4.6x", "4.0x / 6.5x"),
     "first_order": ("2.7x / 3.9x", "3.6x / 5.6x"),
-    "second_order": ("2.7x / 3.9x", "3.6x / 5.6x"),
+    "gaussian": ("2.7x / 3.9x", "3.6x / 5.6x"),
 }
 _NOT_MEASURED = "not measured"
 
@@ -81,7 +81,7 @@ def _added(first_order: Row | None, centroid: Row | None) -> str | None:
 
 
 def _shortest(rows: list[Row], ms: Callable[[Row], float]) -> str:
-    """The length from which every measured one is faster than dense, in both forms."""
+    """The length from which every measured one is faster than dense, in all forms."""
     pays: dict[int, bool] = {}
     for row in rows:
         if row["clusters"] == "default" and row["density"] == 0.2 and row["size"][3] == 128:

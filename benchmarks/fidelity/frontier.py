@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.fidelity.grid import DENSITIES, WARM_UPS, Cell
+from benchmarks.fidelity.grid import DENSITIES, DROPPING, OURS, PAPER, WARM_UPS, Cell
 from benchmarks.fidelity.scores import Interval, interval
-
-PAPER, OURS, DROPPING = "paper", "second_order", "svg2"
 
 Curve = list[tuple[float, float]]
 """Points (time or density, PSNR), both rising."""
@@ -102,11 +100,11 @@ def derived(points: Sequence[Point], shapes: Sequence[str]) -> dict[str, Any]:
         shapes: where times were measured.
 
     Returns:
-        ``equal_density``: rows with the PSNR gain of second-order compensation over the paper's
+        ``equal_density``: rows with the PSNR gain of Gaussian compensation over the paper's
         rule (an interval over seeds, paired), the ratio of their attention errors and the density
-        that SVG2 (the best of its clusters) needs for the PSNR of second-order compensation, over
+        that SVG2 (the best of its clusters) needs for the PSNR of Gaussian compensation, over
         its own. ``equal_time``: by shape, the gain at the times at which the paper's frontier has
-        its points; ``time_ratio``: by shape, the time of second-order compensation at the PSNR that
+        its points; ``time_ratio``: by shape, the time of Gaussian compensation at the PSNR that
         the paper's rule has at density 0.2 (the best of its clusters) over the least time that the
         paper's rule has it in. Interpolated in the logarithm of time or density. Ratios come as
         (value, bound): ``"over"`` or ``"under"`` where the PSNR lies outside of what was measured.

@@ -23,6 +23,8 @@ _OTHER_CLUSTERS = (
     (QUERIES_PER_CLUSTER, 2 * KEYS_PER_CLUSTER),
 )
 
+PAPER, OURS, DROPPING = "paper", "gaussian", "svg2"
+
 IN_KERNELS = tuple(name for name, rule in RULES.items() if rule.compensation is not None)
 """Rules that the operator has: these can be timed."""
 
@@ -53,9 +55,9 @@ class Cell:
 
     @property
     def is_decisive(self) -> bool:
-        """True for the cells that say what the forms of the compensation are worth."""
+        """True for the cells that compare the default with the paper."""
         return (
-            self.rule in IN_KERNELS
+            self.rule in (PAPER, OURS)
             and self.density in DENSITIES
             and (self.queries, self.keys) in CLUSTERS
             and self.warm_up == WARM_UPS[0]
@@ -76,9 +78,9 @@ class Cell:
 def cells(models: Sequence[str]) -> list[Cell]:
     """Every cell in the order of what it decides.
 
-    First the paper's rule and both orders of compensation; then densities around these, so that
-    rules can be read at equal time, and other clusters; then how much density SVG2 needs, shorter
-    warm-ups, other rules, and coarser clusters for those.
+    First the paper's rule and the default; then densities around these, so that they can be read at
+    equal time, and how much density SVG2 needs; then the other rules of the operator, other
+    clusters, shorter warm-ups, and rules that nobody ships.
     """
 
     def made(
@@ -94,14 +96,12 @@ def cells(models: Sequence[str]) -> list[Cell]:
         ]
 
     ordered = [
+        *made([PAPER, OURS], DENSITIES, CLUSTERS),
+        *made([PAPER, OURS], _OUTER, CLUSTERS),
+        *made([DROPPING], _SVG2, [FINE]),
         *made(IN_KERNELS, DENSITIES, CLUSTERS),
-        *made(IN_KERNELS, _OUTER, CLUSTERS),
-        *made(["second_order"], DENSITIES, _OTHER_CLUSTERS),
-        *made(["svg2"], _SVG2, [FINE]),
-        *made(["uniform"], DENSITIES, [FINE]),
-        *made(IN_KERNELS, DENSITIES, [FINE], WARM_UPS[1]),
-        *made(["values", "score"], DENSITIES, [FINE]),
-        *made(IN_KERNELS, DENSITIES, [COARSE], WARM_UPS[1]),
-        *made(["svg2", "values", "score"], DENSITIES, [COARSE]),
+        *made([OURS], DENSITIES, _OTHER_CLUSTERS),
+        *made([PAPER, OURS], DENSITIES, [FINE], WARM_UPS[1]),
+        *made(["uniform", "values", "score"], DENSITIES, [FINE]),
     ]
     return list(dict.fromkeys(ordered))

@@ -17,9 +17,11 @@ _COLOURS = {
     "svg2": "#8c564b",
     "score": "#bcbd22",
     "paper": "#1f77b4",
+    "paper_clusters": "#17becf",
     "values": "#9467bd",
     "first_order": "#d9622b",
-    "second_order": "#2ca02c",
+    "second_order": "#e377c2",
+    "gaussian": "#2ca02c",
     "uniform": "#7f7f7f",
 }
 

@@ -94,7 +94,7 @@ def _asked_by_model(evidence: Evidence) -> dict[str, list[tuple[str, str, str, s
 
 def asked_table(evidence: Evidence) -> Table:
     """`asked_rows` of every model."""
-    table = Table(title="Second-order compensation: goals and measured")
+    table = Table(title="Gaussian compensation: goals and measured")
     for heading in ("model", "", "goal", "stretch goal", "measured"):
         table.add_column(heading)
     for model, rows in _asked_by_model(evidence).items():

@@ -1,7 +1,7 @@
 """Every rule that is compared: what it computes exactly and what it does with the rest.
 
-The paper's rule and compensation of first and second order go through the operator that users get.
-The others are written out in plain PyTorch (`head.py`) from their published descriptions: SVG2 is
+The paper's rule and the operator's own compensations go through the operator that users get. The
+others are written out in plain PyTorch (`head.py`) from their published descriptions: SVG2 is
 arXiv 2505.18875, SVG-EAR arXiv 2603.08982.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.fidelity import head
 from benchmarks.fidelity.head import Head, heads_of
 from svg_ear_compile.kernels import op, reference, state
-from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
+from svg_ear_compile.kernels.plan import AttentionPlan, ClusterMetric, Compensation
 from svg_ear_compile.kernels.state import Call, Memory
 
 ByHead = Callable[[Head, float], tuple[Tensor, Tensor]]
@@ -32,11 +32,13 @@ class Rule:
     Attributes:
         title: in tables and plots.
         compensation: the operator's form, for rules that the operator has.
+        metric: of the clusters; published rules have Euclidean ones.
         by_head: the rule in plain PyTorch, for the others; None in both is `uniform`.
     """
 
     title: str
     compensation: Compensation | None = None
+    metric: ClusterMetric = "euclidean"
     by_head: ByHead | None = None
 
 
@@ -86,9 +88,11 @@ RULES = {
     "svg2": Rule("SVG2: score, drop", by_head=svg2),
     "score": Rule("score, centroids", by_head=score_and_centroids),
     "paper": Rule("paper (SVG-EAR)", compensation="centroid"),
+    "paper_clusters": Rule("paper, clusters by logits", compensation="centroid", metric="logits"),
     "values": Rule("first order, values only", by_head=values_only),
-    "first_order": Rule("first order", compensation="first_order"),
-    "second_order": Rule("second order", compensation="second_order"),
+    "first_order": Rule("first order", compensation="first_order", metric="logits"),
+    "second_order": Rule("second order", compensation="second_order", metric="logits"),
+    "gaussian": Rule("Gaussian (svg_ear)", compensation="gaussian", metric="logits"),
     "uniform": Rule("uniform keys"),
 }
 
@@ -126,7 +130,7 @@ def attention(
     Args:
         q, k, v: (B, H, N, D), text tokens last.
         rule: its name.
-        plan: density, clusters, iterations, seed; the rule decides routing and compensation.
+        plan: density, clusters, iterations, seed; the rule decides the rest.
         text: text tokens at the end.
         site: what is remembered is remembered for this site.
         remembered: starts from and keeps centroids; None clusters afresh.
@@ -136,6 +140,7 @@ def attention(
     """
     remembered = Remembered({}) if remembered is None else remembered
     chosen = RULES[rule]
+    plan = replace(plan, cluster_metric=chosen.metric)
     if chosen.compensation is not None:
         plan = replace(plan, compensation=chosen.compensation)
         with state.active(remembered):

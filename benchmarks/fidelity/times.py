@@ -48,7 +48,9 @@ def measure_times(
     for clusters, wish in wishes.items():
         groups.setdefault(frozenset(wish), []).append(clusters)
     for wish, clusters_of in groups.items():
-        forms = {str(RULES[rule].compensation): rule for rule, _ in sorted(wish)}
+        forms = {
+            f"{RULES[rule].compensation}/{RULES[rule].metric}": rule for rule, _ in sorted(wish)
+        }
         counts = {
             f"{math.ceil(tokens / q)}/{math.ceil(tokens / k)}": (q, k) for q, k in clusters_of
         }

@@ -40,7 +40,7 @@ from benchmarks.video_dit.sample import generate
 
 WEIGHTS = Path(__file__).with_name("weights")
 SHAPES = {"short": DEMO_SHAPE, "long": TRAIN_SHAPE}
-TITLES = {"centroid": "paper's rule", "second_order": "svg_ear"}
+TITLES = {"centroid": "paper's rule", "gaussian": "svg_ear"}
 
 # pan right, drift up, zoom in, turn a little; no cut-out. Everything in the picture moves, so no
 # frame is a copy of another.
@@ -71,7 +71,7 @@ class DemoSettings:
     label: int = LABELS.index("astronaut")
     seed: int = 0
     guidance: float = 2.0
-    compensations: tuple[str, ...] = ("centroid", "second_order")
+    compensations: tuple[str, ...] = ("centroid", "gaussian")
 
     @classmethod
     def for_device(cls, device: str) -> DemoSettings:
@@ -131,7 +131,8 @@ def sparse_options(settings: DemoSettings, patch: int, compensation: str) -> dic
         "compensation": compensation,
     }
     if compensation == "centroid":
-        options["warm_iterations"] = 2  # the paper's rule, as the paper warms it
+        # The paper's rule with the paper's clusters.
+        options |= {"cluster_metric": "euclidean", "warm_iterations": 2}
     return options
 
 

@@ -17,6 +17,7 @@ from svg_ear_compile.kernels.gpu.launch import (
     launch_config,
     token_strides,
 )
+from svg_ear_compile.kernels.gpu.metric import logit_metrics
 from svg_ear_compile.kernels.gpu.probe import probe_kernel
 from svg_ear_compile.kernels.gpu.route import list_keys_kernel, route_kernel
 from svg_ear_compile.kernels.gpu.second_order import (
@@ -69,10 +70,13 @@ def sparse_attention(
         iterations = plan.first_iterations
     else:
         (q_init, k_init), iterations = centroids, plan.warm_iterations
-    queries = kmeans(q, None, q_init, text, iterations, config)
-    keys = kmeans(k, mask, k_init, text, iterations, config)
+    of_queries, of_keys = None, None
+    if plan.cluster_metric == "logits":
+        of_queries, of_keys = logit_metrics(q, k, mask, text, config)
+    queries = kmeans(q, None, q_init, text, iterations, config, of_queries)
+    keys = kmeans(k, mask, k_init, text, iterations, config, of_keys)
     value_means = torch.zeros_like(keys.centroids)
-    rounded_value_means, _ = cluster_means(v, keys.order, keys.starts, value_means, config)
+    rounded_value_means = cluster_means(v, keys.order, keys.starts, value_means, config)
 
     groups = batch * heads
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
@@ -107,11 +111,11 @@ def sparse_attention(
         stand_in_value = table(k_clusters, dim, dtype=v.dtype)
     else:
         stand_in_key, stand_in_value = keys.rounded, rounded_value_means
-    second_order = plan.compensation == "second_order"
+    second_order = plan.has_covariances
     grown = share = bias  # never read, never written
     if second_order:
         curvature, slope = curvature_and_slope(k, v, keys, rounded_value_means, scale, config)
-        grown, length = growth_and_length(q, queries, curvature, kv_heads, config)
+        grown, length = growth_and_length(q, queries, curvature, kv_heads, own_tables, config)
         share = torch.empty_like(grown)
     head_counts = (heads, kv_heads)
     tiles = tile_cluster.shape[1]
@@ -164,7 +168,7 @@ def sparse_attention(
                 num_stages=attend.stages,
             )  # fmt: skip
     if second_order:
-        add_moves(out, q, queries, slope, length, share, kv_heads, config)
+        add_moves(out, q, queries, slope, length, share, kv_heads, own_tables, config)
     if out is not promised:
         promised.copy_(out)
     return Result(

@@ -42,8 +42,8 @@ class SortedClusters(NamedTuple):
 @triton.jit(do_not_specialize=["heads", "tokens", "clusters", "text_before", "text_after"])
 def kmeans_assign_kernel(
     x_ptr,  # (B, H, N, D)
-    centroid_ptr,  # (G, C, D) in the dtype of x
-    half_norm_ptr,  # (G, P) float32, |c|^2 / 2, infinite from C on
+    aim_ptr,  # (G, C, D) in the dtype of x, see `aims_of`
+    half_norm_ptr,  # (G, P) float32, see `aims_of`
     mask_ptr,  # (B|1, H|1, N) bool, True takes part
     label_ptr,  # (G, N) int32
     stride_xb,
@@ -77,10 +77,10 @@ def kmeans_assign_kernel(
     origin = tl.zeros([BLOCK_N, BLOCK_C], tl.int32)
     for first in range(0, clusters, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)  # [BC]
-        row = centroid_ptr + (g * clusters + c)[None, :] * D + d[:, None]
-        centroid = tl.load(row, mask=(c[None, :] < clusters) & (d[:, None] < D), other=0.0)
+        row = aim_ptr + (g * clusters + c)[None, :] * D + d[:, None]
+        aim = tl.load(row, mask=(c[None, :] < clusters) & (d[:, None] < D), other=0.0)
         half_norm = tl.load(half_norm_ptr + g * pitch + c)
-        distance = half_norm[None, :] - tl.dot(x, centroid, input_precision="ieee")  # [BN, BC]
+        distance = half_norm[None, :] - tl.dot(x, aim, input_precision="ieee")  # [BN, BC]
         origin = tl.where(distance < best, first, origin)
         best = tl.minimum(best, distance)
     nearest = tl.min(best, 1)
@@ -104,11 +104,9 @@ def cluster_mean_kernel(
     start_ptr,  # (G, C + 3) int32
     mean_ptr,  # (G, C, D) float32, in and out
     rounded_ptr,  # (G, C, D) in the dtype of x
-    half_norm_ptr,  # (G, P) float32
     stride_xb,
     stride_xh,
     stride_xn,
-    pitch,
     heads,
     tokens,
     clusters,
@@ -136,10 +134,7 @@ def cluster_mean_kernel(
     if first == last:
         mean = tl.load(mean_ptr + to, mask=d < D, other=0.0)
     tl.store(mean_ptr + to, mean, mask=d < D)
-    rounded = mean.to(rounded_ptr.dtype.element_ty)
-    tl.store(rounded_ptr + to, rounded, mask=d < D)
-    wide = rounded.to(tl.float32)
-    tl.store(half_norm_ptr + g * pitch + c, tl.sum(wide * wide, 0) * 0.5)
+    tl.store(rounded_ptr + to, mean.to(rounded_ptr.dtype.element_ty), mask=d < D)
 
 
 def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
@@ -156,22 +151,21 @@ def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
 
 def cluster_means(
     x: Tensor, order: Tensor, starts: Tensor, means: Tensor, config: LaunchConfig
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Overwrite `means` (G, C, D) float32 with the cluster means of x (B, H, N, D).
 
     Returns:
-        The means in the dtype of x, and half their squared norms (G, P) float32, infinite past C.
+        The means in the dtype of x.
     """
     _, heads, tokens, dim = x.shape
     groups, clusters, _ = means.shape
     rounded = torch.empty_like(means, dtype=x.dtype)
-    half_norm = _padded_half_norm(means)
     cluster_mean_kernel[(clusters, groups)](
-        x, order, starts, means, rounded, half_norm,
-        x.stride(0), x.stride(1), x.stride(2), half_norm.shape[1], heads, tokens, clusters,
+        x, order, starts, means, rounded,
+        x.stride(0), x.stride(1), x.stride(2), heads, tokens, clusters,
         D=dim, BLOCK_D=config.block_dim, BLOCK_N=32, num_warps=2,
     )  # fmt: skip
-    return rounded, half_norm
+    return rounded
 
 
 def kmeans(
@@ -181,6 +175,7 @@ def kmeans(
     text: tuple[int, int],
     iterations: int,
     config: LaunchConfig,
+    metric: Tensor | None = None,
 ) -> SortedClusters:
     """`reference.kmeans` on a GPU.
 
@@ -191,28 +186,42 @@ def kmeans(
         text: text tokens before and after the video tokens.
         iterations: assign-and-update rounds, at least 1.
         config: see `launch_config`.
+        metric: (G, D, D) float32 or None.
     """
     batch, heads, tokens, dim = x.shape
     groups, clusters = batch * heads, centroids.shape[2]
     means = centroids.reshape(groups, clusters, dim).to(torch.float32, copy=True)
-    rounded = means.to(x.dtype)
-    half_norm = _padded_half_norm(means)
-    torch.sum(rounded.float().square() * 0.5, -1, out=half_norm[:, :clusters])
     labels = torch.empty(groups, tokens, dtype=torch.int32, device=x.device)
     mask_strides = (0, 0, 0) if mask is None else token_strides(mask)
     tiles = config.assign
     for _ in range(iterations):
+        aims, half_norm = aims_of(means, metric, x.dtype)
         kmeans_assign_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
-            x, rounded, half_norm, x if mask is None else mask, labels,
+            x, aims, half_norm, x if mask is None else mask, labels,
             *token_strides(x), *mask_strides, half_norm.shape[1], heads, tokens, clusters, *text,
             D=dim, BLOCK_D=config.block_dim, BLOCK_N=tiles.rows, BLOCK_C=tiles.columns,
             HAS_MASK=mask is not None, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         order, starts = sort_by_label(labels, clusters)
-        rounded, half_norm = cluster_means(x, order, starts, means, config)
+        rounded = cluster_means(x, order, starts, means, config)
     return SortedClusters(labels, order, starts, means, rounded)
 
 
-def _padded_half_norm(means: Tensor) -> Tensor:
+def aims_of(means: Tensor, metric: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What the nearest centroid of x is found with: the least ``h - x . a``.
+
+    Args:
+        means: (G, C, D) float32 centroids c.
+        metric: (G, D, D) float32 M, or None for the identity.
+        dtype: of x.
+
+    Returns:
+        ``a = M c`` (G, C, D), rounded, and ``h = c . a - c' M c / 2`` (G, P) float32, infinite past
+        C: of a token at its centroid the distance is not rounded, however far that is from 0.
+    """
     groups, clusters, _ = means.shape
-    return means.new_full((groups, triton.cdiv(clusters, _PITCH) * _PITCH), math.inf)
+    moved = means if metric is None else means @ metric
+    aims = moved.to(dtype)
+    half_norm = means.new_full((groups, triton.cdiv(clusters, _PITCH) * _PITCH), math.inf)
+    torch.sum(means * (aims.float() - 0.5 * moved), -1, out=half_norm[:, :clusters])
+    return aims, half_norm

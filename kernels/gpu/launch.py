@@ -42,7 +42,7 @@ class LaunchConfig:
         assign: queries or keys × centroids.
         probe: query centroids × keys of one cluster.
         attend: queries of one cluster × keys.
-        covariance: tokens × columns of a head's covariances.
+        covariance: tokens × columns of a head's moments and covariances.
         away: queries × columns of what those make of them.
         wgmma: as `attend`, for `attend_wgmma_kernel`; None where that kernel does not serve.
     """
@@ -111,6 +111,17 @@ def token_strides(x: Tensor) -> tuple[int, ...]:
     return tuple(
         0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride(), strict=False)
     )
+
+
+def parts_of(tokens: int, programs: int, step: int) -> tuple[int, int]:
+    """How many parts to cut a sum over `tokens` into, and the tokens of one, a multiple of `step`.
+
+    `programs` are there for each part; a large device is kept busy by 512, and fewer than 1024
+    tokens are not worth a program.
+    """
+    parts = min(-(-512 // programs), -(-tokens // 1024))
+    chunk = -(-tokens // (parts * step)) * step
+    return -(-tokens // chunk), chunk
 
 
 def all_launch_configs() -> list[tuple[int, int, bool, LaunchConfig]]:

@@ -15,23 +15,26 @@ import triton.language as tl
 from torch import Tensor
 
 from svg_ear_compile.kernels.gpu.kmeans import SortedClusters
-from svg_ear_compile.kernels.gpu.launch import LaunchConfig, token_strides
+from svg_ear_compile.kernels.gpu.launch import LaunchConfig, parts_of, token_strides
 from svg_ear_compile.kernels.reference import LARGEST_GROWTH
-
-# Programs that keep a large device busy; tokens below which a program of its own does not pay.
-_PROGRAMS, _LEAST_TOKENS = 512, 1024
 
 
 @triton.jit
 def rows_away(
     row_ptr, label, token, stride_n, mean_ptr, clusters, d, there,
-    D: tl.constexpr,
+    D: tl.constexpr, FROM_MEAN: tl.constexpr,
 ):  # fmt: skip
-    """``x - mean of its cluster`` [BN, BD] float32 at columns d; 0 outside of the clusters."""
+    """``x - mean of its cluster`` [BN, BD] float32 at columns d; 0 outside of the clusters.
+
+    Only x where it is not FROM_MEAN.
+    """
     mask = (there & (label < clusters))[:, None] & (d < D)[None, :]
     x = tl.load(row_ptr + token[:, None] * stride_n + d[None, :], mask=mask, other=0.0)
-    mean = tl.load(mean_ptr + label[:, None] * D + d[None, :], mask=mask, other=0.0)
-    return x.to(tl.float32) - mean.to(tl.float32)
+    x = x.to(tl.float32)
+    if FROM_MEAN:
+        mean = tl.load(mean_ptr + label[:, None] * D + d[None, :], mask=mask, other=0.0)
+        x -= mean.to(tl.float32)
+    return x
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "clusters", "chunk"])
@@ -75,12 +78,12 @@ def covariance_kernel(
         there = at < tokens
         label = tl.load(label_ptr + g * tokens + at, mask=there, other=clusters)
         token = at.to(tl.int64)
-        column = rows_away(k_row, label, token, stride_kn, key_mean, clusters, c, there, D).to(
-            dtype
-        )  # [BN, BC]
-        k = rows_away(k_row, label, token, stride_kn, key_mean, clusters, d, there, D)
+        column = rows_away(
+            k_row, label, token, stride_kn, key_mean, clusters, c, there, D, True
+        ).to(dtype)  # [BN, BC]
+        k = rows_away(k_row, label, token, stride_kn, key_mean, clusters, d, there, D, True)
         of_keys = tl.dot(tl.trans(k.to(dtype)), column, of_keys, input_precision="ieee")
-        v = rows_away(v_row, label, token, stride_vn, value_mean, clusters, d, there, D)
+        v = rows_away(v_row, label, token, stride_vn, value_mean, clusters, d, there, D, True)
         of_values = tl.dot(tl.trans(v.to(dtype)), column, of_values, input_precision="ieee")
     to = (part * tl.num_programs(2) + g) * 2 * D * D + d[:, None] * D + c[None, :]
     mask = (d < D)[:, None] & (c < D)[None, :]
@@ -92,7 +95,7 @@ def covariance_kernel(
 def growth_kernel(
     q_ptr,  # (B, H, N, D)
     label_ptr,  # (G, N) int32
-    centroid_ptr,  # (G, Qc, D) in the dtype of q
+    centroid_ptr,  # (G, Qc, D) in the dtype of q; not read unless FROM_CENTROID
     curvature_ptr,  # (G_kv, D, D) in the dtype of q, symmetric
     growth_ptr,  # (G, N) float32 log2
     length_ptr,  # (G, N) float32, what dq is shortened to
@@ -107,6 +110,7 @@ def growth_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    FROM_CENTROID: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
     """``dq' curvature dq`` of BLOCK_N queries, dq shortened to where it is LIMIT; 0 for others."""
@@ -120,7 +124,7 @@ def growth_kernel(
     label = tl.load(label_ptr + g * tokens + at, mask=there, other=clusters)
     q_row = q_ptr + b * stride_qb + h * stride_qh
     centroid = centroid_ptr + g * clusters * D
-    away = rows_away(q_row, label, token, stride_qn, centroid, clusters, d, there, D)
+    away = rows_away(q_row, label, token, stride_qn, centroid, clusters, d, there, D, FROM_CENTROID)
     away = away.to(q_ptr.dtype.element_ty)  # [BN, BD]
     growth = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, D, BLOCK_C):
@@ -129,7 +133,9 @@ def growth_kernel(
         at_column = curvature_ptr + (g_kv * D + d[:, None]) * D + c[None, :]
         column = tl.load(at_column, mask=mask, other=0.0)  # [BD, BC]
         bent = tl.dot(away, column, input_precision="ieee")  # [BN, BC]
-        mine = rows_away(q_row, label, token, stride_qn, centroid, clusters, c, there, D)
+        mine = rows_away(
+            q_row, label, token, stride_qn, centroid, clusters, c, there, D, FROM_CENTROID
+        )
         growth += tl.sum(bent * mine, 1)
     length = tl.sqrt(LIMIT / tl.maximum(growth, LIMIT))
     tl.store(growth_ptr + g * tokens + at, tl.minimum(growth, LIMIT), mask=there)
@@ -141,7 +147,7 @@ def move_kernel(
     q_ptr,  # (B, H, N, D)
     out_ptr,  # (B, H, N, D), in and out
     label_ptr,  # (G, N) int32
-    centroid_ptr,  # (G, Qc, D) in the dtype of q
+    centroid_ptr,  # (G, Qc, D) in the dtype of q; not read unless FROM_CENTROID
     slope_ptr,  # (G_kv, D, D) in the dtype of q, s Cov(v, k)
     length_ptr,  # (G, N) float32, what dq is shortened to
     share_ptr,  # (G, N) float32, weight of a query's stand-ins
@@ -159,6 +165,7 @@ def move_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    FROM_CENTROID: tl.constexpr,
 ):
     """Add ``share * length * slope dq`` to the output of BLOCK_N queries."""
     g = tl.program_id(1).to(tl.int64)
@@ -171,7 +178,7 @@ def move_kernel(
     label = tl.load(label_ptr + g * tokens + at, mask=there, other=clusters)
     q_row = q_ptr + b * stride_qb + h * stride_qh
     centroid = centroid_ptr + g * clusters * D
-    away = rows_away(q_row, label, token, stride_qn, centroid, clusters, d, there, D)
+    away = rows_away(q_row, label, token, stride_qn, centroid, clusters, d, there, D, FROM_CENTROID)
     away = away.to(q_ptr.dtype.element_ty)  # [BN, BD]
     share = tl.load(share_ptr + g * tokens + at, mask=there, other=0.0)  # [BN]
     share *= tl.load(length_ptr + g * tokens + at, mask=there, other=0.0)
@@ -206,9 +213,7 @@ def curvature_and_slope(
     groups, clusters = batch * heads, keys.rounded.shape[1]
     tiles = config.covariance
     columns = triton.cdiv(dim, tiles.columns)
-    parts = min(triton.cdiv(_PROGRAMS, groups * columns), triton.cdiv(tokens, _LEAST_TOKENS))
-    chunk = triton.cdiv(triton.cdiv(tokens, parts), tiles.rows) * tiles.rows
-    parts = triton.cdiv(tokens, chunk)
+    parts, chunk = parts_of(tokens, groups * columns, tiles.rows)
     sums = torch.empty(parts, groups, 2, dim, dim, dtype=torch.float32, device=k.device)
     covariance_kernel[(parts, columns, groups)](
         k, v, keys.labels, keys.rounded, value_means, sums,
@@ -223,8 +228,9 @@ def curvature_and_slope(
 
 
 def growth_and_length(
-    q: Tensor, queries: SortedClusters, curvature: Tensor, kv_heads: int, config: LaunchConfig
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, queries: SortedClusters, curvature: Tensor, kv_heads: int, from_centroid: bool,
+    config: LaunchConfig,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Growth in log2 of the mass of a query's stand-ins, and the length of dq; (G, N) float32.
 
     Args:
@@ -232,6 +238,7 @@ def growth_and_length(
         queries: their clusters.
         curvature: see `curvature_and_slope`.
         kv_heads: H_kv.
+        from_centroid: dq is the distance from the query's centroid, else from 0.
         config: see `launch_config`.
     """
     _, heads, tokens, dim = q.shape
@@ -242,20 +249,21 @@ def growth_and_length(
         q, queries.labels, queries.rounded, curvature, grown, length,
         *token_strides(q), heads, kv_heads, tokens, clusters,
         D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,
-        LIMIT=LARGEST_GROWTH / math.log(2), num_warps=tiles.warps, num_stages=tiles.stages,
+        FROM_CENTROID=from_centroid, LIMIT=LARGEST_GROWTH / math.log(2),
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return grown, length
 
 
 def add_moves(
     out: Tensor, q: Tensor, queries: SortedClusters, slope: Tensor, length: Tensor, share: Tensor,
-    kv_heads: int, config: LaunchConfig,
+    kv_heads: int, from_centroid: bool, config: LaunchConfig,
 ) -> None:  # fmt: skip
     """Add the moves of the stand-ins to the output.
 
     Args:
         out: (B, H, N, D), changed.
-        q, queries, kv_heads, config: see `growth_and_length`.
+        q, queries, kv_heads, from_centroid, config: see `growth_and_length`.
         slope: see `curvature_and_slope`.
         length: see `growth_and_length`.
         share: (G, N) float32, weight that a query gives to its stand-ins.
@@ -267,5 +275,5 @@ def add_moves(
         q, out, queries.labels, queries.rounded, slope, length, share,
         *token_strides(q), *token_strides(out), heads, kv_heads, tokens, clusters,
         D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        FROM_CENTROID=from_centroid, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

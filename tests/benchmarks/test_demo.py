@@ -26,7 +26,7 @@ def random_clip(seed=0, shape=(5, 24, 32)):
     return torch.rand(*shape, 3, generator=torch.Generator().manual_seed(seed))
 
 
-def finite_run(title="svg_ear", compensation="second_order", seed=1, density=0.2):
+def finite_run(title="svg_ear", compensation="gaussian", seed=1, density=0.2):
     layers = (demo.LayerDensity("blocks.0.attn", density, "parameter"),)
     return demo.Run(
         title,
@@ -200,7 +200,7 @@ def test_whole_demo_on_a_tiny_model(tmp_path, monkeypatch):
     model.save(tmp_path / "weights")
     monkeypatch.setattr(demo, "_MIN_TOKENS", 64)
     settings = demo.DemoSettings(
-        "cpu", (3, 48, 48), steps=3, dense_steps=1, compensations=("second_order",)
+        "cpu", (3, 48, 48), steps=3, dense_steps=1, compensations=("gaussian",)
     )
     text = io.StringIO()
     out = tmp_path / "out"

@@ -96,11 +96,7 @@ def test_rules_rank_as_their_papers_say() -> None:
     dense = F.scaled_dot_product_attention(q, k, v)
     error = {r: relative(attention(q, k, v, r, PLAN), dense) for r in RULES}
     assert (
-        error["second_order"]
-        < error["first_order"]
-        < error["values"]
-        < error["paper"]
-        < error["score"]
+        error["gaussian"] < error["first_order"] < error["values"] < error["paper"] < error["score"]
     )
     assert error["score"] < error["svg2"]
 
@@ -197,7 +193,7 @@ def test_figures_that_follow_from_points() -> None:
             made_point("paper", d, p, t)
             for d, p, t in [(0.05, 20, 10), (0.1, 24, 20), (0.2, 28, 40)]
         ),
-        *(made_point("second_order", d, p, t) for d, p, t in [(0.05, 24, 12), (0.1, 29, 24)]),
+        *(made_point("gaussian", d, p, t) for d, p, t in [(0.05, 24, 12), (0.1, 29, 24)]),
         *(made_point("svg2", d, p, None) for d, p in [(0.1, 22), (0.2, 24), (0.4, 26)]),
     ]
     found = derived(points, ["wan"])
@@ -219,7 +215,7 @@ def test_figures_that_follow_from_points() -> None:
 
 
 def test_curves_and_ratios_are_over_the_density_that_was_reached() -> None:
-    ours = replace(made_point("second_order", 0.1, 24, None), density_reached=0.11)
+    ours = replace(made_point("gaussian", 0.1, 24, None), density_reached=0.11)
     peers = [
         replace(made_point("svg2", d, p, None), density_reached=1.1 * d)
         for d, p in [(0.2, 22), (0.4, 24)]
@@ -234,7 +230,7 @@ def test_the_decisive_cells_come_first() -> None:
     found = cells(["self", "joint"])
     decisive = [cell for cell in found if cell.is_decisive]
     assert found[: len(decisive)] == decisive
-    assert len(decisive) == 2 * 2 * 3 * 3
+    assert len(decisive) == 2 * 2 * 3 * 2
     assert len(set(found)) == len(found)
     assert Cell("self", "paper", 0.1, 128, 64).plan(1000).clusters(1000, 1000) == (8, 16)
 
@@ -269,7 +265,7 @@ def test_a_run_is_recorded_and_goes_on_where_it_was(
 ) -> None:
     part = ("--densities", "0.2", "--clusters", "128/64", "--warm-ups", "0.2")
     first = run_bench(monkeypatch, tiny, *part, "--rules", "paper,second_order")
-    assert [p.cell.rule for p in first.points] == ["paper", "second_order"] * 2
+    assert [p.cell.rule for p in first.points] == ["paper", "gaussian"] * 2
     assert first.models["joint"]["model"]["text"] == 16
     assert first.models["self"]["model"]["tokens"] == 4 * 6 * 6
     for model in ("self", "joint"):
@@ -282,7 +278,7 @@ def test_a_run_is_recorded_and_goes_on_where_it_was(
     capsys.readouterr()
     whole = run_bench(monkeypatch, tiny, "clips", *part, "--models", "self")
     whole = run_bench(monkeypatch, tiny, "clips", *part, "--models", "joint")
-    assert [p for p in whole.points if p.cell.rule in ("paper", "second_order")] == first.points
+    assert [p for p in whole.points if p.cell.rule in ("paper", "gaussian")] == first.points
     assert {p.cell.rule for p in whole.points} == set(RULES)
     said = capsys.readouterr().out
     assert "values" in said

@@ -170,9 +170,9 @@ def test_this_cpu_is_measured_and_predicted(monkeypatch: pytest.MonkeyPatch) -> 
     assert heard[0] == "roofs"
     assert {s.fitted for s in found.samples} == {True, False}
     for sample in found.samples:
-        own_tables = sample.compensation != "centroid"
-        of_form = ("tables", "second_order")
-        assert all(ms > 0 for s, ms in sample.stages_ms.items() if own_tables or s not in of_form)
+        plan = measuring.plan_of(sample)
+        optional = {"tables": plan.has_own_tables, "second_order": plan.has_covariances}
+        assert all(ms > 0 for s, ms in sample.stages_ms.items() if optional.get(s, True))
     # Other work on the machine moves times by factors; an order of magnitude is a broken formula.
     for compared in compare(found, found.samples):
         assert 0.1 < compared.op_ms / compared.sample.op_ms < 10

@@ -6,6 +6,7 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from svg_ear_compile.cost_model.default_error import attention_error, model_erro
 from svg_ear_compile.cost_model.error import Measurement, fit_curve, together
 from svg_ear_compile.cost_model.residual import residual, spread
 from svg_ear_compile.kernels import reference
-from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.reference import Clusters
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu"
@@ -74,7 +75,7 @@ def test_errors_add_in_squares(errors: list[float]) -> None:
 
 @given(
     st.floats(0, 1), st.floats(0, 1), st.floats(8, 512), st.floats(8, 512),
-    st.sampled_from(["second_order", "first_order", "centroid"]),
+    st.sampled_from(get_args(Compensation)),
 )  # fmt: skip
 def test_the_default_error_falls_with_density_and_with_finer_clusters(
     first: float, second: float, q_size: float, k_size: float, form: str
@@ -114,7 +115,7 @@ def scattered(place: Tensor, noise: float) -> Tensor:
     )
 
 
-@given(st.integers(0, 99), st.sampled_from(["second_order", "first_order", "centroid"]))
+@given(st.integers(0, 99), st.sampled_from(get_args(Compensation)))
 def test_the_estimate_is_nothing_where_compensation_is_exact(seed: int, form: str) -> None:
     torch.manual_seed(seed)
     places = [torch.randint(8, (1, 2, 61)) for _ in range(2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 from calibrations import even
@@ -23,7 +24,7 @@ from svg_ear_compile.cost_model.latency import (
     sparse_ms,
 )
 from svg_ear_compile.cost_model.stages import STAGES, AttentionShape, sparse_amounts
-from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 
 SHAPE = AttentionShape(1, 8, 8, 32760, 32760, 128, "bfloat16")
 KINDS = st.sampled_from(["cuda", "cpu"])
@@ -43,7 +44,7 @@ shapes = st.builds(
 plans = st.builds(
     AttentionPlan,
     density=st.floats(0, 0.99),
-    compensation=st.sampled_from(["second_order", "first_order", "centroid"]),
+    compensation=st.sampled_from(get_args(Compensation)),
     q_clusters=st.none() | st.integers(1, 700),
     k_clusters=st.none() | st.integers(1, 1500),
 )

@@ -53,7 +53,7 @@ def jobs(backend: str, arch: int | str) -> list[dict[str, Any]]:
     found = []
     for (size, _), served in dims.items():
         for dim in {max(served), min(served) if size == 2 else max(served)}:
-            for compensation in ("second_order", "centroid")[: 2 if size == 2 else 1]:
+            for compensation in ("second_order", "gaussian")[: 2 if size == 2 else 1]:
                 found.append(
                     {
                         "backend": backend,
@@ -61,7 +61,7 @@ def jobs(backend: str, arch: int | str) -> list[dict[str, Any]]:
                         "head_dim": dim,
                         "dtype": "bfloat16" if size == 2 else "float32",
                         "compensation": compensation,
-                        "masked": compensation == "centroid",
+                        "masked": compensation == "gaussian",
                     }
                 )
     return found

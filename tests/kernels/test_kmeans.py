@@ -17,17 +17,24 @@ NO_TEXT = (0, 0)
 
 
 def kmeans(
-    form: Form, x: Tensor, start: Tensor, rounds: int, text: tuple[int, int] = NO_TEXT, mask=None
+    form: Form,
+    x: Tensor,
+    start: Tensor,
+    rounds: int,
+    text: tuple[int, int] = NO_TEXT,
+    mask: Tensor | None = None,
+    metric: Tensor | None = None,
 ) -> Clusters:
     """Labels int64 (B, H, N), centroids and sizes of the form's k-means, on the CPU."""
     if not form.is_triton:
-        found = reference.kmeans(x.float(), mask, start.float(), text, rounds)
+        found = reference.kmeans(x.float(), mask, start.float(), text, rounds, metric)
         return Clusters(*found)
     from svg_ear_compile.kernels.gpu.kmeans import kmeans as triton_kmeans
     from svg_ear_compile.kernels.gpu.launch import launch_config
 
     config = launch_config(x.shape[-1], x.element_size())
-    found = triton_kmeans(x, mask, start, text, rounds, config)
+    flat = None if metric is None else metric.flatten(0, 1).to(x.device)
+    found = triton_kmeans(x, mask, start, text, rounds, config, flat)
     clusters = start.shape[2]
     sizes = found.starts.diff()[:, :clusters]
     assert torch.equal(found.labels.gather(1, found.order.long()), found.labels.sort(-1).values)
@@ -79,6 +86,31 @@ def test_labels_are_the_nearest_centroids_of_the_round_before(
     torch.testing.assert_close(
         found.centroids.cpu().double()[sizes > 0], means[sizes > 0], rtol=0, atol=1e-5
     )
+
+
+@few
+@given(seed=SEEDS, count=COUNTS, offset=st.sampled_from((0.0, 8.0)))
+@SHAPES
+@EVERY_FORM
+def test_labels_are_the_nearest_in_the_metric(
+    form: Form, dim: int, dtype: torch.dtype, seed: int, count: tuple[int, int], offset: float
+) -> None:
+    x = tokens_of(form, seed, count[0], dim, dtype) + offset
+    start = reference.initial_centroids(x, None, count[1], NO_TEXT, seed=0)
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(1, 2, dim, dim, generator=generator)
+    metric = reference.as_metric(root @ root.transpose(2, 3))
+    found = kmeans(form, x, start, 1, metric=metric)
+    away = x.cpu().double().unsqueeze(3) - start.cpu().double().unsqueeze(2)  # [B, H, N, C, D]
+    distance = torch.einsum("bhncd,bhde,bhnce->bhnc", away, metric.double(), away)
+    chosen = distance.gather(3, found.labels.unsqueeze(-1)).squeeze(-1)
+    # A token is moved by the rounding of the aim, along its distance from the centroid.
+    reach = (
+        distance.amin(-1).sqrt()
+        * torch.finfo(dtype).eps
+        * (start.cpu().double().norm(dim=-1)).amax()
+    )
+    assert (chosen <= distance.amin(-1) + 2 * reach + 1e-4).all()
 
 
 @few

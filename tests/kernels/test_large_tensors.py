@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.attention.gate import GATE, definition_rows, relative_error
-from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 
 
 def draw(*shape: int) -> Tensor:
@@ -20,7 +22,7 @@ def draw(*shape: int) -> Tensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compensation", ["second_order", "first_order", "centroid"])
+@pytest.mark.parametrize("compensation", get_args(Compensation))
 @pytest.mark.parametrize(
     ("heads", "tokens", "row"),
     [(132, 131072, 1), (1, 70000, 32768)],

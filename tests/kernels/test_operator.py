@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svg_ear_compile.kernels import op, state
-from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 
 attention = torch.ops.svg_ear.attention
 PLAN = AttentionPlan(density=0.3, q_clusters=3, k_clusters=7, first_iterations=2)
@@ -183,7 +183,7 @@ def rows_close(found: Tensor, wanted: Tensor, form: Form, dtype: torch.dtype) ->
     )
 
 
-@pytest.mark.parametrize("compensation", ["second_order", "first_order", "centroid"])
+@pytest.mark.parametrize("compensation", get_args(Compensation))
 @EVERY_FORM
 def test_a_row_without_keys_gives_zero_and_minus_infinity(form: Form, compensation: str) -> None:
     q, k, v = qkv(form.device, dtype=torch.float16)
@@ -232,7 +232,7 @@ def test_a_non_finite_key_or_value_acts_as_in_dense_attention(form: Form) -> Non
     assert torch.equal(found.isnan(), dense.isnan())
 
 
-@pytest.mark.parametrize("compensation", ["second_order", "first_order", "centroid"])
+@pytest.mark.parametrize("compensation", get_args(Compensation))
 @EVERY_FORM
 def test_one_token_and_more_clusters_than_tokens(form: Form, compensation: str) -> None:
     plan = AttentionPlan(density=0.0, q_clusters=9, k_clusters=9, compensation=compensation)
@@ -295,7 +295,7 @@ def test_same_inputs_give_the_same_bits(form: Form) -> None:
     assert torch.equal(first.exact, second.exact)
 
 
-@pytest.mark.parametrize("compensation", ["second_order", "first_order", "centroid"])
+@pytest.mark.parametrize("compensation", get_args(Compensation))
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_a_few_heads_at_a_time_give_the_same_bits(
     form: Form, compensation: str, monkeypatch: pytest.MonkeyPatch

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 
 PLANS = st.builds(
     AttentionPlan,
@@ -16,7 +16,7 @@ PLANS = st.builds(
     routing=st.sampled_from(("density", "top_p", "threshold")),
     top_p=st.floats(0, 1),
     threshold=st.floats(0, 10),
-    compensation=st.sampled_from(("second_order", "first_order", "centroid")),
+    compensation=st.sampled_from(get_args(Compensation)),
     q_clusters=st.none() | st.integers(1, 500),
     k_clusters=st.none() | st.integers(1, 500),
     warm_iterations=st.integers(1, 9),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from labelled import Labelled, close
 from torch import Tensor
 
 from svg_ear_compile.kernels import cpu, reference
-from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.reference import LARGEST_GROWTH, Clusters, SecondOrder
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -63,7 +65,8 @@ def test_it_is_its_formula(stretch: float) -> None:
     assert (max(growths) > LARGEST_GROWTH) == (stretch > 1)
 
 
-def test_it_is_exact_on_gaussian_clusters() -> None:
+@pytest.mark.parametrize("form", ["gaussian", "second_order"])
+def test_it_is_exact_on_gaussian_clusters(form: Compensation) -> None:
     """Many jointly Gaussian keys and values, the same about two centres: the rest is sampling."""
     generator = torch.Generator().manual_seed(0)
 
@@ -75,14 +78,15 @@ def test_it_is_exact_on_gaussian_clusters() -> None:
     k = (normal(2, 8)[labels[0, 0]] + noise).view(1, 1, -1, 8)
     v = (normal(2, 8)[labels[0, 0]] + noise @ normal(8, 8)).view(1, 1, -1, 8)
     q = 1.5 * normal(1, 1, 6, 8)
-    plan, scale = AttentionPlan(), 8**-0.5
+    plan, scale = AttentionPlan(compensation=form), 8**-0.5
     of_queries = torch.zeros(1, 1, 6, dtype=torch.int64)
     queries = Clusters(of_queries, *reference.cluster_means(q, of_queries, 1))
     keys = Clusters(labels, *reference.cluster_means(k, labels, 2))
     means, _ = reference.cluster_means(v, labels, 2)
     probe = reference.probe(queries, keys, k, v, scale)
     tables = reference.compensation_tables(probe, queries, keys, means, plan, scale)
-    second = reference.second_order(q, k, v, queries, keys, means, scale)
+    second = reference.covariance_terms(q, k, v, queries, keys, means, plan, scale)
+    assert second is not None
     none = torch.zeros(1, 1, 1, 2, dtype=torch.bool)
     assert second.growth.max() < LARGEST_GROWTH
     dense = F.scaled_dot_product_attention(q, k, v)
@@ -164,6 +168,7 @@ def test_it_lowers_the_error_of_values_that_follow_their_keys() -> None:
             ).out
             - dense
         ).norm()
-        for form in ("centroid", "first_order", "second_order")
+        for form in get_args(Compensation)
     }
     assert errors["second_order"] < 0.7 * errors["first_order"] < 0.7 * errors["centroid"]
+    assert errors["second_order"] < errors["gaussian"] < 0.7 * errors["centroid"]

@@ -1,0 +1,110 @@
+"""Metrics of the k-means on a GPU: second moments of all tokens of a head, in one pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from svg_ear_compile.kernels.gpu.launch import LaunchConfig, parts_of, token_strides
+from svg_ear_compile.kernels.reference import as_metric
+
+
+@triton.jit(do_not_specialize=["heads", "tokens", "text_before", "text_after", "chunk"])
+def moment_kernel(
+    x_ptr,  # (B, H, N, D)
+    mask_ptr,  # (B|1, H|1, N) bool, True takes part
+    square_ptr,  # (P, G, D, D) float32
+    sum_ptr,  # (P, G, D) float32
+    count_ptr,  # (P, G) float32
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    heads,
+    tokens,
+    text_before,
+    text_after,
+    chunk,  # tokens of one part, a multiple of BLOCK_N
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Sums of ``x x'`` (BLOCK_C columns), x and 1 over a part of a head's clustered tokens."""
+    part = tl.program_id(0)
+    g = tl.program_id(2).to(tl.int64)
+    b, h = g // heads, g % heads
+    d = tl.arange(0, BLOCK_D)  # [BD]
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BC]
+    x_base = x_ptr + b * stride_xb + h * stride_xh
+    square = tl.zeros([BLOCK_D, BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_C], tl.float32)
+    count = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(part * chunk, tl.minimum((part + 1) * chunk, tokens), BLOCK_N):
+        at = first + tl.arange(0, BLOCK_N)  # [BN]
+        token = at.to(tl.int64)
+        inside = (at >= text_before) & (at < tokens - text_after)
+        if HAS_MASK:
+            mask_row = mask_ptr + b * stride_mb + h * stride_mh + token * stride_mn
+            inside = inside & (tl.load(mask_row, mask=at < tokens, other=0) != 0)
+        row = x_base + token[:, None] * stride_xn
+        x = tl.load(row + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
+        # x * 0 is NaN exactly where x is NaN or infinite.
+        inside = inside & (tl.sum(x.to(tl.float32) * 0.0, 1) == 0.0)
+        x = tl.where(inside[:, None], x, 0.0)  # [BN, BD]
+        column = tl.load(row + c[None, :], mask=inside[:, None] & (c < D)[None, :], other=0.0)
+        square = tl.dot(tl.trans(x), column, square, input_precision="ieee")
+        total += tl.sum(column.to(tl.float32), 0)
+        count += inside.to(tl.float32)
+    to = part * tl.num_programs(2) + g
+    mask = (d < D)[:, None] & (c < D)[None, :]
+    tl.store(square_ptr + to * D * D + d[:, None] * D + c[None, :], square, mask=mask)
+    tl.store(sum_ptr + to * D + c, total, mask=c < D)
+    tl.store(count_ptr + to, tl.sum(count, 0))
+
+
+def logit_metrics(
+    q: Tensor, k: Tensor, mask: Tensor | None, text: tuple[int, int], config: LaunchConfig
+) -> tuple[Tensor, Tensor]:
+    """`reference.logit_metrics` with heads flattened: (G, D, D) and (G_kv, D, D) float32.
+
+    Args:
+        q: (B, H, N_q, D). k: (B, H_kv, N_k, D). Last strides 1.
+        mask: (B|1, H_kv|1, N_k) bool or None.
+        text: text tokens before and after the video tokens.
+        config: see `launch_config`.
+    """
+    per_kv_head = q.shape[1] // k.shape[1]
+    squares, _ = _moments(q, None, text, config)
+    of_queries = squares.unflatten(0, (-1, per_kv_head)).mean(1)
+    squares, means = _moments(k, mask, text, config)
+    of_keys = squares - means.unsqueeze(2) * means.unsqueeze(1)
+    return as_metric(of_keys.repeat_interleave(per_kv_head, 0)), as_metric(of_queries)
+
+
+def _moments(
+    x: Tensor, mask: Tensor | None, text: tuple[int, int], config: LaunchConfig
+) -> tuple[Tensor, Tensor]:
+    """``E[x x']`` (G, D, D) and ``E[x]`` (G, D) of the clustered tokens, 0 where there is none."""
+    batch, heads, tokens, dim = x.shape
+    groups, tiles = batch * heads, config.covariance
+    columns = triton.cdiv(dim, tiles.columns)
+    parts, chunk = parts_of(tokens, groups * columns, tiles.rows)
+    square, total, count = (
+        torch.empty(parts, groups, *shape, dtype=torch.float32, device=x.device)
+        for shape in ((dim, dim), (dim,), ())
+    )
+    mask_strides = (0, 0, 0) if mask is None else token_strides(mask)
+    moment_kernel[(parts, columns, groups)](
+        x, x if mask is None else mask, square, total, count,
+        *token_strides(x), *mask_strides, heads, tokens, *text, chunk,
+        D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,
+        HAS_MASK=mask is not None, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    tokens_of = count.sum(0).clamp(min=1)[:, None]
+    return square.sum(0) / tokens_of.unsqueeze(2), total.sum(0) / tokens_of

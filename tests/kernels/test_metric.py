@@ -1,0 +1,128 @@
+"""The metric of the logits: its formula, what it does not see, and what it is for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_cases import CPU, FORMS, SEEDS, Form, random_mask, random_qkv
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.plan import AttentionPlan
+
+F16, F32 = torch.float16, torch.float32
+
+
+def metrics(
+    form: Form, q: Tensor, k: Tensor, mask: Tensor | None, text: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Of queries (B, H, D, D) and of keys (B, H_kv, D, D), on the CPU."""
+    if not form.is_triton:
+        full = reference.key_mask_of(mask, k)
+        return reference.logit_metrics(q.float(), k.float(), full, text)
+    from svg_ear_compile.kernels.gpu.launch import launch_config
+    from svg_ear_compile.kernels.gpu.metric import logit_metrics
+
+    rows = None if mask is None else mask[:, :, 0, :]
+    config = launch_config(q.shape[-1], q.element_size())
+    found = logit_metrics(q, k, rows, text, config)
+    return tuple(m.unflatten(0, x.shape[:2]).cpu() for m, x in zip(found, (q, k), strict=True))  # type: ignore[return-value]
+
+
+@given(
+    seed=SEEDS,
+    tokens=st.tuples(st.sampled_from((37, 130, 1500)), st.sampled_from((41, 1100))),
+    heads=st.sampled_from(((2, 2), (4, 2))),
+    text=st.sampled_from(((0, 0), (3, 4))),
+    masked=st.booleans(),
+    spoiled=st.booleans(),
+)
+@pytest.mark.parametrize(("dim", "dtype"), [(40, F16), (64, F32), (128, F16), (160, F16)], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_it_is_its_formula(
+    form: Form, dim: int, dtype: torch.dtype, seed: int, tokens: tuple[int, int],
+    heads: tuple[int, int], text: tuple[int, int], masked: bool, spoiled: bool,
+) -> None:  # fmt: skip
+    q, k, _ = random_qkv(seed, 1, heads, tokens, dim, dtype, form.device)
+    mask = (
+        random_mask(seed, (True, True), (1, heads[1]), tokens[1], form.device) if masked else None
+    )
+    if spoiled:
+        q[:, :, 11, 2], k[:, :, 7, 5] = float("nan"), float("inf")
+    of_queries, of_keys = metrics(form, q, k, mask, text)
+    per_kv_head = heads[0] // heads[1]
+    for g in range(heads[1]):
+        kept = reference.is_clustered(k, reference.key_mask_of(mask, k), text)[0, g].cpu()
+        wanted = k[0, g].cpu().double()[kept].T.cov(correction=0)
+        group = range(g * per_kv_head, (g + 1) * per_kv_head)
+        for h in group:
+            torch.testing.assert_close(
+                of_queries[0, h].double(), wanted / wanted.norm(), rtol=0, atol=1e-6
+            )
+        squares = []
+        for h in group:
+            rows = q[0, h].cpu().double()[reference.is_clustered(q, None, text)[0, h].cpu()]
+            squares.append(rows.T @ rows / len(rows))
+        wanted = torch.stack(squares).mean(0)
+        torch.testing.assert_close(
+            of_keys[0, g].double(), wanted / wanted.norm(), rtol=0, atol=1e-6
+        )
+
+
+@given(seed=SEEDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_and_a_shift_of_all_keys_do_not_show(form: Form, seed: int) -> None:
+    q, k, _ = random_qkv(seed, 1, (2, 2), (60, 70), 40, F32, form.device)
+    mask = torch.ones(1, 1, 1, 70, dtype=torch.bool, device=form.device)
+    mask[..., 50:] = False
+    of_queries, of_keys = metrics(form, q, k, mask, (0, 0))
+    other = k + 3.0
+    other[:, :, 50:] = float("nan")
+    again = metrics(form, q, other, mask, (0, 0))
+    torch.testing.assert_close(again[0], of_queries, rtol=0, atol=1e-5)
+    torch.testing.assert_close(again[1], of_keys, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_without_a_direction_it_is_euclidean(form: Form, value: float) -> None:
+    x = torch.full((1, 2, 30, 40), value, dtype=F16, device=form.device)
+    for metric in metrics(form, x, x, None, (0, 0)):
+        assert torch.equal(metric, torch.eye(40).expand(1, 2, 40, 40))
+
+
+@given(seed=SEEDS)
+def test_it_is_the_euclidean_distance_of_transformed_tokens(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 2, 90, 8, generator=generator, dtype=torch.float64)
+    root = torch.randn(1, 2, 8, 8, generator=generator, dtype=torch.float64)
+    start = reference.initial_centroids(x, None, 6, (0, 0), 0)
+    metric = root @ root.transpose(2, 3)
+    found = reference.kmeans(x, None, start, (0, 0), 3, metric)
+    moved = reference.kmeans(x @ root, None, start @ root, (0, 0), 3)
+    assert torch.equal(found.labels, moved.labels)
+
+
+def test_clusters_of_what_the_logits_see_leave_less_error() -> None:
+    """Queries and keys vary most where the others do not: Euclidean clusters follow the noise."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(loud: slice) -> Tensor:
+        x = torch.randn(1, 2, 900, 16, generator=generator)
+        x[..., loud] *= 6.0
+        return x
+
+    q, k, v = draw(slice(4, 10)), draw(slice(10, 16)), draw(slice(0, 0))
+    q[..., 10:], k[..., 4:10] = 0.0, 0.0
+    dense = F.scaled_dot_product_attention(q, k, v, scale=0.5)
+    logits, euclidean = (
+        (CPU(q, k, v, plan, scale=0.5).out - dense).norm()
+        for plan in (
+            AttentionPlan(density=0.1, q_clusters=20, k_clusters=40, cluster_metric=metric)
+            for metric in ("logits", "euclidean")
+        )
+    )
+    assert logits < 0.5 * euclidean
