@@ -205,8 +205,10 @@ def busy_kernels_ms(call: Callable[[], object], repeats: int) -> dict[str, float
 
 
 def _keep_busy(call: Callable[[], object]) -> float:
-    """Call once to compile, then until the GPU's clock is that of a long run; seconds of a call."""
-    call()
+    """Call to compile and to record, then until the GPU's clock is that of a long run; seconds of a
+    call."""
+    for _ in range(2):
+        call()
     torch.cuda.synchronize()
     began = time.perf_counter()
     call()
@@ -326,7 +328,7 @@ def measure(
 
 def _sparse_attention(on_gpu: bool) -> Callable[..., Result]:
     if on_gpu:
-        from svg_ear_compile.kernels.gpu.attention import sparse_attention
+        from svg_ear_compile.kernels.gpu.replay import sparse_attention
     else:
         from svg_ear_compile.kernels.cpu import sparse_attention
     return sparse_attention
@@ -406,7 +408,7 @@ def _plans(tokens: int, fitted: bool) -> list[AttentionPlan]:
 
 
 def _host_ms(device: torch.device, workload: _Workload) -> float:
-    """Milliseconds of a warm call so small that only its launches are left."""
+    """Milliseconds of a warm call so small that only what the host does is left."""
     dtype, head_dim = workload.classes[0]
     tensors = video_like(1, 256, head_dim, device, getattr(torch, dtype))
     call, plan = _sparse_attention(True), AttentionPlan(density=0.5)

@@ -19,7 +19,7 @@ from svg_ear_compile.cost_model.stages import ELEMENT_SIZES, Amount
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 RECORDED = Path(__file__).with_name("recorded")
 Origin = Literal["measured", "recorded", "guess"]
 
@@ -86,8 +86,8 @@ class Calibration:
         origin: ``"measured"`` here, ``"recorded"`` on such a device, or a ``"guess"``.
         device: what it holds for.
         roofs: see `Roofs`.
-        host_ms: milliseconds in which a second-order call with a warm start can be issued; a call
-            that has less work takes that long.
+        host_ms: milliseconds in which a short call can be issued; one that has less work takes that
+            long. Long calls take the host longer, and the device longer still.
         stages: class of call (``"dtype/head_dim"``) to stage, ``"dense"`` among them.
         seconds: what measuring took.
         samples: what was measured.

@@ -30,14 +30,6 @@ LONGEST = 1 << 19
 # over its FLOPs at the roof. On a GPU it is not measured yet; `tune` measures the forward instead.
 REST_OVERHEAD = 1.45
 
-# A round of k-means is this share of what the host issues in a call of one round; measured on an
-# H200: a cold call of 256 tokens with five rounds 7.0 ms, a warm one of 4,096 with one 1.8.
-ROUND_SHARE = 0.7
-
-# The second-order form's own share of what the host issues in a warm call; measured there, 4,096 to
-# 28,672 tokens: 2.6 ms with it, 2.1 without.
-SECOND_ORDER_SHARE = 0.2
-
 
 @dataclass(frozen=True)
 class StageTimes:
@@ -61,19 +53,16 @@ def sparse_ms(
     shape: AttentionShape,
     plan: AttentionPlan,
     calibration: Calibration,
-    iterations: int | None = None,
+    cold: bool = False,
 ) -> StageTimes:
-    """Milliseconds of one sparse call by stage; k-means rounds as after a warm start by default."""
+    """Milliseconds of one sparse call by stage, after a warm start or clustered afresh."""
+    iterations = plan.first_iterations if cold else plan.warm_iterations
     amounts = sparse_amounts(shape, plan, calibration.device.kind, iterations)
     stages = {
         stage: calibration.stage_ms(stage, amounts[stage], shape.dtype, shape.head_dim)
         for stage in STAGES
     }
-    rounds = plan.warm_iterations if iterations is None else iterations
-    issued = 1 + ROUND_SHARE * (rounds - 1)
-    if not plan.has_covariances:  # which is what `host_ms` is measured with
-        issued -= SECOND_ORDER_SHARE
-    return StageTimes(stages, calibration.host_ms * issued)
+    return StageTimes(stages, calibration.host_ms)
 
 
 def call_ms(shape: AttentionShape, plan: AttentionPlan, calibration: Calibration) -> float:
@@ -88,8 +77,7 @@ def pays(shape: AttentionShape, plan: AttentionPlan, calibration: Calibration) -
 
     Clustering is counted as without a warm start: unbound models have none.
     """
-    cold = sparse_ms(shape, plan, calibration, plan.first_iterations)
-    return cold.total < dense_ms(shape, calibration)
+    return sparse_ms(shape, plan, calibration, cold=True).total < dense_ms(shape, calibration)
 
 
 def break_even_tokens(

@@ -81,7 +81,7 @@ def attention(
             _average_empty_rows(out, v, attn_mask, padding_rows)
         return out, lse
     if q.is_cuda:
-        from svg_ear_compile.kernels.gpu.attention import sparse_attention
+        from svg_ear_compile.kernels.gpu.replay import sparse_attention
     else:
         from svg_ear_compile.kernels.cpu import sparse_attention
     memory = call.memory

@@ -225,15 +225,13 @@ def logit_metrics(
 
 
 def as_metric(moment: Tensor) -> Tensor:
-    """(..., D, D) of Frobenius norm 1; the identity where a moment is 0 or not finite.
+    """(..., D, D) of Frobenius norm 1, or 0: then any clusters are as good.
 
     k-means asks which distance is the least, so the size of a metric is free; at this one a token
     becomes no longer, which keeps half precision within its range.
     """
-    size = moment.square().sum((-2, -1), keepdim=True).sqrt()
-    usable = (size > 0) & size.isfinite()
-    identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    return torch.where(usable, moment / size, identity)
+    size = moment.flatten(-2).norm(dim=-1).clamp(min=torch.finfo(moment.dtype).tiny)
+    return moment / size[..., None, None]
 
 
 def cluster_means(x: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:

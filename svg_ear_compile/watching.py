@@ -42,7 +42,7 @@ class SeenCall:
     def sparse(self, plan: AttentionPlan) -> Result:
         """The call under a plan, clustered afresh."""
         if self.q.is_cuda:
-            from svg_ear_compile.kernels.gpu.attention import sparse_attention
+            from svg_ear_compile.kernels.gpu.replay import sparse_attention
         else:
             from svg_ear_compile.kernels.cpu import sparse_attention
         return sparse_attention(

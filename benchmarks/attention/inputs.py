@@ -99,7 +99,7 @@ def plan_of(clusters: str, form: str, density: float) -> AttentionPlan:
 def sparse_form(on_gpu: bool) -> Callable[..., Result]:
     """The Triton form or the CPU form of sparse attention."""
     if on_gpu:
-        from svg_ear_compile.kernels.gpu.attention import sparse_attention
+        from svg_ear_compile.kernels.gpu.replay import sparse_attention
     else:
         from svg_ear_compile.kernels.cpu import sparse_attention
     return sparse_attention

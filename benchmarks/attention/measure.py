@@ -87,6 +87,7 @@ def measure_shape(
     repeats: int,
     flex: bool,
     say: Callable[[str], None],
+    details: bool = True,
 ) -> list[dict[str, Any]]:
     """Rows of one shape: dense baselines once, then every plan, gate first.
 
@@ -96,6 +97,7 @@ def measure_shape(
         repeats: timed calls.
         flex: also time FlexAttention on the tiles that cover the chosen blocks.
         say: hears a line of progress for each row.
+        details: also time cold calls, and every stage.
     """
     dense = dense_baselines(inputs, repeats)
     best = min(dense, key=lambda n: statistics.median(dense[n]))
@@ -114,7 +116,7 @@ def measure_shape(
             for density in densities:
                 plan = plan_of(count, form, density)
                 row = {**common, "clusters": count, "form": form, "density": density}
-                row |= _measure_plan(inputs, plan, dense_out, dense_ms, repeats)
+                row |= _measure_plan(inputs, plan, dense_out, dense_ms, repeats, details)
                 rows.append(row)
                 say(_line(row))
                 if flex and form == forms[0]:
@@ -130,8 +132,9 @@ def measure_shape(
 
 
 def _measure_plan(
-    inputs: Inputs, plan: AttentionPlan, dense_out: Tensor, dense_ms: float, repeats: int
-) -> dict[str, Any]:
+    inputs: Inputs, plan: AttentionPlan, dense_out: Tensor, dense_ms: float, repeats: int,
+    details: bool,
+) -> dict[str, Any]:  # fmt: skip
     q, k, v, text = inputs.q, inputs.k, inputs.v, (0, inputs.text)
     batch, heads, tokens, dim = q.shape
     sparse_attention = sparse_form(q.is_cuda)
@@ -153,16 +156,17 @@ def _measure_plan(
     video = tokens - inputs.text
     row |= {
         "samples_ms": time_ms(call, repeats, q.is_cuda),
-        "cold_samples_ms": time_ms(
-            lambda: sparse_attention(q, k, v, plan, text=text), 2, q.is_cuda
-        ),
         "density_reached": float(result.exact_pairs) / (batch * heads * video**2),
         "extra_memory": None if extra is None else extra / inputs.held_bytes,
         "q_sizes": _mean_and_deviation(result.queries.sizes),
         "k_sizes": _mean_and_deviation(result.keys.sizes),
     }
     row["speedup"] = dense_ms / statistics.median(row["samples_ms"])
-    if q.is_cuda:
+    if details:
+        row["cold_samples_ms"] = time_ms(
+            lambda: sparse_attention(q, k, v, plan, text=text), 2, q.is_cuda
+        )
+    if details and q.is_cuda:
         stages = stage_ms(call, repeats)
         useful = 4.0 * exact_pairs(result, inputs) * dim / stages["attend"] / 1e9
         row |= {
@@ -175,10 +179,14 @@ def _measure_plan(
 
 
 def _extra_bytes(call: Callable[[], Result], q: Tensor) -> int:
-    """Peak bytes of a call beyond its output and what was held before."""
+    """Peak bytes of calls beyond their output and what was held before, a recording included."""
+    from svg_ear_compile.kernels.gpu import replay
+
+    replay.forget()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    result = call()
+    for _ in range(3):
+        result = call()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     return peak - result.out.numel() * q.element_size()

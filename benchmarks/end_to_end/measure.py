@@ -59,7 +59,7 @@ def _is_nested(event: Any) -> bool:
 def watched_clusters(device: str) -> Iterator[list[dict[str, list[float]]]]:
     """Collect mean and deviation of the cluster sizes of every sparse call in the with block."""
     if device == "cuda":
-        from svg_ear_compile.kernels.gpu import attention as form
+        from svg_ear_compile.kernels.gpu import replay as form
     else:
         from svg_ear_compile.kernels import cpu as form
     found: list[dict[str, list[float]]] = []

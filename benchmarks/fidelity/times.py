@@ -55,7 +55,14 @@ def measure_times(
             f"{math.ceil(tokens / q)}/{math.ceil(tokens / k)}": (q, k) for q, k in clusters_of
         }
         for row in measure_shape(
-            inputs, sorted({d for _, d in wish}), list(forms), list(counts), _REPEATS, False, say
+            inputs,
+            sorted({d for _, d in wish}),
+            list(forms),
+            list(counts),
+            _REPEATS,
+            False,
+            say,
+            details=False,
         ):
             dense = row["dense_samples_ms"][row["dense_backend"]]
             dense_ms = statistics.median(dense)

@@ -50,7 +50,7 @@ class Row:
 def sparse(found: Recording, plan: AttentionPlan) -> Result:
     """The call under a plan, cold."""
     if found.q.is_cuda:
-        from svg_ear_compile.kernels.gpu.attention import sparse_attention
+        from svg_ear_compile.kernels.gpu.replay import sparse_attention
     else:
         from svg_ear_compile.kernels.cpu import sparse_attention
     return sparse_attention(found.q, found.k, found.v, plan)

@@ -223,5 +223,5 @@ def aims_of(means: Tensor, metric: Tensor | None, dtype: torch.dtype) -> tuple[T
     moved = means if metric is None else means @ metric
     aims = moved.to(dtype)
     half_norm = means.new_full((groups, triton.cdiv(clusters, _PITCH) * _PITCH), math.inf)
-    torch.sum(means * (aims.float() - 0.5 * moved), -1, out=half_norm[:, :clusters])
+    torch.sum(means * torch.sub(aims, moved, alpha=0.5), -1, out=half_norm[:, :clusters])
     return aims, half_norm

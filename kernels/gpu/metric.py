@@ -57,7 +57,9 @@ def moment_kernel(
         # x * 0 is NaN exactly where x is NaN or infinite.
         inside = inside & (tl.sum(x.to(tl.float32) * 0.0, 1) == 0.0)
         x = tl.where(inside[:, None], x, 0.0)  # [BN, BD]
-        column = tl.load(row + c[None, :], mask=inside[:, None] & (c < D)[None, :], other=0.0)
+        column = x  # [BN, BC]
+        if BLOCK_C < BLOCK_D:
+            column = tl.load(row + c[None, :], mask=inside[:, None] & (c < D)[None, :], other=0.0)
         square = tl.dot(tl.trans(x), column, square, input_precision="ieee")
         total += tl.sum(column.to(tl.float32), 0)
         count += inside.to(tl.float32)
@@ -73,6 +75,8 @@ def logit_metrics(
 ) -> tuple[Tensor, Tensor]:
     """`reference.logit_metrics` with heads flattened: (G, D, D) and (G_kv, D, D) float32.
 
+    Sums serve as well as means, since a metric has no size.
+
     Args:
         q: (B, H, N_q, D). k: (B, H_kv, N_k, D). Last strides 1.
         mask: (B|1, H_kv|1, N_k) bool or None.
@@ -80,17 +84,20 @@ def logit_metrics(
         config: see `launch_config`.
     """
     per_kv_head = q.shape[1] // k.shape[1]
-    squares, _ = _moments(q, None, text, config)
-    of_queries = squares.unflatten(0, (-1, per_kv_head)).mean(1)
-    squares, means = _moments(k, mask, text, config)
-    of_keys = squares - means.unsqueeze(2) * means.unsqueeze(1)
+    squares, _, count = _sums(q, None, text, config)
+    # Heads differ in their number of finite queries; each is to count the same.
+    of_queries = squares / count[:, None, None] if per_kv_head > 1 else squares
+    of_queries = of_queries.unflatten(0, (-1, per_kv_head)).sum(1)
+    squares, total, count = _sums(k, mask, text, config)
+    of_keys = squares - total.unsqueeze(2) * (total / count[:, None]).unsqueeze(1)
     return as_metric(of_keys.repeat_interleave(per_kv_head, 0)), as_metric(of_queries)
 
 
-def _moments(
+def _sums(
     x: Tensor, mask: Tensor | None, text: tuple[int, int], config: LaunchConfig
-) -> tuple[Tensor, Tensor]:
-    """``E[x x']`` (G, D, D) and ``E[x]`` (G, D) of the clustered tokens, 0 where there is none."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of ``x x'`` (G, D, D) and x (G, D) over the clustered tokens, at least 1 of which count
+    (G,), all float32."""
     batch, heads, tokens, dim = x.shape
     groups, tiles = batch * heads, config.covariance
     columns = triton.cdiv(dim, tiles.columns)
@@ -106,5 +113,4 @@ def _moments(
         D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,
         HAS_MASK=mask is not None, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    tokens_of = count.sum(0).clamp(min=1)[:, None]
-    return square.sum(0) / tokens_of.unsqueeze(2), total.sum(0) / tokens_of
+    return square.sum(0), total.sum(0), count.sum(0).clamp(min=1)

@@ -103,7 +103,8 @@ def test_rules_rank_as_their_papers_say() -> None:
 
 def test_dropping_leaves_attention_over_the_chosen_blocks() -> None:
     q, k, v = random_qkv()
-    queries, keys = reference.cluster(q, k, PLAN, None, (0, 4), None)
+    plan = replace(PLAN, cluster_metric="euclidean")
+    queries, keys = reference.cluster(q, k, plan, None, (0, 4), None)
     out = attention(q, k, v, "svg2", PLAN, text=4)
     for (b, h), this in head.heads_of(q, k, v, queries, keys, 32**-0.5):
         exact = head.choose(this, head.mass_score(this), PLAN.density)
@@ -264,7 +265,7 @@ def test_a_run_is_recorded_and_goes_on_where_it_was(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     part = ("--densities", "0.2", "--clusters", "128/64", "--warm-ups", "0.2")
-    first = run_bench(monkeypatch, tiny, *part, "--rules", "paper,second_order")
+    first = run_bench(monkeypatch, tiny, *part, "--rules", "paper,gaussian")
     assert [p.cell.rule for p in first.points] == ["paper", "gaussian"] * 2
     assert first.models["joint"]["model"]["text"] == 16
     assert first.models["self"]["model"]["tokens"] == 4 * 6 * 6

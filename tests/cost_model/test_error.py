@@ -103,7 +103,7 @@ def test_the_default_curve_is_the_recorded_one() -> None:
     share = json.loads((RESULTS / "sensitivity.json").read_text())["median_share"]
     assert pytest.approx(share, rel=0.1) == default_error.MODEL_SHARE
     assert model_error(0.2, AttentionPlan(), 4096, 4096) == pytest.approx(
-        default_error.MODEL_SHARE * attention_error(0.2, 128, 64, "second_order")
+        default_error.MODEL_SHARE * attention_error(0.2, 128, 64, "gaussian")
     )
 
 
@@ -132,10 +132,11 @@ def test_the_estimate_is_nothing_where_compensation_is_exact(seed: int, form: st
 
     assert estimate(1.0, 1.0, 1.0) > 1e-2
     assert estimate(1.0, 1.0, 1.0, exact=True) == 0.0
-    # Keys of a block that coincide, or its values; but for the centroid form its queries.
+    # Keys of a block that coincide, or its values; with tables of their own its queries.
     assert estimate(1.0, 0.0, 1.0) < 1e-5
     assert estimate(1.0, 1.0, 0.0) < 1e-5
-    assert (estimate(0.0, 1.0, 1.0) < 1e-5) == (form != "centroid")
+    own_tables = AttentionPlan(compensation=form).has_own_tables  # type: ignore[arg-type]
+    assert (estimate(0.0, 1.0, 1.0) < 1e-5) == own_tables
 
 
 @given(st.integers(0, 99))

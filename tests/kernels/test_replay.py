@@ -1,0 +1,67 @@
+"""Replayed calls on a GPU are the calls themselves, bit by bit, whatever ran in between."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import random_mask, random_qkv
+from torch import Tensor
+
+from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.reference import Result
+
+pytestmark = pytest.mark.gpu
+PLAN = AttentionPlan(density=0.2, q_clusters=7, k_clusters=19)
+
+
+def tensors_of(result: Result) -> list[Tensor]:
+    rows = result.row_area.masked_fill(result.queries.sizes == 0, 0)
+    return [result.out, result.lse, *result.queries, *result.keys, result.exact, rows]
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "fused", "strided"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dim", [64, 80])
+def test_a_replayed_call_is_the_call(layout: str, masked: bool, dim: int) -> None:
+    from svg_ear_compile.kernels.gpu import attention, replay
+
+    replay.forget()
+    settings: dict[str, Any] = {"text": (0, 5), "return_lse": True}
+    calls = []
+    for seed in range(5):
+        q, k, v = random_qkv(seed, 1, (4, 2), (701, 701), dim, torch.bfloat16, "cuda", layout)
+        if masked:
+            settings["attn_mask"] = random_mask(seed, (True, False), (1, 2), 701, "cuda")
+        cold = attention.sparse_attention(q, k, v, PLAN, **settings)
+        warm = (cold.queries.centroids, cold.keys.centroids)
+        for centroids in (None, warm):
+            wanted = attention.sparse_attention(q, k, v, PLAN, centroids=centroids, **settings)
+            got = replay.sparse_attention(q, k, v, PLAN, centroids=centroids, **settings)
+            calls.append((got, wanted))
+    assert len(replay._RECORDINGS) == 2
+    for got, wanted in calls:  # later calls left the results of earlier ones alone
+        assert got.out.stride() == wanted.out.stride()
+        for mine, other in zip(tensors_of(got), tensors_of(wanted), strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_no_more_recordings_are_kept_than_said_and_large_calls_are_not_recorded() -> None:
+    from svg_ear_compile.kernels.gpu import replay
+
+    replay.forget()
+    q, k, v = random_qkv(0, 1, (2, 2), (300, 300), 64, torch.bfloat16, "cuda")
+    for clusters in range(2, 2 + 2 * replay.MOST_RECORDINGS):
+        plan = replace(PLAN, q_clusters=clusters)
+        for _ in range(3):
+            result = replay.sparse_attention(q, k, v, plan)
+        assert result.out.isfinite().all()
+    assert len(replay._RECORDINGS) == replay.MOST_RECORDINGS
+    replay.forget()
+    q, k, v = (torch.zeros(1, 80, 6600, 128, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    assert q.numel() * q.element_size() > replay.MOST_BYTES
+    for _ in range(3):
+        replay.sparse_attention(q, k, v, PLAN)
+    assert not replay._RECORDINGS
