@@ -191,7 +191,7 @@ def _read(path: Path) -> Calibration | None:
 # ratios are rounded up from stage times seen with early kernels on one GPU (benchmarks/NOTES.md)
 # and on a two-core CPU; the roofs are those of an older data-centre GPU and a small CPU. With them
 # the default at density 0.2, clustered afresh, breaks even near 49,000 tokens of 128
-# channels on a GPU (an H200 is 1.4 times as fast as dense at 32,760) and near 11,000 on a CPU.
+# channels on a GPU (an H200 is 1.4 times as fast as dense at 32,760) and near 14,000 on a CPU.
 _GUESSES = {
     "cuda": (
         Roofs({"bfloat16": 250.0, "float16": 250.0, "float32": 15.0}, 1500.0, 0.006),

@@ -25,6 +25,7 @@ STAGES = {
     "kmeans_assign_kernel": "assign",
     "cluster_mean_kernel": "means",
     "moment_kernel": "means",
+    "aim_kernel": "means",
     "probe_kernel": "probe",
     "route_kernel": "route",
     "list_keys_kernel": "route",
@@ -186,10 +187,10 @@ def _extra_bytes(call: Callable[[], Result], q: Tensor) -> int:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     for _ in range(3):
-        result = call()
+        out_bytes = call().out.numel() * q.element_size()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    return peak - result.out.numel() * q.element_size()
+    return peak - out_bytes
 
 
 def _mean_and_deviation(sizes: Tensor) -> list[float]:

@@ -7,7 +7,6 @@ depend on the order in which programs run.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -42,8 +41,8 @@ class SortedClusters(NamedTuple):
 @triton.jit(do_not_specialize=["heads", "tokens", "clusters", "text_before", "text_after"])
 def kmeans_assign_kernel(
     x_ptr,  # (B, H, N, D)
-    aim_ptr,  # (G, C, D) in the dtype of x, see `aims_of`
-    half_norm_ptr,  # (G, P) float32, see `aims_of`
+    aim_ptr,  # (G, C, D) in the dtype of x, see `aim_kernel`
+    half_norm_ptr,  # (G, P) float32, see `aim_kernel`
     mask_ptr,  # (B|1, H|1, N) bool, True takes part
     label_ptr,  # (G, N) int32
     stride_xb,
@@ -95,6 +94,51 @@ def kmeans_assign_kernel(
         takes_part = tl.load(mask_row, mask=token < tokens, other=0)
         label = tl.where(takes_part != 0, label, clusters + 1)
     tl.store(label_ptr + g * tokens + token, label, mask=token < tokens)
+
+
+@triton.jit(do_not_specialize=["clusters", "pitch"])
+def aim_kernel(
+    centroid_ptr,  # (G, C, D)
+    metric_ptr,  # (G, D, D) in the dtype of the centroids, symmetric
+    aim_ptr,  # (G, C, D) in the dtype of the centroids
+    half_norm_ptr,  # (G, P) float32
+    pitch,  # P, a multiple of BLOCK_N
+    clusters,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_METRIC: tl.constexpr,
+):
+    """``a = M c``, rounded, and ``h = c . a - c' M c / 2``, infinite past C, of BLOCK_N c.
+
+    The nearest centroid of x is that of the least ``h - x . a``; of a token at its centroid that is
+    not rounded, however far they are from 0.
+    """
+    g = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+    d = tl.arange(0, BLOCK_D)  # [BD]
+    row = (g * clusters + n)[:, None] * D
+    there = (n < clusters)[:, None]
+    centroid = tl.load(centroid_ptr + row + d[None, :], mask=there & (d < D)[None, :], other=0.0)
+    half_norm = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(0, D, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)  # [BC]
+        inside = there & (c < D)[None, :]
+        mine = tl.load(centroid_ptr + row + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        moved = mine  # [BN, BC]
+        if HAS_METRIC:
+            column = tl.load(
+                metric_ptr + (g * D + d[:, None]) * D + c[None, :],
+                mask=(d < D)[:, None] & (c < D)[None, :],
+                other=0.0,
+            )  # [BD, BC]
+            moved = tl.dot(centroid, column, input_precision="ieee")
+        aim = moved.to(aim_ptr.dtype.element_ty)
+        tl.store(aim_ptr + row + c[None, :], aim, mask=inside)
+        half_norm += tl.sum(mine * (aim.to(tl.float32) - 0.5 * moved), 1)
+    half_norm = tl.where(n < clusters, half_norm, float("inf"))
+    tl.store(half_norm_ptr + g * pitch + n, half_norm)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "clusters"])
@@ -191,11 +235,13 @@ def kmeans(
     batch, heads, tokens, dim = x.shape
     groups, clusters = batch * heads, centroids.shape[2]
     means = centroids.reshape(groups, clusters, dim).to(torch.float32, copy=True)
+    rounded = means.to(x.dtype)
+    metric = None if metric is None else metric.to(x.dtype)
     labels = torch.empty(groups, tokens, dtype=torch.int32, device=x.device)
     mask_strides = (0, 0, 0) if mask is None else token_strides(mask)
     tiles = config.assign
     for _ in range(iterations):
-        aims, half_norm = aims_of(means, metric, x.dtype)
+        aims, half_norm = aims_of(rounded, metric, config)
         kmeans_assign_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
             x, aims, half_norm, x if mask is None else mask, labels,
             *token_strides(x), *mask_strides, half_norm.shape[1], heads, tokens, clusters, *text,
@@ -207,21 +253,25 @@ def kmeans(
     return SortedClusters(labels, order, starts, means, rounded)
 
 
-def aims_of(means: Tensor, metric: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What the nearest centroid of x is found with: the least ``h - x . a``.
+def aims_of(rounded: Tensor, metric: Tensor | None, config: LaunchConfig) -> tuple[Tensor, Tensor]:
+    """What `aim_kernel` says; a kernel of ours, because a graph must not hold cuBLAS' workspace.
 
     Args:
-        means: (G, C, D) float32 centroids c.
-        metric: (G, D, D) float32 M, or None for the identity.
-        dtype: of x.
+        rounded: (G, C, D) centroids in the dtype of the tokens.
+        metric: (G, D, D) in that dtype, symmetric, or None for the identity.
+        config: see `launch_config`.
 
     Returns:
-        ``a = M c`` (G, C, D), rounded, and ``h = c . a - c' M c / 2`` (G, P) float32, infinite past
-        C: of a token at its centroid the distance is not rounded, however far that is from 0.
+        aims (G, C, D) in the dtype of the tokens and half norms (G, P) float32.
     """
-    groups, clusters, _ = means.shape
-    moved = means if metric is None else means @ metric
-    aims = moved.to(dtype)
-    half_norm = means.new_full((groups, triton.cdiv(clusters, _PITCH) * _PITCH), math.inf)
-    torch.sum(means * torch.sub(aims, moved, alpha=0.5), -1, out=half_norm[:, :clusters])
+    groups, clusters, dim = rounded.shape
+    aims = torch.empty_like(rounded)
+    pitch = triton.cdiv(clusters, _PITCH) * _PITCH
+    half_norm = torch.empty(groups, pitch, dtype=torch.float32, device=rounded.device)
+    tiles = config.away
+    aim_kernel[(pitch // tiles.rows, groups)](
+        rounded, rounded if metric is None else metric, aims, half_norm, pitch, clusters,
+        D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,
+        HAS_METRIC=metric is not None, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
     return aims, half_norm

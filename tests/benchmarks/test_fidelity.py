@@ -283,7 +283,7 @@ def test_a_run_is_recorded_and_goes_on_where_it_was(
     assert {p.cell.rule for p in whole.points} == set(RULES)
     said = capsys.readouterr().out
     assert "values" in said
-    assert "self  paper" not in said
+    assert "self  paper  " not in said
     assert "goal" in said
     assert readme_table(whole).count("\n| self, 144 tokens") == 5
     with pytest.raises(ValueError, match="choose another --out"):
