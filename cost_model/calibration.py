@@ -190,7 +190,7 @@ def _read(path: Path) -> Calibration | None:
 # Conservative on purpose: an early sparse site that turns out slower is worse than a late one. The
 # ratios are rounded up from stage times seen with early kernels on one GPU (benchmarks/NOTES.md)
 # and on a two-core CPU; the roofs are those of an older data-centre GPU and a small CPU. With them
-# the default at density 0.2, clustered afresh, breaks even near 49,000 tokens of 128
+# the default at density 0.2, clustered afresh, breaks even near 43,000 tokens of 128
 # channels on a GPU (an H200 is 1.4 times as fast as dense at 32,760) and near 14,000 on a CPU.
 _GUESSES = {
     "cuda": (
