@@ -73,7 +73,11 @@ class Evidence:
 
 
 def read(folder: Path) -> Evidence:
-    """Everything that was measured into a folder, models in the order of their size."""
+    """Everything that was measured into a folder, models in the order of their size.
+
+    A cell that several records have, say of peers' rules at an earlier commit, is that of the first
+    by file name.
+    """
     times_path = folder / "times.json"
     times = json.loads(times_path.read_text()) if times_path.exists() else None
     ms: dict[tuple[Any, ...], dict[str, float]] = {}
@@ -83,13 +87,17 @@ def read(folder: Path) -> Evidence:
             ms.setdefault(key, {})[row["shape"]] = row["ms"]
     models: dict[str, dict[str, Any]] = {}
     points = []
-    records = [json.loads(p.read_text()) for p in folder.glob("*.json") if p != times_path]
+    records = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p != times_path]
+    known: set[Cell] = set()
     for record in sorted(records, key=lambda r: r["model"]["tokens"]):
         for row in record["rows"]:
             cell = Cell(**row["cell"])
+            if cell in known:
+                continue
+            known.add(cell)
             at = ms.get((cell.rule, cell.density, cell.queries, cell.keys), {})
             psnr, ssim, flicker = (tuple(row[name]) for name in ("psnr", "ssim", "flicker"))
             reached = row["density_reached"]
             points.append(Point(cell, psnr, ssim, flicker, row["attention_error"], at, reached))
-        models[record["model"]["name"]] = {k: v for k, v in record.items() if k != "rows"}
+        models.setdefault(record["model"]["name"], {k: v for k, v in record.items() if k != "rows"})
     return Evidence(models, times, points)

@@ -8,11 +8,11 @@ results out.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -25,24 +25,31 @@ from svg_ear_compile.kernels.reference import Clusters, Result
 MOST_BYTES = 128 << 20
 """Bytes of q up to which calls are recorded: beyond, the device takes longer than the host."""
 
-MOST_RECORDINGS = 6
-"""Recordings that are kept, the last used ones: each holds a few times the bytes of q."""
+MOST_HELD = 2 << 30
+"""Bytes that recordings may hold together: each keeps its inputs, output and workspace."""
+
+STALE_CALLS = 2000
+"""A recording that so many calls of any kind have passed over makes room for another. Sooner would
+be worse than none: a budget has layers of many kinds, which would take turns in being recorded."""
 
 MOST_SEEN = 256
 """Kinds of calls that are remembered as having been made."""
 
 _RECORDINGS: OrderedDict[Hashable, _Recording] = OrderedDict()
 _SEEN: OrderedDict[Hashable, None] = OrderedDict()
+_NUMBER = itertools.count()
 _LOCK = threading.Lock()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Recording:
-    """A graph and the tensors that it reads and writes."""
+    """A graph, the tensors that it reads and writes, bytes, and the number of its last call."""
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
     result: Result
+    nbytes: int
+    used: int
 
 
 def sparse_attention(
@@ -78,9 +85,11 @@ def sparse_attention(
     settings = (plan, scale, text, return_lse, centroids is None, q.device, stream.cuda_stream)
     key = (settings, tuple((t.shape, t.stride(), t.dtype) for t in given))
     with _LOCK:
+        number = next(_NUMBER)
         recording = _RECORDINGS.get(key)
         if recording is not None:
             _RECORDINGS.move_to_end(key)
+            recording.used = number
             for own, new in zip(recording.inputs, given, strict=True):
                 own.copy_(new)
             recording.graph.replay()
@@ -88,7 +97,12 @@ def sparse_attention(
         result = call(q, k, v, centroids, attn_mask)
         if key not in _SEEN:  # once is no reason to record
             _SEEN[key] = None
-            _drop_first(_SEEN, MOST_SEEN)
+            while len(_SEEN) > MOST_SEEN:
+                _SEEN.popitem(last=False)
+            return result
+        # Inputs and output, and as much again for tables and what is between the stages.
+        nbytes = 4 * (q.numel() + k.numel()) * q.element_size()
+        if not has_room(nbytes, number) or torch.cuda.mem_get_info(q.device)[0] < 2 * nbytes:
             return result
         copies = [torch.empty_like(t) for t in given]
         own_q, own_k, own_v, *rest = copies
@@ -103,8 +117,7 @@ def sparse_attention(
             finally:
                 graph.capture_end()
         stream.wait_stream(side)
-        _RECORDINGS[key] = _Recording(graph, tuple(copies), recorded)
-        _drop_first(_RECORDINGS, MOST_RECORDINGS)
+        _RECORDINGS[key] = _Recording(graph, tuple(copies), recorded, nbytes, number)
     return result
 
 
@@ -115,9 +128,14 @@ def forget() -> None:
         _SEEN.clear()
 
 
-def _drop_first(kept: OrderedDict[Hashable, Any], most: int) -> None:
-    while len(kept) > most:
-        kept.popitem(last=False)
+def has_room(nbytes: int, number: int) -> bool:
+    """Whether so many bytes more may be held at that call; drops what is stale to make room."""
+    while sum(r.nbytes for r in _RECORDINGS.values()) + nbytes > MOST_HELD:
+        oldest = next(iter(_RECORDINGS), None)
+        if oldest is None or number - _RECORDINGS[oldest].used < STALE_CALLS:
+            return False
+        del _RECORDINGS[oldest]
+    return True
 
 
 def _is_worth_while(q: Tensor) -> bool:

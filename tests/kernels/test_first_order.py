@@ -105,7 +105,9 @@ def test_mass_error_is_half_the_variance_of_the_keys_along_the_query(seed: int) 
 def test_a_cluster_for_every_query_is_dense_attention(seed: int, density: float, text: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, 2, 21, 32, generator=generator) for _ in range(3))
-    plan = AttentionPlan(density=density, q_clusters=21 - text, k_clusters=4)
+    plan = AttentionPlan(
+        density=density, compensation="second_order", q_clusters=21 - text, k_clusters=4
+    )
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     found = cpu.sparse_attention(q, k, v, plan, text=(0, text))
     assert bool((found.queries.sizes == 1).all())

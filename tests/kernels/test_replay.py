@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.reference import Result
 
-pytestmark = pytest.mark.gpu
 PLAN = AttentionPlan(density=0.2, q_clusters=7, k_clusters=19)
 
 
@@ -22,6 +22,7 @@ def tensors_of(result: Result) -> list[Tensor]:
     return [result.out, result.lse, *result.queries, *result.keys, result.exact, rows]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["bhsd", "fused", "strided"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dim", [64, 80])
@@ -48,20 +49,49 @@ def test_a_replayed_call_is_the_call(layout: str, masked: bool, dim: int) -> Non
             assert torch.equal(mine, other)
 
 
-def test_no_more_recordings_are_kept_than_said_and_large_calls_are_not_recorded() -> None:
+@pytest.mark.gpu
+def test_large_calls_are_not_recorded_nor_those_without_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from svg_ear_compile.kernels.gpu import replay
 
     replay.forget()
     q, k, v = random_qkv(0, 1, (2, 2), (300, 300), 64, torch.bfloat16, "cuda")
-    for clusters in range(2, 2 + 2 * replay.MOST_RECORDINGS):
+    monkeypatch.setattr(replay, "MOST_HELD", 3 * 8 * q.numel() * q.element_size())
+    for clusters in range(2, 7):
         plan = replace(PLAN, q_clusters=clusters)
         for _ in range(3):
             result = replay.sparse_attention(q, k, v, plan)
         assert result.out.isfinite().all()
-    assert len(replay._RECORDINGS) == replay.MOST_RECORDINGS
+    assert len(replay._RECORDINGS) == 3
     replay.forget()
     q, k, v = (torch.zeros(1, 80, 6600, 128, dtype=torch.bfloat16, device="cuda") for _ in range(3))
     assert q.numel() * q.element_size() > replay.MOST_BYTES
     for _ in range(3):
         replay.sparse_attention(q, k, v, PLAN)
     assert not replay._RECORDINGS
+
+
+def test_only_what_is_stale_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    from svg_ear_compile.kernels.gpu import replay
+
+    nothing: Any = None
+    kept = OrderedDict(
+        (name, replay._Recording(nothing, (), nothing, nbytes, used))
+        for name, nbytes, used in (("a", 40, 10), ("b", 50, 900), ("c", 10, 1000))
+    )
+    monkeypatch.setattr(replay, "_RECORDINGS", kept)
+    monkeypatch.setattr(replay, "MOST_HELD", 100)
+    monkeypatch.setattr(replay, "STALE_CALLS", 500)
+    assert not replay.has_room(1, 509)
+    assert list(kept) == ["a", "b", "c"]
+    assert replay.has_room(40, 1001)
+    assert list(kept) == ["b", "c"]
+    assert not replay.has_room(41, 1001)
+    assert not replay.has_room(101, 5000)  # more than there can ever be
+
+
+def test_a_cpu_records_nothing() -> None:
+    from svg_ear_compile.kernels.gpu import replay
+
+    assert not replay._is_worth_while(torch.zeros(1, 1, 8, 64))
