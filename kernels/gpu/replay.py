@@ -84,7 +84,8 @@ def sparse_attention(
     stream = torch.cuda.current_stream(q.device)
     settings = (plan, scale, text, return_lse, centroids is None, q.device, stream.cuda_stream)
     key = (settings, tuple((t.shape, t.stride(), t.dtype) for t in given))
-    with _LOCK:
+    # Tensors made in inference mode could not be written outside of it.
+    with _LOCK, torch.inference_mode(False), torch.no_grad():
         number = next(_NUMBER)
         recording = _RECORDINGS.get(key)
         if recording is not None:

@@ -50,6 +50,21 @@ def test_a_replayed_call_is_the_call(layout: str, masked: bool, dim: int) -> Non
 
 
 @pytest.mark.gpu
+def test_what_is_recorded_in_inference_mode_serves_outside_of_it() -> None:
+    from svg_ear_compile.kernels.gpu import replay
+
+    replay.forget()
+    outs = []
+    for mode in (torch.inference_mode, torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            q, k, v = random_qkv(0, 1, (2, 2), (300, 300), 64, torch.bfloat16, "cuda")
+            outs.append(replay.sparse_attention(q, k, v, PLAN).out)
+    assert len(replay._RECORDINGS) == 1
+    for out in outs[1:]:
+        assert torch.equal(out, outs[0])
+
+
+@pytest.mark.gpu
 def test_large_calls_are_not_recorded_nor_those_without_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
