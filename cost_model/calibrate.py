@@ -40,9 +40,9 @@ from svg_ear_compile.cost_model.stages import (
     sparse_amounts,
 )
 from svg_ear_compile.cost_model.synthetic import video_like
+from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.op import dense_attention
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Result
 
 SECONDS = 55.0
 """Time that a calibration may take; what is not measured by then is left to the nearest class."""
@@ -205,8 +205,8 @@ def busy_kernels_ms(call: Callable[[], object], repeats: int) -> dict[str, float
 
 
 def _keep_busy(call: Callable[[], object]) -> float:
-    """Call to compile and to record, then until the GPU's clock is that of a long run; seconds of a
-    call."""
+    """Seconds of a call, after one to compile, one to record, and as many as bring the GPU's clock
+    to that of a long run."""
     for _ in range(2):
         call()
     torch.cuda.synchronize()
@@ -299,7 +299,7 @@ def measure(
     """
     clock = _Clock(q.device)
     batch, heads, tokens, head_dim = q.shape
-    sparse_attention = _sparse_attention(clock.on_gpu)
+    sparse_attention = sparse_form(clock.on_gpu)
     cold = sparse_attention(q, k, v, plan, text=(0, text))
     warm = (cold.queries.centroids, cold.keys.centroids)
 
@@ -324,14 +324,6 @@ def measure(
         batch=batch,
         text=text,
     )
-
-
-def _sparse_attention(on_gpu: bool) -> Callable[..., Result]:
-    if on_gpu:
-        from svg_ear_compile.kernels.gpu.replay import sparse_attention
-    else:
-        from svg_ear_compile.kernels.cpu import sparse_attention
-    return sparse_attention
 
 
 def calibrate(
@@ -411,7 +403,7 @@ def _host_ms(device: torch.device, workload: _Workload) -> float:
     """Milliseconds of a warm call so small that only what the host does is left."""
     dtype, head_dim = workload.classes[0]
     tensors = video_like(1, 256, head_dim, device, getattr(torch, dtype))
-    call, plan = _sparse_attention(True), AttentionPlan(density=0.5)
+    call, plan = sparse_form(True), AttentionPlan(density=0.5)
     cold = call(*tensors, plan)
     warm = (cold.queries.centroids, cold.keys.centroids)
     return _Clock(device).ms(lambda: call(*tensors, plan, centroids=warm), 7)

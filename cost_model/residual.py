@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels.plan import Compensation
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.reference import Clusters, cluster_means
 
 
@@ -66,7 +66,7 @@ def residual(
     block = scale * spread(v, keys) * spread(k, keys) / math.sqrt(q.shape[-1])  # [B, H, Kc]
     skipped = (mass * block.unsqueeze(2)).square().masked_fill(exact, 0.0).sum(-1)  # [B, H, Qc]
     reach = spread(q, queries)
-    if compensation in ("centroid", "gaussian"):
+    if not AttentionPlan(compensation=compensation).has_own_tables:
         reach = (reach.square() + queries.centroids.float().square().sum(-1)).sqrt()
     error = (skipped * reach.square() * queries.sizes).sum(-1)
     value_means, _ = cluster_means(v.float(), keys.labels.long(), keys.sizes.shape[-1])

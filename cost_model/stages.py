@@ -120,7 +120,9 @@ def sparse_amounts(
     stand_ins = k_clusters if on_gpu else k_clusters * (1 - density)
     distances = heads * queries * q_clusters + kv_heads * keys * k_clusters
     tokens = heads * queries + kv_heads * keys
-    passes = rounds + (plan.cluster_metric == "logits")  # over all tokens
+    # The metric's moments are one more pass over all tokens.
+    moments = 1 if plan.cluster_metric == "logits" else 0
+    passes = rounds + moments
     posterior = 4.0 * dim * heads * probed_rows * probed_keys  # mean keys and values of every block
     seen = exact + shape.text + stand_ins  # by one query
     attended = rows * seen + shape.text * shape.k_tokens
@@ -142,7 +144,7 @@ def sparse_amounts(
         read += 2.0 * heads * rows * k_clusters * dim * size
     return {
         "cluster": Amount(
-            flops=2.0 * rounds * dim * distances + 2.0 * (passes - rounds) * dim**2 * tokens,
+            flops=2.0 * rounds * dim * distances + 2.0 * moments * dim**2 * tokens,
             bytes=2.0 * passes * dim * size * tokens,
             launches=16.0 * passes,
         ),

@@ -53,10 +53,12 @@ def sparse_attention(
     all_v = wide_v.repeat_interleave(groups, 1)
     value_means, _ = reference.cluster_means(all_v, shared.labels, exact.shape[3])
     tables = reference.compensation_tables(found, queries, shared, value_means, plan, scale)
-    all_k = wide_k.repeat_interleave(groups, 1)
-    second = reference.covariance_terms(
-        wide_q, all_k, all_v, queries, shared, value_means, plan, scale
-    )
+    second = None
+    if plan.has_covariances:
+        all_k = wide_k.repeat_interleave(groups, 1)
+        second = reference.covariance_terms(
+            wide_q, all_k, all_v, queries, shared, value_means, plan, scale
+        )
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     for p in pairs:
         _attend(

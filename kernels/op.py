@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svg_ear_compile.kernels import state
+from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import HEAD_DIMS, AttentionPlan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -80,16 +81,12 @@ def attention(
         if averages_empty_rows and attn_mask is not None:
             _average_empty_rows(out, v, attn_mask, padding_rows)
         return out, lse
-    if q.is_cuda:
-        from svg_ear_compile.kernels.gpu.replay import sparse_attention
-    else:
-        from svg_ear_compile.kernels.cpu import sparse_attention
     memory = call.memory
     q_clusters, k_clusters = call.plan.clusters(video_q, video_k)
     warm = memory and memory.warm_start(
         (*q.shape[:2], q_clusters, q.shape[3]), (*k.shape[:2], k_clusters, k.shape[3]), q.device
     )
-    result = sparse_attention(
+    result = sparse_form(q.is_cuda)(
         q,
         k,
         v,

@@ -20,17 +20,17 @@ HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128, 160, 192, 256)
 """Head dims that the kernels are built and tested for."""
 
 # Where the defaults come from. Errors are the relative L2 of the output on recorded Q, K, V of the
-# video DiT in benchmarks/ with first-order compensation (figures in benchmarks/NOTES.md); second
-# order lowers all of them.
+# video DiT in benchmarks/ with first-order compensation and Euclidean clusters (figures in
+# benchmarks/NOTES.md); the defaults of both lower all of them.
 # density 0.2: the published range of the method is 0.2 to 0.26; first-order compensation at 0.1 is
 #   about as exact as the centroid form at 0.2, so 0.2 leaves room for models that were never tried.
 # first_iterations 5: the error falls 0.199, 0.167, 0.157, 0.147, 0.142, 0.137 at 1, 2, 3, 5, 8, 16.
 # warm_iterations 1: from the last step's centroids, step after step, a second round takes 1.8 % off
 #   the error; its time buys more as density.
-# Clusters are means, in tokens. First-order compensation gains with every halving of the query
-#   clusters until one is about a tile of queries; below that the tiles run half empty. The probe
-#   and tables cost in proportion to the clusters: on long videos 256 queries a cluster at twice
-#   the density take as long as 128 and give as good a picture. 64 keys are one key tile.
+# Clusters are means, in tokens. Every form gains with every halving of the query clusters until
+#   one is about a tile of queries; below that the tiles run half empty. The probe costs in
+#   proportion to the clusters, and 128 queries leave more of a tile empty than 256: on long videos
+#   both lie on one frontier of picture and time. 64 keys are one key tile.
 QUERIES_PER_CLUSTER = 128
 LONG_QUERIES_PER_CLUSTER = 256
 FINE_QUERY_CLUSTERS = 256

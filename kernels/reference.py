@@ -533,13 +533,11 @@ def covariance_terms(
     value_means: Tensor,
     plan: AttentionPlan,
     scale: float,
-) -> SecondOrder | None:
-    """`second_order` about the point at which the plan's stand-ins are exact, None without.
+) -> SecondOrder:
+    """`second_order` about the point at which the stand-ins of a plan with covariances are exact.
 
     Tables of a query cluster's own are exact at its centroid, those of the Gaussian form at 0.
     """
-    if not plan.has_covariances:
-        return None
     if not plan.has_own_tables:
         queries = queries._replace(centroids=torch.zeros_like(queries.centroids))
     return second_order(q, k, v, queries, keys, value_means, scale)
@@ -646,6 +644,8 @@ def sparse_attention(
     exact = route(found, queries, shared, plan)
     value_means, _ = cluster_means(v, shared.labels, exact.shape[3])
     tables = compensation_tables(found, queries, shared, value_means, plan, scale)
-    second = covariance_terms(q, k, v, queries, shared, value_means, plan, scale)
+    second = None
+    if plan.has_covariances:
+        second = covariance_terms(q, k, v, queries, shared, value_means, plan, scale)
     out, lse = attend(q, k, v, queries.labels, shared.labels, exact, tables, scale, second)
     return Result(out, lse, queries, keys, exact, row_area(exact, shared))

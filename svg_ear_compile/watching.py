@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 
+from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.reference import Result
 from svg_ear_compile.planning import rewrite_graph
@@ -41,11 +42,7 @@ class SeenCall:
 
     def sparse(self, plan: AttentionPlan) -> Result:
         """The call under a plan, clustered afresh."""
-        if self.q.is_cuda:
-            from svg_ear_compile.kernels.gpu.replay import sparse_attention
-        else:
-            from svg_ear_compile.kernels.cpu import sparse_attention
-        return sparse_attention(
+        return sparse_form(self.q.is_cuda)(
             self.q,
             self.k,
             self.v,

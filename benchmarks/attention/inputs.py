@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,6 +82,7 @@ def plan_of(clusters: str, form: str, density: float) -> AttentionPlan:
         form: of the compensation, and with ``"/euclidean"`` after it the metric of the clusters.
         density: see `AttentionPlan`.
     """
+    # The plan itself checks the names, whatever their types say.
     compensation, _, metric = form.partition("/")
     found = AttentionPlan(
         density=density,
@@ -94,15 +94,6 @@ def plan_of(clusters: str, form: str, density: float) -> AttentionPlan:
     q_clusters, k_clusters = map(int, clusters.split("/"))
     rounds = 2 if clusters == PAPERS_CLUSTERS else found.warm_iterations
     return replace(found, q_clusters=q_clusters, k_clusters=k_clusters, warm_iterations=rounds)
-
-
-def sparse_form(on_gpu: bool) -> Callable[..., Result]:
-    """The Triton form or the CPU form of sparse attention."""
-    if on_gpu:
-        from svg_ear_compile.kernels.gpu.replay import sparse_attention
-    else:
-        from svg_ear_compile.kernels.cpu import sparse_attention
-    return sparse_attention
 
 
 def exact_pairs(result: Result, inputs: Inputs) -> float:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from benchmarks.attention.data import video_like
 from benchmarks.attention.gate import relative_error
-from benchmarks.attention.inputs import sparse_form
 from benchmarks.provenance import provenance
 from benchmarks.tuning.recorded import record
 from benchmarks.video_dit.data import TRAIN_SHAPE
+from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 
 DENSITIES = (0.05, 0.1, 0.2, 0.4)

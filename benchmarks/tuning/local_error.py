@@ -22,6 +22,7 @@ from benchmarks.tuning.recorded import Recording, record
 from benchmarks.video_dit.demo import SHAPES
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.cost_model.residual import residual
+from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.reference import Clusters, Result
 
@@ -49,11 +50,7 @@ class Row:
 
 def sparse(found: Recording, plan: AttentionPlan) -> Result:
     """The call under a plan, cold."""
-    if found.q.is_cuda:
-        from svg_ear_compile.kernels.gpu.replay import sparse_attention
-    else:
-        from svg_ear_compile.kernels.cpu import sparse_attention
-    return sparse_attention(found.q, found.k, found.v, plan)
+    return sparse_form(found.q.is_cuda)(found.q, found.k, found.v, plan)
 
 
 def measure(found: Recording, seed: int) -> list[Row]:

@@ -1,7 +1,7 @@
-"""What second-order compensation adds on a GPU: pooled covariances, growth before and move after.
+"""What covariances add to compensation on a GPU, in the Gaussian form and that of second order.
 
-Defined by `reference.second_order`. The growth goes into the logits of the attend stage as one
-number for a query. The move is the same for all stand-ins of a query, so it is added to the
+Defined by `reference.covariance_terms`. The growth goes into the logits of the attend stage as
+one number for a query. The move is the same for all stand-ins of a query, so it is added to the
 finished output, times the weight that the attend stage gave to stand-ins.
 """
 

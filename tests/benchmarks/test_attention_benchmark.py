@@ -11,8 +11,9 @@ import torch
 from benchmarks.attention import measure
 from benchmarks.attention.data import video_like
 from benchmarks.attention.flex import TILE, covering_tiles
-from benchmarks.attention.inputs import RECORDED, Inputs, exact_pairs, inputs_of, sparse_form
+from benchmarks.attention.inputs import RECORDED, Inputs, exact_pairs, inputs_of
 from benchmarks.attention.plots import write_plots
+from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 

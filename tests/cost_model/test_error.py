@@ -116,7 +116,7 @@ def scattered(place: Tensor, noise: float) -> Tensor:
 
 
 @given(st.integers(0, 99), st.sampled_from(get_args(Compensation)))
-def test_the_estimate_is_nothing_where_compensation_is_exact(seed: int, form: str) -> None:
+def test_the_estimate_is_nothing_where_compensation_is_exact(seed: int, form: Compensation) -> None:
     torch.manual_seed(seed)
     places = [torch.randint(8, (1, 2, 61)) for _ in range(2)]
 
@@ -128,14 +128,14 @@ def test_the_estimate_is_nothing_where_compensation_is_exact(seed: int, form: st
             for place, x in zip(places, (q, k), strict=True)
         )
         taken = torch.full((1, 2, 8, 8), exact)
-        return float(residual(q, k, v, queries, keys, taken, form, 32**-0.5).max())  # type: ignore[arg-type]
+        return float(residual(q, k, v, queries, keys, taken, form, 32**-0.5).max())
 
     assert estimate(1.0, 1.0, 1.0) > 1e-2
     assert estimate(1.0, 1.0, 1.0, exact=True) == 0.0
     # Keys of a block that coincide, or its values; with tables of their own its queries.
     assert estimate(1.0, 0.0, 1.0) < 1e-5
     assert estimate(1.0, 1.0, 0.0) < 1e-5
-    own_tables = AttentionPlan(compensation=form).has_own_tables  # type: ignore[arg-type]
+    own_tables = AttentionPlan(compensation=form).has_own_tables
     assert (estimate(0.0, 1.0, 1.0) < 1e-5) == own_tables
 
 

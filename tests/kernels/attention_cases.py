@@ -175,11 +175,12 @@ class Oracle:
         if self.plan.has_own_tables:
             own = torch.einsum("bhid,bhijd->bhij", self.queries.centroids, rounded(key).double())
             bias = self.probe.log_mass - self.scale * own
-        second = reference.covariance_terms(
-            self.q, self.k, self.v, self.queries, self.keys, value_means, self.plan, self.scale
-        )
-        if second is not None:
-            second = reference.SecondOrder(second.growth.to(wide), rounded(second.move))
+        second = None
+        if self.plan.has_covariances:
+            found = reference.covariance_terms(
+                self.q, self.k, self.v, self.queries, self.keys, value_means, self.plan, self.scale
+            )
+            second = reference.SecondOrder(found.growth.to(wide), rounded(found.move))
         out, lse = reference.attend(
             *(t.to(wide) for t in (self.q, self.k, self.v)),
             self.queries.labels, self.keys.labels, exact.cpu(),

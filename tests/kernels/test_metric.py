@@ -28,8 +28,8 @@ def metrics(
 
     rows = None if mask is None else mask[:, :, 0, :]
     config = launch_config(q.shape[-1], q.element_size())
-    found = logit_metrics(q, k, rows, text, config)
-    return tuple(m.unflatten(0, x.shape[:2]).cpu() for m, x in zip(found, (q, k), strict=True))  # type: ignore[return-value]
+    of_queries, of_keys = logit_metrics(q, k, rows, text, config)
+    return of_queries.unflatten(0, q.shape[:2]).cpu(), of_keys.unflatten(0, k.shape[:2]).cpu()
 
 
 @given(
