@@ -106,6 +106,8 @@ def _measured_amounts(row: dict[str, Any]) -> dict[str, Amount]:
         # As measured: a default can have changed since.
         q_clusters=round((tokens - row["text"]) / row["q_sizes"][0]),
         k_clusters=round((tokens - row["text"]) / row["k_sizes"][0]),
+        # The metric's moments are measured with the means, not with the assignment.
+        cluster_metric="euclidean",
     )
     amounts = sparse_amounts(shape, plan, "cuda")
     return {
