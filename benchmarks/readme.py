@@ -153,15 +153,19 @@ def generation_table(records: list[dict[str, Any]]) -> str:
     lines = [
         f"{'; '.join(where)}. Random weights.",
         "",
-        "| model | backend | density | denoising steps (dense ones) | s a generation | speed-up |",
-        "|---|---|---|---|---|---|",
+        "| model | backend | density | denoising steps (dense ones) | blocks taken over "
+        "| s a generation | speed-up |",
+        "|---|---|---|---|---|---|---|",
     ]
     for record in records:
         dense = record["rows"][0]["seconds"]
         for row in record["rows"]:
+            shares = row.get("taken_over")
             cells = [
                 row["model"], row["backend"], str(row["options"].get("density", "dense")),
-                f"{row['steps']} ({row['dense_steps']})", f"{row['seconds']:.1f}",
+                f"{row['steps']} ({row['dense_steps']})",
+                f"{statistics.fmean(shares):.0%} of sparse calls" if shares else "",
+                f"{row['seconds']:.1f}",
                 f"{dense / row['seconds']:.2f}x",
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")

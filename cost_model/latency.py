@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from svg_ear_compile.cost_model.calibration import Calibration, ideal_ms
 from svg_ear_compile.cost_model.stages import (
@@ -29,6 +30,16 @@ LONGEST = 1 << 19
 # through Inductor: 5.79 s, of which attention is predicted to take 4.57 s), less its bytes once,
 # over its FLOPs at the roof. On a GPU it is not measured yet; `tune` measures the forward instead.
 REST_OVERHEAD = 1.45
+
+
+Start = Literal["afresh", "warm", "taken_over"]
+"""How a call comes by its clusters: from the first sample of tokens, from those of the step before,
+or it takes them over with the exact blocks."""
+
+SHARE_TAKEN_OVER = 0.5
+"""Share of a bound model's sparse calls that are expected to take over their clusters and blocks.
+How long a model's tokens stay in their clusters shows while it runs: the two video models of the
+fidelity bench take over more (benchmarks/fidelity/NOTES.md)."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +64,11 @@ def sparse_ms(
     shape: AttentionShape,
     plan: AttentionPlan,
     calibration: Calibration,
-    cold: bool = False,
+    start: Start = "warm",
 ) -> StageTimes:
-    """Milliseconds of one sparse call by stage, after a warm start or clustered afresh."""
-    iterations = plan.first_iterations if cold else plan.warm_iterations
-    amounts = sparse_amounts(shape, plan, calibration.device.kind, iterations)
+    """Milliseconds of one sparse call by stage."""
+    rounds = {"afresh": plan.first_iterations, "warm": plan.warm_iterations, "taken_over": 0}
+    amounts = sparse_amounts(shape, plan, calibration.device.kind, rounds[start])
     stages = {
         stage: calibration.stage_ms(stage, amounts[stage], shape.dtype, shape.head_dim)
         for stage in STAGES
@@ -66,10 +77,14 @@ def sparse_ms(
 
 
 def call_ms(shape: AttentionShape, plan: AttentionPlan, calibration: Calibration) -> float:
-    """Milliseconds of one call under a plan, dense or sparse."""
+    """Milliseconds of one call of a bound model under a plan, dense or sparse, in the mean."""
     if plan.is_dense:
         return dense_ms(shape, calibration)
-    return sparse_ms(shape, plan, calibration).total
+    warm = sparse_ms(shape, plan, calibration).total
+    if plan.max_drift == 0.0:
+        return warm
+    taken_over = sparse_ms(shape, plan, calibration, "taken_over").total
+    return SHARE_TAKEN_OVER * taken_over + (1 - SHARE_TAKEN_OVER) * warm
 
 
 def pays(shape: AttentionShape, plan: AttentionPlan, calibration: Calibration) -> bool:
@@ -77,7 +92,7 @@ def pays(shape: AttentionShape, plan: AttentionPlan, calibration: Calibration) -
 
     Clustering is counted as without a warm start: unbound models have none.
     """
-    return sparse_ms(shape, plan, calibration, cold=True).total < dense_ms(shape, calibration)
+    return sparse_ms(shape, plan, calibration, "afresh").total < dense_ms(shape, calibration)
 
 
 def break_even_tokens(

@@ -94,7 +94,8 @@ def sparse_amounts(
         shape: see `AttentionShape`.
         plan: clusters, density, form.
         kind: ``"cuda"`` or ``"cpu"``.
-        iterations: k-means rounds, by default those of a warm start.
+        iterations: k-means rounds, by default those of a warm start; 0 where clusters and exact
+            blocks are taken over.
     """
     rounds = plan.warm_iterations if iterations is None else iterations
     dim = shape.head_dim
@@ -121,8 +122,8 @@ def sparse_amounts(
     distances = heads * queries * q_clusters + kv_heads * keys * k_clusters
     tokens = heads * queries + kv_heads * keys
     # The metric's moments are one more pass over all tokens.
-    moments = 1 if plan.cluster_metric == "logits" else 0
-    passes = rounds + moments
+    moments = 1 if rounds and plan.cluster_metric == "logits" else 0
+    passes = max(rounds, 1) + moments  # what is taken over is sorted and averaged all the same
     posterior = 4.0 * dim * heads * probed_rows * probed_keys  # mean keys and values of every block
     seen = exact + shape.text + stand_ins  # by one query
     attended = rows * seen + shape.text * shape.k_tokens
@@ -152,7 +153,9 @@ def sparse_amounts(
             flops=2.0 * dim * heads * probed_rows * probed_keys + (0.0 if on_gpu else posterior),
             bytes=probed + 16.0 * blocks,
             launches=1.0 + probe_waves if on_gpu else 24.0 * heads * k_clusters,
-        ),
+        )
+        if rounds or own_tables
+        else Amount(),
         "tables": Amount(
             flops=posterior if on_gpu else 2.0 * dim * blocks,
             bytes=2.0 * dim * size * blocks,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Clusters, Probe, Result, SecondOrder
+from svg_ear_compile.kernels.reference import Blocks, Clusters, Probe, Result, SecondOrder
 
 
 def sparse_attention(
@@ -27,6 +27,7 @@ def sparse_attention(
     scale: float | None = None,
     text: tuple[int, int] = (0, 0),
     centroids: tuple[Tensor, Tensor] | None = None,
+    blocks: Blocks | None = None,
     return_lse: bool = False,
 ) -> Result:
     """All five stages; arguments and result as `reference.sparse_attention`.
@@ -36,7 +37,7 @@ def sparse_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     groups = q.shape[1] // k.shape[1]
     wide_q, wide_k, wide_v = q.float(), k.float(), v.float()
-    queries, keys = reference.cluster(wide_q, wide_k, plan, attn_mask, text, centroids)
+    queries, keys = reference.cluster(wide_q, wide_k, plan, attn_mask, text, centroids, blocks)
     shared = Clusters(*(t.repeat_interleave(groups, 1) for t in keys))
     order = shared.labels.argsort(dim=-1, stable=True)  # [B, H, N_k]
     bounds = _bounds(shared)
@@ -45,11 +46,17 @@ def sparse_attention(
         (b, h): (wide_k[b, h // groups][order[b, h]], wide_v[b, h // groups][order[b, h]])
         for b, h in pairs
     }
-    probes = [_probe(queries.centroids[p], *heads[p], bounds[p], scale) for p in pairs]
-    found = Probe(
-        *(torch.stack(part).unflatten(0, q.shape[:2]) for part in zip(*probes, strict=True))
-    )
-    exact = reference.route(found, queries, shared, plan)
+    found = None
+    if blocks is None or plan.has_own_tables:
+        probes = [_probe(queries.centroids[p], *heads[p], bounds[p], scale) for p in pairs]
+        found = Probe(
+            *(torch.stack(part).unflatten(0, q.shape[:2]) for part in zip(*probes, strict=True))
+        )
+    if blocks is None:
+        assert found is not None
+        exact = reference.route(found, queries, shared, plan)
+    else:
+        exact = blocks.exact
     all_v = wide_v.repeat_interleave(groups, 1)
     value_means, _ = reference.cluster_means(all_v, shared.labels, exact.shape[3])
     tables = reference.compensation_tables(found, queries, shared, value_means, plan, scale)

@@ -86,6 +86,9 @@ def attention(
     warm = memory and memory.warm_start(
         (*q.shape[:2], q_clusters, q.shape[3]), (*k.shape[:2], k_clusters, k.shape[3]), q.device
     )
+    blocks = None
+    if memory and warm:
+        blocks = memory.lasting_blocks(call.plan, q.shape[2], k.shape[2])
     result = sparse_form(q.is_cuda)(
         q,
         k,
@@ -95,6 +98,7 @@ def attention(
         scale=scale,
         text=text,
         centroids=warm or None,
+        blocks=blocks,
         return_lse=return_lse,
     )
     if padding_rows is not None:
@@ -102,10 +106,8 @@ def attention(
     if averages_empty_rows and key_mask is not None:
         _average_empty_rows(result.out, v, key_mask, padding_rows)
     if memory is not None:
-        memory.q_centroids = result.queries.centroids
-        memory.k_centroids = result.keys.centroids
-        memory.exact_pairs = result.exact_pairs
-        memory.pairs = q.shape[0] * q.shape[1] * video_q * video_k
+        pairs = q.shape[0] * q.shape[1] * video_q * video_k
+        memory.remember(result, call.plan, pairs, warm=bool(warm), taken_over=blocks is not None)
     return result.out, result.lse
 
 

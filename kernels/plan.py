@@ -61,6 +61,9 @@ class AttentionPlan:
         k_clusters: number of key clusters; None takes one per 64 keys.
         first_iterations: k-means iterations where nothing is remembered.
         warm_iterations: k-means iterations from remembered centroids.
+        max_drift: a bound layer takes clusters and exact blocks over from its last steps while it
+            expects fewer than this share of the tokens to be in another cluster than would be
+            theirs; 0 makes them at every step. See `state.Memory`.
         seed: seed of the stratified sample that starts the first k-means.
         min_tokens: a call with fewer video tokens is dense. For graphs that serve several lengths
             and so cannot decide while they are compiled.
@@ -81,11 +84,12 @@ class AttentionPlan:
     k_clusters: int | None = None
     first_iterations: int = 5
     warm_iterations: int = 1
+    max_drift: float = 0.15
     seed: int = 0
     min_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("density", "top_p", "min_block_ratio"):
+        for name in ("density", "top_p", "min_block_ratio", "max_drift"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
         for name in ("threshold", "cost_exponent"):

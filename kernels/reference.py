@@ -39,6 +39,19 @@ class Clusters(NamedTuple):
     sizes: Tensor
 
 
+class Blocks(NamedTuple):
+    """Clusters of the tokens and which of their blocks are exact, for a later step to take over.
+
+    Attributes:
+        q_labels: (B, H, N_q) integer, k_labels: (B, H_kv, N_k) integer, see `Clusters`.
+        exact: (B, H, Qc, Kc) bool.
+    """
+
+    q_labels: Tensor
+    k_labels: Tensor
+    exact: Tensor
+
+
 LARGEST_GROWTH = 1.0
 """Growth in log-mass up to which second order is believed. Farther from its centroid a query sees
 the few keys that it is near to, and no Gaussian: without a limit some heads lose more than they
@@ -95,6 +108,11 @@ class Result:
     keys: Clusters
     exact: Tensor
     row_area: Tensor
+
+    @property
+    def blocks(self) -> Blocks:
+        """What a later step may take over."""
+        return Blocks(self.queries.labels, self.keys.labels, self.exact)
 
     @property
     def exact_pairs(self) -> Tensor:
@@ -161,9 +179,19 @@ def cluster(
     attn_mask: Tensor | None,
     text: tuple[int, int],
     centroids: tuple[Tensor, Tensor] | None,
+    blocks: Blocks | None = None,
 ) -> tuple[Clusters, Clusters]:
-    """Stage 1 for queries and keys, warm from `centroids` or cold; see `sparse_attention`."""
+    """Stage 1 for queries and keys: taken over, warm from `centroids`, or cold.
+
+    See `sparse_attention`.
+    """
     mask = key_mask_of(attn_mask, k)
+    if blocks is not None:
+        assert centroids is not None, "blocks come with the centroids of their clusters"
+        return (
+            regrouped(q, None, centroids[0].to(q.dtype), blocks.q_labels),
+            regrouped(k, mask, centroids[1].to(k.dtype), blocks.k_labels),
+        )
     q_clusters, k_clusters = plan.clusters(q.shape[2] - sum(text), k.shape[2] - sum(text))
     if centroids is not None:
         q_start, k_start = centroids[0].to(q.dtype), centroids[1].to(k.dtype)
@@ -181,11 +209,10 @@ def cluster(
     )
 
 
-def is_clustered(x: Tensor, key_mask: Tensor | None, text: tuple[int, int]) -> Tensor:
-    """(B, H, N) bool: finite video tokens that take part; arguments as `kmeans`."""
+def is_video(x: Tensor, key_mask: Tensor | None, text: tuple[int, int]) -> Tensor:
+    """(B, H, N) bool: video tokens that take part; arguments as `kmeans`."""
     position = torch.arange(x.shape[2], device=x.device)
-    video = (position >= text[0]) & (position < x.shape[2] - text[1])
-    found = video & x.isfinite().all(-1)
+    found = ((position >= text[0]) & (position < x.shape[2] - text[1])).expand(x.shape[:3])
     return found if key_mask is None else found & key_mask
 
 
@@ -206,11 +233,11 @@ def logit_metrics(
 
     Returns:
         Metrics (see `as_metric`) of the queries (B, H, D, D) and of the keys (B, H_kv, D, D): of
-        the clustered tokens, the queries of all heads of a key head together.
+        the video tokens, the queries of all heads of a key head together.
     """
 
     def moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        inside = is_clustered(x, mask, text).unsqueeze(-1)
+        inside = is_video(x, mask, text).unsqueeze(-1)
         count = inside.sum(2).clamp(min=1)  # [B, H, 1]
         x = torch.where(inside, x, 0.0)
         mean = x.sum(2) / count
@@ -228,10 +255,13 @@ def as_metric(moment: Tensor) -> Tensor:
     """(..., D, D) of Frobenius norm 1, or 0: then any clusters are as good.
 
     k-means asks which distance is the least, so the size of a metric is free; at this one a token
-    becomes no longer, which keeps half precision within its range.
+    becomes no longer, which keeps half precision within its range. Moments of tokens that are not
+    finite, or whose squares are not, say nothing: the metric is Euclidean then.
     """
-    size = moment.flatten(-2).norm(dim=-1).clamp(min=torch.finfo(moment.dtype).tiny)
-    return moment / size[..., None, None]
+    size = moment.flatten(-2).norm(dim=-1)[..., None, None]
+    euclidean = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    metric = moment / size.clamp(min=torch.finfo(moment.dtype).tiny)
+    return torch.where(size.isfinite(), metric, euclidean)
 
 
 def cluster_means(x: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
@@ -276,7 +306,7 @@ def kmeans(
         `Clusters`, whose centroids are the means of the returned labels.
     """
     clusters = centroids.shape[2]
-    always_exact = ~is_clustered(x, None, text)
+    always_exact = ~(is_video(x, None, text) & x.isfinite().all(-1))
     finite = torch.where(always_exact.unsqueeze(-1), torch.zeros_like(x), x)
     labels = sizes = None
     for _ in range(iterations):
@@ -291,6 +321,25 @@ def kmeans(
     assert labels is not None
     assert sizes is not None
     return Clusters(labels, centroids, sizes)
+
+
+def regrouped(x: Tensor, key_mask: Tensor | None, centroids: Tensor, labels: Tensor) -> Clusters:
+    """Stage 1 where an earlier step's labels are taken over: the means of x under them.
+
+    A token that was finite then and is not now spoils its cluster.
+
+    Args:
+        x: (B, H, N, D).
+        key_mask: (B, H, N) bool or None; a token that was padding then and is none now is exact.
+        centroids: (B, H, C, D), what an empty cluster keeps.
+        labels: (B, H, N) integer, of the earlier step.
+    """
+    clusters = centroids.shape[2]
+    labels = labels.long()
+    if key_mask is not None:
+        labels = torch.where(key_mask, labels.clamp(max=clusters), clusters + 1)
+    means, sizes = cluster_means(x, labels, clusters)
+    return Clusters(labels, torch.where(sizes.unsqueeze(-1) > 0, means, centroids), sizes)
 
 
 def probe(queries: Clusters, keys: Clusters, k: Tensor, v: Tensor, scale: float) -> Probe:
@@ -423,7 +472,7 @@ def row_area(exact: Tensor, keys: Clusters) -> Tensor:
 
 
 def compensation_tables(
-    found: Probe,
+    found: Probe | None,
     queries: Clusters,
     keys: Clusters,
     value_means: Tensor,
@@ -440,7 +489,8 @@ def compensation_tables(
     The second-order form has the same tables and adds `second_order` from there.
 
     Args:
-        found, queries, keys: see `probe`.
+        found: see `probe`; forms without tables of a query cluster's own do not read it.
+        queries, keys: clusters.
         value_means: (B, H, Kc, D).
         plan: names the form.
         scale: s.
@@ -449,11 +499,12 @@ def compensation_tables(
         keys and values (B, H, Qc, Kc, D), bias (B, H, Qc, Kc).
     """
     if plan.has_own_tables:
+        assert found is not None, "tables of a query cluster's own are made by the probe"
         bias = found.log_mass - scale * torch.einsum(
             "bhid,bhijd->bhij", queries.centroids, found.mean_key
         )
         return found.mean_key, found.mean_value, bias
-    shape = found.mean_key.shape
+    shape = (*queries.centroids.shape[:3], *keys.centroids.shape[2:])
     bias = keys.sizes.to(value_means.dtype).log().unsqueeze(2).expand(shape[:4])
     return keys.centroids.unsqueeze(2).expand(shape), value_means.unsqueeze(2).expand(shape), bias
 
@@ -621,6 +672,7 @@ def sparse_attention(
     scale: float | None = None,
     text: tuple[int, int] = (0, 0),
     centroids: tuple[Tensor, Tensor] | None = None,
+    blocks: Blocks | None = None,
 ) -> Result:
     """All five stages.
 
@@ -631,17 +683,19 @@ def sparse_attention(
         scale: logit scale, 1/sqrt(D) by default.
         text: text tokens at the start and at the end of both sequences.
         centroids: remembered centroids (B, H, Qc, D) and (B, H_kv, Kc, D).
+        blocks: clusters and exact blocks of an earlier call under this plan, whose `centroids` come
+            with them. They are taken over as they are; what stands in for the rest is made anew.
 
     Returns:
         `Result`; its key clusters are those of the H_kv heads.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     groups = q.shape[1] // k.shape[1]
-    queries, keys = cluster(q, k, plan, attn_mask, text, centroids)
+    queries, keys = cluster(q, k, plan, attn_mask, text, centroids, blocks)
     shared = Clusters(*(t.repeat_interleave(groups, 1) for t in keys))
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     found = probe(queries, shared, k, v, scale)
-    exact = route(found, queries, shared, plan)
+    exact = route(found, queries, shared, plan) if blocks is None else blocks.exact
     value_means, _ = cluster_means(v, shared.labels, exact.shape[3])
     tables = compensation_tables(found, queries, shared, value_means, plan, scale)
     second = None

@@ -18,6 +18,43 @@ import torch
 from torch import Tensor
 
 from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.reference import Blocks, Result
+
+MOST_AGE = 8
+"""Calls in a row that may take over the same blocks, however little their tokens drift."""
+
+_DTYPE_OF_LABELS = torch.int16  # half the memory, where there are few enough clusters
+
+
+class Drift:
+    """Share of the tokens whose cluster changed, on its way from the device to the host.
+
+    It is asked for a whole forward later, so that nothing is left to wait for; waiting all the same
+    where there is keeps the same calls giving the same bits.
+
+    Args:
+        before, after: clusters of the same tokens when they were made, and made anew.
+        calls: how many calls lie between.
+    """
+
+    def __init__(self, before: Blocks, after: Blocks, calls: int) -> None:
+        pairs = ((before.q_labels, after.q_labels), (before.k_labels, after.k_labels))
+        changed = sum((old != new).float().mean() for old, new in pairs) / len(pairs)
+        assert isinstance(changed, Tensor)
+        self._calls = calls
+        self._arrived = None
+        self._changed = changed
+        if changed.is_cuda:
+            self._changed = torch.empty((), dtype=changed.dtype, pin_memory=True)
+            self._changed.copy_(changed, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def of_a_call(self) -> float:
+        """Share of the tokens that change their cluster from one call to the next."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._changed.item() / self._calls
 
 
 @dataclass
@@ -25,17 +62,28 @@ class Memory:
     """What one layer and guidance branch keeps from one denoising step to the next.
 
     Attributes:
-        q_centroids: (B, H, Qc, D) float32 or None.
-        k_centroids: (B, H_kv, Kc, D) float32 or None.
+        q_centroids: (B, H, Qc, D) in the dtype of q, or None.
+        k_centroids: (B, H_kv, Kc, D) in the dtype of k, or None.
+        blocks: clusters and exact blocks of the last call that made them.
+        made_under: the plan of that call.
+        age: calls that have taken them over.
+        drift: of the clusters, when they were last made anew.
         exact_pairs: () float64 on the device of the call, query-key pairs of video tokens computed
             exactly by the last call, or None. Kept as a tensor so that nothing waits for it.
         pairs: query-key pairs of video tokens of that call.
+        calls: sparse calls so far. taken_over: those that made no blocks.
     """
 
     q_centroids: Tensor | None = None
     k_centroids: Tensor | None = None
+    blocks: Blocks | None = None
+    made_under: AttentionPlan | None = None
+    age: int = 0
+    drift: Drift | None = None
     exact_pairs: Tensor | None = None
     pairs: int = 0
+    calls: int = 0
+    taken_over: int = 0
 
     def warm_start(
         self, q_shape: tuple[int, ...], k_shape: tuple[int, ...], device: torch.device
@@ -46,15 +94,82 @@ class Memory:
             return None
         return (q, k) if q.shape == q_shape and k.shape == k_shape else None
 
+    def lasting_blocks(self, plan: AttentionPlan, q_tokens: int, k_tokens: int) -> Blocks | None:
+        """Blocks that a call under `plan` may take over, where its warm start is remembered too.
+
+        As many calls in a row do so as leave fewer than `plan.max_drift` of the tokens in another
+        cluster than would be theirs, if they drift as they did before; none where that is not known
+        (a model of few steps moves far in each).
+        """
+        blocks = self.blocks
+        if blocks is None or plan.max_drift == 0.0 or plan != self.made_under:
+            return None
+        if _tokens(blocks) != (q_tokens, k_tokens):
+            return None
+        if self.drift is None or self.age == MOST_AGE:
+            return None
+        return blocks if (self.age + 1) * self.drift.of_a_call() < plan.max_drift else None
+
+    def remember(
+        self, result: Result, plan: AttentionPlan, pairs: int, *, warm: bool, taken_over: bool
+    ) -> None:
+        """Keep what a call leaves behind.
+
+        Args:
+            result: of the call.
+            plan: of the call.
+            pairs: query-key pairs of its video tokens.
+            warm: it started from the remembered centroids.
+            taken_over: and took over the remembered blocks.
+        """
+        dtype = result.out.dtype
+        self.q_centroids = result.queries.centroids.to(dtype)
+        self.k_centroids = result.keys.centroids.to(dtype)
+        self.exact_pairs, self.pairs = result.exact_pairs, pairs
+        self.calls += 1
+        if taken_over:
+            self.taken_over += 1
+            self.age += 1
+        elif plan.max_drift == 0.0:
+            self.blocks = None
+        else:
+            before, after = self.blocks, _packed(result.blocks)
+            # Only clusters that grew out of those before have the same numbers.
+            same = before is not None and warm and _tokens(before) == _tokens(after)
+            self.drift = Drift(before, after, self.age + 1) if before and same else None
+            self.blocks, self.made_under, self.age = after, plan, 0
+
+    def skip(self) -> None:
+        """A dense call came between: the blocks are older than their age says."""
+        self.blocks = None
+
     def nbytes(self) -> int:
         """Device memory held, in bytes."""
-        held = (self.q_centroids, self.k_centroids, self.exact_pairs)
+        held = (self.q_centroids, self.k_centroids, self.exact_pairs, *(self.blocks or ()))
         return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+    @property
+    def share_taken_over(self) -> float | None:
+        """Share of the sparse calls that made no blocks of their own, None before the first."""
+        return self.taken_over / self.calls if self.calls else None
 
     @property
     def density(self) -> float | None:
         """Density that the last sparse call reached; waits for the device."""
         return None if self.exact_pairs is None else self.exact_pairs.item() / self.pairs
+
+
+def _tokens(blocks: Blocks) -> tuple[int, int]:
+    return blocks.q_labels.shape[2], blocks.k_labels.shape[2]
+
+
+def _packed(blocks: Blocks) -> Blocks:
+    """The same in less memory, where the labels fit."""
+    _, _, q_clusters, k_clusters = blocks.exact.shape
+    if max(q_clusters, k_clusters) + 1 > torch.iinfo(_DTYPE_OF_LABELS).max:
+        return blocks
+    labels = (t.to(_DTYPE_OF_LABELS) for t in (blocks.q_labels, blocks.k_labels))
+    return Blocks(*labels, blocks.exact)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ class LayerReport:
             of execution did.
         branches: guidance branches seen.
         density: density that the last sparse call reached, None if every call was dense.
+        taken_over: share of the sparse calls of that branch that took clusters and exact blocks
+            over from the step before, None if every call was dense.
         index: position in the order of first execution within the model's last forward.
     """
 
@@ -68,6 +70,7 @@ class LayerReport:
     identity: Identity
     branches: int
     density: float | None
+    taken_over: float | None
     index: int
 
 
@@ -293,6 +296,7 @@ class Binding:
                 layer.identity,
                 len(layer.branches),
                 None if layer.last_sparse is None else layer.last_sparse.density,
+                None if layer.last_sparse is None else layer.last_sparse.share_taken_over,
                 layer.index,
             )
             for (model, path), layer in self._generation.layers.items()
@@ -375,13 +379,19 @@ class Binding:
         known.identity = identity
         known.index = forward.order.setdefault(path, len(forward.order))
         known.branches.add(forward.branch)
+        memory = known.memories.get((site, forward.branch))
         if forward.dense or known.index < self._dense_layers:
-            return Call(_at_density(plan, 1.0))
-        plan = self._budgeted(plan, path, forward)
+            plan = _at_density(plan, 1.0)
+        else:
+            plan = self._budgeted(plan, path, forward)
         if plan.is_dense or forward.branch == MAX_BRANCHES:
+            if memory is not None:
+                memory.skip()
             return Call(plan)
-        known.last_sparse = known.memories.setdefault((site, forward.branch), Memory())
-        return Call(plan, known.last_sparse)
+        if memory is None:
+            memory = known.memories[site, forward.branch] = Memory()
+        known.last_sparse = memory
+        return Call(plan, memory)
 
     def _budgeted(self, plan: AttentionPlan, path: str, forward: _Forward) -> AttentionPlan:
         """The plan that the budget gives this layer, `plan` where it says nothing of it."""

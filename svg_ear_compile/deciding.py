@@ -120,7 +120,7 @@ def expect(site: SiteFacts, plan: AttentionPlan, calibration: Calibration) -> Ex
     video = [max(tokens - shape.text, 1) for tokens in (shape.q_tokens, shape.k_tokens)]
     return Expectation(
         dense_ms(shape, calibration),
-        sparse_ms(shape, plan, calibration, cold=True).total,
+        sparse_ms(shape, plan, calibration, "afresh").total,
         default_error.model_error(expected_density(plan), plan, *video),
         calibration.basis,
         default_error.BASIS,

@@ -108,7 +108,7 @@ class TrialRuns:
                     found = self._timed(budget, phase, self.calls[call])
                     # The first turn compiles, on a GPU kernels of other shapes too.
                     if turn:
-                        samples.setdefault((name, phase), []).extend(found)
+                        samples.setdefault((name, phase), []).append(found)
         # As in the calibration: on a CPU whatever else runs there only ever adds.
         pick = statistics.median if self.device.type == "cuda" else min
         return {
@@ -116,8 +116,9 @@ class TrialRuns:
             for name in candidates
         }
 
-    def _timed(self, budget: Budget | None, phase: int, call: ModelCall) -> list[float]:
-        """Milliseconds of two forwards of a phase, after one that clusters afresh."""
+    def _timed(self, budget: Budget | None, phase: int, call: ModelCall) -> float:
+        """Milliseconds of one forward of a phase: the mean of one that makes clusters anew and one
+        that takes them over, after one that clusters afresh, see `latency.SHARE_TAKEN_OVER`."""
         model = self._plain
         if budget is not None:
             model = self._compiled
@@ -132,7 +133,7 @@ class TrialRuns:
             model(*args, **kwargs)
             self._synchronize()
             found.append(1e3 * (time.perf_counter() - began))
-        return found[1:]
+        return statistics.fmean(found[1:])
 
     def _output(self, call: int) -> Tensor:
         """(elements,) float32: all floating-point tensors of the output."""

@@ -86,10 +86,13 @@ def forward(
     """One transformer forward under a backend: raw samples of the steady state, and what it took.
 
     A bound model is called at falling timesteps, so that its clustering starts warm as in a
-    generation.
+    generation. It clusters at every step: the inputs do not change, and blocks would be taken over
+    more often than in any generation.
     """
     torch.compiler.reset()
     model = size.build(device, dtype)
+    if backend == "svg_ear":
+        options = {**options, "max_drift": 0.0}
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     compiled = torch.compile(model, backend=backend, options=options or None)
     binding = svg_ear_compile.bind(compiled) if backend == "svg_ear" else None
@@ -153,7 +156,9 @@ def generation(
             latents = sample(model, size, steps, device, dtype)
 
         seconds.append(seconds_of(run, device))
+        shares = []
         if binding is not None:
+            shares = [layer.taken_over for layer in binding.report()]
             binding.unbind()
     return {
         "backend": backend,
@@ -162,6 +167,7 @@ def generation(
         "dense_steps": dense_steps if backend == "svg_ear" else steps,
         "first_seconds": seconds[0],
         "seconds": seconds[1],
+        "taken_over": shares,
         "finite": bool(latents.isfinite().all()),
     }
 

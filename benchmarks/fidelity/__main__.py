@@ -103,13 +103,14 @@ class Clips:
         """Measure one cell and keep it."""
         self.clock.need(self.longest.get(cell.rule, _FIRST))
         began = time.perf_counter()
-        clips, reached = self.subject.sparse_clips(cell)
+        clips, remembered = self.subject.sparse_clips(cell)
         scores = score_clips(clips, self.subject.dense_clips)
         row = {
             "cell": asdict(cell),
             **scores,
             "attention_error": self.subject.attention_error(cell),
-            "density_reached": reached,
+            "density_reached": remembered.density,
+            "taken_over": remembered.taken_over,
         }
         seconds = time.perf_counter() - began
         self.longest[cell.rule] = max(seconds, self.longest.get(cell.rule, 0.0))

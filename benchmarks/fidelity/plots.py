@@ -22,6 +22,7 @@ _COLOURS = {
     "first_order": "#d9622b",
     "second_order": "#e377c2",
     "gaussian": "#2ca02c",
+    "every_step": "#98df8a",
     "uniform": "#7f7f7f",
 }
 

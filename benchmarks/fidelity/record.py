@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.fidelity.frontier import Point
 from benchmarks.fidelity.grid import Cell
+from benchmarks.fidelity.rules import RULES, Rule
 from benchmarks.fidelity.times import WAN
 from benchmarks.provenance import provenance
 
@@ -72,6 +74,18 @@ class Evidence:
         return next(iter(self.shapes), "no time measured")
 
 
+def _operation(rule: Rule) -> Hashable:
+    """What two rules have in common that differ in when they cluster alone."""
+    return rule.title if rule.compensation is None else (rule.compensation, rule.metric)
+
+
+def _mean_ms(row: dict[str, Any], taken_over: float) -> float:
+    """Milliseconds of a call where that share of them takes over its blocks."""
+    if not taken_over:
+        return float(row["ms"])
+    return float(taken_over * row["taken_over_ms"] + (1 - taken_over) * row["ms"])
+
+
 def read(folder: Path) -> Evidence:
     """Everything that was measured into a folder, models in the order of their size.
 
@@ -80,11 +94,11 @@ def read(folder: Path) -> Evidence:
     """
     times_path = folder / "times.json"
     times = json.loads(times_path.read_text()) if times_path.exists() else None
-    ms: dict[tuple[Any, ...], dict[str, float]] = {}
+    timed: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in times["rows"] if times else []:
         if row["ms"] is not None:
-            key = (row["rule"], row["density"], row["queries"], row["keys"])
-            ms.setdefault(key, {})[row["shape"]] = row["ms"]
+            key = (_operation(RULES[row["rule"]]), row["density"], row["queries"], row["keys"])
+            timed.setdefault(key, []).append(row)
     models: dict[str, dict[str, Any]] = {}
     points = []
     records = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p != times_path]
@@ -95,7 +109,10 @@ def read(folder: Path) -> Evidence:
             if cell in known:
                 continue
             known.add(cell)
-            at = ms.get((cell.rule, cell.density, cell.queries, cell.keys), {})
+            key = (_operation(RULES[cell.rule]), cell.density, cell.queries, cell.keys)
+            # Records of rules that cluster at every step may be older than the field.
+            share = row.get("taken_over", 0.0)
+            at = {t["shape"]: _mean_ms(t, share) for t in timed.get(key, [])}
             psnr, ssim, flicker = (tuple(row[name]) for name in ("psnr", "ssim", "flicker"))
             reached = row["density_reached"]
             points.append(Point(cell, psnr, ssim, flicker, row["attention_error"], at, reached))

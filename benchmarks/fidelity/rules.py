@@ -33,12 +33,14 @@ class Rule:
         title: in tables and plots.
         compensation: the operator's form, for rules that the operator has.
         metric: of the clusters; published rules have Euclidean ones.
+        max_drift: see `AttentionPlan`; published rules cluster at every step.
         by_head: the rule in plain PyTorch, for the others; None in both is `uniform`.
     """
 
     title: str
     compensation: Compensation | None = None
     metric: ClusterMetric = "euclidean"
+    max_drift: float = 0.0
     by_head: ByHead | None = None
 
 
@@ -92,7 +94,13 @@ RULES = {
     "values": Rule("first order, values only", by_head=values_only),
     "first_order": Rule("first order", compensation="first_order", metric="logits"),
     "second_order": Rule("second order", compensation="second_order", metric="logits"),
-    "gaussian": Rule("Gaussian (svg_ear)", compensation="gaussian", metric="logits"),
+    "gaussian": Rule(
+        "Gaussian (svg_ear)",
+        compensation="gaussian",
+        metric="logits",
+        max_drift=AttentionPlan.max_drift,
+    ),
+    "every_step": Rule("Gaussian, clustered every step", compensation="gaussian", metric="logits"),
     "uniform": Rule("uniform keys"),
 }
 
@@ -112,6 +120,12 @@ class Remembered:
         """Mean density that the sites' last sparse calls reached; waits for the device."""
         found = [m.density for m in self.memories.values() if m.density is not None]
         return sum(found) / len(found) if found else None
+
+    @property
+    def taken_over(self) -> float:
+        """Share of the sparse calls that took over their blocks."""
+        memories = self.memories.values()
+        return sum(m.taken_over for m in memories) / max(1, sum(m.calls for m in memories))
 
 
 def attention(
@@ -140,7 +154,7 @@ def attention(
     """
     remembered = Remembered({}) if remembered is None else remembered
     chosen = RULES[rule]
-    plan = replace(plan, cluster_metric=chosen.metric)
+    plan = replace(plan, cluster_metric=chosen.metric, max_drift=chosen.max_drift)
     if chosen.compensation is not None:
         plan = replace(plan, compensation=chosen.compensation)
         with state.active(remembered):

@@ -104,8 +104,8 @@ class Subject:
 
         return self.generate(answer)
 
-    def sparse_clips(self, cell: Cell) -> tuple[Tensor, float | None]:
-        """Clips under a rule, and the density that the last step reached."""
+    def sparse_clips(self, cell: Cell) -> tuple[Tensor, Remembered]:
+        """Clips under a rule, and what is remembered at their end."""
         plan = cell.plan(self.tokens)
         dense_steps = round(cell.warm_up * self.steps)
         remembered = Remembered({})
@@ -119,7 +119,7 @@ class Subject:
             )  # fmt: skip
 
         clips = self.generate(answer)
-        return clips, remembered.density
+        return clips, remembered
 
     def attention_error(self, cell: Cell) -> float:
         """Mean relative L2 error of the output over the recorded calls, clustered afresh."""

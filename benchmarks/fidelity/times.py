@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.attention.inputs import Inputs
 from benchmarks.attention.measure import measure_shape, time_ms
-from benchmarks.fidelity.grid import Cell
+from benchmarks.fidelity.grid import ANEW, Cell
 from benchmarks.fidelity.rules import RULES, uniform_attention
 
 WAN = "wan14b-720p"
@@ -42,7 +42,7 @@ def measure_times(
     # Clusters with the same rules and densities share one call, and so its dense baseline.
     wishes: dict[tuple[int, int], set[tuple[str, float]]] = {}
     for rule, density, queries, keys in plans:
-        if RULES[rule].compensation is not None:
+        if RULES[rule].compensation is not None and rule != ANEW:  # the same calls as OURS
             wishes.setdefault((queries, keys), set()).add((rule, density))
     groups: dict[frozenset[tuple[str, float]], list[tuple[int, int]]] = {}
     for clusters, wish in wishes.items():
@@ -67,13 +67,15 @@ def measure_times(
             dense = row["dense_samples_ms"][row["dense_backend"]]
             dense_ms = statistics.median(dense)
             queries, keys = counts[row["clusters"]]
-            samples = row.get("samples_ms")
+            samples, later = row.get("samples_ms"), row.get("taken_over_samples_ms")
             rows.append(
                 {
                     "shape": inputs.name, "rule": forms[row["form"]], "density": row["density"],
                     "queries": queries, "keys": keys,
                     "ms": None if samples is None else statistics.median(samples),
                     "samples_ms": samples, "gate": row["gate"], "dense_ms": dense_ms,
+                    "taken_over_ms": None if later is None else statistics.median(later),
+                    "taken_over_samples_ms": later, "taken_over_gate": row.get("taken_over_gate"),
                 }
             )  # fmt: skip
     for rule, density, queries, keys in plans:
@@ -89,7 +91,8 @@ def measure_times(
                 "shape": inputs.name, "rule": rule, "density": density,
                 "queries": queries, "keys": keys,
                 "ms": statistics.median(samples), "samples_ms": samples, "gate": None,
-                "dense_ms": dense_ms,
+                "dense_ms": dense_ms, "taken_over_ms": None, "taken_over_samples_ms": None,
+                "taken_over_gate": None,
             }
         )  # fmt: skip
     return rows

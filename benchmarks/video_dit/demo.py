@@ -132,7 +132,7 @@ def sparse_options(settings: DemoSettings, patch: int, compensation: str) -> dic
     }
     if compensation == "centroid":
         # The paper's rule with the paper's clusters.
-        options |= {"cluster_metric": "euclidean", "warm_iterations": 2}
+        options |= {"cluster_metric": "euclidean", "warm_iterations": 2, "max_drift": 0.0}
     return options
 
 

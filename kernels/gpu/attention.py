@@ -10,9 +10,10 @@ from torch import Tensor
 
 from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.gpu.attend import attend_kernel
-from svg_ear_compile.kernels.gpu.kmeans import SortedClusters, cluster_means, kmeans
+from svg_ear_compile.kernels.gpu.kmeans import SortedClusters, cluster_means, kmeans, regrouped
 from svg_ear_compile.kernels.gpu.launch import (
     LISTED_CLUSTERS,
+    LaunchConfig,
     is_hopper,
     launch_config,
     token_strides,
@@ -26,7 +27,7 @@ from svg_ear_compile.kernels.gpu.second_order import (
     growth_and_length,
 )
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Clusters, Result
+from svg_ear_compile.kernels.reference import Blocks, Clusters, Result
 
 # Tables and lists of the heads in flight, as a share of the bytes of Q, K, V and the output; the
 # floor keeps small problems in one launch.
@@ -44,6 +45,7 @@ def sparse_attention(
     scale: float | None = None,
     text: tuple[int, int] = (0, 0),
     centroids: tuple[Tensor, Tensor] | None = None,
+    blocks: Blocks | None = None,
     return_lse: bool = False,
 ) -> Result:
     """All five stages; arguments and result as `reference.sparse_attention`.
@@ -62,25 +64,17 @@ def sparse_attention(
     scale = dim**-0.5 if scale is None else scale
     config = launch_config(dim, q.element_size(), is_hopper(q.device))
     mask = None if attn_mask is None else attn_mask[:, :, 0, :]
-    q_clusters, k_clusters = plan.clusters(q_tokens - sum(text), k_tokens - sum(text))
-    if centroids is None:
-        full_mask = reference.key_mask_of(attn_mask, k)
-        q_init = reference.initial_centroids(q, None, q_clusters, text, plan.seed)
-        k_init = reference.initial_centroids(k, full_mask, k_clusters, text, plan.seed)
-        iterations = plan.first_iterations
-    else:
-        (q_init, k_init), iterations = centroids, plan.warm_iterations
-    of_queries, of_keys = None, None
-    if plan.cluster_metric == "logits":
-        of_queries, of_keys = logit_metrics(q, k, mask, text, config)
-    queries = kmeans(q, None, q_init, text, iterations, config, of_queries)
-    keys = kmeans(k, mask, k_init, text, iterations, config, of_keys)
+    queries, keys = _clustered(q, k, mask, plan, text, centroids, blocks, config)
+    q_clusters, k_clusters = queries.centroids.shape[1], keys.centroids.shape[1]
     value_means = torch.zeros_like(keys.centroids)
     rounded_value_means = cluster_means(v, keys.order, keys.starts, value_means, config)
 
     groups = batch * heads
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
-    exact = torch.empty(groups, q_clusters, k_clusters, dtype=torch.bool, device=q.device)
+    if blocks is None:
+        exact = torch.empty(groups, q_clusters, k_clusters, dtype=torch.bool, device=q.device)
+    else:
+        exact = blocks.exact.flatten(0, 1).contiguous()
     row_area = torch.empty(groups, q_clusters, dtype=torch.int32, device=q.device)
     clustered_keys = keys.starts[:, k_clusters]
     budget = torch.ceil(plan.density * clustered_keys.double()).float()
@@ -102,7 +96,9 @@ def sparse_attention(
     def table(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(step, q_clusters, *shape, dtype=dtype, device=q.device)
 
-    log_error, log_mass, logit, bias = (table(k_clusters) for _ in range(4))
+    probed = blocks is None or own_tables
+    bias = table(k_clusters)
+    log_error, log_mass, logit = (table(k_clusters) if probed else bias for _ in range(3))
     offset = table(k_clusters, dtype=torch.int32)
     rows = table(3, dtype=torch.int32)
     key_list = table(listed, dtype=torch.int32)
@@ -119,24 +115,26 @@ def sparse_attention(
         share = torch.empty_like(grown)
     head_counts = (heads, kv_heads)
     tiles = tile_cluster.shape[1]
+    routing = plan.routing if blocks is None else "kept"
     log_threshold = math.log(plan.threshold) if plan.threshold > 0 else -math.inf
     for first_head in range(0, groups, step):
         launched = min(step, groups - first_head)
-        probe_kernel[(k_clusters, triton.cdiv(q_clusters, config.probe.rows), launched)](
-            queries.rounded, k, v, keys.order, keys.starts, keys.centroids, value_means,
-            log_error, log_mass, logit, bias, stand_in_key, stand_in_value,
-            *token_strides(k), *token_strides(v), first_head, *head_counts,
-            k_tokens, q_clusters, k_clusters, scale,
-            D=dim, BLOCK_D=config.block_dim, BLOCK_Q=config.probe.rows,
-            BLOCK_N=config.probe.columns, OWN_TABLES=own_tables,
-            num_warps=config.probe.warps, num_stages=config.probe.stages,
-        )  # fmt: skip
+        if probed:
+            probe_kernel[(k_clusters, triton.cdiv(q_clusters, config.probe.rows), launched)](
+                queries.rounded, k, v, keys.order, keys.starts, keys.centroids, value_means,
+                log_error, log_mass, logit, bias, stand_in_key, stand_in_value,
+                *token_strides(k), *token_strides(v), first_head, *head_counts,
+                k_tokens, q_clusters, k_clusters, scale,
+                D=dim, BLOCK_D=config.block_dim, BLOCK_Q=config.probe.rows,
+                BLOCK_N=config.probe.columns, OWN_TABLES=own_tables,
+                num_warps=config.probe.warps, num_stages=config.probe.stages,
+            )  # fmt: skip
         block_k = triton.next_power_of_2(k_clusters)
         route_kernel[(q_clusters, launched)](
             log_error, log_mass, logit, bias, queries.starts, keys.starts, budget,
             exact, row_area, offset, rows, first_head, *head_counts, q_clusters, k_clusters,
             plan.cost_exponent, plan.top_p, plan.min_block_ratio, log_threshold,
-            BLOCK_K=block_k, ROUTING=plan.routing, OWN_TABLES=own_tables,
+            BLOCK_K=block_k, ROUTING=routing, OWN_TABLES=own_tables,
             num_warps=min(16, max(4, block_k // 512)),
         )  # fmt: skip
         list_keys_kernel[(q_clusters, triton.cdiv(k_clusters, LISTED_CLUSTERS), launched)](
@@ -178,6 +176,40 @@ def sparse_attention(
         _clusters(keys, batch, kv_heads),
         exact.unflatten(0, (batch, heads)),
         row_area.unflatten(0, (batch, heads)),
+    )
+
+
+def _clustered(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    plan: AttentionPlan,
+    text: tuple[int, int],
+    centroids: tuple[Tensor, Tensor] | None,
+    blocks: Blocks | None,
+    config: LaunchConfig,
+) -> tuple[SortedClusters, SortedClusters]:
+    """`reference.cluster`; `mask` is (B|1, H_kv|1, N_k)."""
+    if blocks is not None:
+        assert centroids is not None, "blocks come with the centroids of their clusters"
+        return (
+            regrouped(q, None, centroids[0], blocks.q_labels, config),
+            regrouped(k, mask, centroids[1], blocks.k_labels, config),
+        )
+    if centroids is None:
+        q_clusters, k_clusters = plan.clusters(q.shape[2] - sum(text), k.shape[2] - sum(text))
+        full_mask = None if mask is None else mask.expand(k.shape[:3])
+        q_init = reference.initial_centroids(q, None, q_clusters, text, plan.seed)
+        k_init = reference.initial_centroids(k, full_mask, k_clusters, text, plan.seed)
+        iterations = plan.first_iterations
+    else:
+        (q_init, k_init), iterations = centroids, plan.warm_iterations
+    of_queries, of_keys = None, None
+    if plan.cluster_metric == "logits":
+        of_queries, of_keys = logit_metrics(q, k, mask, text, config)
+    return (
+        kmeans(q, None, q_init, text, iterations, config, of_queries),
+        kmeans(k, mask, k_init, text, iterations, config, of_keys),
     )
 
 

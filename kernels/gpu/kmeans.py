@@ -253,6 +253,28 @@ def kmeans(
     return SortedClusters(labels, order, starts, means, rounded)
 
 
+def regrouped(
+    x: Tensor, mask: Tensor | None, centroids: Tensor, labels: Tensor, config: LaunchConfig
+) -> SortedClusters:
+    """`reference.regrouped` on a GPU.
+
+    Args:
+        x: (B, H, N, D), last stride 1.
+        mask: (B|1, H|1, N) bool or None.
+        centroids: (B, H, C, D) any float dtype; not modified.
+        labels: (B, H, N) integer.
+        config: see `launch_config`.
+    """
+    clusters = centroids.shape[2]
+    if mask is not None:
+        labels = torch.where(mask, labels.clamp(max=clusters), clusters + 1)
+    labels = labels.flatten(0, 1).to(torch.int32)
+    means = centroids.flatten(0, 1).to(torch.float32, copy=True)
+    order, starts = sort_by_label(labels, clusters)
+    rounded = cluster_means(x, order, starts, means, config)
+    return SortedClusters(labels, order, starts, means, rounded)
+
+
 def aims_of(rounded: Tensor, metric: Tensor | None, config: LaunchConfig) -> tuple[Tensor, Tensor]:
     """What `aim_kernel` says; a kernel of ours, because a graph must not hold cuBLAS' workspace.
 

@@ -35,7 +35,7 @@ def moment_kernel(
     BLOCK_N: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """Sums of ``x x'`` (BLOCK_C columns), x and 1 over a part of a head's clustered tokens."""
+    """Sums of ``x x'`` (BLOCK_C columns), x and 1 over a part of a head's video tokens."""
     part = tl.program_id(0)
     g = tl.program_id(2).to(tl.int64)
     b, h = g // heads, g % heads
@@ -54,9 +54,6 @@ def moment_kernel(
             inside = inside & (tl.load(mask_row, mask=at < tokens, other=0) != 0)
         row = x_base + token[:, None] * stride_xn
         x = tl.load(row + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
-        # x * 0 is NaN exactly where x is NaN or infinite.
-        inside = inside & (tl.sum(x.to(tl.float32) * 0.0, 1) == 0.0)
-        x = tl.where(inside[:, None], x, 0.0)  # [BN, BD]
         column = x  # [BN, BC]
         if BLOCK_C < BLOCK_D:
             column = tl.load(row + c[None, :], mask=inside[:, None] & (c < D)[None, :], other=0.0)
@@ -96,7 +93,7 @@ def logit_metrics(
 def _sums(
     x: Tensor, mask: Tensor | None, text: tuple[int, int], config: LaunchConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of ``x x'`` (G, D, D) and x (G, D) over the clustered tokens, at least 1 of which count
+    """Sums of ``x x'`` (G, D, D) and x (G, D) over the video tokens, at least 1 of which count
     (G,), all float32."""
     batch, heads, tokens, dim = x.shape
     groups, tiles = batch * heads, config.covariance

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from svg_ear_compile.kernels.gpu import attention
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Clusters, Result
+from svg_ear_compile.kernels.reference import Blocks, Clusters, Result
 
 MOST_BYTES = 128 << 20
 """Bytes of q up to which calls are recorded: beyond, the device takes longer than the host."""
@@ -46,7 +47,7 @@ class _Recording:
     """A graph, the tensors that it reads and writes, bytes, and the number of its last call."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: tuple[Tensor, ...]
+    inputs: list[Tensor]
     result: Result
     nbytes: int
     used: int
@@ -62,6 +63,7 @@ def sparse_attention(
     scale: float | None = None,
     text: tuple[int, int] = (0, 0),
     centroids: tuple[Tensor, Tensor] | None = None,
+    blocks: Blocks | None = None,
     return_lse: bool = False,
 ) -> Result:
     """`attention.sparse_attention`, bit by bit, as a graph where that is worth while."""
@@ -71,18 +73,21 @@ def sparse_attention(
         k: Tensor,
         v: Tensor,
         centroids: tuple[Tensor, Tensor] | None,
+        blocks: Blocks | None,
         mask: Tensor | None,
     ) -> Result:
         return attention.sparse_attention(
             q, k, v, plan, attn_mask=mask, scale=scale, text=text, centroids=centroids,
-            return_lse=return_lse,
+            blocks=blocks, return_lse=return_lse,
         )  # fmt: skip
 
     if not _is_worth_while(q):
-        return call(q, k, v, centroids, attn_mask)
-    given = tuple(t for t in (q, k, v, *(centroids or ()), attn_mask) if t is not None)
+        return call(q, k, v, centroids, blocks, attn_mask)
+    arguments = (q, k, v, centroids, blocks, attn_mask)
+    given = [t for t in (q, k, v, *(centroids or ()), *(blocks or ()), attn_mask) if t is not None]
     stream = torch.cuda.current_stream(q.device)
-    settings = (plan, scale, text, return_lse, centroids is None, q.device, stream.cuda_stream)
+    starts = (centroids is None, blocks is None)
+    settings = (plan, scale, text, return_lse, *starts, q.device, stream.cuda_stream)
     key = (settings, tuple((t.shape, t.stride(), t.dtype) for t in given))
     # Tensors made in inference mode could not be written outside of it.
     with _LOCK, torch.inference_mode(False), torch.no_grad():
@@ -91,11 +96,11 @@ def sparse_attention(
         if recording is not None:
             _RECORDINGS.move_to_end(key)
             recording.used = number
-            for own, new in zip(recording.inputs, given, strict=True):
-                own.copy_(new)
+            for mine, new in zip(recording.inputs, given, strict=True):
+                mine.copy_(new)
             recording.graph.replay()
             return _copied(recording.result)
-        result = call(q, k, v, centroids, attn_mask)
+        result = call(*arguments)
         if key not in _SEEN:  # once is no reason to record
             _SEEN[key] = None
             while len(_SEEN) > MOST_SEEN:
@@ -105,20 +110,18 @@ def sparse_attention(
         nbytes = 4 * (q.numel() + k.numel()) * q.element_size()
         if not has_room(nbytes, number) or torch.cuda.mem_get_info(q.device)[0] < 2 * nbytes:
             return result
-        copies = [torch.empty_like(t) for t in given]
-        own_q, own_k, own_v, *rest = copies
-        own_centroids = None if centroids is None else (rest[0], rest[1])
-        own_mask = None if attn_mask is None else rest[-1]
+        own = tree_map_only(Tensor, torch.empty_like, arguments)
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(q.device)
         side.wait_stream(stream)
         with torch.cuda.stream(side):
             graph.capture_begin(capture_error_mode="thread_local")
             try:
-                recorded = call(own_q, own_k, own_v, own_centroids, own_mask)
+                recorded = call(*own)
             finally:
                 graph.capture_end()
         stream.wait_stream(side)
-        _RECORDINGS[key] = _Recording(graph, tuple(copies), recorded, nbytes, number)
+        inputs = [t for t in tree_leaves(own) if t is not None]
+        _RECORDINGS[key] = _Recording(graph, inputs, recorded, nbytes, number)
     return result
 
 

@@ -52,7 +52,7 @@ def route_kernel(
     q_start_ptr,  # (G, Qc + 3) int32
     k_start_ptr,  # (G_kv, Kc + 3) int32
     budget_ptr,  # (G_kv,) float32, keys that a row may take before the crossing block
-    exact_ptr,  # (G, Qc, Kc) bool
+    exact_ptr,  # (G, Qc, Kc) bool, out, or in where ROUTING is "kept"
     row_area_ptr,  # (G, Qc) int32
     offset_ptr,  # (L, Qc, Kc) int32, place of each listed block in its row's list, else -1
     row_ptr,  # (L, Qc, 3) int32: keys listed, first place of the crossing block, its keys
@@ -84,12 +84,18 @@ def route_kernel(
     rows = tl.load(q_start + 1) - tl.load(q_start)
     occupied = size > 0
     keys = size.to(tl.float32)
-    log_error = tl.load(log_error_ptr + pair, mask=inside, other=float("-inf"))
-    # m_i is the same along the row and cannot change its order.
-    score = log_error - cost_exponent * tl.log(tl.maximum(keys, 1.0))
-    score = tl.where(occupied, score, float("-inf"))
+    at_exact = exact_ptr + (g * q_clusters + i) * k_clusters + j
+    if ROUTING != "kept":
+        log_error = tl.load(log_error_ptr + pair, mask=inside, other=float("-inf"))
+        # m_i is the same along the row and cannot change its order.
+        score = log_error - cost_exponent * tl.log(tl.maximum(keys, 1.0))
+        score = tl.where(occupied, score, float("-inf"))
     crossing = -1
-    if ROUTING == "density":
+    if ROUTING == "kept":
+        taken = (tl.load(at_exact, mask=inside, other=0) != 0) & occupied
+        # Without its largest block a row is no longer than it was without the one that crossed.
+        crossing = tl.argmax(tl.where(taken, size, 0), 0)
+    elif ROUTING == "density":
         taken, tied = take_until(rank_key(score), keys, tl.load(budget_ptr + g_kv))
         taken = taken & occupied
         crossing = tl.max(tl.where(taken & tied, j, -1), 0)
@@ -115,7 +121,8 @@ def route_kernel(
         taken = guaranteed | (best & occupied)
     # An empty query cluster lists nothing and counts nothing.
     taken = taken & (rows > 0)
-    tl.store(exact_ptr + (g * q_clusters + i) * k_clusters + j, taken, mask=inside)
+    if ROUTING != "kept":
+        tl.store(at_exact, taken, mask=inside)
     tl.store(row_area_ptr + g * q_clusters + i, tl.sum(tl.where(taken, size, 0), 0))
     listed = taken & (j != crossing)
     listed_size = tl.where(listed, size, 0)

@@ -14,8 +14,10 @@ from svg_ear_compile.cost_model.calibration import guess
 from svg_ear_compile.cost_model.device import Device
 from svg_ear_compile.cost_model.latency import (
     REST_OVERHEAD,
+    Start,
     attention_allowance,
     break_even_tokens,
+    call_ms,
     dense_ms,
     fastest_within,
     ms_per_exact_share,
@@ -84,8 +86,12 @@ def test_more_rounds_batches_and_heads_take_longer(
     shape: AttentionShape, plan: AttentionPlan, kind: str
 ) -> None:
     calibration = even(kind)
-    warm, cold = (sparse_ms(shape, plan, calibration, cold=c).total for c in (False, True))
-    assert warm < cold
+    starts: tuple[Start, ...] = ("taken_over", "warm", "afresh")
+    taken_over, warm, afresh = (sparse_ms(shape, plan, calibration, s).total for s in starts)
+    assert taken_over < warm < afresh
+    assert taken_over < call_ms(shape, plan, calibration) < warm
+    anew = dataclasses.replace(plan, max_drift=0.0)
+    assert call_ms(shape, anew, calibration) == warm
     twice = dataclasses.replace(shape, batch=2 * shape.batch)
     assert total(shape, plan, kind) < total(twice, plan, kind)
     assert dense_ms(shape, calibration) < dense_ms(twice, calibration)

@@ -88,6 +88,7 @@ def compile_job(job: Job) -> list[Report]:
 
     from svg_ear_compile.kernels.gpu import attention
     from svg_ear_compile.kernels.plan import AttentionPlan
+    from svg_ear_compile.kernels.reference import Blocks
 
     target = GPUTarget(job.backend, job.arch, 64 if job.backend == "hip" else 32)
     # Each target is its own device: kernels already compiled for it are not compiled again.
@@ -128,7 +129,14 @@ def compile_job(job: Job) -> list[Report]:
     plan = AttentionPlan(compensation=job.compensation, first_iterations=1)  # type: ignore[arg-type]
     JITFunction.run = compile_only
     try:
-        attention.sparse_attention(q, k, v, plan, attn_mask=mask, return_lse=True)
+        made = attention.sparse_attention(q, k, v, plan, attn_mask=mask, return_lse=True)
+        # No kernel ran: what it holds is as arbitrary as its shapes are right.
+        centroids = (made.queries.centroids, made.keys.centroids)
+        labels = (torch.zeros_like(x.labels) for x in (made.queries, made.keys))
+        blocks = Blocks(*labels, made.exact)
+        attention.sparse_attention(
+            q, k, v, plan, attn_mask=mask, centroids=centroids, blocks=blocks, return_lse=True
+        )
     finally:
         JITFunction.run = compile_and_launch
     return reports

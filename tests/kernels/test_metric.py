@@ -38,24 +38,21 @@ def metrics(
     heads=st.sampled_from(((2, 2), (4, 2))),
     text=st.sampled_from(((0, 0), (3, 4))),
     masked=st.booleans(),
-    spoiled=st.booleans(),
 )
 @pytest.mark.parametrize(("dim", "dtype"), [(40, F16), (64, F32), (128, F16), (160, F16)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_it_is_its_formula(
     form: Form, dim: int, dtype: torch.dtype, seed: int, tokens: tuple[int, int],
-    heads: tuple[int, int], text: tuple[int, int], masked: bool, spoiled: bool,
+    heads: tuple[int, int], text: tuple[int, int], masked: bool,
 ) -> None:  # fmt: skip
     q, k, _ = random_qkv(seed, 1, heads, tokens, dim, dtype, form.device)
     mask = (
         random_mask(seed, (True, True), (1, heads[1]), tokens[1], form.device) if masked else None
     )
-    if spoiled:
-        q[:, :, 11, 2], k[:, :, 7, 5] = float("nan"), float("inf")
     of_queries, of_keys = metrics(form, q, k, mask, text)
     per_kv_head = heads[0] // heads[1]
     for g in range(heads[1]):
-        kept = reference.is_clustered(k, reference.key_mask_of(mask, k), text)[0, g].cpu()
+        kept = reference.is_video(k, reference.key_mask_of(mask, k), text)[0, g].cpu()
         wanted = k[0, g].cpu().double()[kept].T.cov(correction=0)
         group = range(g * per_kv_head, (g + 1) * per_kv_head)
         for h in group:
@@ -64,7 +61,7 @@ def test_it_is_its_formula(
             )
         squares = []
         for h in group:
-            rows = q[0, h].cpu().double()[reference.is_clustered(q, None, text)[0, h].cpu()]
+            rows = q[0, h].cpu().double()[reference.is_video(q, None, text)[0, h].cpu()]
             squares.append(rows.T @ rows / len(rows))
         wanted = torch.stack(squares).mean(0)
         torch.testing.assert_close(
@@ -87,11 +84,24 @@ def test_padding_and_a_shift_of_all_keys_do_not_show(form: Form, seed: int) -> N
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_what_is_not_finite_makes_the_metrics_of_its_own_heads_euclidean(
+    form: Form, value: float
+) -> None:
+    q, k, _ = random_qkv(0, 1, (4, 2), (60, 70), 40, F32, form.device)
+    wanted = metrics(form, q, k, None, (0, 0))
+    q[0, 1, 11, 2] = k[0, 1, 7, 5] = value
+    of_queries, of_keys = metrics(form, q, k, None, (0, 0))
+    assert torch.equal(of_queries[0, :2], wanted[0][0, :2])
+    assert torch.equal(of_keys[0, 1], wanted[1][0, 1])
+    for metric in (of_queries[0, 2], of_queries[0, 3], of_keys[0, 0]):
+        assert torch.equal(metric, torch.eye(40))
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_without_a_direction_it_is_nothing_and_the_output_exact(form: Form, value: float) -> None:
+def test_without_a_direction_the_output_is_exact(form: Form, value: float) -> None:
     x = torch.full((1, 2, 30, 40), value, dtype=F16, device=form.device)
-    for metric in metrics(form, x, x, None, (0, 0)):
-        assert not metric.any()
     v = torch.randn(1, 2, 30, 40, generator=torch.Generator().manual_seed(0)).to(x)
     plan = AttentionPlan(density=0.2, q_clusters=3, k_clusters=5)
     out, dense = form(x, x, v, plan).out, F.scaled_dot_product_attention(x, x, v)

@@ -152,9 +152,14 @@ def check_case(form: Form, dim: int, dtype: torch.dtype, compensation: str, case
     assert got.out.stride() == torch.empty_like(q, device="meta").stride()
     check_clusters(got.queries, q, case.text, None)
     check_clusters(got.keys, k, case.text, None if mask is None else mask[:, :, 0])
-    scale = dim**-0.5 if case.scale is None else case.scale
-    oracle = Oracle.of(form, q, k, v, plan, scale, got)
+    oracle = Oracle.of(form, q, k, v, plan, case.scale or dim**-0.5, got)
     check_route(oracle, got)
+    check_output(oracle, got)
+
+
+def check_output(oracle: Oracle, got: Result) -> None:
+    """Output and log-sum-exp as the definition has them for the result's own blocks."""
+    dtype = got.out.dtype
     out, lse = oracle.attend(got.exact.cpu())
     near_out, near_lse = oracle.attend_stored_in(got.exact.cpu(), dtype)
     ulp = torch.finfo(dtype).eps

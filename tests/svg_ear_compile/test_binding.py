@@ -402,7 +402,8 @@ def test_memory_bytes_counts_what_is_held() -> None:
     with bind(model) as binding:
         assert binding.memory_bytes() == 0
         run(model, 900, 800, 700)
-        layer = HEADS * (4 + 16) * DIM * 4 + 8  # float32 centroids and one float64 count
+        # float32 centroids, int16 labels, bool blocks and one float64 count
+        layer = HEADS * ((4 + 16) * DIM * 4 + 2 * TOKENS * 2 + 4 * 16) + 8
         assert binding.memory_bytes() == 2 * layer
         binding.reset()
         assert binding.memory_bytes() == 0
