@@ -6,6 +6,8 @@ compiled on a machine without it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,8 @@ from torch import Tensor
 from svg_ear_compile.kernels import state
 from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import HEAD_DIMS, AttentionPlan
+from svg_ear_compile.kernels.reference import Result
+from svg_ear_compile.kernels.state import Call, Memory
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ROWS_AT_A_TIME = 1024
@@ -81,34 +85,17 @@ def attention(
         if averages_empty_rows and attn_mask is not None:
             _average_empty_rows(out, v, attn_mask, padding_rows)
         return out, lse
-    memory = call.memory
-    q_clusters, k_clusters = call.plan.clusters(video_q, video_k)
-    warm = memory and memory.warm_start(
-        (*q.shape[:2], q_clusters, q.shape[3]), (*k.shape[:2], k_clusters, k.shape[3]), q.device
-    )
-    blocks = None
-    if memory and warm:
-        blocks = memory.lasting_blocks(call.plan, q.shape[2], k.shape[2])
-    result = sparse_form(q.is_cuda)(
-        q,
-        k,
-        v,
-        call.plan,
-        attn_mask=key_mask,
-        scale=scale,
-        text=text,
-        centroids=warm or None,
-        blocks=blocks,
-        return_lse=return_lse,
-    )
+    settings = Settings(scale, text, return_lse)
+    if call.stacked and q.shape[0] == call.batch:
+        out, lse = _by_branch(q, k, v, key_mask, call, settings)
+    else:
+        result = _remembering(q, k, v, key_mask, call.plan, call.memory, call.leader, settings)
+        out, lse = result.out, result.lse
     if padding_rows is not None:
-        _leave_out(result.out, result.lse, padding_rows)
+        _leave_out(out, lse, padding_rows)
     if averages_empty_rows and key_mask is not None:
-        _average_empty_rows(result.out, v, key_mask, padding_rows)
-    if memory is not None:
-        pairs = q.shape[0] * q.shape[1] * video_q * video_k
-        memory.remember(result, call.plan, pairs, warm=bool(warm), taken_over=blocks is not None)
-    return result.out, result.lse
+        _average_empty_rows(out, v, key_mask, padding_rows)
+    return out, lse
 
 
 @attention.register_fake
@@ -131,6 +118,79 @@ def _(
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), _empty_lse(q, return_lse)
+
+
+class Settings(NamedTuple):
+    """What all branches of a call have in common; see `attention`."""
+
+    scale: float
+    text: tuple[int, int]
+    return_lse: bool
+
+
+def _by_branch(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """The branches stacked along the batch one after the other, led by the first."""
+    memories = (call.memory, *call.stacked)
+    out, lse = torch.empty_like(q), _empty_lse(q, settings.return_lse)
+    count = len(memories)
+    masks = (mask,) * count if mask is None or mask.shape[0] == 1 else mask.chunk(count)
+    leader = call.leader
+    for place, memory in enumerate(memories):
+        its_q, its_k, its_v = (x.chunk(count)[place] for x in (q, k, v))
+        result = _remembering(
+            its_q, its_k, its_v, masks[place], call.plan, memory, leader, settings
+        )
+        leader = leader or memory
+        out.chunk(count)[place].copy_(result.out)
+        if settings.return_lse:
+            lse.chunk(count)[place].copy_(result.lse)
+    return out, lse
+
+
+def _remembering(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    plan: AttentionPlan,
+    memory: Memory | None,
+    leader: Memory | None,
+    settings: Settings,
+) -> Result:
+    """Sparse attention of one branch with what it, or the branch that leads it, remembers."""
+    video_q, video_k = (x.shape[2] - sum(settings.text) for x in (q, k))
+    q_clusters, k_clusters = plan.clusters(video_q, video_k)
+    shapes = (*q.shape[:2], q_clusters, q.shape[3]), (*k.shape[:2], k_clusters, k.shape[3])
+    warm, blocks = None, None
+    if leader is not None:
+        warm = leader.warm_start(*shapes, q.device)
+        blocks = leader.blocks_of(plan, q.shape[2], k.shape[2]) if warm else None
+    led = blocks is not None
+    if memory is not None and not led:
+        warm = memory.warm_start(*shapes, q.device)
+        blocks = memory.lasting_blocks(plan, q.shape[2], k.shape[2]) if warm else None
+    result = sparse_form(q.is_cuda)(
+        q,
+        k,
+        v,
+        plan,
+        attn_mask=mask,
+        scale=settings.scale,
+        text=settings.text,
+        centroids=warm,
+        blocks=blocks,
+        return_lse=settings.return_lse,
+    )
+    if memory is not None:
+        pairs = q.shape[0] * q.shape[1] * video_q * video_k
+        if led:
+            memory.follow(result, pairs)
+        else:
+            taken_over = blocks is not None
+            memory.remember(result, plan, pairs, warm=warm is not None, taken_over=taken_over)
+    return result
 
 
 def dense_attention(

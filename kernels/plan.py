@@ -64,6 +64,9 @@ class AttentionPlan:
         max_drift: a bound layer takes clusters and exact blocks over from its last steps while it
             expects fewer than this share of the tokens to be in another cluster than would be
             theirs; 0 makes them at every step. See `state.Memory`.
+        shared_branches: guidance branches of a bound layer take clusters and exact blocks over from
+            the first of them, at every step: their errors are alike then and cancel where one
+            branch is taken from the other.
         seed: seed of the stratified sample that starts the first k-means.
         min_tokens: a call with fewer video tokens is dense. For graphs that serve several lengths
             and so cannot decide while they are compiled.
@@ -85,6 +88,7 @@ class AttentionPlan:
     first_iterations: int = 5
     warm_iterations: int = 1
     max_drift: float = 0.15
+    shared_branches: bool = True
     seed: int = 0
     min_tokens: int = 0
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.reference import Blocks, Result
 
-MOST_AGE = 8
-"""Calls in a row that may take over the same blocks, however little their tokens drift."""
+MOST_AGE = 1
+"""Calls in a row that may take over the same blocks, however little their tokens drift. Blocks that
+serve longer repeat their error step by step, and it adds up to more than they save."""
 
 _DTYPE_OF_LABELS = torch.int16  # half the memory, where there are few enough clusters
 
@@ -95,20 +96,23 @@ class Memory:
         return (q, k) if q.shape == q_shape and k.shape == k_shape else None
 
     def lasting_blocks(self, plan: AttentionPlan, q_tokens: int, k_tokens: int) -> Blocks | None:
-        """Blocks that a call under `plan` may take over, where its warm start is remembered too.
+        """Blocks that the next call under `plan` may take over.
 
-        As many calls in a row do so as leave fewer than `plan.max_drift` of the tokens in another
-        cluster than would be theirs, if they drift as they did before; none where that is not known
-        (a model of few steps moves far in each).
+        It may while fewer than `plan.max_drift` of the tokens are expected in another cluster than
+        would be theirs, if they drift as they did before, but never where that is not known: a
+        model of few steps moves far in each.
         """
-        blocks = self.blocks
-        if blocks is None or plan.max_drift == 0.0 or plan != self.made_under:
+        if plan.max_drift == 0.0 or self.drift is None or self.age >= MOST_AGE:
             return None
-        if _tokens(blocks) != (q_tokens, k_tokens):
+        if (self.age + 1) * self.drift.of_a_call() >= plan.max_drift:
             return None
-        if self.drift is None or self.age == MOST_AGE:
+        return self.blocks_of(plan, q_tokens, k_tokens)
+
+    def blocks_of(self, plan: AttentionPlan, q_tokens: int, k_tokens: int) -> Blocks | None:
+        """The blocks, if they were made under this plan for as many tokens."""
+        if self.blocks is None or plan != self.made_under:
             return None
-        return blocks if (self.age + 1) * self.drift.of_a_call() < plan.max_drift else None
+        return self.blocks if _tokens(self.blocks) == (q_tokens, k_tokens) else None
 
     def remember(
         self, result: Result, plan: AttentionPlan, pairs: int, *, warm: bool, taken_over: bool
@@ -130,14 +134,21 @@ class Memory:
         if taken_over:
             self.taken_over += 1
             self.age += 1
-        elif plan.max_drift == 0.0:
-            self.blocks = None
-        else:
-            before, after = self.blocks, _packed(result.blocks)
-            # Only clusters that grew out of those before have the same numbers.
-            same = before is not None and warm and _tokens(before) == _tokens(after)
-            self.drift = Drift(before, after, self.age + 1) if before and same else None
-            self.blocks, self.made_under, self.age = after, plan, 0
+            return
+        before, made = self.blocks, None
+        if plan.max_drift > 0.0 or plan.shared_branches:
+            made = _packed(result.blocks)
+        self.drift = None
+        # Only clusters that grew out of those before have the same numbers.
+        if before and made and warm and plan.max_drift > 0.0 and _tokens(before) == _tokens(made):
+            self.drift = Drift(before, made, self.age + 1)
+        self.blocks, self.made_under, self.age = made, plan, 0
+
+    def follow(self, result: Result, pairs: int) -> None:
+        """Note a call that took over the blocks of the branch that leads."""
+        self.exact_pairs, self.pairs = result.exact_pairs, pairs
+        self.calls += 1
+        self.taken_over += 1
 
     def skip(self) -> None:
         """A dense call came between: the blocks are older than their age says."""
@@ -147,11 +158,6 @@ class Memory:
         """Device memory held, in bytes."""
         held = (self.q_centroids, self.k_centroids, self.exact_pairs, *(self.blocks or ()))
         return sum(t.numel() * t.element_size() for t in held if t is not None)
-
-    @property
-    def share_taken_over(self) -> float | None:
-        """Share of the sparse calls that made no blocks of their own, None before the first."""
-        return self.taken_over / self.calls if self.calls else None
 
     @property
     def density(self) -> float | None:
@@ -168,16 +174,29 @@ def _packed(blocks: Blocks) -> Blocks:
     _, _, q_clusters, k_clusters = blocks.exact.shape
     if max(q_clusters, k_clusters) + 1 > torch.iinfo(_DTYPE_OF_LABELS).max:
         return blocks
-    labels = (t.to(_DTYPE_OF_LABELS) for t in (blocks.q_labels, blocks.k_labels))
-    return Blocks(*labels, blocks.exact)
+    q_labels, k_labels = (t.to(_DTYPE_OF_LABELS) for t in (blocks.q_labels, blocks.k_labels))
+    return Blocks(q_labels, k_labels, blocks.exact)
 
 
 @dataclass(frozen=True)
 class Call:
-    """How one attention call is carried out: its plan, and what it may remember."""
+    """How one attention call is carried out.
+
+    Attributes:
+        plan: its plan.
+        memory: what it may remember.
+        leader: memory of the first guidance branch, which was called at this step before, where
+            this is another branch and may take over what that one made.
+        stacked: memories of the other guidance branches where the call carries several, one after
+            the other along the batch; the first leads them.
+        batch: of the model: a call whose batch is another (frames, say) does not carry them.
+    """
 
     plan: AttentionPlan
     memory: Memory | None = None
+    leader: Memory | None = None
+    stacked: tuple[Memory, ...] = ()
+    batch: int = 0
 
 
 class Resolver(Protocol):

@@ -60,8 +60,8 @@ class LayerReport:
             of execution did.
         branches: guidance branches seen.
         density: density that the last sparse call reached, None if every call was dense.
-        taken_over: share of the sparse calls of that branch that took clusters and exact blocks
-            over from the step before, None if every call was dense.
+        taken_over: share of the sparse calls that took clusters and exact blocks over, from the
+            step before or from another guidance branch; None if every call was dense.
         index: position in the order of first execution within the model's last forward.
     """
 
@@ -79,8 +79,15 @@ class _Layer:
     identity: Identity = "order"
     index: int = 0
     branches: set[int] = field(default_factory=set)
-    memories: dict[tuple[str, int], Memory] = field(default_factory=dict)
+    # By site, forward at its step, and place among the branches that one forward carries.
+    memories: dict[tuple[str, int, int], Memory] = field(default_factory=dict)
     last_sparse: Memory | None = None
+
+    @property
+    def taken_over(self) -> float | None:
+        """Share of the sparse calls that made no blocks of their own, None before the first."""
+        calls = sum(memory.calls for memory in self.memories.values())
+        return sum(m.taken_over for m in self.memories.values()) / calls if calls else None
 
 
 @dataclass
@@ -91,6 +98,7 @@ class _Generation:
     step: int = -1
     forwards: Counter[int] = field(default_factory=Counter)  # by model, at this timestep
     inputs: dict[tuple[int, int], _Inputs] = field(default_factory=dict)  # by model and branch
+    latents: dict[int, Tensor | None] = field(default_factory=dict)  # of the first branch, by model
     layers: dict[tuple[int, str], _Layer] = field(default_factory=dict)  # by model and path
 
     def branch(self, model: int, timestep: float) -> int:
@@ -113,6 +121,9 @@ class _Forward:
     branch: int
     timestep: float
     dense: bool
+    led: bool  # by the first branch, whose latents it has
+    stacked: int  # branches along its batch
+    batch: int  # of its latents
     calls: Counter[str] = field(default_factory=Counter)  # by site
     order: dict[str, int] = field(default_factory=dict)  # layer path to position
 
@@ -143,8 +154,13 @@ class _BoundModel:
             "name its timestep argument with bind(..., timestep=...)"
         )
 
-    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, _Inputs]:
-        """Timestep (waits for its device), and shape and device of each other tensor input."""
+    def read(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[float, _Inputs, Tensor | None]:
+        """Timestep (waits for its device), shape and device of each other tensor input, latents.
+
+        The latents are the first of those inputs.
+        """
         given = dict(self.signature.bind_partial(*args, **kwargs).arguments)
         value = given.pop(self.timestep, kwargs.get(self.timestep))
         if value is None:
@@ -152,8 +168,10 @@ class _BoundModel:
                 f"a bound {type(self.module).__name__} was called without {self.timestep!r}"
             )
         timestep = float(value.max() if isinstance(value, Tensor) else value)
-        tensors = (leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
-        return timestep, tuple((t.shape, t.device) for t in tensors if t is not value)
+        leaves = tree_leaves(given)
+        tensors = [x for x in leaves if isinstance(x, Tensor) and x is not value]
+        facts = tuple((t.shape, t.device) for t in tensors)
+        return timestep, facts, tensors[0] if tensors else None
 
     def later(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], share: float
@@ -296,7 +314,7 @@ class Binding:
                 layer.identity,
                 len(layer.branches),
                 None if layer.last_sparse is None else layer.last_sparse.density,
-                None if layer.last_sparse is None else layer.last_sparse.share_taken_over,
+                layer.taken_over,
                 layer.index,
             )
             for (model, path), layer in self._generation.layers.items()
@@ -327,7 +345,9 @@ class Binding:
         finally:
             self._forward = outer
 
-    def _begin(self, model: int, timestep: float, inputs: _Inputs) -> _Forward:
+    def _begin(
+        self, model: int, timestep: float, inputs: _Inputs, latents: Tensor | None
+    ) -> _Forward:
         """Move the clock on to a forward."""
         last = self._generation.timestep
         if last is not None and self._noisier(timestep, last):
@@ -344,11 +364,15 @@ class Binding:
         generation.forwards[model] += 1
         if branch < MAX_BRANCHES:
             generation.inputs.setdefault((model, branch), inputs)
+        if branch == 0:
+            generation.latents[model] = latents
+        led = branch > 0 and _equal(latents, generation.latents.get(model))
         bound = self._dense_above_timestep
         leading = self._tuned[model].schedule.dense_steps if self._tuned else 0
         dense = generation.step < max(leading, self._dense_steps)
         dense = dense or (bound is not None and self._noisier(timestep, bound))
-        return _Forward(model, branch, timestep, dense)
+        batch = latents.shape[0] if latents is not None and latents.dim() else 1
+        return _Forward(model, branch, timestep, dense, led, _stacked(latents), batch)
 
     def _noisier(self, timestep: float, other: float) -> bool:
         return timestep < other if self._ascending else timestep > other
@@ -379,7 +403,7 @@ class Binding:
         known.identity = identity
         known.index = forward.order.setdefault(path, len(forward.order))
         known.branches.add(forward.branch)
-        memory = known.memories.get((site, forward.branch))
+        memory = known.memories.get((site, forward.branch, 0))
         if forward.dense or known.index < self._dense_layers:
             plan = _at_density(plan, 1.0)
         else:
@@ -389,9 +413,14 @@ class Binding:
                 memory.skip()
             return Call(plan)
         if memory is None:
-            memory = known.memories[site, forward.branch] = Memory()
+            memory = known.memories[site, forward.branch, 0] = Memory()
         known.last_sparse = memory
-        return Call(plan, memory)
+        if not plan.shared_branches:
+            return Call(plan, memory)
+        leader = known.memories.get((site, 0, 0)) if forward.led else None
+        others = ((site, forward.branch, place) for place in range(1, forward.stacked))
+        stacked = tuple(known.memories.setdefault(other, Memory()) for other in others)
+        return Call(plan, memory, leader, stacked, forward.batch)
 
     def _budgeted(self, plan: AttentionPlan, path: str, forward: _Forward) -> AttentionPlan:
         """The plan that the budget gives this layer, `plan` where it says nothing of it."""
@@ -436,6 +465,24 @@ class _BoundCall:
             del self.module._compiled_call_impl
         else:
             self.module._compiled_call_impl = self.compiled
+
+
+def _equal(latents: Tensor | None, others: Tensor | None) -> bool:
+    """Whether two forwards are about one video; waits for the device."""
+    if latents is None or others is None or latents.device != others.device:
+        return False
+    return torch.equal(latents, others)
+
+
+def _stacked(latents: Tensor | None) -> int:
+    """Guidance branches along the batch: parts of it that are one video; waits for the device."""
+    if latents is None or latents.dim() == 0 or latents.shape[0] < 2:
+        return 1
+    for count in (2, 3):
+        first, *others = latents.chunk(count)
+        if latents.shape[0] % count == 0 and all(torch.equal(first, other) for other in others):
+            return count
+    return 1
 
 
 @lru_cache(maxsize=1024)
@@ -514,9 +561,14 @@ def bind(
     A generation starts when the timestep jumps back to noise, when the shape or device of a tensor
     input changes, after an error inside a forward, and by `Binding.reset`, which two generations of
     a single step need between them. All memory is dropped then, so the same seed gives the same
-    bits. The timestep is the largest value of the timestep argument and costs one wait for the
-    device per forward; steps whose timesteps are equal as the model gets them (rounded to bfloat16,
-    say) count as one. Forwards of one model at one timestep are guidance branches.
+    bits. The timestep is the largest value of the timestep argument; reading it, and comparing the
+    latents of guidance branches, costs one wait for the device per forward. Steps whose timesteps
+    are equal as the model gets them (rounded to bfloat16, say) count as one.
+
+    Guidance branches are forwards at one timestep, or parts of one batch, whose latents (the first
+    tensor input) are equal. The first of them leads: the others take over its clusters and exact
+    blocks, unless the option ``shared_branches`` is off. Other videos at that timestep or in that
+    batch are clustered by themselves.
 
     Args:
         models: models that take turns in one generation, such as Wan 2.2's two experts.

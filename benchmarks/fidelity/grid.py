@@ -23,7 +23,9 @@ _OTHER_CLUSTERS = (
     (QUERIES_PER_CLUSTER, 2 * KEYS_PER_CLUSTER),
 )
 
-PAPER, OURS, ANEW, DROPPING = "paper", "gaussian", "every_step", "svg2"
+PAPER, OURS, DROPPING = "paper", "gaussian", "svg2"
+UNSHARED = ("shared", "anew")
+"""The default without its parts: blocks taken over from another branch only, and not at all."""
 
 IN_KERNELS = tuple(name for name, rule in RULES.items() if rule.compensation is not None)
 """Rules that the operator has: these can be timed."""
@@ -98,7 +100,7 @@ def cells(models: Sequence[str]) -> list[Cell]:
     ordered = [
         *made([PAPER, OURS], DENSITIES, CLUSTERS),
         *made([PAPER, OURS], _OUTER, CLUSTERS),
-        *made([ANEW], DENSITIES, CLUSTERS),
+        *made(UNSHARED, DENSITIES, CLUSTERS),
         *made([DROPPING], _SVG2, [FINE]),
         *made(IN_KERNELS, DENSITIES, CLUSTERS),
         *made([OURS], DENSITIES, _OTHER_CLUSTERS),

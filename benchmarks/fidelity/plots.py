@@ -22,7 +22,8 @@ _COLOURS = {
     "first_order": "#d9622b",
     "second_order": "#e377c2",
     "gaussian": "#2ca02c",
-    "every_step": "#98df8a",
+    "shared": "#98df8a",
+    "anew": "#c7b299",
     "uniform": "#7f7f7f",
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,8 @@ class Rule:
         title: in tables and plots.
         compensation: the operator's form, for rules that the operator has.
         metric: of the clusters; published rules have Euclidean ones.
-        max_drift: see `AttentionPlan`; published rules cluster at every step.
+        max_drift, shared_branches: see `AttentionPlan`; published rules cluster every branch at
+            every step.
         by_head: the rule in plain PyTorch, for the others; None in both is `uniform`.
     """
 
@@ -41,6 +42,7 @@ class Rule:
     compensation: Compensation | None = None
     metric: ClusterMetric = "euclidean"
     max_drift: float = 0.0
+    shared_branches: bool = False
     by_head: ByHead | None = None
 
 
@@ -99,32 +101,52 @@ RULES = {
         compensation="gaussian",
         metric="logits",
         max_drift=AttentionPlan.max_drift,
+        shared_branches=True,
     ),
-    "every_step": Rule("Gaussian, clustered every step", compensation="gaussian", metric="logits"),
+    "shared": Rule(
+        "Gaussian, shared by branches, made every step",
+        compensation="gaussian",
+        metric="logits",
+        shared_branches=True,
+    ),
+    "anew": Rule("Gaussian, made anew every time", compensation="gaussian", metric="logits"),
     "uniform": Rule("uniform keys"),
 }
 
 
 @dataclass
 class Remembered:
-    """What one generation remembers, call site by call site: resolves the operator's calls too."""
+    """What one generation remembers, call site by call site: resolves the operator's calls too.
 
-    memories: dict[str, Memory]
+    Attributes:
+        memories: by site, of the first branch and of the second.
+        branches: guidance branches that a call carries along its batch, 1 or 2.
+        batch: of the calls.
+    """
+
+    memories: dict[str, tuple[Memory, Memory]] = field(default_factory=dict)
+    branches: int = 1
+    batch: int = 0
 
     def resolve(self, layer: Tensor | None, site: str, plan: AttentionPlan) -> Call:
         """See `kernels.state.Resolver`."""
-        return Call(plan, self.memories.setdefault(site, Memory()))
+        first, second = self.memories.setdefault(site, (Memory(), Memory()))
+        shared = self.branches == 2 and plan.shared_branches
+        return Call(plan, first, None, (second,) if shared else (), self.batch)
+
+    def _used(self) -> list[Memory]:
+        return [memory for pair in self.memories.values() for memory in pair if memory.pairs]
 
     @property
     def density(self) -> float | None:
         """Mean density that the sites' last sparse calls reached; waits for the device."""
-        found = [m.density for m in self.memories.values() if m.density is not None]
+        found = [d for m in self._used() if (d := m.density) is not None]
         return sum(found) / len(found) if found else None
 
     @property
     def taken_over(self) -> float:
         """Share of the sparse calls that took over their blocks."""
-        memories = self.memories.values()
+        memories = self._used()
         return sum(m.taken_over for m in memories) / max(1, sum(m.calls for m in memories))
 
 
@@ -152,9 +174,14 @@ def attention(
     Returns:
         (B, H, N, D) in the dtype of q.
     """
-    remembered = Remembered({}) if remembered is None else remembered
+    remembered = Remembered() if remembered is None else remembered
     chosen = RULES[rule]
-    plan = replace(plan, cluster_metric=chosen.metric, max_drift=chosen.max_drift)
+    plan = replace(
+        plan,
+        cluster_metric=chosen.metric,
+        max_drift=chosen.max_drift,
+        shared_branches=chosen.shared_branches,
+    )
     if chosen.compensation is not None:
         plan = replace(plan, compensation=chosen.compensation)
         with state.active(remembered):

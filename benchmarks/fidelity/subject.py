@@ -108,7 +108,7 @@ class Subject:
         """Clips under a rule, and what is remembered at their end."""
         plan = cell.plan(self.tokens)
         dense_steps = round(cell.warm_up * self.steps)
-        remembered = Remembered({})
+        remembered = Remembered(branches=2, batch=2 * len(self.seeds))
 
         def answer(dense: _Dense, q: Tensor, k: Tensor, v: Tensor, step: int, layer: int) -> Tensor:
             if step < dense_steps:

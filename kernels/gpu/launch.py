@@ -42,7 +42,8 @@ class LaunchConfig:
         assign: queries or keys × centroids.
         probe: query centroids × keys of one cluster.
         attend: queries of one cluster × keys.
-        covariance: tokens × columns of a head's moments and covariances.
+        moments: tokens × columns of a head's moments.
+        covariance: tokens × columns of a head's covariances.
         away: queries × columns of what those make of them.
         wgmma: as `attend`, for `attend_wgmma_kernel`; None where that kernel does not serve.
     """
@@ -51,6 +52,7 @@ class LaunchConfig:
     assign: Tiles
     probe: Tiles
     attend: Tiles
+    moments: Tiles
     covariance: Tiles
     away: Tiles
     wgmma: Tiles | None = None
@@ -84,10 +86,13 @@ def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> Laun
             tiles = Tiles(32, 32, 4, 2)
         else:
             tiles = Tiles(16, 32, 4, 1) if block_dim > 128 else Tiles(32, 32, 4, 1)
-        return LaunchConfig(block_dim, tiles, tiles, tiles, Tiles(32, 32, 8, 1), tiles)
-    covariance = away = Tiles(32, 32, 4, 1)
+        sums = Tiles(32, 32, 8, 1)
+        return LaunchConfig(block_dim, tiles, tiles, tiles, sums, sums, tiles)
+    moments = covariance = away = Tiles(32, 32, 4, 1)
     if hopper:
         columns = block_dim if block_dim <= 128 else 32
+        narrow = block_dim > 128 or head_dim == 72
+        moments = Tiles(64, columns, 8, 1) if narrow else Tiles(128, columns, 4, 3)
         covariance = Tiles(64, columns, 8, 1 if padded or block_dim > 128 else 2)
         away = Tiles(64, min(64, block_dim), 8 if padded else 4, 1)
     # 72 is no multiple of 16: its loads are narrow and their addresses take the registers.
@@ -103,7 +108,7 @@ def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> Laun
         assign = Tiles(64, 64, 4, 2)
         attend = Tiles(rows, 64, 8 if padded or block_dim == 128 else 4, 3)
     wgmma = Tiles(192, 64, 4, 4) if hopper and head_dim in (64, 128) else None
-    return LaunchConfig(block_dim, assign, probe, attend, covariance, away, wgmma)
+    return LaunchConfig(block_dim, assign, probe, attend, moments, covariance, away, wgmma)
 
 
 def token_strides(x: Tensor) -> tuple[int, ...]:

@@ -96,7 +96,7 @@ def _sums(
     """Sums of ``x x'`` (G, D, D) and x (G, D) over the video tokens, at least 1 of which count
     (G,), all float32."""
     batch, heads, tokens, dim = x.shape
-    groups, tiles = batch * heads, config.covariance
+    groups, tiles = batch * heads, config.moments
     columns = triton.cdiv(dim, tiles.columns)
     parts, chunk = parts_of(tokens, groups * columns, tiles.rows)
     square, total, count = (

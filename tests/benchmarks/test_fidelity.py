@@ -124,7 +124,7 @@ def test_uniform_keys_are_a_regular_sample_that_weighs_as_much_as_all() -> None:
 @pytest.mark.parametrize("rule", ["paper", "values"])
 def test_a_generation_is_remembered_site_by_site(rule: str) -> None:
     q, k, v = random_qkv(dtype=torch.float32)
-    remembered = Remembered({})
+    remembered = Remembered()
     assert remembered.density is None
     cold = attention(q, k, v, rule, PLAN, site="0", remembered=remembered)
     warm = attention(q, k, v, rule, PLAN, site="0", remembered=remembered)

@@ -316,7 +316,7 @@ def test_memory_starts_the_next_call_and_reports_its_density(device: str) -> Non
     q, k, v = qkv(device)
     memory = state.Memory()
     assert memory.density is None
-    plan = replace(PLAN, max_drift=0.0)
+    plan = replace(PLAN, max_drift=0.0, shared_branches=False)
     with state.active(Always(plan, memory)):
         attention(q, k, v)
         remembered = (memory.q_centroids.clone(), memory.k_centroids.clone())

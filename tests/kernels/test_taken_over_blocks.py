@@ -146,9 +146,11 @@ class Steps:
 
     def __init__(self, plan: AttentionPlan) -> None:
         self.plan, self.memory = plan, Memory()
+        self.leader: Memory | None = None
+        self.stacked: tuple[Memory, ...] = ()
 
     def resolve(self, layer: Tensor | None, site: str, plan: AttentionPlan) -> Call:
-        return Call(self.plan, self.memory)
+        return Call(self.plan, self.memory, self.leader, self.stacked, batch=2)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> int:
         """Attend; the age of the blocks that served."""
@@ -167,8 +169,8 @@ def test_still_tokens_are_clustered_as_seldom_as_may_be(device: str) -> None:
     # Well apart, so that no token changes its cluster once they are found.
     steps = Steps(replace(PLAN, q_clusters=2, k_clusters=2, first_iterations=9))
     ages = [steps.step(*qkv) for _ in range(14)]
-    assert ages == [0, 0, *range(1, state.MOST_AGE + 1), 0, 1, 2, 3]
-    assert (steps.memory.calls, steps.memory.taken_over) == (14, 11)
+    assert ages == [0, *[0, 1] * 6, 0]
+    assert (steps.memory.calls, steps.memory.taken_over) == (14, 6)
 
 
 @DEVICES
@@ -194,11 +196,12 @@ def test_drift_is_the_share_of_tokens_that_changed_cluster(device: str) -> None:
     assert drift.of_a_call() == pytest.approx(0.25 / 2 / 2)
 
 
-def test_without_drift_blocks_are_made_at_every_step() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_without_drift_blocks_are_made_at_every_step(shared: bool) -> None:
     qkv = random_qkv(0, 1, (2, 2), (61, 45), 32, F32, "cpu")
-    steps = Steps(replace(PLAN, max_drift=0.0))
+    steps = Steps(replace(PLAN, max_drift=0.0, shared_branches=shared))
     assert [steps.step(*qkv) for _ in range(4)] == [0, 0, 0, 0]
-    assert steps.memory.blocks is None
+    assert (steps.memory.blocks is not None) == shared  # nobody would ask for them
 
 
 @pytest.mark.parametrize("change", ["density", "tokens", "dense step", "reuse forbidden meanwhile"])
@@ -221,6 +224,67 @@ def test_blocks_do_not_outlive_what_they_were_made_for(change: str) -> None:
         steps.plan = before
     assert steps.step(q, k, v) == 0
     assert steps.memory.taken_over == 0
+
+
+def branches(device: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """q, k and v of two guidance branches: the same video, told and not told."""
+    qkv = random_qkv(0, 1, (4, 2), (61, 45), 32, F32, device)
+    return [qkv, tuple(later_step(x, 1) for x in qkv)]
+
+
+@DEVICES
+def test_a_led_branch_takes_over_what_the_first_made(device: str) -> None:
+    form = CUDA if device == "cuda" else CPU
+    first, other = branches(device)
+    leader = Steps(PLAN)
+    leader.step(*first)
+    made = form(*first, PLAN)
+    wanted = form(
+        *other, PLAN, centroids=(made.queries.centroids, made.keys.centroids), blocks=made.blocks
+    )
+    follower = Steps(PLAN)
+    follower.leader = leader.memory
+    with state.active(follower):
+        found, _ = op.attention(*other)
+    assert torch.equal(found, wanted.out)
+    memory = follower.memory
+    assert (memory.calls, memory.taken_over, memory.blocks, memory.q_centroids) == (
+        1,
+        1,
+        None,
+        None,
+    )
+    assert memory.density == leader.memory.density
+    # Of another length there is nothing to take over.
+    q, k, v = other
+    with state.active(follower):
+        op.attention(q, k[:, :, :40], v[:, :, :40])
+    assert (memory.calls, memory.taken_over) == (2, 1)
+
+
+@DEVICES
+@pytest.mark.parametrize("masked", ["no", "alike", "each"])
+def test_branches_along_the_batch_are_led_by_the_first(device: str, masked: str) -> None:
+    pair = branches(device)
+    q, k, v = (torch.cat(parts) for parts in zip(*pair, strict=True))
+    mask = None
+    if masked != "no":
+        mask = random_mask(0, (masked == "each", False), (2, 2), 45, device)
+    together = Steps(PLAN)
+    together.stacked = (Memory(),)
+    with state.active(together):
+        out, lse = op.attention(q, k, v, mask, return_lse=True)
+        op.attention(*(torch.cat([x, x]) for x in (q, k, v)))  # frames, say: another batch
+    assert (together.memory.taken_over, together.stacked[0].taken_over) == (0, 1)
+    apart = Steps(PLAN)
+    for place, qkv in enumerate(pair):
+        mine = mask if mask is None or masked == "alike" else mask[place : place + 1]
+        with state.active(apart):
+            wanted, wanted_lse = op.attention(*qkv, mine, return_lse=True)
+        assert torch.equal(out[place : place + 1], wanted)
+        assert torch.equal(lse[place : place + 1], wanted_lse)
+        leader, apart = apart.memory, Steps(PLAN)
+        apart.leader = leader
 
 
 def test_memory_counts_what_it_holds() -> None:

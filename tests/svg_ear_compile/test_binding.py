@@ -391,8 +391,8 @@ def test_a_constant_timestep_does_not_gather_memory() -> None:
     model = shared(1)
     with bind(model) as binding:
         held = []
-        for _ in range(MAX_BRANCHES + 3):
-            model(latents(), 500)
+        for video in range(MAX_BRANCHES + 3):
+            model(latents(video), 500)
             held.append(binding.memory_bytes())
     assert held[MAX_BRANCHES - 1] == held[-1] == MAX_BRANCHES * held[0]
 
@@ -591,3 +591,55 @@ def test_a_bound_model_inside_of_another() -> None:
         found = [(layer.model, layer.path) for layer in binding.report()]
         assert found == [(0, "attn1"), (1, "blocks.0.attn1")]
         assert binding.step == 1
+
+
+def taken_over(binding: Binding) -> list[float | None]:
+    return [layer.taken_over for layer in binding.report()]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@BUILD
+def test_branches_with_the_same_latents_share_their_blocks(
+    build: Callable[[], Any], stacked: bool
+) -> None:
+    model = build()
+    with bind(model) as binding:
+        for timestep in (900.0, 800.0):
+            x = latents(int(timestep))
+            if stacked:
+                model(torch.cat([x, x]), timestep, torch.zeros(2, 7))
+            else:
+                for text in (7, 9):
+                    model(x, timestep, torch.zeros(1, text))
+        assert taken_over(binding) == [0.5] * 3
+        assert {layer.density for layer in binding.report()} != {None}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_other_videos_of_a_step_are_clustered_by_themselves(stacked: bool) -> None:
+    model = whole()
+    with bind(model) as binding:
+        for timestep in (900.0, 800.0):
+            videos = [latents(int(timestep) + video) for video in range(2)]
+            for x in [torch.cat(videos)] if stacked else videos:
+                model(x, timestep)
+        assert taken_over(binding) == [0.0] * 3
+
+
+def test_a_video_that_no_longer_is_the_same_is_on_its_own() -> None:
+    """Two prompts start from one noise: alike at the first step, and then no more."""
+    model = whole()
+    with bind(model) as binding:
+        x = latents()
+        model(torch.cat([x, x]), 900.0)
+        assert taken_over(binding) == [0.5] * 3
+        out = model(torch.cat([x, latents(1)]), 800.0)
+        assert taken_over(binding) == [1 / 3] * 3
+        assert out.isfinite().all()
+
+
+def test_three_branches_along_the_batch_are_led_by_the_first() -> None:
+    model = whole()
+    with bind(model) as binding:
+        model(torch.cat([latents()] * 3), 900.0)
+        assert taken_over(binding) == [2 / 3] * 3
