@@ -91,7 +91,8 @@ def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> Laun
     moments = covariance = away = Tiles(32, 32, 4, 1)
     if hopper:
         columns = block_dim if block_dim <= 128 else 32
-        narrow = block_dim > 128 or head_dim == 72
+        # Several stages read outside of their memory where the dims of a tile are not all used.
+        narrow = block_dim > 128 or padded
         moments = Tiles(64, columns, 8, 1) if narrow else Tiles(128, columns, 4, 3)
         covariance = Tiles(64, columns, 8, 1 if padded or block_dim > 128 else 2)
         away = Tiles(64, min(64, block_dim), 8 if padded else 4, 1)
