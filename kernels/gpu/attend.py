@@ -14,12 +14,15 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def listed_token(at, listed, run, run_keys, text_start, list_row, order_row):
-    """Key token at place `at` of a row: its list, then its crossing block, then the exact keys."""
+def listed_token(at, keys, listed, run, run_keys, text_start, list_row, order_row):
+    """Key token at place `at` of a row: its list, then its crossing block, then the exact keys.
+
+    0 from `keys` on, past which the sorted order may end.
+    """
     in_list = at < listed
     in_run = at < listed + run_keys
     place = tl.where(in_run, run + at - listed, text_start + at - listed - run_keys)
-    from_order = tl.load(order_row + place, mask=~in_list, other=0)
+    from_order = tl.load(order_row + place, mask=(at >= listed) & (at < keys), other=0)
     return tl.where(in_list, tl.load(list_row + at, mask=in_list, other=0), from_order)
 
 
@@ -177,8 +180,7 @@ def attend_kernel(
     for first in range(whole, keys, BLOCK_N):
         at = first + n
         inside = at < keys
-        key = listed_token(at, listed, run, run_keys, text_start, list_row, order_row)
-        key = tl.where(inside, key, 0)
+        key = listed_token(at, keys, listed, run, run_keys, text_start, list_row, order_row)
         k = load_rows(k_base, key, stride_kn, d, D, BLOCK_D, WIDE)
         v = load_rows(v_base, key, stride_vn, d, D, BLOCK_D, WIDE)
         # Key 0 stands in for places past the end; its value must not reach the sum as 0 * inf.

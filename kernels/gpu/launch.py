@@ -88,10 +88,10 @@ def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> Laun
             tiles = Tiles(16, 32, 4, 1) if block_dim > 128 else Tiles(32, 32, 4, 1)
         sums = Tiles(32, 32, 8, 1)
         return LaunchConfig(block_dim, tiles, tiles, tiles, sums, sums, tiles)
-    moments = covariance = away = Tiles(32, 32, 4, 1)
+    moments, covariance = Tiles(32, 32, 8 if padded else 4, 1), Tiles(32, 32, 4, 1)
+    away = covariance
     if hopper:
         columns = block_dim if block_dim <= 128 else 32
-        # Several stages read outside of their memory where the dims of a tile are not all used.
         narrow = block_dim > 128 or padded
         moments = Tiles(64, columns, 8, 1) if narrow else Tiles(128, columns, 4, 3)
         covariance = Tiles(64, columns, 8, 1 if padded or block_dim > 128 else 2)

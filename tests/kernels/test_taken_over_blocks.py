@@ -83,7 +83,7 @@ def test_cpu_equals_the_definition_on_blocks_taken_over(
 
 @needs_interpreter
 @given(case=cases(17, 45, 70))
-@settings(max_examples=3, phases=[Phase.generate])
+@settings(max_examples=2, phases=[Phase.generate])
 @pytest.mark.parametrize("compensation", COMPENSATIONS)
 @pytest.mark.parametrize(("dim", "dtype"), [(64, F32), (40, F16)], ids=str)
 def test_interpreted_kernels_equal_the_definition_on_blocks_taken_over(
