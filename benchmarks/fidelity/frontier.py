@@ -89,7 +89,11 @@ def time_curve(points: Sequence[Point], rule: str, shape: str) -> Curve:
 
 def density_curve(points: Sequence[Point], rule: str) -> Curve:
     """The best PSNR of a rule over its clusters, by density."""
-    return rising([(p.density, p.mean_psnr) for p in points if p.cell.rule == rule])
+    best: dict[float, Point] = {}
+    for point in _selected(points, rule):
+        known = best.setdefault(point.cell.density, point)
+        best[point.cell.density] = max(known, point, key=lambda p: p.mean_psnr)
+    return rising([(p.density, p.mean_psnr) for p in best.values()])
 
 
 def derived(points: Sequence[Point], shapes: Sequence[str]) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def write_frontier(
         for shape, axis in zip(timed, row[1:], strict=True):
             _panel(axis, mine, shape)
             axis.set(title=f"operator at {shape}", xlabel="ms")
-    axes[0][0].legend(fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
 
 
