@@ -85,11 +85,11 @@ def attention(
         if averages_empty_rows and attn_mask is not None:
             _average_empty_rows(out, v, attn_mask, padding_rows)
         return out, lse
-    settings = Settings(scale, text, return_lse)
+    terms = _Terms(scale, text, return_lse)
     if call.stacked and q.shape[0] == call.batch:
-        out, lse = _by_branch(q, k, v, key_mask, call, settings)
+        out, lse = _by_branch(q, k, v, key_mask, call, terms)
     else:
-        result = _remembering(q, k, v, key_mask, call.plan, call.memory, call.leader, settings)
+        result = _remembering(q, k, v, key_mask, call.plan, call.memory, call.leader, terms)
         out, lse = result.out, result.lse
     if padding_rows is not None:
         _leave_out(out, lse, padding_rows)
@@ -120,7 +120,7 @@ def _(
     return torch.empty_like(q), _empty_lse(q, return_lse)
 
 
-class Settings(NamedTuple):
+class _Terms(NamedTuple):
     """What all branches of a call have in common; see `attention`."""
 
     scale: float
@@ -129,22 +129,20 @@ class Settings(NamedTuple):
 
 
 def _by_branch(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call, settings: Settings
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call, terms: _Terms
 ) -> tuple[Tensor, Tensor]:
     """The branches stacked along the batch one after the other, led by the first."""
     memories = (call.memory, *call.stacked)
-    out, lse = torch.empty_like(q), _empty_lse(q, settings.return_lse)
+    out, lse = torch.empty_like(q), _empty_lse(q, terms.return_lse)
     count = len(memories)
     masks = (mask,) * count if mask is None or mask.shape[0] == 1 else mask.chunk(count)
     leader = call.leader
     for place, memory in enumerate(memories):
         its_q, its_k, its_v = (x.chunk(count)[place] for x in (q, k, v))
-        result = _remembering(
-            its_q, its_k, its_v, masks[place], call.plan, memory, leader, settings
-        )
+        result = _remembering(its_q, its_k, its_v, masks[place], call.plan, memory, leader, terms)
         leader = leader or memory
         out.chunk(count)[place].copy_(result.out)
-        if settings.return_lse:
+        if terms.return_lse:
             lse.chunk(count)[place].copy_(result.lse)
     return out, lse
 
@@ -157,10 +155,10 @@ def _remembering(
     plan: AttentionPlan,
     memory: Memory | None,
     leader: Memory | None,
-    settings: Settings,
+    terms: _Terms,
 ) -> Result:
     """Sparse attention of one branch with what it, or the branch that leads it, remembers."""
-    video_q, video_k = (x.shape[2] - sum(settings.text) for x in (q, k))
+    video_q, video_k = (x.shape[2] - sum(terms.text) for x in (q, k))
     q_clusters, k_clusters = plan.clusters(video_q, video_k)
     shapes = (*q.shape[:2], q_clusters, q.shape[3]), (*k.shape[:2], k_clusters, k.shape[3])
     warm, blocks = None, None
@@ -177,11 +175,11 @@ def _remembering(
         v,
         plan,
         attn_mask=mask,
-        scale=settings.scale,
-        text=settings.text,
+        scale=terms.scale,
+        text=terms.text,
         centroids=warm,
         blocks=blocks,
-        return_lse=settings.return_lse,
+        return_lse=terms.return_lse,
     )
     if memory is not None:
         pairs = q.shape[0] * q.shape[1] * video_q * video_k
