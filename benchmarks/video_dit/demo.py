@@ -131,8 +131,9 @@ def sparse_options(settings: DemoSettings, patch: int, compensation: str) -> dic
         "compensation": compensation,
     }
     if compensation == "centroid":
-        # The paper's rule with the paper's clusters.
-        options |= {"cluster_metric": "euclidean", "warm_iterations": 2, "max_drift": 0.0}
+        # The paper's rule with the paper's clusters, every branch's and step's own.
+        options |= {"cluster_metric": "euclidean", "warm_iterations": 2}
+        options |= {"max_drift": 0.0, "shared_branches": False}
     return options
 
 

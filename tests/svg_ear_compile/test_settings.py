@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -27,6 +29,20 @@ def test_an_int_is_a_float_where_one_is_wanted() -> None:
     assert isinstance(density, float)
 
 
+@pytest.mark.parametrize("value", [True, False])
+def test_a_plan_field_may_be_a_bool(value: bool) -> None:
+    assert Settings.parse({"shared_branches": value}).plan.shared_branches is value
+
+
+def test_every_plan_field_is_an_option() -> None:
+    for name, value in asdict(AttentionPlan()).items():
+        if (
+            name not in ("top_p", "min_block_ratio", "threshold", "min_tokens")
+            and value is not None
+        ):
+            assert getattr(Settings.parse({name: value}).plan, name) == value
+
+
 @pytest.mark.parametrize(
     ("options", "mode", "error", "message"),
     [
@@ -47,6 +63,9 @@ def test_an_int_is_a_float_where_one_is_wanted() -> None:
         ({"mode": "default"}, "default", ValueError, "mode is given twice"),
         ({}, "max-autotun", ValueError, "did you mean 'max-autotune'"),
         ({"max_autotune": "no"}, None, TypeError, "max_autotune must be bool"),
+        ({"shared_branches": 0}, None, TypeError, "shared_branches must be bool"),
+        ({"max_drift": -0.1}, None, ValueError, r"max_drift must be in \[0, 1\]"),
+        ({"q_clusters": True}, None, TypeError, "q_clusters must be int"),
     ],
 )
 def test_wrong_options_are_named(
