@@ -95,7 +95,7 @@ def attention_table(record: dict[str, Any]) -> str:
         targets_table(record),
         "",
         "| shape (B × H × N × D) | clusters (mean sizes) | form | density | dense ms | op ms "
-        "| op over dense, warm (blocks taken over; cold) | attend, useful TFLOP/s (of dense) "
+        "| op over dense, warm | attend, useful TFLOP/s (of dense) "
         "| rest, of dense | extra memory of Q+K+V+O | error |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -118,10 +118,10 @@ def attention_table(record: dict[str, Any]) -> str:
             ms = statistics.median(row["samples_ms"])
             others = []
             if "taken_over_samples_ms" in row:
-                others.append(f"{taken_over_speedup(row):.2f}x")
+                others.append(f"blocks taken over {taken_over_speedup(row):.2f}x")
             if "cold_samples_ms" in row:
-                others.append(f"{dense / cold_ms(row):.2f}x")
-            speedups = f"{row['speedup']:.2f}x" + (f" ({'; '.join(others)})" if others else "")
+                others.append(f"cold {dense / cold_ms(row):.2f}x")
+            speedups = f"{row['speedup']:.2f}x" + (f" ({', '.join(others)})" if others else "")
             cells += [f"{ms:.1f}", speedups, rate, rest, memory]
             cells.append(f"{row['error']:.3f}")
         lines.append(f"| {' | '.join(cells)} |")

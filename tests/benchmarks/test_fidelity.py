@@ -305,6 +305,21 @@ def test_times_go_to_the_points_of_their_plan(tiny: Path, monkeypatch: pytest.Mo
         assert point.ms == ({"self": 2.0, WAN: 70.0} if point.cell.rule == "paper" else {})
 
 
+def test_a_point_takes_as_long_as_its_calls_do_in_the_mean(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = ("--densities", "0.2", "--clusters", "128/64", "--rules", "gaussian,shared,anew")
+    run_bench(monkeypatch, tiny, "clips", *part, "--models", "self", "--warm-ups", "0.2")
+    times = Record(tiny / "times.json", {})
+    plan = {"rule": "gaussian", "density": 0.2, "queries": 128, "keys": 64, "shape": WAN}
+    times.rows.append({**plan, "ms": 60.0, "taken_over_ms": 40.0})
+    times.write()
+    found = {p.cell.rule: p.ms[WAN] for p in run_bench(monkeypatch, tiny, "report").points}
+    assert found["anew"] == 60.0
+    assert found["shared"] == 50.0  # one branch of two
+    assert 40.0 < found["gaussian"] <= 50.0
+
+
 def test_time_that_is_up_leaves_a_record(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,6 +35,22 @@ def test_targets_say_what_was_measured_and_what_was_not() -> None:
     assert measured([], "extra peak memory") == "not measured"
 
 
+def test_calls_that_take_blocks_over_stand_beside_the_others() -> None:
+    later = row(
+        "300/1000", 0.2, gate=1e-4, error=0.1, dense_tflops=580.0,
+        taken_over_samples_ms=[50.0], taken_over_stages_ms={"attend": 44, "sort": 6},
+    )  # fmt: skip
+    assert measured([later], "Wan 14B, centroid form: whole op").startswith(
+        "2.86x (blocks taken over 4.00x) / not"
+    )
+    assert measured([later], "everything but").startswith("7.0% (blocks taken over 3.0%) / not")
+    record = {
+        "device": "a GPU", "versions": {"torch": "2", "triton": "3"}, "cuda": "13", "commit": "c",
+        "roofs": {"tflops": 700.0, "gb_per_second": 4000.0}, "rows": [later],
+    }  # fmt: skip
+    assert "| 2.86x (blocks taken over 4.00x, cold 2.00x) |" in readme.attention_table(record)
+
+
 def test_a_row_whose_gate_failed_is_not_measured() -> None:
     failed = row("300/1000", 0.2)
     del failed["samples_ms"]
