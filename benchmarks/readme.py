@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attention.targets import cold_ms, dense_ms, taken_over_speedup, targets_table
+from benchmarks.fidelity.grid import OURS
 from benchmarks.fidelity.record import read
 from benchmarks.fidelity.report import readme_table
+from benchmarks.fidelity.times import WAN
 from svg_ear_compile.passes.site import Reason
 from svg_ear_compile.passes.spellings import PRODUCTS, STEPS
 
@@ -193,8 +195,26 @@ def fidelity_section(folder: Path) -> str:
     return (
         f"Clips: {where}{times}.\n\n"
         f"![Fidelity against time and density, one curve per rule]({plot})\n\n"
-        f"{readme_table(evidence)}"
+        f"{readme_table(evidence)}\n\n{shared_calls_table(evidence.times)}"
     )
+
+
+def shared_calls_table(times: dict[str, Any] | None) -> str:
+    """What calls of the default take at Wan's shape, and those that take their blocks over."""
+    rows = [r for r in (times or {"rows": []})["rows"] if (r["shape"], r["rule"]) == (WAN, OURS)]
+    lines = [
+        f"The operator at {WAN}, by default:",
+        "",
+        "| density | tokens of a query cluster | dense ms | blocks made anew, ms | taken over, ms |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        dense, made, later = row["dense_ms"], row["ms"], row["taken_over_ms"]
+        lines.append(
+            f"| {row['density']:g} | {row['queries']} | {dense:.1f} | {made:.1f} "
+            f"({dense / made:.2f}x) | {later:.1f} ({dense / later:.2f}x) |"
+        )
+    return "\n".join(lines)
 
 
 def _where(record: dict[str, Any]) -> str:

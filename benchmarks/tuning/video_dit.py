@@ -102,7 +102,9 @@ def forward_error(sparse: torch.Tensor, dense: torch.Tensor) -> float:
 class Proof:
     """Runs of one shape: every clip and forward is made with the same compiled model."""
 
-    def __init__(self, name: str, shape: Shape, steps: int, dense_steps: int) -> None:
+    def __init__(
+        self, name: str, shape: Shape, steps: int, dense_steps: int, tuned_on: Sequence[int]
+    ) -> None:
         self.shape, self.steps, self.dense_steps = shape, steps, dense_steps
         self.model = load(name)
         options = {"density": 0.5, "min_tokens": 1}
@@ -111,7 +113,7 @@ class Proof:
         self.settings = TuningSettings(
             densities=(0.03, 0.05, 0.1, 0.2, 0.4), dense_steps=dense_steps, phases=3
         )
-        self.tuning_calls = calls_of(self.model, shape, steps, self.at, TUNED_ON)
+        self.tuning_calls = calls_of(self.model, shape, steps, self.at, tuned_on)
         self.dense: dict[int, tuple[torch.Tensor, float]] = {}
 
     def tuned(self, folder: Path, **wish: float) -> Budget:
@@ -183,7 +185,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=("short", "long"), default="long")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--dense-steps", type=int, default=5)
-    parser.add_argument("--densities", default="0.05,0.1,0.2", help="operating points")
+    parser.add_argument("--densities", default="0.05,0.1,0.2", help="operating points, or none")
+    parser.add_argument("--tuned-seeds", type=int, help="clips that are tuned on, by default all")
     parser.add_argument("--seeds", type=int, default=6, help="unseen clips at each point")
     parser.add_argument("--speedup", type=float, help="also check this target_speedup")
     parser.add_argument("--max-error", type=float, help="also check this max_error on 10 seeds")
@@ -191,7 +194,8 @@ def main() -> None:
     began = time.time()
     given.out.mkdir(parents=True, exist_ok=True)
     shape = getattr(MODELS[given.model], given.shape)
-    proof = Proof(given.model, shape, given.steps, given.dense_steps)
+    tuned_on = TUNED_ON[: given.tuned_seeds]
+    proof = Proof(given.model, shape, given.steps, given.dense_steps, tuned_on)
     record: dict[str, Any] = {
         "model": given.model, "shape": given.shape, "steps": given.steps, "points": [],
     }  # fmt: skip
@@ -200,7 +204,7 @@ def main() -> None:
         record.update(device=asdict(describe(device())), seconds=time.time() - began)
         (given.out / f"{given.model}.json").write_text(json.dumps(record, indent=1) + "\n")
 
-    for density in map(float, given.densities.split(",")):
+    for density in map(float, filter(None, given.densities.split(","))):
         record["points"].append(proof.point(density, given.out, range(given.seeds)))
         keep()
         print(f"density {density:g}: {record['points'][-1]['gain_db']:+.2f} dB", flush=True)
