@@ -205,7 +205,8 @@ def shared_calls_table(times: dict[str, Any] | None) -> str:
     lines = [
         f"The operator at {WAN}, by default:",
         "",
-        "| density | tokens of a query cluster | dense ms | blocks made anew, ms | taken over, ms |",
+        "| density | tokens of a query cluster | dense ms | blocks made anew, ms "
+        "| taken over, ms |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
