@@ -195,13 +195,14 @@ def fidelity_section(folder: Path) -> str:
     return (
         f"Clips: {where}{times}.\n\n"
         f"![Fidelity against time and density, one curve per rule]({plot})\n\n"
-        f"{readme_table(evidence)}\n\n{shared_calls_table(evidence.times)}"
+        f"{readme_table(evidence)}"
+        + (f"\n\n{shared_calls_table(evidence.times)}" if evidence.times else "")
     )
 
 
-def shared_calls_table(times: dict[str, Any] | None) -> str:
+def shared_calls_table(times: dict[str, Any]) -> str:
     """What calls of the default take at Wan's shape, and those that take their blocks over."""
-    rows = [r for r in (times or {"rows": []})["rows"] if (r["shape"], r["rule"]) == (WAN, OURS)]
+    rows = [row for row in times["rows"] if (row["shape"], row["rule"]) == (WAN, OURS)]
     lines = [
         f"The operator at {WAN}, by default:",
         "",

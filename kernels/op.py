@@ -79,6 +79,8 @@ def attention(
     is_padding = padding_proven is None or bool(padding_proven)
     short = min(video_q, video_k) < max(1, call.plan.min_tokens)
     if call.plan.is_dense or short or q.numel() == 0 or not is_padding:
+        if call.memory is not None:
+            call.memory.skip()
         out, lse = dense_attention(q, k, v, attn_mask, scale, return_lse)
         if padding_rows is not None and padding_proven is None:
             _leave_out(out, lse, padding_rows)
@@ -184,7 +186,7 @@ def _remembering(
     if memory is not None:
         pairs = q.shape[0] * q.shape[1] * video_q * video_k
         if led:
-            memory.follow(result, pairs)
+            memory.count(result, pairs, taken_over=True)
         else:
             taken_over = blocks is not None
             memory.remember(result, plan, pairs, warm=warm is not None, taken_over=taken_over)

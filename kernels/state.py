@@ -129,10 +129,8 @@ class Memory:
         dtype = result.out.dtype
         self.q_centroids = result.queries.centroids.to(dtype)
         self.k_centroids = result.keys.centroids.to(dtype)
-        self.exact_pairs, self.pairs = result.exact_pairs, pairs
-        self.calls += 1
+        self.count(result, pairs, taken_over)
         if taken_over:
-            self.taken_over += 1
             self.age += 1
             return
         before, made = self.blocks, None
@@ -144,14 +142,14 @@ class Memory:
             self.drift = Drift(before, made, self.age + 1)
         self.blocks, self.made_under, self.age = made, plan, 0
 
-    def follow(self, result: Result, pairs: int) -> None:
-        """Note a call that took over the blocks of the branch that leads."""
+    def count(self, result: Result, pairs: int, taken_over: bool) -> None:
+        """Note what a call computed, as `remember`; all that is kept of one that another leads."""
         self.exact_pairs, self.pairs = result.exact_pairs, pairs
         self.calls += 1
-        self.taken_over += 1
+        self.taken_over += taken_over
 
     def skip(self) -> None:
-        """A dense call came between: the blocks are older than their age says."""
+        """A dense call came between: the blocks would be older than their age says."""
         self.blocks = None
 
     def nbytes(self) -> int:

@@ -366,13 +366,15 @@ class Binding:
             generation.inputs.setdefault((model, branch), inputs)
         if branch == 0:
             generation.latents[model] = latents
-        led = branch > 0 and _equal(latents, generation.latents.get(model))
         bound = self._dense_above_timestep
         leading = self._tuned[model].schedule.dense_steps if self._tuned else 0
         dense = generation.step < max(leading, self._dense_steps)
         dense = dense or (bound is not None and self._noisier(timestep, bound))
+        # Dense forwards share nothing: they need not wait for a comparison.
+        led = not dense and branch > 0 and _equal(latents, generation.latents.get(model))
+        stacked = 1 if dense else _stacked(latents)
         batch = latents.shape[0] if latents is not None and latents.dim() else 1
-        return _Forward(model, branch, timestep, dense, led, _stacked(latents), batch)
+        return _Forward(model, branch, timestep, dense, led, stacked, batch)
 
     def _noisier(self, timestep: float, other: float) -> bool:
         return timestep < other if self._ascending else timestep > other
@@ -409,9 +411,7 @@ class Binding:
         else:
             plan = self._budgeted(plan, path, forward)
         if plan.is_dense or forward.branch == MAX_BRANCHES:
-            if memory is not None:
-                memory.skip()
-            return Call(plan)
+            return Call(plan, memory)
         if memory is None:
             memory = known.memories[site, forward.branch, 0] = Memory()
         known.last_sparse = memory

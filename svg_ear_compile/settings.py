@@ -156,8 +156,10 @@ def _checked(key: str, value: object, kind: object) -> object:
     """The value if it is of the annotated type, a float from an int where a float is wanted."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    kinds = {float: (float,), int: (int,), int | None: (int, type(None)), bool: (bool,)}
-    allowed = kinds.get(kind, (str,))  # type: ignore[call-overload]
+    kinds: dict[object, tuple[type, ...]] = {
+        float: (float,), int: (int,), int | None: (int, type(None)), bool: (bool,),
+    }  # fmt: skip
+    allowed = kinds.get(kind, (str,))
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, allowed):
         names = " or ".join(t.__name__ for t in allowed)
         raise TypeError(f"{key} must be {names}, got {value!r} ({type(value).__name__})")

@@ -24,7 +24,7 @@ _OTHER_CLUSTERS = (
 )
 
 PAPER, OURS, DROPPING = "paper", "gaussian", "svg2"
-UNSHARED = ("shared", "anew")
+REDUCED = ("shared", "anew")
 """The default without its parts: blocks taken over from another branch only, and not at all."""
 
 IN_KERNELS = tuple(name for name, rule in RULES.items() if rule.compensation is not None)
@@ -100,7 +100,7 @@ def cells(models: Sequence[str]) -> list[Cell]:
     ordered = [
         *made([PAPER, OURS], DENSITIES, CLUSTERS),
         *made([PAPER, OURS], _OUTER, CLUSTERS),
-        *made(UNSHARED, DENSITIES, CLUSTERS),
+        *made(REDUCED, DENSITIES, CLUSTERS),
         *made([DROPPING], _SVG2, [FINE]),
         *made(IN_KERNELS, DENSITIES, CLUSTERS),
         *made([OURS], DENSITIES, _OTHER_CLUSTERS),

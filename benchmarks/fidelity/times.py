@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.attention.inputs import Inputs
 from benchmarks.attention.measure import measure_shape, time_ms
-from benchmarks.fidelity.grid import UNSHARED, Cell
+from benchmarks.fidelity.grid import REDUCED, Cell
 from benchmarks.fidelity.rules import RULES, uniform_attention
 
 WAN = "wan14b-720p"
@@ -42,7 +42,7 @@ def measure_times(
     # Clusters with the same rules and densities share one call, and so its dense baseline.
     wishes: dict[tuple[int, int], set[tuple[str, float]]] = {}
     for rule, density, queries, keys in plans:
-        if RULES[rule].compensation is not None and rule not in UNSHARED:  # the same calls as OURS
+        if RULES[rule].compensation is not None and rule not in REDUCED:  # the same calls as OURS
             wishes.setdefault((queries, keys), set()).add((rule, density))
     groups: dict[frozenset[tuple[str, float]], list[tuple[int, int]]] = {}
     for clusters, wish in wishes.items():

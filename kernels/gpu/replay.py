@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from svg_ear_compile.kernels.gpu import attention
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -84,7 +84,7 @@ def sparse_attention(
     if not _is_worth_while(q):
         return call(q, k, v, centroids, blocks, attn_mask)
     arguments = (q, k, v, centroids, blocks, attn_mask)
-    given = [t for t in (q, k, v, *(centroids or ()), *(blocks or ()), attn_mask) if t is not None]
+    given = _tensors(*arguments)
     stream = torch.cuda.current_stream(q.device)
     starts = (centroids is None, blocks is None)
     settings = (plan, scale, text, return_lse, *starts, q.device, stream.cuda_stream)
@@ -120,8 +120,7 @@ def sparse_attention(
             finally:
                 graph.capture_end()
         stream.wait_stream(side)
-        inputs = [t for t in tree_leaves(own) if t is not None]
-        _RECORDINGS[key] = _Recording(graph, inputs, recorded, nbytes, number)
+        _RECORDINGS[key] = _Recording(graph, _tensors(*own), recorded, nbytes, number)
     return result
 
 
@@ -140,6 +139,18 @@ def has_room(nbytes: int, number: int) -> bool:
             return False
         del _RECORDINGS[oldest]
     return True
+
+
+def _tensors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    centroids: tuple[Tensor, Tensor] | None,
+    blocks: Blocks | None,
+    mask: Tensor | None,
+) -> list[Tensor]:
+    """What a call reads, in one order."""
+    return [t for t in (q, k, v, *(centroids or ()), *(blocks or ()), mask) if t is not None]
 
 
 def _is_worth_while(q: Tensor) -> bool:
