@@ -291,6 +291,7 @@ def kmeans(
     text: tuple[int, int],
     iterations: int,
     metric: Tensor | None = None,
+    share: int | None = None,
 ) -> Clusters:
     """Stage 1. k-means from given centroids; ties go to the lowest cluster.
 
@@ -301,6 +302,7 @@ def kmeans(
         text: text tokens before and after the video tokens.
         iterations: number of assign-and-update rounds, at least 1.
         metric: (B, H, D, D) M of the squared distance ``d' M d``, symmetric; None is Euclidean.
+        share: clusters are `trimmed` to multiples of this in the last round.
 
     Returns:
         `Clusters`, whose centroids are the means of the returned labels.
@@ -309,18 +311,63 @@ def kmeans(
     always_exact = ~(is_video(x, None, text) & x.isfinite().all(-1))
     finite = torch.where(always_exact.unsqueeze(-1), torch.zeros_like(x), x)
     labels = sizes = None
-    for _ in range(iterations):
+    for turn in range(iterations):
         aims = centroids if metric is None else centroids @ metric
         norm = (centroids * aims).sum(-1)
         distance = norm.unsqueeze(2) - 2 * finite @ aims.transpose(2, 3)
         labels = torch.where(always_exact, clusters, distance.argmin(-1))
         if key_mask is not None:
             labels = torch.where(key_mask, labels, clusters + 1)
+        if share is not None and turn == iterations - 1:
+            labels = trimmed(labels, distance, share)
         means, sizes = cluster_means(finite, labels, clusters)
         centroids = torch.where(sizes.unsqueeze(-1) > 0, means, centroids)
     assert labels is not None
     assert sizes is not None
     return Clusters(labels, centroids, sizes)
+
+
+def trimmed(labels: Tensor, distance: Tensor, share: int) -> Tensor:
+    """Labels of clusters that end with fewer shares part empty.
+
+    Queries of a cluster are attended to in shares of a fixed size. A cluster of more than one share
+    whose last is filled to a quarter at most gives that many queries away: of its first
+    `trim_sample` those that lose least, each to the nearest cluster whose last share is filled by
+    more than a quarter and at most three quarters. Several such clusters may overfill one, which
+    costs a share and is rare.
+
+    Args:
+        labels: (B, H, N) int64 in [0, C + 1].
+        distance: (B, H, N, C) of every token from every centroid.
+        share: tokens of a share.
+    """
+    clusters = distance.shape[3]
+    sizes = torch.zeros(*labels.shape[:2], clusters + 2, dtype=torch.int64, device=labels.device)
+    sizes.scatter_add_(2, labels, torch.ones_like(labels))
+    last = sizes % share  # tokens of the last share, 0 where it is full
+    gives = (sizes > share) & (last > 0) & (last <= share // 4)
+    gives[..., clusters:] = False
+    takes = (last > share // 4) & (last <= share - share // 4)
+    other, to = distance.masked_fill(~takes[..., None, :clusters], math.inf).min(-1)
+    own = distance.gather(3, labels.clamp(max=clusters - 1).unsqueeze(-1)).squeeze(-1)
+
+    def place_by(key: Tensor) -> Tensor:
+        """(B, H, N) place of each token in its cluster, by `key` (B, H, N), then in token order."""
+        by_key = key.argsort(dim=-1, stable=True)
+        order = by_key.gather(2, labels.gather(2, by_key).argsort(dim=-1, stable=True))
+        place = torch.arange(labels.shape[2], device=labels.device).expand_as(order)
+        start = (sizes.cumsum(-1) - sizes).gather(2, labels)
+        return torch.empty_like(order).scatter_(2, order, place) - start
+
+    sampled = place_by(torch.zeros_like(own)) < trim_sample(share)
+    lost = torch.where(sampled, other - own, math.inf)
+    moves = (place_by(lost) < last.gather(2, labels)) & gives.gather(2, labels) & lost.isfinite()
+    return torch.where(moves, to, labels)
+
+
+def trim_sample(share: int) -> int:
+    """How many tokens of a cluster `trimmed` chooses from: enough that a few lose little."""
+    return min(2 * share, 128)
 
 
 def regrouped(x: Tensor, key_mask: Tensor | None, centroids: Tensor, labels: Tensor) -> Clusters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -10,7 +11,13 @@ from torch import Tensor
 
 from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.gpu.attend import attend_kernel
-from svg_ear_compile.kernels.gpu.kmeans import SortedClusters, cluster_means, kmeans, regrouped
+from svg_ear_compile.kernels.gpu.kmeans import (
+    SortedClusters,
+    Spread,
+    cluster_means,
+    kmeans,
+    regrouped,
+)
 from svg_ear_compile.kernels.gpu.launch import (
     LISTED_CLUSTERS,
     LaunchConfig,
@@ -64,10 +71,18 @@ def sparse_attention(
     scale = dim**-0.5 if scale is None else scale
     config = launch_config(dim, q.element_size(), is_hopper(q.device))
     mask = None if attn_mask is None else attn_mask[:, :, 0, :]
+    wide = k_tokens * max(k.stride(2), v.stride(2)) >= 2**31
+    # Gluon has no interpreter.
+    if wide or triton.knobs.runtime.interpret or not _copied_in_16_bytes(q, k, v):
+        config = replace(config, wgmma=None)
+    attend = config.wgmma or config.attend
     queries, keys = _clustered(q, k, mask, plan, text, centroids, blocks, config)
     q_clusters, k_clusters = queries.centroids.shape[1], keys.centroids.shape[1]
+    own_tables = plan.has_own_tables
+    probed = blocks is None or own_tables
     value_means = torch.zeros_like(keys.centroids)
-    rounded_value_means = cluster_means(v, keys.order, keys.starts, value_means, config)
+    spread = Spread(*torch.empty(2, *keys.order.shape, device=q.device)) if probed else None
+    rounded_value_means = cluster_means(v, keys.order, keys.starts, value_means, config, spread)
 
     groups = batch * heads
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
@@ -79,13 +94,7 @@ def sparse_attention(
     clustered_keys = keys.starts[:, k_clusters]
     budget = torch.ceil(plan.density * clustered_keys.double()).float()
     listed = math.ceil(plan.density * k_tokens) if plan.routing == "density" else k_tokens
-    wide = k_tokens * max(k.stride(2), v.stride(2)) >= 2**31
-    # Gluon has no interpreter.
-    interpreted = triton.knobs.runtime.interpret
-    wgmma = None if wide or interpreted or not _copied_in_16_bytes(q, k, v) else config.wgmma
-    attend = wgmma or config.attend
     tile_cluster, tile_place = query_tiles(queries, q_tokens, attend.rows)
-    own_tables = plan.has_own_tables
     pairs = q_clusters * k_clusters
     table_bytes = 2 * dim * q.element_size() if own_tables else 0
     per_head = pairs * (table_bytes + 4 * 5) + q_clusters * listed * 4
@@ -96,7 +105,6 @@ def sparse_attention(
     def table(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(step, q_clusters, *shape, dtype=dtype, device=q.device)
 
-    probed = blocks is None or own_tables
     bias = table(k_clusters)
     log_error, log_mass, logit = (table(k_clusters) if probed else bias for _ in range(3))
     offset = table(k_clusters, dtype=torch.int32)
@@ -119,10 +127,10 @@ def sparse_attention(
     log_threshold = math.log(plan.threshold) if plan.threshold > 0 else -math.inf
     for first_head in range(0, groups, step):
         launched = min(step, groups - first_head)
-        if probed:
+        if spread is not None:
             probe_kernel[(k_clusters, triton.cdiv(q_clusters, config.probe.rows), launched)](
                 queries.rounded, k, v, keys.order, keys.starts, keys.centroids, value_means,
-                log_error, log_mass, logit, bias, stand_in_key, stand_in_value,
+                *spread, log_error, log_mass, logit, bias, stand_in_key, stand_in_value,
                 *token_strides(k), *token_strides(v), first_head, *head_counts,
                 k_tokens, q_clusters, k_clusters, scale,
                 D=dim, BLOCK_D=config.block_dim, BLOCK_Q=config.probe.rows,
@@ -155,11 +163,11 @@ def sparse_attention(
             "OWN_TABLES": own_tables, "SECOND_ORDER": second_order, "WRITE_LSE": return_lse,
             "num_warps": attend.warps,
         }  # fmt: skip
-        if wgmma:
+        if config.wgmma:
             # Experimental in Triton: only what runs it depends on it.
             from svg_ear_compile.kernels.gpu.attend_wgmma import attend_wgmma_kernel
 
-            attend_wgmma_kernel[(tiles, launched)](*arguments, **constants, STAGES=wgmma.stages)
+            attend_wgmma_kernel[(tiles, launched)](*arguments, **constants, STAGES=attend.stages)
         else:
             attend_kernel[(tiles, launched)](
                 *arguments, **constants, BLOCK_D=config.block_dim, WIDE=wide,
@@ -189,7 +197,7 @@ def _clustered(
     blocks: Blocks | None,
     config: LaunchConfig,
 ) -> tuple[SortedClusters, SortedClusters]:
-    """`reference.cluster`; `mask` is (B|1, H_kv|1, N_k)."""
+    """`reference.cluster`, query clusters trimmed; `mask` is (B|1, H_kv|1, N_k)."""
     if blocks is not None:
         assert centroids is not None, "blocks come with the centroids of their clusters"
         return (
@@ -208,7 +216,7 @@ def _clustered(
     if plan.cluster_metric == "logits":
         of_queries, of_keys = logit_metrics(q, k, mask, text, config)
     return (
-        kmeans(q, None, q_init, text, iterations, config, of_queries),
+        kmeans(q, None, q_init, text, iterations, config, of_queries, config.query_step),
         kmeans(k, mask, k_init, text, iterations, config, of_keys),
     )
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svg_ear_compile.kernels.gpu.launch import LaunchConfig, token_strides
+from svg_ear_compile.kernels.gpu.trim import trim
 
 # Half norms are padded to a multiple of this, so that no tile of centroids has to mask them.
 _PITCH = 64
@@ -36,6 +37,20 @@ class SortedClusters(NamedTuple):
     starts: Tensor
     centroids: Tensor
     rounded: Tensor
+
+
+class Spread(NamedTuple):
+    """How far the token at each place of the order is from its cluster's mean.
+
+    With ``delta`` the difference between the two; places of no cluster hold nothing.
+
+    Attributes:
+        along: (G, N) float32, ``mean . delta``.
+        square: (G, N) float32, ``|delta|^2``.
+    """
+
+    along: Tensor
+    square: Tensor
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "clusters", "text_before", "text_after"])
@@ -148,6 +163,8 @@ def cluster_mean_kernel(
     start_ptr,  # (G, C + 3) int32
     mean_ptr,  # (G, C, D) float32, in and out
     rounded_ptr,  # (G, C, D) in the dtype of x
+    along_ptr,  # (G, N) float32, of the token at each place of the order, see `Spread`
+    square_ptr,  # like along_ptr
     stride_xb,
     stride_xh,
     stride_xn,
@@ -157,6 +174,7 @@ def cluster_mean_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):
     """Mean of each cluster's tokens; an empty cluster keeps what `mean_ptr` held."""
     c = tl.program_id(0)
@@ -179,6 +197,17 @@ def cluster_mean_kernel(
         mean = tl.load(mean_ptr + to, mask=d < D, other=0.0)
     tl.store(mean_ptr + to, mean, mask=d < D)
     tl.store(rounded_ptr + to, mean.to(rounded_ptr.dtype.element_ty), mask=d < D)
+    if SPREAD:
+        for place in range(first, last, BLOCK_N):
+            at = place + tl.arange(0, BLOCK_N)  # [BN]
+            inside = at < last
+            token = tl.load(order_ptr + g * tokens + at, mask=inside, other=0).to(tl.int64)
+            row = x_base + token[:, None] * stride_xn + d[None, :]
+            x = tl.load(row, mask=inside[:, None] & (d[None, :] < D), other=0.0)  # [BN, BD]
+            away = tl.where((d < D)[None, :], x.to(tl.float32) - mean[None, :], 0.0)
+            along = tl.sum(away * mean[None, :], 1)
+            tl.store(along_ptr + g * tokens + at, along, mask=inside)
+            tl.store(square_ptr + g * tokens + at, tl.sum(away * away, 1), mask=inside)
 
 
 def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
@@ -194,9 +223,16 @@ def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
 
 
 def cluster_means(
-    x: Tensor, order: Tensor, starts: Tensor, means: Tensor, config: LaunchConfig
+    x: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    means: Tensor,
+    config: LaunchConfig,
+    spread: Spread | None = None,
 ) -> Tensor:
     """Overwrite `means` (G, C, D) float32 with the cluster means of x (B, H, N, D).
+
+    `spread` is filled too, where one is given.
 
     Returns:
         The means in the dtype of x.
@@ -205,9 +241,9 @@ def cluster_means(
     groups, clusters, _ = means.shape
     rounded = torch.empty_like(means, dtype=x.dtype)
     cluster_mean_kernel[(clusters, groups)](
-        x, order, starts, means, rounded,
+        x, order, starts, means, rounded, *(spread or (means, means)),
         x.stride(0), x.stride(1), x.stride(2), heads, tokens, clusters,
-        D=dim, BLOCK_D=config.block_dim, BLOCK_N=32, num_warps=2,
+        D=dim, BLOCK_D=config.block_dim, BLOCK_N=32, SPREAD=spread is not None, num_warps=2,
     )  # fmt: skip
     return rounded
 
@@ -220,6 +256,7 @@ def kmeans(
     iterations: int,
     config: LaunchConfig,
     metric: Tensor | None = None,
+    share: int | None = None,
 ) -> SortedClusters:
     """`reference.kmeans` on a GPU.
 
@@ -231,6 +268,7 @@ def kmeans(
         iterations: assign-and-update rounds, at least 1.
         config: see `launch_config`.
         metric: (G, D, D) float32 or None.
+        share: clusters are trimmed to multiples of this in the last round, or None.
     """
     batch, heads, tokens, dim = x.shape
     groups, clusters = batch * heads, centroids.shape[2]
@@ -240,7 +278,7 @@ def kmeans(
     labels = torch.empty(groups, tokens, dtype=torch.int32, device=x.device)
     mask_strides = (0, 0, 0) if mask is None else token_strides(mask)
     tiles = config.assign
-    for _ in range(iterations):
+    for turn in range(iterations):
         aims, half_norm = aims_of(rounded, metric, config)
         kmeans_assign_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
             x, aims, half_norm, x if mask is None else mask, labels,
@@ -249,6 +287,9 @@ def kmeans(
             HAS_MASK=mask is not None, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         order, starts = sort_by_label(labels, clusters)
+        if share is not None and turn == iterations - 1:
+            trim(x, aims, half_norm, order, starts, labels, share, config)
+            order, starts = sort_by_label(labels, clusters)
         rounded = cluster_means(x, order, starts, means, config)
     return SortedClusters(labels, order, starts, means, rounded)
 

@@ -1,4 +1,4 @@
-"""Stage 2 on a GPU: every block as its query centroid sees it, in one pass over K and V."""
+"""Stage 2 on a GPU: every block as its query centroid sees it, in one pass over K."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ def probe_kernel(
     start_ptr,  # (G_kv, Kc + 3) int32
     key_mean_ptr,  # (G_kv, Kc, D) float32
     value_mean_ptr,  # (G_kv, Kc, D) float32
+    along_ptr,  # (G_kv, N) float32, v_j.delta_t of the key at each place of the order
+    square_ptr,  # (G_kv, N) float32, |delta_t|^2
     log_error_ptr,  # (L, Qc, Kc) float32, natural log of E_ij
     log_mass_ptr,  # (L, Qc, Kc) float32, natural log of Z_ij
     logit_ptr,  # (L, Qc, Kc) float32, c_ij
@@ -88,23 +90,22 @@ def probe_kernel(
         token = tl.load(order_ptr + g_kv * tokens + at, mask=inside, other=0).to(tl.int64)
         kv_mask = inside[:, None] & in_dim[None, :]
         k = tl.load(k_base + token[:, None] * stride_kn + d[None, :], mask=kv_mask, other=0.0)
-        v = tl.load(v_base + token[:, None] * stride_vn + d[None, :], mask=kv_mask, other=0.0)
+        along = tl.load(along_ptr + g_kv * tokens + at, mask=inside, other=0.0)  # [BN]
+        square = tl.load(square_ptr + g_kv * tokens + at, mask=inside, other=0.0)  # [BN]
         logit = tl.dot(q, tl.trans(k), input_precision="ieee") * to_log2  # [BQ, BN]
         logit = tl.where(inside[None, :], logit, float("-inf"))
         now = tl.maximum(largest, tl.max(logit, 1))
         shrink = tl.exp2(largest - now)
         x = tl.exp2(logit - now[:, None])  # [BQ, BN]
         lag = tl.where(inside[None, :], x - tl.exp2(central - now)[:, None], 0.0)
-        delta = tl.where(kv_mask, v.to(tl.float32) - value_mean[None, :], 0.0)  # [BN, BD]
-        along = tl.sum(delta * value_mean[None, :], 1)  # [BN]
-        spread = tl.sum(delta * delta, 1)  # [BN]
-        term = lag * lag * mean_square + 2.0 * x * lag * along[None, :] + x * x * spread[None, :]
+        term = lag * (lag * mean_square + 2.0 * x * along[None, :]) + x * x * square[None, :]
         error = error * shrink * shrink + tl.sum(term, 1)
         mass = mass * shrink + tl.sum(x, 1)
         if OWN_TABLES:
             weight = x.to(k.dtype)
             key_sum = key_sum * shrink[:, None]
             key_sum = tl.dot(weight, k, key_sum, input_precision="ieee")
+            v = tl.load(v_base + token[:, None] * stride_vn + d[None, :], mask=kv_mask, other=0.0)
             value_sum = value_sum * shrink[:, None]
             value_sum = tl.dot(weight, v, value_sum, input_precision="ieee")
         largest = now

@@ -24,17 +24,18 @@ def kmeans(
     text: tuple[int, int] = NO_TEXT,
     mask: Tensor | None = None,
     metric: Tensor | None = None,
+    share: int | None = None,
 ) -> Clusters:
     """Labels int64 (B, H, N), centroids and sizes of the form's k-means, on the CPU."""
     if not form.is_triton:
-        found = reference.kmeans(x.float(), mask, start.float(), text, rounds, metric)
+        found = reference.kmeans(x.float(), mask, start.float(), text, rounds, metric, share)
         return Clusters(*found)
     from svg_ear_compile.kernels.gpu.kmeans import kmeans as triton_kmeans
     from svg_ear_compile.kernels.gpu.launch import launch_config
 
     config = launch_config(x.shape[-1], x.element_size())
     flat = None if metric is None else metric.flatten(0, 1).to(x.device)
-    found = triton_kmeans(x, mask, start, text, rounds, config, flat)
+    found = triton_kmeans(x, mask, start, text, rounds, config, flat, share)
     clusters = start.shape[2]
     sizes = found.starts.diff()[:, :clusters]
     assert torch.equal(found.labels.gather(1, found.order.long()), found.labels.sort(-1).values)
@@ -111,6 +112,64 @@ def test_labels_are_the_nearest_in_the_metric(
         * (start.cpu().double().norm(dim=-1)).amax()
     )
     assert (chosen <= distance.amin(-1) + 2 * reach + 1e-4).all()
+
+
+@few
+@given(seed=SEEDS, count=st.sampled_from(((131, 5), (261, 9))), text=st.sampled_from((0, 3)))
+@SHAPES
+@EVERY_FORM
+def test_trimmed_clusters_give_what_their_last_share_holds(
+    form: Form, dim: int, dtype: torch.dtype, seed: int, count: tuple[int, int], text: int
+) -> None:
+    share = 16
+    x = tokens_of(form, seed, count[0], dim, dtype)
+    start = reference.initial_centroids(x, None, count[1], (text, 0), seed=0)
+    before = kmeans(form, x, start, 1, (text, 0)).labels
+    found = kmeans(form, x, start, 1, (text, 0), share=share)
+    distance = squared_distances(x, start)
+    for head in range(2):
+        old, new, away = before[0, head], found.labels[0, head], distance[0, head]
+        sizes = old.bincount(minlength=count[1])
+        last = sizes % share
+        takers = ((last > 4) & (last <= 12))[: count[1]].nonzero().flatten()
+        moved = (old != new).nonzero().flatten()
+        for i in range(count[1]):
+            mine = (old == i).nonzero().flatten()
+            gone = mine[(new != old)[mine]]
+            if not len(takers) or len(mine) <= share or not 0 < last[i] <= 4:
+                assert not len(gone)
+                continue
+            assert len(gone) == last[i]
+            sample = mine[:32]
+            lost = away[sample][:, takers].amin(-1) - away[sample, i]
+            leaves = torch.isin(sample, gone)
+            assert leaves.sum() == len(gone)
+            assert leaves.all() or lost[leaves].max() <= lost[~leaves].min() + 1e-4
+        if len(moved):
+            nearest = away[moved][:, takers].amin(-1)
+            assert torch.isin(new[moved], takers).all()
+            assert (away[moved, new[moved]] <= nearest + 1e-4).all()
+    means, sizes = reference.cluster_means(x.cpu().double(), found.labels, count[1])
+    assert torch.equal(found.sizes, sizes)
+    torch.testing.assert_close(
+        found.centroids.cpu().double()[sizes > 0], means[sizes > 0], rtol=0, atol=1e-5
+    )
+
+
+@EVERY_FORM
+def test_a_cluster_with_little_in_its_last_share_gives_the_tokens_that_lose_least(
+    form: Form,
+) -> None:
+    # Nine tokens around 0, six around 10: shares of 8 leave one of the nine alone in its share.
+    places = torch.tensor([0.0, 1, 2, 3, 0, 0, 0, 0, -1, 10, 10, 10, 10, 11, 9])
+    x = torch.zeros(1, 1, 15, 40, device=form.device)
+    x[0, 0, :, 7] = places.to(form.device)
+    start = torch.zeros(1, 1, 2, 40, device=form.device)
+    start[0, 0, 1, 7] = 10.0
+    found = kmeans(form, x, start, 1, share=8)
+    assert found.labels.flatten().tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
+    assert found.sizes.tolist() == [[[8, 7]]]
+    assert found.centroids[0, 0, :, 7].tolist() == pytest.approx([2 / 8, 63 / 7])
 
 
 @few

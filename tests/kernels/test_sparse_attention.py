@@ -238,3 +238,24 @@ def test_cuda_calls_are_bit_equal_whatever_memory_held_before(dim: int, compensa
         found = (got.out, got.lse, got.queries.labels, got.keys.labels, got.exact)
         first = first or [t.clone() for t in found]
         assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(INTERPRETER, id="interpreter", marks=needs_interpreter),
+        pytest.param(CUDA, id="cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_query_clusters_are_trimmed_to_the_tiles_that_attend(form: Form) -> None:
+    from svg_ear_compile.kernels.gpu.launch import launch_config
+
+    q, k, v = random_qkv(1, 1, (2, 2), (403, 403), 64, F32, form.device)
+    plan = AttentionPlan(
+        q_clusters=5, k_clusters=4, first_iterations=1, cluster_metric="euclidean"
+    )  # fmt: skip
+    start = reference.initial_centroids(q, None, 5, (0, 0), plan.seed)
+    step = launch_config(64, q.element_size()).query_step
+    wanted = reference.kmeans(q, None, start, (0, 0), 1, share=step)
+    assert not torch.equal(wanted.labels, reference.kmeans(q, None, start, (0, 0), 1).labels)
+    assert torch.equal(form(q, k, v, plan).queries.labels.long(), wanted.labels)

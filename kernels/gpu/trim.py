@@ -1,0 +1,107 @@
+"""Clusters of queries trimmed to whole shares, so that the attend stage has fewer empty places."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from svg_ear_compile.kernels.gpu.launch import LaunchConfig, token_strides
+from svg_ear_compile.kernels.reference import trim_sample
+
+
+@triton.jit(do_not_specialize=["heads", "tokens", "clusters"])
+def trim_kernel(
+    x_ptr,  # (B, H, N, D)
+    aim_ptr,  # (G, C, D) in the dtype of x, see `aim_kernel`
+    half_norm_ptr,  # (G, P) float32, see `aim_kernel`
+    order_ptr,  # (G, N) int32
+    start_ptr,  # (G, C + 3) int32
+    label_ptr,  # (G, N) int32, in and out
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    pitch,  # P, a multiple of BLOCK_C
+    heads,
+    tokens,
+    clusters,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SHARE: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # `reference.trim_sample`
+    BLOCK_C: tl.constexpr,
+):
+    """One cluster: as many queries as its last share holds move, where those are few."""
+    i = tl.program_id(0)
+    g = tl.program_id(1).to(tl.int64)
+    start_row = start_ptr + g * (clusters + 3)
+    first = tl.load(start_row + i)
+    size = tl.load(start_row + i + 1) - first
+    last = size % SHARE
+    if (size <= SHARE) | (last == 0) | (last > SHARE // 4):
+        return
+    b, h = g // heads, g % heads
+    n = tl.arange(0, BLOCK_N)  # [BN]
+    d = tl.arange(0, BLOCK_D)  # [BD]
+    inside = n < size
+    token = tl.load(order_ptr + g * tokens + first + n, mask=inside, other=0)
+    x_row = x_ptr + b * stride_xb + h * stride_xh + token.to(tl.int64)[:, None] * stride_xn
+    x_mask = inside[:, None] & (d < D)[None, :]
+    x = tl.load(x_row + d[None, :], mask=x_mask, other=0.0)  # [BN, BD]
+    best = tl.full([BLOCK_N, BLOCK_C], float("inf"), tl.float32)
+    origin = tl.zeros([BLOCK_N, BLOCK_C], tl.int32)
+    for block in range(0, clusters, BLOCK_C):
+        c = block + tl.arange(0, BLOCK_C)  # [BC]
+        row = aim_ptr + (g * clusters + c)[None, :] * D + d[:, None]
+        aim = tl.load(row, mask=(c[None, :] < clusters) & (d[:, None] < D), other=0.0)
+        half_norm = tl.load(half_norm_ptr + g * pitch + c)
+        there = c < clusters
+        c_start = tl.load(start_row + c, mask=there, other=0)
+        c_last = (tl.load(start_row + c + 1, mask=there, other=0) - c_start) % SHARE
+        takes = (c_last > SHARE // 4) & (c_last <= SHARE - SHARE // 4)
+        distance = half_norm[None, :] - tl.dot(x, aim, input_precision="ieee")  # [BN, BC]
+        distance = tl.where(takes[None, :], distance, float("inf"))
+        origin = tl.where(distance < best, block, origin)
+        best = tl.minimum(best, distance)
+    nearest = tl.min(best, 1)
+    candidate = origin + tl.arange(0, BLOCK_C)[None, :]
+    to = tl.min(tl.where(best == nearest[:, None], candidate, clusters), 1)
+    own_aim = tl.load(aim_ptr + (g * clusters + i) * D + d, mask=d < D, other=0.0)
+    along = tl.sum(x.to(tl.float32) * own_aim.to(tl.float32)[None, :], 1)
+    lost = nearest - (tl.load(half_norm_ptr + g * pitch + i) - along)  # [BN]
+    lost = tl.where(inside, lost, float("inf"))
+    # Those that lose least go, of equal ones the first.
+    sooner = (lost[None, :] < lost[:, None]) | (
+        (lost[None, :] == lost[:, None]) & (n[None, :] < n[:, None])
+    )
+    moves = (tl.sum(sooner.to(tl.int32), 1) < last) & (lost < float("inf"))
+    tl.store(label_ptr + g * tokens + token, to, mask=moves)
+
+
+def trim(
+    x: Tensor,
+    aims: Tensor,
+    half_norm: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    labels: Tensor,
+    share: int,
+    config: LaunchConfig,
+) -> None:
+    """`reference.trimmed` on a GPU: changes `labels`.
+
+    Args:
+        x: (B, H, N, D), last stride 1.
+        aims: (G, C, D), half_norm: (G, P), which the tokens were assigned by; see `aims_of`.
+        order: (G, N), starts: (G, C + 3), the tokens sorted by label.
+        labels: (G, N) int32.
+        share: tokens of a share.
+        config: see `launch_config`.
+    """
+    _, heads, tokens, dim = x.shape
+    groups, clusters, _ = aims.shape
+    trim_kernel[(clusters, groups)](
+        x, aims, half_norm, order, starts, labels, *token_strides(x), half_norm.shape[1],
+        heads, tokens, clusters, D=dim, BLOCK_D=config.block_dim, SHARE=share,
+        BLOCK_N=trim_sample(share), BLOCK_C=config.assign.columns, num_warps=8, num_stages=1,
+    )  # fmt: skip
