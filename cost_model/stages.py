@@ -109,10 +109,10 @@ def sparse_amounts(
     size = shape.element_size if on_gpu else 4  # the CPU form computes in float32
     kv_bytes = 2.0 * kv_heads * keys * dim * size
     config = launch_config(dim, size)
-    # A ragged cluster leaves half of its last tile empty on average.
+    # A ragged cluster leaves half of its last tile empty on average, a trimmed one a quarter.
     rows, probed_keys, probed_rows = float(queries), float(keys), float(q_clusters)
     if on_gpu:
-        rows += q_clusters * (config.query_step - 1) / 2
+        rows += q_clusters * config.shares[0] / 4
         probed_keys += k_clusters * (config.probe.columns - 1) / 2
         probed_rows = math.ceil(q_clusters / config.probe.rows) * config.probe.rows
     # The block that crosses the budget is taken whole: half of one on average.

@@ -291,7 +291,7 @@ def kmeans(
     text: tuple[int, int],
     iterations: int,
     metric: Tensor | None = None,
-    share: int | None = None,
+    trim_to: tuple[int, int] | None = None,
 ) -> Clusters:
     """Stage 1. k-means from given centroids; ties go to the lowest cluster.
 
@@ -302,7 +302,7 @@ def kmeans(
         text: text tokens before and after the video tokens.
         iterations: number of assign-and-update rounds, at least 1.
         metric: (B, H, D, D) M of the squared distance ``d' M d``, symmetric; None is Euclidean.
-        share: clusters are `trimmed` to multiples of this in the last round.
+        trim_to: share and tile that clusters are `trimmed` to in the last round.
 
     Returns:
         `Clusters`, whose centroids are the means of the returned labels.
@@ -318,8 +318,8 @@ def kmeans(
         labels = torch.where(always_exact, clusters, distance.argmin(-1))
         if key_mask is not None:
             labels = torch.where(key_mask, labels, clusters + 1)
-        if share is not None and turn == iterations - 1:
-            labels = trimmed(labels, distance, share)
+        if trim_to is not None and turn == iterations - 1:
+            labels = trimmed(labels, distance, *trim_to)
         means, sizes = cluster_means(finite, labels, clusters)
         centroids = torch.where(sizes.unsqueeze(-1) > 0, means, centroids)
     assert labels is not None
@@ -327,27 +327,31 @@ def kmeans(
     return Clusters(labels, centroids, sizes)
 
 
-def trimmed(labels: Tensor, distance: Tensor, share: int) -> Tensor:
-    """Labels of clusters that end with fewer shares part empty.
+def trimmed(labels: Tensor, distance: Tensor, share: int, tile: int) -> Tensor:
+    """Labels of clusters that end with fewer shares and tiles part empty.
 
-    Queries of a cluster are attended to in shares of a fixed size. A cluster of more than one share
-    whose last is filled to a quarter at most gives that many queries away: of its first
-    `trim_sample` those that lose least, each to the nearest cluster whose last share is filled by
-    more than a quarter and at most three quarters. Several such clusters may overfill one, which
-    costs a share and is rare.
+    Queries of a cluster are attended to in tiles, and those consist of shares; one that holds few
+    queries costs nearly as much as a full one. A cluster of more than one share whose last tile
+    holds a sixth of a tile at most, or whose last share a quarter, gives that many queries away: of
+    its first `trim_sample` those that lose least, each to the nearest cluster that gives none and
+    whose last share is filled by more than a quarter and at most three quarters. Several clusters
+    may overfill one, which costs a share and is rare.
 
     Args:
         labels: (B, H, N) int64 in [0, C + 1].
         distance: (B, H, N, C) of every token from every centroid.
-        share: tokens of a share.
+        share: queries of a share.
+        tile: queries of a tile, a multiple of `share`.
     """
     clusters = distance.shape[3]
     sizes = torch.zeros(*labels.shape[:2], clusters + 2, dtype=torch.int64, device=labels.device)
     sizes.scatter_add_(2, labels, torch.ones_like(labels))
-    last = sizes % share  # tokens of the last share, 0 where it is full
-    gives = (sizes > share) & (last > 0) & (last <= share // 4)
-    gives[..., clusters:] = False
-    takes = (last > share // 4) & (last <= share - share // 4)
+    of_share, of_tile = sizes % share, sizes % tile
+    surplus = torch.where(of_share <= share // 4, of_share, 0)
+    surplus = torch.where(of_tile <= tile // 6, of_tile, surplus)
+    surplus = torch.where(sizes > share, surplus, 0)
+    surplus[..., clusters:] = 0
+    takes = (surplus == 0) & (of_share > share // 4) & (of_share <= share - share // 4)
     other, to = distance.masked_fill(~takes[..., None, :clusters], math.inf).min(-1)
     own = distance.gather(3, labels.clamp(max=clusters - 1).unsqueeze(-1)).squeeze(-1)
 
@@ -361,7 +365,7 @@ def trimmed(labels: Tensor, distance: Tensor, share: int) -> Tensor:
 
     sampled = place_by(torch.zeros_like(own)) < trim_sample(share)
     lost = torch.where(sampled, other - own, math.inf)
-    moves = (place_by(lost) < last.gather(2, labels)) & gives.gather(2, labels) & lost.isfinite()
+    moves = (place_by(lost) < surplus.gather(2, labels)) & lost.isfinite()
     return torch.where(moves, to, labels)
 
 

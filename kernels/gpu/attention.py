@@ -216,7 +216,7 @@ def _clustered(
     if plan.cluster_metric == "logits":
         of_queries, of_keys = logit_metrics(q, k, mask, text, config)
     return (
-        kmeans(q, None, q_init, text, iterations, config, of_queries, config.query_step),
+        kmeans(q, None, q_init, text, iterations, config, of_queries, config.shares),
         kmeans(k, mask, k_init, text, iterations, config, of_keys),
     )
 

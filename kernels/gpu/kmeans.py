@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from svg_ear_compile.kernels.gpu.launch import LaunchConfig, token_strides
+from svg_ear_compile.kernels.gpu.nearest import keep_nearer, nearest_of, nothing_yet
 from svg_ear_compile.kernels.gpu.trim import trim
 
 # Half norms are padded to a multiple of this, so that no tile of centroids has to mask them.
-_PITCH = 64
+_PITCH = 128
 
 
 class SortedClusters(NamedTuple):
@@ -86,20 +87,15 @@ def kmeans_assign_kernel(
     x_base = x_ptr + b * stride_xb + h * stride_xh
     x_row = x_base + token.to(tl.int64)[:, None] * stride_xn + d[None, :]
     x = tl.load(x_row, mask=(token[:, None] < tokens) & (d[None, :] < D), other=0.0)  # [BN, BD]
-    # The best of each column of tiles; one reduction after the loop instead of two in every step.
-    best = tl.full([BLOCK_N, BLOCK_C], float("inf"), tl.float32)
-    origin = tl.zeros([BLOCK_N, BLOCK_C], tl.int32)
+    best, origin = nothing_yet(BLOCK_N, BLOCK_C)
     for first in range(0, clusters, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)  # [BC]
         row = aim_ptr + (g * clusters + c)[None, :] * D + d[:, None]
         aim = tl.load(row, mask=(c[None, :] < clusters) & (d[:, None] < D), other=0.0)
         half_norm = tl.load(half_norm_ptr + g * pitch + c)
         distance = half_norm[None, :] - tl.dot(x, aim, input_precision="ieee")  # [BN, BC]
-        origin = tl.where(distance < best, first, origin)
-        best = tl.minimum(best, distance)
-    nearest = tl.min(best, 1)
-    candidate = origin + tl.arange(0, BLOCK_C)[None, :]
-    label = tl.min(tl.where(best == nearest[:, None], candidate, clusters), 1)
+        best, origin = keep_nearer(distance, first, best, origin)
+    _, label = nearest_of(best, origin, clusters)
     # x * 0 is NaN exactly where x is NaN or infinite.
     spoiled = tl.sum(x.to(tl.float32) * 0.0, 1) != 0.0
     text = (token < text_before) | (token >= tokens - text_after)
@@ -256,7 +252,7 @@ def kmeans(
     iterations: int,
     config: LaunchConfig,
     metric: Tensor | None = None,
-    share: int | None = None,
+    trim_to: tuple[int, int] | None = None,
 ) -> SortedClusters:
     """`reference.kmeans` on a GPU.
 
@@ -268,7 +264,7 @@ def kmeans(
         iterations: assign-and-update rounds, at least 1.
         config: see `launch_config`.
         metric: (G, D, D) float32 or None.
-        share: clusters are trimmed to multiples of this in the last round, or None.
+        trim_to: share and tile that clusters are trimmed to in the last round, or None.
     """
     batch, heads, tokens, dim = x.shape
     groups, clusters = batch * heads, centroids.shape[2]
@@ -287,8 +283,8 @@ def kmeans(
             HAS_MASK=mask is not None, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         order, starts = sort_by_label(labels, clusters)
-        if share is not None and turn == iterations - 1:
-            trim(x, aims, half_norm, order, starts, labels, share, config)
+        if trim_to is not None and turn == iterations - 1:
+            trim(x, aims, half_norm, order, starts, labels, trim_to, config)
             order, starts = sort_by_label(labels, clusters)
         rounded = cluster_means(x, order, starts, means, config)
     return SortedClusters(labels, order, starts, means, rounded)

@@ -58,9 +58,11 @@ class LaunchConfig:
     wgmma: Tiles | None = None
 
     @property
-    def query_step(self) -> int:
-        """A cluster's queries are worked on in multiples of this."""
-        return WGMMA_SHARE if self.wgmma else self.attend.rows
+    def shares(self) -> tuple[int, int]:
+        """Queries that the attend stage works on at once, alone and together with the same keys."""
+        if self.wgmma:
+            return WGMMA_SHARE, self.wgmma.rows
+        return self.attend.rows, self.attend.rows
 
 
 @functools.lru_cache(maxsize=64)
@@ -106,7 +108,7 @@ def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> Laun
     else:
         # Two stages here gave other values from one call to the next at head dims 80 and 96.
         probe = Tiles(32 if head_dim == 72 else 64, 32, 4, 1)
-        assign = Tiles(64, 64, 4, 2)
+        assign = Tiles(64 if padded else 128, 64, 4, 2)
         attend = Tiles(rows, 64, 8 if padded or block_dim == 128 else 4, 3)
     wgmma = Tiles(192, 64, 4, 4) if hopper and head_dim in (64, 128) else None
     return LaunchConfig(block_dim, assign, probe, attend, moments, covariance, away, wgmma)

@@ -1,4 +1,4 @@
-"""Clusters of queries trimmed to whole shares, so that the attend stage has fewer empty places."""
+"""Query clusters trimmed to whole shares and tiles: fewer empty places in the attend stage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import triton.language as tl
 from torch import Tensor
 
 from svg_ear_compile.kernels.gpu.launch import LaunchConfig, token_strides
+from svg_ear_compile.kernels.gpu.nearest import keep_nearer, nearest_of, nothing_yet
 from svg_ear_compile.kernels.reference import trim_sample
+
+
+@triton.jit
+def surplus_of(size, SHARE: tl.constexpr, TILE: tl.constexpr):
+    """How many queries clusters of these sizes give away, see `reference.trimmed`."""
+    of_share, of_tile = size % SHARE, size % TILE
+    surplus = tl.where(of_share <= SHARE // 4, of_share, 0)
+    surplus = tl.where(of_tile <= TILE // 6, of_tile, surplus)
+    return tl.where(size > SHARE, surplus, 0)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "clusters"])
@@ -28,17 +38,18 @@ def trim_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SHARE: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,  # `reference.trim_sample`
     BLOCK_C: tl.constexpr,
 ):
-    """One cluster: as many queries as its last share holds move, where those are few."""
+    """One cluster gives its surplus of queries away, if it has one."""
     i = tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
     start_row = start_ptr + g * (clusters + 3)
     first = tl.load(start_row + i)
     size = tl.load(start_row + i + 1) - first
-    last = size % SHARE
-    if (size <= SHARE) | (last == 0) | (last > SHARE // 4):
+    surplus = surplus_of(size, SHARE, TILE)
+    if surplus == 0:
         return
     b, h = g // heads, g % heads
     n = tl.arange(0, BLOCK_N)  # [BN]
@@ -48,8 +59,7 @@ def trim_kernel(
     x_row = x_ptr + b * stride_xb + h * stride_xh + token.to(tl.int64)[:, None] * stride_xn
     x_mask = inside[:, None] & (d < D)[None, :]
     x = tl.load(x_row + d[None, :], mask=x_mask, other=0.0)  # [BN, BD]
-    best = tl.full([BLOCK_N, BLOCK_C], float("inf"), tl.float32)
-    origin = tl.zeros([BLOCK_N, BLOCK_C], tl.int32)
+    best, origin = nothing_yet(BLOCK_N, BLOCK_C)
     for block in range(0, clusters, BLOCK_C):
         c = block + tl.arange(0, BLOCK_C)  # [BC]
         row = aim_ptr + (g * clusters + c)[None, :] * D + d[:, None]
@@ -57,15 +67,14 @@ def trim_kernel(
         half_norm = tl.load(half_norm_ptr + g * pitch + c)
         there = c < clusters
         c_start = tl.load(start_row + c, mask=there, other=0)
-        c_last = (tl.load(start_row + c + 1, mask=there, other=0) - c_start) % SHARE
+        c_size = tl.load(start_row + c + 1, mask=there, other=0) - c_start
+        c_last = c_size % SHARE
         takes = (c_last > SHARE // 4) & (c_last <= SHARE - SHARE // 4)
+        takes = takes & (surplus_of(c_size, SHARE, TILE) == 0)
         distance = half_norm[None, :] - tl.dot(x, aim, input_precision="ieee")  # [BN, BC]
         distance = tl.where(takes[None, :], distance, float("inf"))
-        origin = tl.where(distance < best, block, origin)
-        best = tl.minimum(best, distance)
-    nearest = tl.min(best, 1)
-    candidate = origin + tl.arange(0, BLOCK_C)[None, :]
-    to = tl.min(tl.where(best == nearest[:, None], candidate, clusters), 1)
+        best, origin = keep_nearer(distance, block, best, origin)
+    nearest, to = nearest_of(best, origin, clusters)
     own_aim = tl.load(aim_ptr + (g * clusters + i) * D + d, mask=d < D, other=0.0)
     along = tl.sum(x.to(tl.float32) * own_aim.to(tl.float32)[None, :], 1)
     lost = nearest - (tl.load(half_norm_ptr + g * pitch + i) - along)  # [BN]
@@ -74,7 +83,7 @@ def trim_kernel(
     sooner = (lost[None, :] < lost[:, None]) | (
         (lost[None, :] == lost[:, None]) & (n[None, :] < n[:, None])
     )
-    moves = (tl.sum(sooner.to(tl.int32), 1) < last) & (lost < float("inf"))
+    moves = (tl.sum(sooner.to(tl.int32), 1) < surplus) & (lost < float("inf"))
     tl.store(label_ptr + g * tokens + token, to, mask=moves)
 
 
@@ -85,7 +94,7 @@ def trim(
     order: Tensor,
     starts: Tensor,
     labels: Tensor,
-    share: int,
+    trim_to: tuple[int, int],
     config: LaunchConfig,
 ) -> None:
     """`reference.trimmed` on a GPU: changes `labels`.
@@ -95,13 +104,14 @@ def trim(
         aims: (G, C, D), half_norm: (G, P), which the tokens were assigned by; see `aims_of`.
         order: (G, N), starts: (G, C + 3), the tokens sorted by label.
         labels: (G, N) int32.
-        share: tokens of a share.
+        trim_to: share and tile.
         config: see `launch_config`.
     """
     _, heads, tokens, dim = x.shape
     groups, clusters, _ = aims.shape
+    share, tile = trim_to
     trim_kernel[(clusters, groups)](
         x, aims, half_norm, order, starts, labels, *token_strides(x), half_norm.shape[1],
-        heads, tokens, clusters, D=dim, BLOCK_D=config.block_dim, SHARE=share,
+        heads, tokens, clusters, D=dim, BLOCK_D=config.block_dim, SHARE=share, TILE=tile,
         BLOCK_N=trim_sample(share), BLOCK_C=config.assign.columns, num_warps=8, num_stages=1,
     )  # fmt: skip

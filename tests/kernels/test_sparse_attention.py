@@ -255,7 +255,7 @@ def test_query_clusters_are_trimmed_to_the_tiles_that_attend(form: Form) -> None
         q_clusters=5, k_clusters=4, first_iterations=1, cluster_metric="euclidean"
     )  # fmt: skip
     start = reference.initial_centroids(q, None, 5, (0, 0), plan.seed)
-    step = launch_config(64, q.element_size()).query_step
-    wanted = reference.kmeans(q, None, start, (0, 0), 1, share=step)
+    shares = launch_config(64, q.element_size()).shares
+    wanted = reference.kmeans(q, None, start, (0, 0), 1, trim_to=shares)
     assert not torch.equal(wanted.labels, reference.kmeans(q, None, start, (0, 0), 1).labels)
     assert torch.equal(form(q, k, v, plan).queries.labels.long(), wanted.labels)
