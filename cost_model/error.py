@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -34,12 +34,10 @@ class ErrorCurve:
     Attributes:
         densities: rising, in [0, 1).
         errors: smoothed error at each, falling.
-        spreads: relative standard error of each from the repeats behind it, 0 where there was one.
     """
 
     densities: tuple[float, ...]
     errors: tuple[float, ...]
-    spreads: tuple[float, ...]
 
     def at(self, density: float) -> float:
         """Error at a density: linear between the measured ones, down to 0 at density 1.
@@ -55,11 +53,6 @@ class ErrorCurve:
         right = bisect_left(grid, density)
         share = (density - grid[right - 1]) / (grid[right] - grid[right - 1])
         return values[right - 1] + share * (values[right] - values[right - 1])
-
-    def upper(self, density: float) -> float:
-        """`at` plus two standard errors."""
-        nearest = min(range(len(self.densities)), key=lambda i: abs(self.densities[i] - density))
-        return self.at(density) * (1 + 2 * self.spreads[nearest])
 
 
 def fit_curve(measurements: Iterable[Measurement]) -> ErrorCurve:
@@ -83,16 +76,7 @@ def fit_curve(measurements: Iterable[Measurement]) -> ErrorCurve:
     means = [fmean(by_density[d]) for d in densities]
     weights = [len(by_density[d]) for d in densities]
     smooth = isotonic_regression(means, weights=weights, increasing=False).x
-    spreads = [_standard_error(by_density[d]) for d in densities]
-    errors = tuple(math.exp(x) for x in smooth)
-    return ErrorCurve(tuple(densities), errors, tuple(spreads))
-
-
-def _standard_error(logs: Sequence[float]) -> float:
-    if len(logs) < 2:
-        return 0.0
-    mean = fmean(logs)
-    return math.sqrt(sum((x - mean) ** 2 for x in logs) / (len(logs) - 1) / len(logs))
+    return ErrorCurve(tuple(densities), tuple(math.exp(x) for x in smooth))
 
 
 def together(errors: Iterable[float]) -> float:

@@ -109,7 +109,7 @@ def sparse_amounts(
     size = shape.element_size if on_gpu else 4  # the CPU form computes in float32
     kv_bytes = 2.0 * kv_heads * keys * dim * size
     config = launch_config(dim, size)
-    # A ragged cluster leaves half of its last tile empty on average, a trimmed one a quarter.
+    # A ragged cluster leaves half of its last tile empty on average; query clusters are trimmed.
     rows, probed_keys, probed_rows = float(queries), float(keys), float(q_clusters)
     if on_gpu:
         rows += q_clusters * config.shares[0] / 4
@@ -128,14 +128,16 @@ def sparse_amounts(
     seen = exact + shape.text + stand_ins  # by one query
     attended = rows * seen + shape.text * shape.k_tokens
     # Keys and values pass from the cache to every tile of queries; a CPU reads them once.
-    read, probed = kv_bytes, kv_bytes
+    read, probed, passed = kv_bytes, kv_bytes, 0.0
     probe_waves = attend_waves = route_waves = 0.0
     if on_gpu:
         attend_rows = (config.wgmma or config.attend).rows
-        tiles = queries / attend_rows + q_clusters / 2
+        tiles = queries / attend_rows + q_clusters / 3
         attended_keys = tiles * seen + shape.text / attend_rows * shape.k_tokens
         read += CACHED * 2.0 * heads * dim * size * attended_keys
-        probed += CACHED * 2.0 * heads * keys * dim * size * probed_rows / config.probe.rows
+        # Keys alone, a tile of query centroids after another; posterior means take the values too.
+        passed = CACHED * heads * keys * dim * size * probed_rows / config.probe.rows
+        probed = kv_bytes / 2 + passed
         if own_tables:  # and come from memory: every query cluster has tables of its own
             read += 2.0 * heads * dim * size * tiles * k_clusters
         probe_waves = heads * k_clusters * probed_rows / config.probe.rows / WAVE
@@ -158,7 +160,7 @@ def sparse_amounts(
         else Amount(),
         "tables": Amount(
             flops=posterior if on_gpu else 2.0 * dim * blocks,
-            bytes=2.0 * dim * size * blocks,
+            bytes=2.0 * dim * size * blocks + passed,
             launches=1.0 + probe_waves,
         )
         if own_tables

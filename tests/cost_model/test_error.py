@@ -53,13 +53,11 @@ def test_measurements_that_fall_already_are_kept() -> None:
     curve = fit_curve([Measurement(d, 0.1 / d) for d in (0.1, 0.2, 0.4)])
     assert curve.errors == pytest.approx((1.0, 0.5, 0.25))
     assert curve.at(0.3) == pytest.approx(0.375)
-    assert curve.spreads == (0.0, 0.0, 0.0)
 
 
-def test_repeats_are_averaged_as_factors_and_say_how_far_they_spread() -> None:
+def test_repeats_are_averaged_as_factors() -> None:
     curve = fit_curve([Measurement(0.1, e) for e in (0.1, 0.4)])
     assert curve.errors == pytest.approx((0.2,))
-    assert curve.spreads[0] == pytest.approx(math.log(2))
 
 
 def test_a_curve_needs_a_measurement() -> None:
