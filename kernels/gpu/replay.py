@@ -2,8 +2,9 @@
 
 The host takes 2 to 6 ms to issue the two hundred kernels of a call, more than the device needs for
 them up to about 40,000 tokens of 12 heads. The second call of a kind is recorded after it has run,
-and those that follow are one launch. A recording has memory of its own: inputs are copied in,
-results out.
+and those that follow are one launch. Inputs are copied in and results out, so that nothing of one
+replay is needed after it: recordings of one stream share their tensors and their workspace, and a
+budget with choices of many kinds takes no more memory than one.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import triton
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map_with_path
 
 from svg_ear_compile.kernels.gpu import attention
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -27,7 +30,7 @@ MOST_BYTES = 128 << 20
 """Bytes of q up to which calls are recorded: beyond, the device takes longer than the host."""
 
 MOST_HELD = 2 << 30
-"""Bytes that recordings may hold together: each keeps its inputs, output and workspace."""
+"""Bytes that recordings may hold together: inputs, outputs and workspace."""
 
 STALE_CALLS = 2000
 """A recording that so many calls of any kind have passed over makes room for another. Sooner would
@@ -43,14 +46,34 @@ _LOCK = threading.Lock()
 
 
 @dataclass
+class _Workspace:
+    """Memory between the stages, for the recordings of one stream.
+
+    Attributes:
+        pool: handle of the graphs' memory. side: stream that they are captured on; memory is only
+            used again by the stream that it was made for.
+        nbytes: of that memory.
+    """
+
+    pool: Any
+    side: Any
+    nbytes: int = 0
+
+
+@dataclass
 class _Recording:
-    """A graph, the tensors that it reads and writes, bytes, and the number of its last call."""
+    """A graph, what it reads, writes and works in, and the number of its last call."""
 
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
-    result: Result
-    nbytes: int
+    outputs: list[Tensor]
+    workspace: _Workspace
     used: int
+
+
+# Both live as long as a recording that uses them.
+_WORKSPACES: WeakValueDictionary[Hashable, _Workspace] = WeakValueDictionary()
+_TENSORS: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
 
 
 def sparse_attention(
@@ -99,29 +122,59 @@ def sparse_attention(
             for mine, new in zip(recording.inputs, given, strict=True):
                 mine.copy_(new)
             recording.graph.replay()
-            return _copied(recording.result)
+            return _result([t.clone() for t in recording.outputs])
         result = call(*arguments)
         if key not in _SEEN:  # once is no reason to record
             _SEEN[key] = None
             while len(_SEEN) > MOST_SEEN:
                 _SEEN.popitem(last=False)
             return result
-        # Inputs and output, and as much again for tables and what is between the stages.
-        nbytes = 4 * (q.numel() + k.numel()) * q.element_size()
+        # As much again as q and k for tables and what is between the stages, at the most.
+        tensors = sum(t.numel() * t.element_size() for t in (*given, *_parts(result)))
+        nbytes = tensors + (q.numel() + k.numel()) * q.element_size()
         if not has_room(nbytes, number) or torch.cuda.mem_get_info(q.device)[0] < 2 * nbytes:
             return result
-        own = tree_map_only(Tensor, torch.empty_like, arguments)
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(q.device)
-        side.wait_stream(stream)
-        with torch.cuda.stream(side):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                recorded = call(*own)
-            finally:
-                graph.capture_end()
-        stream.wait_stream(side)
-        _RECORDINGS[key] = _Recording(graph, _tensors(*own), recorded, nbytes, number)
+        _RECORDINGS[key] = _recorded(call, arguments, result, number)
     return result
+
+
+def _recorded(
+    call: Callable[..., Result], arguments: tuple[Any, ...], result: Result, number: int
+) -> _Recording:
+    """A recording of a call that has run just now with these arguments and this result."""
+    device = result.out.device
+    stream = torch.cuda.current_stream(device)
+    place = (device, stream.cuda_stream)
+
+    def shared(role: Hashable, like: Tensor) -> Tensor:
+        """The tensor of this role, shape and dtype that all recordings of the stream use."""
+        key = (place, role, like.shape, like.stride(), like.dtype)
+        tensor = _TENSORS.get(key)
+        if tensor is None:
+            tensor = _TENSORS[key] = torch.empty_like(like)
+        return tensor
+
+    own = tree_map_with_path(
+        lambda path, leaf: None if leaf is None else shared(path, leaf), arguments
+    )
+    outputs = [shared(role, part) for role, part in enumerate(_parts(result))]
+    workspace = _WORKSPACES.get(place)
+    if workspace is None:
+        workspace = _Workspace(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+        _WORKSPACES[place] = workspace
+    graph, side = torch.cuda.CUDAGraph(), workspace.side
+    before = torch.cuda.memory_reserved(device)
+    side.wait_stream(stream)
+    with torch.cuda.stream(side):
+        graph.capture_begin(workspace.pool, capture_error_mode="thread_local")
+        try:
+            for mine, new in zip(outputs, _parts(call(*own)), strict=True):
+                mine.copy_(new)
+        finally:
+            graph.capture_end()
+    stream.wait_stream(side)
+    workspace.nbytes += max(torch.cuda.memory_reserved(device) - before, 0)
+    return _Recording(graph, _tensors(*own), outputs, workspace, number)
 
 
 def forget() -> None:
@@ -131,9 +184,19 @@ def forget() -> None:
         _SEEN.clear()
 
 
+def held_bytes() -> int:
+    """Bytes that all recordings hold together."""
+    recordings = _RECORDINGS.values()
+    tensors = {id(t): t for r in recordings for t in (*r.inputs, *r.outputs)}
+    workspaces = {id(r.workspace): r.workspace for r in recordings}
+    return sum(t.numel() * t.element_size() for t in tensors.values()) + sum(
+        w.nbytes for w in workspaces.values()
+    )
+
+
 def has_room(nbytes: int, number: int) -> bool:
     """Whether so many bytes more may be held at that call; drops what is stale to make room."""
-    while sum(r.nbytes for r in _RECORDINGS.values()) + nbytes > MOST_HELD:
+    while held_bytes() + nbytes > MOST_HELD:
         oldest = next(iter(_RECORDINGS), None)
         if oldest is None or number - _RECORDINGS[oldest].used < STALE_CALLS:
             return False
@@ -163,12 +226,14 @@ def _is_worth_while(q: Tensor) -> bool:
     )
 
 
-def _copied(result: Result) -> Result:
-    return Result(
-        result.out.clone(),
-        result.lse.clone(),
-        Clusters(*(t.clone() for t in result.queries)),
-        Clusters(*(t.clone() for t in result.keys)),
-        result.exact.clone(),
-        result.row_area.clone(),
-    )
+def _parts(result: Result) -> list[Tensor]:
+    """The tensors of a result, in one order."""
+    return [
+        result.out, result.lse, *result.queries, *result.keys, result.exact, result.row_area
+    ]  # fmt: skip
+
+
+def _result(parts: Sequence[Tensor]) -> Result:
+    """What `_parts` took apart."""
+    out, lse, *clusters, exact, row_area = parts
+    return Result(out, lse, Clusters(*clusters[:3]), Clusters(*clusters[3:]), exact, row_area)

@@ -72,13 +72,11 @@ def test_large_calls_are_not_recorded_nor_those_without_room(
 
     replay.forget()
     q, k, v = random_qkv(0, 1, (2, 2), (300, 300), 64, torch.bfloat16, "cuda")
-    monkeypatch.setattr(replay, "MOST_HELD", 3 * 8 * q.numel() * q.element_size())
-    for clusters in range(2, 7):
-        plan = replace(PLAN, q_clusters=clusters)
-        for _ in range(3):
-            result = replay.sparse_attention(q, k, v, plan)
-        assert result.out.isfinite().all()
-    assert len(replay._RECORDINGS) == 3
+    monkeypatch.setattr(replay, "MOST_HELD", 5 * q.numel() * q.element_size())
+    for _ in range(3):
+        result = replay.sparse_attention(q, k, v, PLAN)
+    assert result.out.isfinite().all()
+    assert not replay._RECORDINGS
     replay.forget()
     q, k, v = (torch.zeros(1, 80, 6600, 128, dtype=torch.bfloat16, device="cuda") for _ in range(3))
     assert q.numel() * q.element_size() > replay.MOST_BYTES
@@ -87,13 +85,46 @@ def test_large_calls_are_not_recorded_nor_those_without_room(
     assert not replay._RECORDINGS
 
 
+@pytest.mark.gpu
+def test_kinds_share_their_memory_and_not_their_results() -> None:
+    from svg_ear_compile.kernels.gpu import attention, replay
+
+    replay.forget()
+    q, k, v = random_qkv(0, 1, (4, 4), (2048, 2048), 64, torch.bfloat16, "cuda")
+    held, found = [], []
+    for turn in range(4):
+        for density in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+            plan = replace(PLAN, density=density)
+            cold = replay.sparse_attention(q, k, v, plan)
+            warm = (cold.queries.centroids, cold.keys.centroids)
+            later = replay.sparse_attention(q, k, v, plan, centroids=warm, blocks=cold.blocks)
+            if turn == 3:
+                found += [(plan, None, None, cold), (plan, warm, cold.blocks, later)]
+            held.append(replay.held_bytes())
+    assert len(replay._RECORDINGS) == 12
+    first = next(bytes_ for bytes_ in held if bytes_)
+    assert held[-1] < 2 * first
+    for plan, warm, blocks, got in found:
+        wanted = attention.sparse_attention(q, k, v, plan, centroids=warm, blocks=blocks)
+        for mine, other in zip(tensors_of(got), tensors_of(wanted), strict=True):
+            assert torch.equal(mine, other)
+    replay.forget()
+    assert not replay._TENSORS
+    assert not replay._WORKSPACES
+
+
 def test_only_what_is_stale_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     from svg_ear_compile.kernels.gpu import replay
 
     nothing: Any = None
+    shared = torch.empty(3, dtype=torch.uint8)
     kept = OrderedDict(
-        (name, replay._Recording(nothing, (), nothing, nbytes, used))
-        for name, nbytes, used in (("a", 40, 10), ("b", 50, 900), ("c", 10, 1000))
+        (name, replay._Recording(nothing, [shared], [shared], workspace, used))
+        for name, workspace, used in (
+            ("a", replay._Workspace(nothing, nothing, 40), 10),
+            ("b", replay._Workspace(nothing, nothing, 47), 900),
+            ("c", replay._Workspace(nothing, nothing, 10), 1000),
+        )
     )
     monkeypatch.setattr(replay, "_RECORDINGS", kept)
     monkeypatch.setattr(replay, "MOST_HELD", 100)
@@ -102,6 +133,7 @@ def test_only_what_is_stale_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(kept) == ["a", "b", "c"]
     assert replay.has_room(40, 1001)
     assert list(kept) == ["b", "c"]
+    assert replay.held_bytes() == 60
     assert not replay.has_room(41, 1001)
     assert not replay.has_room(101, 5000)  # more than there can ever be
 
