@@ -19,7 +19,7 @@ from svg_ear_compile.cost_model.stages import ELEMENT_SIZES, Amount
 
 log = logging.getLogger(__name__)
 
-VERSION = 4
+VERSION = 5
 RECORDED = Path(__file__).with_name("recorded")
 Origin = Literal["measured", "recorded", "guess"]
 
@@ -190,8 +190,8 @@ def _read(path: Path) -> Calibration | None:
 # Conservative on purpose: an early sparse site that turns out slower is worse than a late one. The
 # ratios are rounded up from stage times seen with early kernels on one GPU (benchmarks/NOTES.md)
 # and on a two-core CPU; the roofs are those of an older data-centre GPU and a small CPU. With them
-# the default at density 0.2, clustered afresh, breaks even near 43,000 tokens of 128
-# channels on a GPU (an H200 is 1.4 times as fast as dense at 32,760) and near 14,000 on a CPU.
+# the default at density 0.2, clustered afresh, breaks even near 37,000 tokens of 128
+# channels on a GPU (an H200 is 1.5 times as fast as dense at 32,760) and near 14,000 on a CPU.
 _GUESSES = {
     "cuda": (
         Roofs({"bfloat16": 250.0, "float16": 250.0, "float32": 15.0}, 1500.0, 0.006),

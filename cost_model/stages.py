@@ -112,7 +112,8 @@ def sparse_amounts(
     # A ragged cluster leaves half of its last tile empty on average; query clusters are trimmed.
     rows, probed_keys, probed_rows = float(queries), float(keys), float(q_clusters)
     if on_gpu:
-        rows += q_clusters * config.shares[0] / 4
+        share, tile = config.shares
+        rows = q_clusters * max(share, queries / q_clusters + share / 4)
         probed_keys += k_clusters * (config.probe.columns - 1) / 2
         probed_rows = math.ceil(q_clusters / config.probe.rows) * config.probe.rows
     # The block that crosses the budget is taken whole: half of one on average.
@@ -131,9 +132,8 @@ def sparse_amounts(
     read, probed, passed = kv_bytes, kv_bytes, 0.0
     probe_waves = attend_waves = route_waves = 0.0
     if on_gpu:
-        attend_rows = (config.wgmma or config.attend).rows
-        tiles = queries / attend_rows + q_clusters / 3
-        attended_keys = tiles * seen + shape.text / attend_rows * shape.k_tokens
+        tiles = q_clusters * max(1.0, queries / q_clusters / tile + 1 / 3)
+        attended_keys = tiles * seen + shape.text / tile * shape.k_tokens
         read += CACHED * 2.0 * heads * dim * size * attended_keys
         # Keys alone, a tile of query centroids after another; posterior means take the values too.
         passed = CACHED * heads * keys * dim * size * probed_rows / config.probe.rows

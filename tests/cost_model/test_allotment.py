@@ -24,9 +24,7 @@ def allotment(weights: list[list[float]]) -> Allotment:
     shape = AttentionShape(1, 4, 4, 32760, 32760, 128, "bfloat16")
     layers = [f"blocks.{i}" for i in range(len(weights))]
     curves = {
-        (layer, phase, KIND): ErrorCurve(
-            DENSITIES, tuple(w * 0.01 / d for d in DENSITIES), (0.0,) * 3
-        )
+        (layer, phase, KIND): ErrorCurve(DENSITIES, tuple(w * 0.01 / d for d in DENSITIES))
         for layer, by_phase in zip(layers, weights, strict=True)
         for phase, w in enumerate(by_phase)
     }
