@@ -45,8 +45,8 @@ from svg_ear_compile.kernels.op import dense_attention
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 SECONDS = 55.0
-"""Time that measuring may take; what is not measured by then is left to the nearest class. Kernels
-are compiled before, which takes half as long where it was never done."""
+"""Time that measuring may take; what is not measured by then is left to the nearest class. Most
+kernels are compiled before, which takes half as long where it was never done."""
 
 _PATIENCE_MS = 1500.0  # for the repeats of one call
 # A rested GPU clocks up to a fifth higher than one that has been busy this long.
@@ -301,11 +301,8 @@ def measure(
     clock = _Clock(q.device)
     batch, heads, tokens, head_dim = q.shape
     sparse_attention = sparse_form(clock.on_gpu)
-    if clock.on_gpu:
-        # Other calls' recordings leave no room for this one's, and it would be timed without.
-        from svg_ear_compile.kernels.gpu import replay
-
-        replay.forget()
+    # Other calls' recordings could leave no room for this one's, and it would be timed without.
+    _forget_recordings(q.device)
     cold = sparse_attention(q, k, v, plan, text=(0, text))
     warm = (cold.queries.centroids, cold.keys.centroids)
 
@@ -338,12 +335,12 @@ def calibrate(
     seconds: float = SECONDS,
     on_sample: Callable[[str, float], None] | None = None,
 ) -> Calibration:
-    """Measure a device.
+    """Measure a device. Recorded calls of this process (`kernels.gpu.replay`) are forgotten.
 
     Args:
         device: CUDA or CPU.
         seconds: no further call is measured once this has passed and there is enough to fit to;
-            compiling the kernels does not count.
+            compiling most of the kernels before does not count.
         on_sample: hears what was measured, and the share of `seconds` that has passed.
 
     Raises:
@@ -357,6 +354,8 @@ def calibrate(
     dtypes = ("bfloat16", "float16", "float32") if device.type == "cuda" else ("float32",)
 
     if device.type == "cuda":
+        if on_sample is not None:
+            on_sample("kernels are compiled", 0.0)
         for dtype, head_dim in workload.classes:
             _compile(device, dtype, head_dim)
     measuring = time.perf_counter()
@@ -381,6 +380,7 @@ def calibrate(
                 break
             samples.append(measure(*tensors, plan, dense, fitted=fitted))
     host_ms = _host_ms(device, workload) if device.type == "cuda" else 0.0
+    _forget_recordings(device)
     return Calibration(
         VERSION,
         "measured",
@@ -412,10 +412,18 @@ def _plans(tokens: int, fitted: bool) -> list[AttentionPlan]:
 
 
 def _compile(device: torch.device, dtype: str, head_dim: int) -> None:
-    """Call every form once, so small that compiling the kernels is all it takes."""
+    """Call every form once, so small that compiling is all it takes; the route kernel is compiled
+    again for larger numbers of clusters."""
     tensors = _small(device, dtype, head_dim)
     for plan in _PLANS:
         sparse_form(True)(*tensors, plan)
+
+
+def _forget_recordings(device: torch.device) -> None:
+    if device.type == "cuda":
+        from svg_ear_compile.kernels.gpu import replay
+
+        replay.forget()
 
 
 def _small(device: torch.device, dtype: str, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

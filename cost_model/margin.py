@@ -21,25 +21,26 @@ def unseen_error(seen: Sequence[Sequence[float]]) -> float:
     """Error that `KEPT_BY` of the forwards on other inputs stay within.
 
     Errors of one budget differ from input to input by factors, so their logarithms are taken to be
-    normal, with a mean for each phase and one spread for all; the bound is that of a prediction
+    normal, with a mean for each timestep and one spread for all; the bound is that of a prediction
     interval (Student's t), which counts that the mean itself is known from a few inputs only.
 
     Args:
-        seen: errors of some forwards in each phase of the denoising; 0 where nothing was sparse.
+        seen: at each of some timesteps the errors of one forward of each clip; 0 where nothing was
+            sparse.
 
     Returns:
-        The largest bound of a phase, 0 if all errors are.
+        The largest bound of a timestep, 0 if all errors are.
 
     Raises:
         ImportError: scipy, part of the extra ``tune``, is missing.
     """
     from scipy.stats import t as student
 
-    logs = [[math.log(error) for error in phase if error > 0] for phase in seen]
-    logs = [phase for phase in logs if phase]
-    squares = math.fsum((x - fmean(phase)) ** 2 for phase in logs for x in phase)
-    freedom = _WEIGHT + sum(len(phase) - 1 for phase in logs)
+    logs = [[math.log(error) for error in clips if error > 0] for clips in seen]
+    logs = [clips for clips in logs if clips]
+    squares = math.fsum((x - fmean(clips)) ** 2 for clips in logs for x in clips)
+    freedom = _WEIGHT + sum(len(clips) - 1 for clips in logs)
     spread = math.sqrt((_WEIGHT * USUAL_SPREAD**2 + squares) / freedom)
     reach = float(student.ppf(KEPT_BY, freedom)) * spread
-    bounds = (math.exp(fmean(phase) + reach * math.sqrt(1 + 1 / len(phase))) for phase in logs)
+    bounds = (math.exp(fmean(clips) + reach * math.sqrt(1 + 1 / len(clips))) for clips in logs)
     return max(bounds, default=0.0)

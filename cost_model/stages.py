@@ -109,7 +109,8 @@ def sparse_amounts(
     size = shape.element_size if on_gpu else 4  # the CPU form computes in float32
     kv_bytes = 2.0 * kv_heads * keys * dim * size
     config = launch_config(dim, size)
-    # A ragged cluster leaves half of its last tile empty on average; query clusters are trimmed.
+    # A ragged cluster leaves half of its last tile empty on average; trimmed, a quarter of a share
+    # and, as few end in a tile of little, a third of a tile. None has less than one.
     rows, probed_keys, probed_rows = float(queries), float(keys), float(q_clusters)
     if on_gpu:
         share, tile = config.shares
@@ -160,7 +161,7 @@ def sparse_amounts(
         else Amount(),
         "tables": Amount(
             flops=posterior if on_gpu else 2.0 * dim * blocks,
-            bytes=2.0 * dim * size * blocks + passed,
+            bytes=2.0 * dim * size * blocks + passed + kv_bytes / 2,
             launches=1.0 + probe_waves,
         )
         if own_tables

@@ -57,7 +57,8 @@ def sparse_attention(
 ) -> Result:
     """All five stages; arguments and result as `reference.sparse_attention`.
 
-    Nothing waits for the device. The output has the dtype and layout of q; `Result.lse` is empty
+    Query clusters that are made here are trimmed to `LaunchConfig.shares`. Nothing waits for the
+    device. The output has the dtype and layout of q; `Result.lse` is empty
     unless `return_lse`; labels and sizes are int32.
     """
     if scale is not None and scale < 0:  # the kernels take the largest logit before they scale
@@ -81,7 +82,9 @@ def sparse_attention(
     own_tables = plan.has_own_tables
     probed = blocks is None or own_tables
     value_means = torch.zeros_like(keys.centroids)
-    spread = Spread(*torch.empty(2, *keys.order.shape, device=q.device)) if probed else None
+    spread = None
+    if probed:
+        spread = Spread(*(torch.empty_like(keys.order, dtype=torch.float32) for _ in range(2)))
     rounded_value_means = cluster_means(v, keys.order, keys.starts, value_means, config, spread)
 
     groups = batch * heads

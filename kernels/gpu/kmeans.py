@@ -19,7 +19,7 @@ from svg_ear_compile.kernels.gpu.nearest import keep_nearer, nearest_of, nothing
 from svg_ear_compile.kernels.gpu.trim import trim
 
 # Half norms are padded to a multiple of this, so that no tile of centroids has to mask them.
-_PITCH = 128
+_PITCH = 64
 
 
 class SortedClusters(NamedTuple):

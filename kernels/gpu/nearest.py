@@ -24,13 +24,13 @@ def keep_nearer(distance, first, best, origin):
     pairs: tl.constexpr = [distance.shape[0], distance.shape[1] // 2, 2]
     even, odd = tl.split(tl.reshape(distance, pairs))  # [BN, BC / 2]
     nearer = tl.minimum(even, odd)
-    origin = tl.where(nearer < best, tl.where(odd < even, first + 1, first), origin)
+    origin = tl.where(nearer < best, tl.where(nearer == even, first, first + 1), origin)
     return tl.minimum(best, nearer), origin
 
 
 @triton.jit
 def nearest_of(best, origin, none):
-    """Least distance [BN] and its centroid, the lowest of equal ones; `none` if all are NaN."""
+    """Least distance [BN] and its centroid, the lowest of equal ones; `none` is above them all."""
     nearest = tl.min(best, 1)
     candidate = origin + 2 * tl.arange(0, best.shape[1])[None, :]
     return nearest, tl.min(tl.where(best == nearest[:, None], candidate, none), 1)

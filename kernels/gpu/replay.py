@@ -50,13 +50,14 @@ class _Workspace:
     """Memory between the stages, for the recordings of one stream.
 
     Attributes:
-        pool: handle of the graphs' memory. side: stream that they are captured on; memory is only
-            used again by the stream that it was made for.
+        pool: handle of the graphs' memory.
+        side: stream that they are captured on: memory is only used again by the stream that it was
+            made for.
         nbytes: of that memory.
     """
 
-    pool: Any
-    side: Any
+    pool: tuple[int, int]
+    side: torch.cuda.Stream
     nbytes: int = 0
 
 
@@ -89,7 +90,10 @@ def sparse_attention(
     blocks: Blocks | None = None,
     return_lse: bool = False,
 ) -> Result:
-    """`attention.sparse_attention`, bit by bit, as a graph where that is worth while."""
+    """`attention.sparse_attention` as a graph where that is worth while.
+
+    Bit by bit, unless rows start between multiples of 16 bytes: those of the copies never do.
+    """
 
     def call(
         q: Tensor,
@@ -129,9 +133,10 @@ def sparse_attention(
             while len(_SEEN) > MOST_SEEN:
                 _SEEN.popitem(last=False)
             return result
-        # As much again as q and k for tables and what is between the stages, at the most.
+        # As if nothing were shared yet, with the tables and what else is between the stages.
         tensors = sum(t.numel() * t.element_size() for t in (*given, *_parts(result)))
-        nbytes = tensors + (q.numel() + k.numel()) * q.element_size()
+        between = max((q.numel() + k.numel()) * q.element_size(), attention.WORKSPACE_FLOOR)
+        nbytes = tensors + between
         if not has_room(nbytes, number) or torch.cuda.mem_get_info(q.device)[0] < 2 * nbytes:
             return result
         _RECORDINGS[key] = _recorded(call, arguments, result, number)

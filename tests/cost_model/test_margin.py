@@ -30,7 +30,7 @@ def test_more_clips_and_less_spread_lower_the_bound() -> None:
     assert unseen_error([[0.1] * 200]) == pytest.approx(0.1, rel=0.2)
 
 
-def test_the_worst_phase_decides_and_dense_ones_say_nothing() -> None:
+def test_the_worst_timestep_decides_and_dense_ones_say_nothing() -> None:
     assert unseen_error([[0.1, 0.1], [0.01, 0.01]]) == unseen_error([[0.01, 0.01], [0.1, 0.1]])
     assert unseen_error([[0.1], [0.0]]) == unseen_error([[0.1]])
     assert unseen_error([[0.0], []]) == 0.0
