@@ -56,7 +56,7 @@ class _Workspace:
         nbytes: of that memory.
     """
 
-    pool: tuple[int, int]
+    pool: Any  # opaque to everybody but PyTorch
     side: torch.cuda.Stream
     nbytes: int = 0
 
