@@ -36,10 +36,10 @@ TARGETS = pytest.mark.parametrize("target", SHARED_LIMIT, ids=lambda target: str
 MEASURED_SPILLS = {"attend_wgmma_kernel": 256, "probe_kernel": 256}
 
 # Elsewhere, where nothing is measured, covariances: what they keep of a row at the loop over
-# stand-ins, and a few bytes of the kernels that sum and apply them; and scalars of one on AMD.
+# stand-ins, and a few bytes of the kernels that sum and apply them; and scalars of two on AMD.
 ACCEPTED_SPILLS = {
     "attend_kernel": 48, "covariance_kernel": 16, "growth_kernel": 16, "move_kernel": 16,
-    "moment_kernel": 32, "trim_kernel": 16,
+    "moment_kernel": 32, "trim_kernel": 16, "cluster_mean_kernel": 40,
 }  # fmt: skip
 
 # Bytes of spilled registers of a thread that are known and accepted elsewhere: float32 products run
