@@ -46,7 +46,7 @@ from svg_ear_compile.kernels.plan import AttentionPlan
 
 SECONDS = 55.0
 """Time that measuring may take; what is not measured by then is left to the nearest class. Most
-kernels are compiled before, which takes half as long where it was never done."""
+kernels are compiled before."""
 
 _PATIENCE_MS = 1500.0  # for the repeats of one call
 # A rested GPU clocks up to a fifth higher than one that has been busy this long.

@@ -291,14 +291,14 @@ class _Tuning:
             for name, each, e in (("tuned", layers, errors), ("uniform", uniform, uniform_errors))
         }
         better = _rms(errors) <= _rms(uniform_errors)
-        if self.wish.name == "max_error":  # one density may be better on the whole and break it
-            better = better or self._unseen(uniform_errors) > self.wish.value
         note = (
             f"on the calibration inputs one density for all ({allotment.density(uniform):.3f}) has "
             f"{_rms(uniform_errors):.3g} of error at {ms['uniform']:.4g} ms, "
             f"the tuned one {_rms(errors):.3g} at {ms['tuned']:.4g} ms"
         )
         if self.wish.name == "max_error":
+            # One density may be better on the whole and break it.
+            better = better or self._unseen(uniform_errors) > self.wish.value
             note += (
                 f"; from {len(errors)} calls, {KEPT_BY:.0%} of unseen forwards are expected within "
                 f"{self._unseen(errors if better else uniform_errors):.3g}"

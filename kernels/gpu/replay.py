@@ -39,6 +39,11 @@ be worse than none: a budget has layers of many kinds, which would take turns in
 MOST_SEEN = 256
 """Kinds of calls that are remembered as having been made."""
 
+_Arguments = tuple[
+    Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, Blocks | None, Tensor | None
+]
+"""Tensors of a call: q, k, v, centroids, blocks and mask."""
+
 _RECORDINGS: OrderedDict[Hashable, _Recording] = OrderedDict()
 _SEEN: OrderedDict[Hashable, None] = OrderedDict()
 _NUMBER = itertools.count()
@@ -95,23 +100,17 @@ def sparse_attention(
     Bit by bit, unless rows start between multiples of 16 bytes: those of the copies never do.
     """
 
-    def call(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        centroids: tuple[Tensor, Tensor] | None,
-        blocks: Blocks | None,
-        mask: Tensor | None,
-    ) -> Result:
+    def call(arguments: _Arguments) -> Result:
+        q, k, v, centroids, blocks, mask = arguments
         return attention.sparse_attention(
             q, k, v, plan, attn_mask=mask, scale=scale, text=text, centroids=centroids,
             blocks=blocks, return_lse=return_lse,
         )  # fmt: skip
 
-    if not _is_worth_while(q):
-        return call(q, k, v, centroids, blocks, attn_mask)
     arguments = (q, k, v, centroids, blocks, attn_mask)
-    given = _tensors(*arguments)
+    if not _is_worth_while(q):
+        return call(arguments)
+    given = _tensors(arguments)
     stream = torch.cuda.current_stream(q.device)
     starts = (centroids is None, blocks is None)
     settings = (plan, scale, text, return_lse, *starts, q.device, stream.cuda_stream)
@@ -127,7 +126,7 @@ def sparse_attention(
                 mine.copy_(new)
             recording.graph.replay()
             return _result([t.clone() for t in recording.outputs])
-        result = call(*arguments)
+        result = call(arguments)
         if key not in _SEEN:  # once is no reason to record
             _SEEN[key] = None
             while len(_SEEN) > MOST_SEEN:
@@ -144,7 +143,7 @@ def sparse_attention(
 
 
 def _recorded(
-    call: Callable[..., Result], arguments: tuple[Any, ...], result: Result, number: int
+    call: Callable[[_Arguments], Result], arguments: _Arguments, result: Result, number: int
 ) -> _Recording:
     """A recording of a call that has run just now with these arguments and this result."""
     device = result.out.device
@@ -173,13 +172,13 @@ def _recorded(
     with torch.cuda.stream(side):
         graph.capture_begin(workspace.pool, capture_error_mode="thread_local")
         try:
-            for mine, new in zip(outputs, _parts(call(*own)), strict=True):
+            for mine, new in zip(outputs, _parts(call(own)), strict=True):
                 mine.copy_(new)
         finally:
             graph.capture_end()
     stream.wait_stream(side)
     workspace.nbytes += max(torch.cuda.memory_reserved(device) - before, 0)
-    return _Recording(graph, _tensors(*own), outputs, workspace, number)
+    return _Recording(graph, _tensors(own), outputs, workspace, number)
 
 
 def forget() -> None:
@@ -209,15 +208,9 @@ def has_room(nbytes: int, number: int) -> bool:
     return True
 
 
-def _tensors(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    centroids: tuple[Tensor, Tensor] | None,
-    blocks: Blocks | None,
-    mask: Tensor | None,
-) -> list[Tensor]:
+def _tensors(arguments: _Arguments) -> list[Tensor]:
     """What a call reads, in one order."""
+    q, k, v, centroids, blocks, mask = arguments
     return [t for t in (q, k, v, *(centroids or ()), *(blocks or ()), mask) if t is not None]
 
 

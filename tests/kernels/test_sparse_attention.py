@@ -251,9 +251,7 @@ def test_query_clusters_are_trimmed_to_the_tiles_that_attend(form: Form) -> None
     from svg_ear_compile.kernels.gpu.launch import launch_config
 
     q, k, v = random_qkv(1, 1, (2, 2), (403, 403), 64, F32, form.device)
-    plan = AttentionPlan(
-        q_clusters=5, k_clusters=4, first_iterations=1, cluster_metric="euclidean"
-    )  # fmt: skip
+    plan = AttentionPlan(q_clusters=5, k_clusters=4, first_iterations=1, cluster_metric="euclidean")
     start = reference.initial_centroids(q, None, 5, (0, 0), plan.seed)
     shares = launch_config(64, q.element_size()).shares
     wanted = reference.kmeans(q, None, start, (0, 0), 1, trim_to=shares)
