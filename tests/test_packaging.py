@@ -42,7 +42,7 @@ def python(code: str, *, path: list[Path], cwd: Path) -> str:
     """Run `code` in a process whose `sys.path` is `path` beside the standard library."""
     start = f"import sys; sys.path[:0] = {[str(folder) for folder in path]}\n"
     done = subprocess.run(
-        [sys.executable, "-S", "-W", "default", "-c", start + code],
+        [sys.executable, "-E", "-S", "-W", "default", "-c", start + code],
         capture_output=True,
         text=True,
         cwd=cwd,
