@@ -3,6 +3,8 @@
 # and needs no network.
 VENV ?= .venv
 PYTHON ?= python3
+# Which tests `make test` runs, as pytest's -m: `make test MARKS=` runs all of them.
+MARKS ?= not slow
 export OMP_NUM_THREADS ?= 2
 
 ifeq ($(VENV),)
@@ -13,7 +15,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test lint offline clean
+.PHONY: demo test lint package try-torch offline clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -21,13 +23,29 @@ demo: $(READY)
 
 # A process for each core with one thread each, where pytest-xdist is there.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest \
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "$(MARKS)" \
 	  $$($(RUN) -c "import xdist" 2>/dev/null && printf -- "-n auto --dist worksteal") $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy -p svg_ear_compile
+
+# The sdist, the wheel built from it, and the check that a package index would make.
+package: $(READY)
+	rm -rf dist
+	$(RUN) -m build --no-isolation
+	$(RUN) -m twine check --strict dist/*
+
+# What depends on PyTorch's interfaces, beside another release of it: `make try-torch TORCH=2.15.0`.
+try-torch:
+	test -n "$(TORCH)"
+	$(PYTHON) -m venv .venv-torch-$(TORCH)
+	.venv-torch-$(TORCH)/bin/python -m pip install --quiet torch==$(TORCH)
+	.venv-torch-$(TORCH)/bin/python -m pip install --quiet --editable ".[test]"
+	OMP_NUM_THREADS=1 .venv-torch-$(TORCH)/bin/python -m pytest -n auto --dist worksteal \
+	  tests/test_packaging.py tests/passes tests/svg_ear_compile \
+	  tests/kernels/test_operator.py tests/kernels/test_aot_compile.py $(PYTEST_ARGS)
 
 # torch comes first and alone: its pinned version decides what every other package may pull in.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -40,4 +58,4 @@ offline:
 	$(RUN) -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 
 clean:
-	rm -rf $(VENV) build demo_out *.egg-info
+	rm -rf $(VENV) .venv-torch-* build dist demo_out *.egg-info

@@ -7,6 +7,8 @@ apart, `explain` lists every attention and what was decided, `calibrate` measure
 model.
 """
 
+import torch
+
 from svg_ear_compile.backend import svg_ear
 from svg_ear_compile.binding import Binding, bind
 from svg_ear_compile.calibrating import calibrate
@@ -15,6 +17,7 @@ from svg_ear_compile.explain import Explanation, explain
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.recording import ModelCall, record_calls
 from svg_ear_compile.settings import Settings
+from svg_ear_compile.torch_version import warn_if_untried
 from svg_ear_compile.tuning import TuningSettings, tune
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "ModelCall",
     "Settings",
     "TuningSettings",
+    "__version__",
     "bind",
     "calibrate",
     "explain",
@@ -32,3 +36,12 @@ __all__ = [
     "svg_ear",
     "tune",
 ]
+
+__version__ = "0.2.0"  # pyproject.toml reads it here
+
+warn_if_untried(torch.__version__)
+
+# An installed package is found by its entry point and a second registration of the name would fail;
+# a clone that is not installed has no entry point.
+if "svg_ear" not in torch.compiler.list_backends():
+    torch._dynamo.register_backend(svg_ear)

@@ -9,15 +9,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from rich.console import Console
 
-from svg_ear_compile import cost_commands
+from svg_ear_compile import __version__, cost_commands
 from svg_ear_compile.explain import explain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code (2 for wrong arguments)."""
     parser = argparse.ArgumentParser(prog="svg-ear", description=__doc__)
+    about = f"svg-ear {__version__}, torch {torch.__version__}"
+    parser.add_argument("--version", action="version", version=about)
     commands = parser.add_subparsers(required=True)
     about = "list every attention of a model: layer, role, shape, plan and why"
     command = commands.add_parser("explain", help=about, description=about)

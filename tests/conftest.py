@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,10 @@ from hypothesis import HealthCheck, Phase, settings
 # Triton reads this when it is imported, once for the whole process.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A process that a test starts imports this tree, whatever is installed.
+inherited = filter(None, [os.environ.get("PYTHONPATH")])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *inherited])
 
 settings.register_profile(
     "ci",
