@@ -2,15 +2,13 @@
 
 Each class of call (dtype, head dim) is timed over a few lengths, densities, cluster counts and both
 forms; the coefficients of `latency` are fitted to most of them and tested on the rest. Stage times
-are read off a profiler: of kernels on a GPU, of Python functions on a CPU.
+of a GPU are read off a profiler of its kernels; on a CPU the whole sparse call is one stage.
 """
 
 from __future__ import annotations
 
-import cProfile
 import importlib
 import math
-import pstats
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +28,7 @@ from svg_ear_compile.cost_model.calibration import (
     Sample,
     ideal_ms,
 )
-from svg_ear_compile.cost_model.device import describe
+from svg_ear_compile.cost_model.device import Device, describe
 from svg_ear_compile.cost_model.latency import dense_ms, sparse_ms
 from svg_ear_compile.cost_model.stages import (
     STAGES,
@@ -55,23 +53,16 @@ _BUSY_MS, _MOST_CALLS = 150.0, 150
 _SAMPLED_MS, _MOST_SAMPLES = 50.0, 40
 _LEAST_SAMPLES = 14  # two lengths: enough for the three coefficients of a stage
 
-# Kernels and functions by stage; everything else sorts tokens by cluster, which is clustering.
+# Kernels by stage; everything else sorts tokens by cluster, which is clustering.
 _STAGE_OF_KERNEL = {
     "probe_kernel": "probe",
     "route_kernel": "route",
     "list_keys_kernel": "route",
     "attend_kernel": "attend",
     "attend_wgmma_kernel": "attend",
-    "covariance_kernel": "second_order",
-    "growth_kernel": "second_order",
-    "move_kernel": "second_order",
-}
-_STAGE_OF_FUNCTION = {
-    "_probe": "probe",
-    "route": "route",
-    "compensation_tables": "tables",
-    "_attend": "attend",
-    "second_order": "second_order",
+    "covariance_kernel": "correction",
+    "logit_correction_kernel": "correction",
+    "value_correction_kernel": "correction",
 }
 
 
@@ -107,7 +98,7 @@ _WORKLOADS = {
 }
 _PLANS = (
     AttentionPlan(density=0.1),
-    AttentionPlan(density=0.3, compensation="second_order"),
+    AttentionPlan(density=0.3),
     AttentionPlan(density=0.2, compensation="centroid"),
 )
 # The lengths that test the fit are measured at densities and cluster sizes of their own.
@@ -144,39 +135,17 @@ class _Clock:
         return min(samples)
 
     def stages(self, call: Callable[[], object], plan: AttentionPlan) -> dict[str, float]:
-        """Milliseconds of a sparse call by `STAGES`; a GPU makes its tables inside the probe."""
-        known = _STAGE_OF_KERNEL if self.on_gpu else _STAGE_OF_FUNCTION
+        """Milliseconds of a sparse call by `STAGES`."""
+        if not self.on_gpu:
+            return {"sparse": self.ms(call)}
         # What a call is known not to run must not be missed in its profile.
         known = {
-            name: s for name, s in known.items() if s != "second_order" or plan.has_covariances
+            kernel: stage
+            for kernel, stage in _STAGE_OF_KERNEL.items()
+            if stage != "correction" or plan.compensation == "gaussian"
         }
-        profiled = self._profiled_kernels if self.on_gpu else self._profiled_functions
-        runs = profiled(call, known)
-        return {stage: min(run[stage] for run in runs) for stage in STAGES}
-
-    def _profiled_kernels(
-        self, call: Callable[[], object], stage_of: dict[str, str]
-    ) -> list[dict[str, float]]:
         with torch.cuda.device(self.device):
-            spent = busy_kernels_ms(call, 5)
-        return [_by_stage(spent, stage_of, sum(spent.values()))]
-
-    def _profiled_functions(
-        self, call: Callable[[], object], stage_of: dict[str, str]
-    ) -> list[dict[str, float]]:
-        runs: list[dict[str, float]] = []
-        spent_ms = 0.0
-        while len(runs) < 4 and spent_ms < _PATIENCE_MS:
-            profile = cProfile.Profile()
-            began = time.perf_counter()
-            profile.runcall(call)
-            total = 1e3 * (time.perf_counter() - began)
-            spent: dict[str, float] = {}
-            for (_, _, name), entry in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
-                spent[name] = spent.get(name, 0.0) + 1e3 * entry[3]
-            runs.append(_by_stage(spent, stage_of, total))
-            spent_ms += total
-        return runs
+            return by_stage(busy_kernels_ms(call, 5), known)
 
 
 def busy_ms(call: Callable[[], object], repeats: int) -> list[float]:
@@ -220,18 +189,21 @@ def _keep_busy(call: Callable[[], object]) -> float:
     return seconds
 
 
-def _by_stage(spent: dict[str, float], stage_of: dict[str, str], total: float) -> dict[str, float]:
-    """Sum what was spent under each name by stage; what is left of the total is clustering."""
+def by_stage(spent: dict[str, float], stage_of: dict[str, str]) -> dict[str, float]:
+    """Sum milliseconds by kernel into `STAGES`; kernels of no stage are clustering.
+
+    Raises:
+        RuntimeError: a stage has no kernel: their names have changed.
+    """
     missing = set(stage_of.values()) - {stage_of[name] for name in spent if name in stage_of}
     if missing:
         raise RuntimeError(
             f"the profiler saw nothing of {', '.join(sorted(missing))}: "
             "what runs has other names than this file knows"
         )
-    found = dict.fromkeys(STAGES, 0.0)
-    for name, stage in stage_of.items():
-        found[stage] += spent.get(name, 0.0)
-    found["cluster"] = total - sum(found.values())
+    found = dict.fromkeys(STAGES["cuda"], 0.0)
+    for name, ms in spent.items():
+        found[stage_of.get(name, "cluster")] += ms
     return found
 
 
@@ -387,7 +359,7 @@ def calibrate(
         facts,
         roofs,
         host_ms,
-        fit(samples, roofs, facts.kind),
+        fit(samples, roofs, facts),
         time.perf_counter() - began,
         tuple(samples),
     )
@@ -407,7 +379,7 @@ def _plans(tokens: int, fitted: bool) -> list[AttentionPlan]:
     for size in sizes:
         q_clusters, k_clusters = (max(1, round(count / size)) for count in counts)
         other = replace(plans[0], q_clusters=q_clusters, k_clusters=k_clusters)
-        found += [other, replace(other, compensation="second_order")]
+        found += [other, replace(other, compensation="centroid")]
     return found
 
 
@@ -439,7 +411,9 @@ def _host_ms(device: torch.device, workload: _Workload) -> float:
     return _Clock(device).ms(lambda: call(*tensors, plan, centroids=warm), 7)
 
 
-def fit(samples: Sequence[Sample], roofs: Roofs, kind: str) -> dict[str, dict[str, Efficiency]]:
+def fit(
+    samples: Sequence[Sample], roofs: Roofs, device: Device
+) -> dict[str, dict[str, Efficiency]]:
     """Coefficients of every stage and of dense attention, by class of call.
 
     Non-negative least squares on relative errors; a stage's error counts against the time of its
@@ -448,19 +422,22 @@ def fit(samples: Sequence[Sample], roofs: Roofs, kind: str) -> dict[str, dict[st
     Args:
         samples: those that are not `fitted` are left out; a class without any is left out too.
         roofs: of the same device.
-        kind: ``"cuda"`` or ``"cpu"``.
+        device: that both were measured on.
     """
     classes: dict[str, list[Sample]] = {}
     for sample in samples:
         if sample.fitted:
             classes.setdefault(f"{sample.dtype}/{sample.head_dim}", []).append(sample)
     return {
-        name: {stage: _fit_stage(stage, found, roofs, kind) for stage in (*STAGES, "dense")}
+        name: {
+            stage: _fit_stage(stage, found, roofs, device)
+            for stage in (*STAGES[device.kind], "dense")
+        }
         for name, found in classes.items()
     }
 
 
-def _fit_stage(stage: str, samples: Sequence[Sample], roofs: Roofs, kind: str) -> Efficiency:
+def _fit_stage(stage: str, samples: Sequence[Sample], roofs: Roofs, device: Device) -> Efficiency:
     import numpy as np
     from scipy.optimize import nnls
 
@@ -471,10 +448,7 @@ def _fit_stage(stage: str, samples: Sequence[Sample], roofs: Roofs, kind: str) -
             amount, measured = dense_amount(shape), sample.dense_ms
             against = measured
         else:
-            amount, measured = sparse_amounts(shape, plan, kind)[stage], sample.stages_ms[stage]
-            # On a GPU the tables are made inside the probe: what it takes longer is theirs.
-            if kind == "cuda" and stage in ("probe", "tables"):
-                amount, measured = _share_of_probe(stage, sample, samples, amount)
+            amount, measured = sparse_amounts(shape, plan, device)[stage], sample.stages_ms[stage]
             against = measured + 0.02 * sample.op_ms
         if amount == Amount() or measured == 0.0:
             continue
@@ -484,24 +458,6 @@ def _fit_stage(stage: str, samples: Sequence[Sample], roofs: Roofs, kind: str) -
         return Efficiency(0.0, 0.0, 0.0)
     found, _ = nnls(np.array(rows), np.array(wanted))
     return Efficiency(*map(float, found))
-
-
-def _share_of_probe(
-    stage: str, sample: Sample, samples: Sequence[Sample], amount: Amount
-) -> tuple[Amount, float]:
-    own_tables = plan_of(sample).has_own_tables
-    if stage == "probe":
-        return (Amount(), 0.0) if own_tables else (amount, sample.stages_ms["probe"])
-    twins = [
-        other.stages_ms["probe"]
-        for other in samples
-        if not plan_of(other).has_own_tables
-        and (other.tokens, other.q_clusters, other.k_clusters)
-        == (sample.tokens, sample.q_clusters, sample.k_clusters)
-    ]
-    if not own_tables or not twins:
-        return Amount(), 0.0
-    return amount, max(sample.stages_ms["probe"] - statistics.mean(twins), 0.0)
 
 
 def shape_of(sample: Sample) -> AttentionShape:

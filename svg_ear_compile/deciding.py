@@ -54,7 +54,7 @@ class Expectation:
 
     Attributes:
         dense_ms, sparse_ms: predicted milliseconds of dense attention and of the plan that was
-            chosen or weighed; clusters are made afresh, as in a model that is not bound.
+            chosen or weighed; clustered cold, as in a model that is not bound.
         error: relative RMS error of the model's output with this call alone sparse.
         times, errors: where the two come from, in words.
     """
@@ -120,7 +120,7 @@ def expect(site: SiteFacts, plan: AttentionPlan, calibration: Calibration) -> Ex
     video = [max(tokens - shape.text, 1) for tokens in (shape.q_tokens, shape.k_tokens)]
     return Expectation(
         dense_ms(shape, calibration),
-        sparse_ms(shape, plan, calibration, "afresh").total,
+        sparse_ms(shape, plan, calibration, "cold").total,
         default_error.model_error(expected_density(plan), plan, *video),
         calibration.basis,
         default_error.BASIS,

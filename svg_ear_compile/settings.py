@@ -15,7 +15,7 @@ from torch._inductor import list_mode_options, list_options
 
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model.budget import Budget
-from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.plan import REMOVED, AttentionPlan
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,8 @@ class Settings:
                     raise ValueError(f"{key} must not be negative, got {value!r}")
             elif key in _WISHES:
                 own |= _wish(key, value)
+            elif key in REMOVED:
+                raise ValueError(REMOVED[key])
             elif key.replace("-", "_") in known_inductor:
                 inductor[key.replace("-", "_")] = _checked_inductor(key.replace("-", "_"), value)
             else:

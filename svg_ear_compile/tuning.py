@@ -76,6 +76,8 @@ class TuningSettings:
             raise ValueError("phases must be at least 1 and dense_steps not negative")
         if not self.cluster_sizes or not self.forms:
             raise ValueError("cluster_sizes and forms must not be empty")
+        for form in self.forms:
+            AttentionPlan(compensation=form)  # refuses what it does not know
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def main() -> None:
         "--shapes", help=f"only these: {', '.join([*SHAPES, RECORDED])}, or sweep for all lengths"
     )
     parser.add_argument("--densities", default="0.1,0.2")
-    parser.add_argument("--forms", default="centroid,first_order,gaussian")
+    parser.add_argument("--forms", default="centroid,gaussian")
     parser.add_argument("--clusters", default=f"{PAPERS_CLUSTERS},default")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--flex", action="store_true", help="with --shapes: FlexAttention too")

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.clusters import Clusters, Result
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Clusters, Result
 
 GATE = 1e-2
 """Relative error from which no time is printed: arithmetic in bf16 is below it."""
@@ -31,8 +31,8 @@ def definition_rows(
 ) -> Tensor:  # fmt: skip
     """`reference.attend` of a few queries (R, D) float64, from the labels and blocks of `result`.
 
-    Tables are rounded to the inputs' dtype as the kernels hold them, so that what is left is the
-    arithmetic.
+    Proxy tokens are rounded to the inputs' dtype as the kernels hold them, so that what is left is
+    the arithmetic.
     """
     b, h = head
     kv = h // (q.shape[1] // k.shape[1])
@@ -40,22 +40,23 @@ def definition_rows(
     keys, values = k[b, kv].double(), v[b, kv].double()
     k_labels, clusters = result.keys.labels[b, kv].long(), result.keys.sizes.shape[-1]
     q_clusters = result.queries.sizes.shape[-1]
-    centers = result.queries.centroids[b, h].to(q.dtype).double()
-    second = None
-    if plan.has_covariances:
-        of_rows = Clusters(
-            result.queries.labels[b, h, rows].long()[None, None],
-            centers[None, None],
-            result.queries.sizes[b : b + 1, h : h + 1],
-        )
-        of_keys = Clusters(
-            k_labels[None, None],
-            result.keys.centroids[b, kv].double()[None, None],
-            result.keys.sizes[b : b + 1, kv : kv + 1],
-        )
-        means, _ = reference.cluster_means(values[None, None], of_keys.labels, clusters)
+    of_rows = Clusters(
+        result.queries.labels[b, h, rows].long()[None, None],
+        result.queries.centroids[b, h].double()[None, None],
+        result.queries.sizes[b : b + 1, h : h + 1],
+    )
+    of_keys = Clusters(
+        k_labels[None, None],
+        result.keys.centroids[b, kv].double()[None, None],
+        result.keys.sizes[b : b + 1, kv : kv + 1],
+    )
+    means, _ = reference.cluster_means(values[None, None], of_keys.labels, clusters)
+    proxies = reference.proxy_tokens(of_keys, means)
+    proxy_key, proxy_value = (x[0, 0].to(q.dtype).double() for x in (proxies.keys, proxies.values))
+    corrected = None
+    if plan.compensation == "gaussian":
         tokens = (x[None, None] for x in (q[b, h, rows].double(), keys, values))
-        second = reference.covariance_terms(*tokens, of_rows, of_keys, means, plan, scale)
+        corrected = reference.corrections(*tokens, of_rows, of_keys, means, scale)
     out = []
     for place, row in enumerate(rows.tolist()):
         i = int(result.queries.labels[b, h, row])
@@ -65,28 +66,12 @@ def definition_rows(
             continue
         exact = torch.cat([result.exact[b, h, i], result.exact.new_ones(1)])
         taken = exact[k_labels]
-        center = centers[i]
-        size = result.keys.sizes[b, kv].double()
-        weight = torch.exp(scale * keys @ center)
-        if not plan.has_own_tables:
-            weight = torch.ones_like(weight)
-
-        def over_blocks(x: Tensor) -> Tensor:
-            sums = x.new_zeros(clusters + 1, *x.shape[1:])
-            return sums.index_add_(0, k_labels, x)[:clusters]
-
-        mass = over_blocks(weight)
-        safe = mass.clamp(min=1e-300)[:, None]
-        key = (over_blocks(weight[:, None] * keys) / safe).to(q.dtype).double()
-        value = (over_blocks(weight[:, None] * values) / safe).to(q.dtype).double()
-        own = scale * key @ center if plan.has_own_tables else 0.0
-        bias = torch.where(
-            exact[:clusters] | (size == 0), -torch.inf, mass.clamp(min=1e-300).log() - own
-        )
-        if second is not None:
-            bias = bias + second.growth[0, 0, place]
-            value = value + second.move[0, 0, place]
-        logits = torch.cat([scale * keys[taken] @ query, scale * key @ query + bias])
+        bias = proxies.bias[0, 0].masked_fill(exact[:clusters], -torch.inf)
+        value = proxy_value
+        if corrected is not None:
+            bias = bias + corrected.logit[0, 0, place]
+            value = value + corrected.value[0, 0, place]
+        logits = torch.cat([scale * keys[taken] @ query, scale * proxy_key @ query + bias])
         out.append(torch.softmax(logits, 0) @ torch.cat([values[taken], value]))
     return torch.stack(out)
 

@@ -16,9 +16,9 @@ from benchmarks.attention.flex import flex_row
 from benchmarks.attention.gate import definition_rows, passes, relative_error
 from benchmarks.attention.inputs import Inputs, exact_pairs, plan_of
 from svg_ear_compile.cost_model.calibrate import backend_takes, busy_kernels_ms, busy_ms
+from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Result
 
 FUSED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 # Kernels by stage; whatever else runs sorts tokens by cluster or prepares them.
@@ -32,11 +32,11 @@ STAGES = {
     "list_keys_kernel": "route",
     "attend_kernel": "attend",
     "attend_wgmma_kernel": "attend",
-    "covariance_kernel": "second order",
-    "growth_kernel": "second order",
-    "move_kernel": "second order",
+    "covariance_kernel": "correction",
+    "logit_correction_kernel": "correction",
+    "value_correction_kernel": "correction",
 }
-STAGE_NAMES = ("assign", "means", "sort", "probe", "route", "attend", "second order")
+STAGE_NAMES = ("assign", "means", "sort", "probe", "route", "attend", "correction")
 _SAMPLED_ROWS = 48
 
 

@@ -2,7 +2,7 @@
 
 Runs every recorded call of the video DiT over densities, cluster sizes and both forms. Fits the
 default curve of `cost_model/default_error.py` and says how well the run-time estimate of
-`cost_model/residual.py` goes along with the real error. Writes every row as JSON and a plot.
+`residual.py` goes along with the real error. Writes every row as JSON and a plot.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from scipy.stats import spearmanr
 
 from benchmarks.tuning.recorded import Recording, record
+from benchmarks.tuning.residual import residual
 from benchmarks.video_dit.demo import SHAPES
 from svg_ear_compile.cost_model.device import describe
-from svg_ear_compile.cost_model.residual import residual
+from svg_ear_compile.kernels.clusters import Clusters, Result
 from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
-from svg_ear_compile.kernels.reference import Clusters, Result
 
 DENSITIES = (0.05, 0.1, 0.2, 0.4)
 CLUSTER_SIZES = ((256, 64), (128, 64), (128, 128), (64, 32))
@@ -73,7 +73,7 @@ def measure(found: Recording, seed: int) -> list[Row]:
                     for c in (result.queries, result.keys)
                 )
                 estimate = residual(
-                    found.q, found.k, found.v, queries, keys, result.exact, form, dim**-0.5
+                    found.q, found.k, found.v, queries, keys, result.exact, dim**-0.5
                 )
                 error = (result.out - dense).float().norm() / dense.float().norm()
                 reached = float(result.exact_pairs) / (found.q.shape[1] * tokens**2)

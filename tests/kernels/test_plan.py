@@ -42,7 +42,6 @@ def test_default_plan_is_an_empty_object() -> None:
         ("top_p", 2.0),
         ("min_block_ratio", -1.0),
         ("threshold", float("inf")),
-        ("cost_exponent", -1.0),
         ("routing", "best"),
         ("compensation", "none"),
         ("q_clusters", 0),

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 def calibration(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calibration]:
     """Sparse stages as fast as the roofs and without launches, so that short sequences pay."""
     base = guess(describe("cpu"))
-    ideal = dict.fromkeys((*STAGES, "dense"), Efficiency(1.0, 1.0, 0.0))
+    ideal = dict.fromkeys((*STAGES["cpu"], "dense"), Efficiency(1.0, 1.0, 0.0))
     known = dataclasses.replace(base, origin="measured", stages={"float32/64": ideal})
     monkeypatch.setattr(deciding, "calibration_of", lambda device: known)
     yield known

@@ -1,17 +1,14 @@
 """What compensation leaves out, estimated while a call runs and no dense result is at hand.
 
 A skipped block (i, j) acts on a query q with its mean value instead of the value that q would
-weight. To leading order the difference is ``s Cov_ij(v, k) (q - q_i)`` in the first-order form,
-which is exact at the query centroid (the second-order form, of which the same is estimated, leaves
-the part in which the block's covariance differs from the pooled one), and ``s Cov_ij(v, k) q`` in
-the centroid form, which is exact at q = 0, and with it in the Gaussian form; ``Cov_ij`` is the
-covariance of values and keys in the block. Its size is estimated by the spreads alone,
-``s * sigma_v(j) * sigma_k(j) * |q - q_i|`` (or ``|q|``) over sqrt(D), as for a covariance without a
-preferred direction, weighted by the block's share of the row's mass.
+weight. To leading order the difference is ``s Cov_ij(v, k) q`` in the centroid form, which is exact
+at q = 0; ``Cov_ij`` is the covariance of values and keys in the block. The Gaussian form leaves the
+part in which the covariance of the block differs from the pooled one; the same is estimated for it.
+The size is estimated by the spreads alone, ``s * sigma_v(j) * sigma_k(j) * |q|`` over sqrt(D), as
+for a covariance without a preferred direction, weighted by the block's part of the row's mass.
 
-An estimate to compare calls with, not an error in any unit: how it goes along with the real error
-is measured in benchmarks/tuning and shown there, less well for the forms with
-covariances than for the others.
+An estimate to compare calls with, not an error in any unit: `local_error` measures how it goes
+along with the real error, less well for the Gaussian form than for the centroid form.
 """
 
 from __future__ import annotations
@@ -21,8 +18,8 @@ import math
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
-from svg_ear_compile.kernels.reference import Clusters, cluster_means
+from svg_ear_compile.kernels.clustering import cluster_means
+from svg_ear_compile.kernels.clusters import Clusters
 
 
 def spread(x: Tensor, found: Clusters) -> Tensor:
@@ -48,7 +45,6 @@ def residual(
     queries: Clusters,
     keys: Clusters,
     exact: Tensor,
-    compensation: Compensation,
     scale: float,
 ) -> Tensor:
     """Estimated relative RMS error of one call's output, (B, H) float32.
@@ -57,7 +53,6 @@ def residual(
         q: (B, H, N_q, D). k, v: (B, H, N_k, D).
         queries, keys: clusters of H heads.
         exact: (B, H, Qc, Kc) bool, blocks computed exactly.
-        compensation: form of the others.
         scale: logit scale.
     """
     sizes = keys.sizes.float()
@@ -65,10 +60,8 @@ def residual(
     mass = torch.softmax(logits + sizes.log().unsqueeze(2), -1)  # [B, H, Qc, Kc], 0 where empty
     block = scale * spread(v, keys) * spread(k, keys) / math.sqrt(q.shape[-1])  # [B, H, Kc]
     skipped = (mass * block.unsqueeze(2)).square().masked_fill(exact, 0.0).sum(-1)  # [B, H, Qc]
-    reach = spread(q, queries)
-    if not AttentionPlan(compensation=compensation).has_own_tables:
-        reach = (reach.square() + queries.centroids.float().square().sum(-1)).sqrt()
-    error = (skipped * reach.square() * queries.sizes).sum(-1)
+    square = spread(q, queries).square() + queries.centroids.float().square().sum(-1)  # of |q|
+    error = (skipped * square * queries.sizes).sum(-1)
     value_means, _ = cluster_means(v.float(), keys.labels.long(), keys.sizes.shape[-1])
     # |output|^2 by the centroids, so that a layer's unit drops out.
     out = ((mass @ value_means).square().sum(-1) * queries.sizes).sum(-1)
