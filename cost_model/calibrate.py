@@ -54,7 +54,7 @@ _SAMPLED_MS, _MOST_SAMPLES = 50.0, 40
 _LEAST_SAMPLES = 14  # two lengths: enough for the three coefficients of a stage
 
 # Kernels by stage; everything else sorts tokens by cluster, which is clustering.
-_STAGE_OF_KERNEL = {
+STAGE_OF_KERNEL = {
     "probe_kernel": "probe",
     "route_kernel": "route",
     "list_keys_kernel": "route",
@@ -141,7 +141,7 @@ class _Clock:
         # What a call is known not to run must not be missed in its profile.
         known = {
             kernel: stage
-            for kernel, stage in _STAGE_OF_KERNEL.items()
+            for kernel, stage in STAGE_OF_KERNEL.items()
             if stage != "correction" or plan.compensation == "gaussian"
         }
         with torch.cuda.device(self.device):

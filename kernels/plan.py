@@ -21,6 +21,8 @@ REMOVED = {
     "first_order": f'compensation "first_order" was replaced by "gaussian": {_TUNE_AGAIN}',
     "second_order": f'compensation "second_order" was replaced by "gaussian": {_TUNE_AGAIN}',
     "cost_exponent": f"cost_exponent was removed, its value is always 1 now: {_TUNE_AGAIN}",
+    "max_error": "max_error needs a tuned budget: "
+    "let `svg-ear tune --max-error` make one and give it as the option budget",
 }
 """Options and values of options that earlier versions had: what to say to those who name them."""
 

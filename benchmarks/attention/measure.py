@@ -15,26 +15,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.attention.flex import flex_row
 from benchmarks.attention.gate import definition_rows, passes, relative_error
 from benchmarks.attention.inputs import Inputs, exact_pairs, plan_of
-from svg_ear_compile.cost_model.calibrate import backend_takes, busy_kernels_ms, busy_ms
+from svg_ear_compile.cost_model.calibrate import (
+    STAGE_OF_KERNEL,
+    backend_takes,
+    busy_kernels_ms,
+    busy_ms,
+)
 from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 FUSED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-# Kernels by stage; whatever else runs sorts tokens by cluster or prepares them.
-STAGES = {
+# Kernels by stage, those of clustering one by one; whatever else runs sorts tokens by cluster.
+STAGES = STAGE_OF_KERNEL | {
     "kmeans_assign_kernel": "assign",
     "cluster_mean_kernel": "means",
     "moment_kernel": "means",
     "aim_kernel": "means",
-    "probe_kernel": "probe",
-    "route_kernel": "route",
-    "list_keys_kernel": "route",
-    "attend_kernel": "attend",
-    "attend_wgmma_kernel": "attend",
-    "covariance_kernel": "correction",
-    "logit_correction_kernel": "correction",
-    "value_correction_kernel": "correction",
 }
 STAGE_NAMES = ("assign", "means", "sort", "probe", "route", "attend", "correction")
 _SAMPLED_ROWS = 48

@@ -55,6 +55,12 @@ def test_a_field_out_of_range_is_named(field: str, value: Any) -> None:
         AttentionPlan(**{field: value})
 
 
+@pytest.mark.parametrize("form", ["first_order", "second_order"])
+def test_a_form_that_is_gone_names_what_replaced_it(form: str) -> None:
+    with pytest.raises(ValueError, match=f'"{form}" was replaced by "gaussian"'):
+        AttentionPlan(compensation=form)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("text", ['{"densty": 0.1}', "[]", "3"])
 def test_text_that_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="plan must be a JSON object"):
