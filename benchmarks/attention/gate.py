@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from svg_ear_compile.kernels import reference
@@ -26,8 +25,8 @@ def passes(gate: float, error: float, plan: AttentionPlan) -> bool:
 
 
 def definition_rows(
-    q: Tensor, k: Tensor, v: Tensor, result: Result, plan: AttentionPlan, text: tuple[int, int],
-    head: tuple[int, int], rows: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, result: Result, plan: AttentionPlan, head: tuple[int, int],
+    rows: Tensor,
 ) -> Tensor:  # fmt: skip
     """`reference.attend` of a few queries (R, D) float64, from the labels and blocks of `result`.
 
@@ -37,43 +36,27 @@ def definition_rows(
     b, h = head
     kv = h // (q.shape[1] // k.shape[1])
     scale = q.shape[-1] ** -0.5
-    keys, values = k[b, kv].double(), v[b, kv].double()
-    k_labels, clusters = result.keys.labels[b, kv].long(), result.keys.sizes.shape[-1]
-    q_clusters = result.queries.sizes.shape[-1]
-    of_rows = Clusters(
-        result.queries.labels[b, h, rows].long()[None, None],
-        result.queries.centroids[b, h].double()[None, None],
-        result.queries.sizes[b : b + 1, h : h + 1],
+    queries, keys = (
+        Clusters(*(x[b : b + 1, at : at + 1] for x in found))
+        for found, at in ((result.queries, h), (result.keys, kv))
     )
-    of_keys = Clusters(
-        k_labels[None, None],
-        result.keys.centroids[b, kv].double()[None, None],
-        result.keys.sizes[b : b + 1, kv : kv + 1],
-    )
-    means, _ = reference.cluster_means(values[None, None], of_keys.labels, clusters)
-    proxies = reference.proxy_tokens(of_keys, means)
-    proxy_key, proxy_value = (x[0, 0].to(q.dtype).double() for x in (proxies.keys, proxies.values))
+    queries = Clusters(queries.labels[..., rows].long(), queries.centroids, queries.sizes)
+    keys = Clusters(keys.labels.long(), keys.centroids.double(), keys.sizes)
+    q = q[b : b + 1, h : h + 1, rows].double()
+    wide_k, wide_v = (x[b : b + 1, kv : kv + 1].double() for x in (k, v))
+    means, _ = reference.cluster_means(wide_v, keys.labels, keys.sizes.shape[-1])
+    proxies = reference.proxy_tokens(keys, means)
     corrected = None
     if plan.compensation == "gaussian":
-        tokens = (x[None, None] for x in (q[b, h, rows].double(), keys, values))
-        corrected = reference.corrections(*tokens, of_rows, of_keys, means, scale)
-    out = []
-    for place, row in enumerate(rows.tolist()):
-        i = int(result.queries.labels[b, h, row])
-        query = q[b, h, row].double()
-        if i == q_clusters:
-            out.append(torch.softmax(scale * keys @ query, 0) @ values)
-            continue
-        exact = torch.cat([result.exact[b, h, i], result.exact.new_ones(1)])
-        taken = exact[k_labels]
-        bias = proxies.bias[0, 0].masked_fill(exact[:clusters], -torch.inf)
-        value = proxy_value
-        if corrected is not None:
-            bias = bias + corrected.logit[0, 0, place]
-            value = value + corrected.value[0, 0, place]
-        logits = torch.cat([scale * keys[taken] @ query, scale * proxy_key @ query + bias])
-        out.append(torch.softmax(logits, 0) @ torch.cat([values[taken], value]))
-    return torch.stack(out)
+        corrected = reference.corrections(q, wide_k, wide_v, queries, keys, means, scale)
+    stored = proxies._replace(
+        keys=proxies.keys.to(k.dtype).double(), values=proxies.values.to(k.dtype).double()
+    )
+    exact = result.exact[b : b + 1, h : h + 1]
+    out, _ = reference.attend(
+        q, wide_k, wide_v, queries.labels, keys.labels, exact, stored, scale, corrected
+    )
+    return out[0, 0]
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
