@@ -8,17 +8,12 @@ of a GPU are read off a profiler of its kernels; on a CPU the whole sparse call 
 from __future__ import annotations
 
 import importlib
-import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svg_ear_compile.cost_model.calibration import (
     VERSION,
@@ -38,19 +33,19 @@ from svg_ear_compile.cost_model.stages import (
     sparse_amounts,
 )
 from svg_ear_compile.cost_model.synthetic import video_like
+from svg_ear_compile.cost_model.timing import (
+    Clock,
+    busy_kernels_ms,
+    fastest_dense_ms,
+    measure_roofs,
+)
 from svg_ear_compile.kernels.form import sparse_form
-from svg_ear_compile.kernels.op import dense_attention
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 SECONDS = 55.0
 """Time that measuring may take; what is not measured by then is left to the nearest class. Most
 kernels are compiled before."""
 
-_PATIENCE_MS = 1500.0  # for the repeats of one call
-# A rested GPU clocks up to a fifth higher than one that has been busy this long.
-_BUSY_MS, _MOST_CALLS = 150.0, 150
-# Short calls wait for the host, which hesitates now and then: they are repeated for this long.
-_SAMPLED_MS, _MOST_SAMPLES = 50.0, 40
 _LEAST_SAMPLES = 14  # two lengths: enough for the three coefficients of a stage
 
 # Kernels by stage; everything else sorts tokens by cluster, which is clustering.
@@ -110,83 +105,16 @@ _HELD_OUT_PLANS = (
 _SIZES, _HELD_OUT_SIZES = (2.0, 0.4), (1.5, 0.6)
 
 
-class _Clock:
-    """Times calls on one device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.on_gpu = device.type == "cuda"
-
-    def ms(self, call: Callable[[], object], repeats: int = 5) -> float:
-        """Milliseconds of a call after one to warm up; fewer repeats where a CPU takes seconds.
-
-        The median of calls back to back on a busy GPU, as in a generation. The least on a CPU:
-        whatever else runs there only ever adds, and adds much.
-        """
-        if self.on_gpu:
-            with torch.cuda.device(self.device):
-                return statistics.median(busy_ms(call, repeats))
-        call()
-        samples: list[float] = []
-        while len(samples) < repeats and (len(samples) < 2 or sum(samples) < _PATIENCE_MS):
-            began = time.perf_counter()
-            call()
-            samples.append(1e3 * (time.perf_counter() - began))
-        return min(samples)
-
-    def stages(self, call: Callable[[], object], plan: AttentionPlan) -> dict[str, float]:
-        """Milliseconds of a sparse call by `STAGES`."""
-        if not self.on_gpu:
-            return {"sparse": self.ms(call)}
-        # What a call is known not to run must not be missed in its profile.
-        known = {
-            kernel: stage
-            for kernel, stage in STAGE_OF_KERNEL.items()
-            if stage != "correction" or plan.compensation == "gaussian"
-        }
-        with torch.cuda.device(self.device):
-            return by_stage(busy_kernels_ms(call, 5), known)
-
-
-def busy_ms(call: Callable[[], object], repeats: int) -> list[float]:
-    """Milliseconds of each of at least `repeats` calls back to back on the current GPU.
-
-    The device is busy before; short calls are repeated up to 40 times.
-    """
-    seconds = _keep_busy(call)
-    repeats = max(repeats, min(_MOST_SAMPLES, math.ceil(_SAMPLED_MS / 1e3 / seconds)))
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        call()
-        mark.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in pairwise(marks)]
-
-
-def busy_kernels_ms(call: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Device milliseconds by kernel in one of `repeats` calls, on average, timed as `busy_ms`."""
-    _keep_busy(call)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
-    return {e.key: e.self_device_time_total / 1e3 / repeats for e in profile.key_averages()}
-
-
-def _keep_busy(call: Callable[[], object]) -> float:
-    """Seconds of a call, after one to compile, one to record, and as many as bring the GPU's clock
-    to that of a long run."""
-    for _ in range(2):
-        call()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    for _ in range(min(_MOST_CALLS, math.ceil(_BUSY_MS / 1e3 / seconds))):
-        call()
-    return seconds
+def stages_ms(clock: Clock, call: Callable[[], object], plan: AttentionPlan) -> dict[str, float]:
+    """Milliseconds of a sparse call on a GPU by `STAGES`."""
+    # What a call is known not to run must not be missed in its profile.
+    known = {
+        kernel: stage
+        for kernel, stage in STAGE_OF_KERNEL.items()
+        if stage != "correction" or plan.compensation == "gaussian"
+    }
+    with torch.cuda.device(clock.device):
+        return by_stage(busy_kernels_ms(call, 5), known)
 
 
 def by_stage(spent: dict[str, float], stage_of: dict[str, str]) -> dict[str, float]:
@@ -207,56 +135,6 @@ def by_stage(spent: dict[str, float], stage_of: dict[str, str]) -> dict[str, flo
     return found
 
 
-def fastest_dense_ms(q: Tensor, k: Tensor, v: Tensor, repeats: int = 5) -> float:
-    """Milliseconds of the fastest dense attention that takes these inputs: what has to be beaten.
-
-    Args:
-        q: (B, H, N_q, D). k, v: (B, H_kv, N_k, D).
-        repeats: timed calls of each backend.
-    """
-    clock = _Clock(q.device)
-    scale = q.shape[3] ** -0.5
-
-    def default() -> object:
-        return dense_attention(q, k, v, None, scale, False)
-
-    times = [clock.ms(default, repeats)]
-    if clock.on_gpu:
-        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-            with sdpa_kernel(backend):
-                if backend_takes(q, k, v):
-                    times.append(clock.ms(default, repeats))
-    return min(times)
-
-
-def backend_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the backend that `sdpa_kernel` leaves has a kernel for such inputs."""
-    try:
-        F.scaled_dot_product_attention(q[:, :, :16], k[:, :, :16], v[:, :, :16])
-    except RuntimeError:  # "No available kernel": PyTorch has no other way to ask
-        return False
-    return True
-
-
-def measure_roofs(device: torch.device, dtypes: Iterable[str], side: int, copied: int) -> Roofs:
-    """Matrix products of `side`, a copy of `copied` bytes, and a run of small operators."""
-    clock = _Clock(device)
-    rates = {}
-    for name in dtypes:
-        a = torch.randn(side, side, device=device).to(getattr(torch, name))
-        rates[name] = 2e-9 * side**3 / clock.ms(lambda a=a: a @ a)  # type: ignore[misc]
-    source = torch.zeros(copied // 4, device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2e-6 * copied / clock.ms(lambda: target.copy_(source))
-    small = torch.zeros(16, device=device)
-
-    def many() -> None:
-        for _ in range(200):
-            small.add_(1.0)
-
-    return Roofs(rates, bandwidth, clock.ms(many) / 200)
-
-
 def measure(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dense: float, *, text: int = 0,
     fitted: bool = False,
@@ -270,7 +148,7 @@ def measure(
         text: text tokens at the end.
         fitted: what the sample will say of itself.
     """
-    clock = _Clock(q.device)
+    clock = Clock(q.device)
     batch, heads, tokens, head_dim = q.shape
     sparse_attention = sparse_form(clock.on_gpu)
     # Other calls' recordings could leave no room for this one's, and it would be timed without.
@@ -281,7 +159,8 @@ def measure(
     def call() -> object:
         return sparse_attention(q, k, v, plan, text=(0, text), centroids=warm)
 
-    stages = clock.stages(call, plan)
+    op_ms = clock.ms(call)
+    stages = stages_ms(clock, call, plan) if clock.on_gpu else {"sparse": op_ms}
     q_clusters, k_clusters = plan.clusters(tokens - text, tokens - text)
     return Sample(
         tokens=tokens,
@@ -293,7 +172,7 @@ def measure(
         q_clusters=q_clusters,
         k_clusters=k_clusters,
         dense_ms=dense,
-        op_ms=clock.ms(call),
+        op_ms=op_ms,
         stages_ms=stages,
         fitted=fitted,
         batch=batch,
@@ -408,7 +287,7 @@ def _host_ms(device: torch.device, workload: _Workload) -> float:
     call, plan = sparse_form(True), AttentionPlan(density=0.5)
     cold = call(*tensors, plan)
     warm = (cold.queries.centroids, cold.keys.centroids)
-    return _Clock(device).ms(lambda: call(*tensors, plan, centroids=warm), 7)
+    return Clock(device).ms(lambda: call(*tensors, plan, centroids=warm), 7)
 
 
 def fit(

@@ -25,7 +25,7 @@ from benchmarks.attention.inputs import (
 from benchmarks.attention.measure import measure_shape
 from benchmarks.attention.plots import write_plots
 from benchmarks.provenance import provenance
-from svg_ear_compile.cost_model.calibrate import measure_roofs
+from svg_ear_compile.cost_model.timing import measure_roofs
 
 
 def jobs(given: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:

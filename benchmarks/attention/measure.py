@@ -15,12 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.attention.flex import flex_row
 from benchmarks.attention.gate import definition_rows, passes, relative_error
 from benchmarks.attention.inputs import Inputs, exact_pairs, plan_of
-from svg_ear_compile.cost_model.calibrate import (
-    STAGE_OF_KERNEL,
-    backend_takes,
-    busy_kernels_ms,
-    busy_ms,
-)
+from svg_ear_compile.cost_model.calibrate import STAGE_OF_KERNEL
+from svg_ear_compile.cost_model.timing import backend_takes, busy_kernels_ms, busy_ms
 from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan

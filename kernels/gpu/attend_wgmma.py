@@ -10,6 +10,8 @@ arXiv 2407.08608, sections 3.1 and 3.2).
 A row's work is one sequence of tiles: its listed keys, its crossing block and always-exact keys,
 then its proxy tokens. Copies run on across the borders; only the softmax knows which tile needs a
 bias.
+
+Longer than other files: it is one kernel, and its parts are of no use to any other.
 """
 
 from __future__ import annotations
