@@ -12,7 +12,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.attention.targets import cold_ms, dense_ms, taken_over_speedup, targets_table
+from benchmarks.attention.targets import (
+    cold_ms,
+    dense_ms,
+    rows_of,
+    taken_over_speedup,
+    targets_table,
+)
 from benchmarks.fidelity.grid import OURS
 from benchmarks.fidelity.record import read
 from benchmarks.fidelity.report import readme_table
@@ -101,7 +107,7 @@ def attention_table(record: dict[str, Any]) -> str:
         "| rest, of dense | extra memory of Q+K+V+O | error |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in record["rows"]:
+    for row in rows_of(record):
         dense = dense_ms(row)
         clusters = row["clusters"]
         if "q_sizes" in row:

@@ -167,7 +167,6 @@ class Allotment:
 
         Raises:
             knapsack.UnreachableError: nothing keeps to it; `least` has the same unit.
-            ImportError: scipy, part of the extra ``tune``, is missing.
         """
         slots = [(layer, phase) for phase in range(self.phases) for layer in self.layers]
         if wish.name == "max_error":  # each forward has to keep it
@@ -177,7 +176,7 @@ class Allotment:
             taken = [
                 at
                 for part in by_phase
-                for at in knapsack.solve_exactly(
+                for at in knapsack.solve(
                     [
                         [knapsack.Option(o.loss, o.cost) for o in group]
                         for group in self._groups(part, self._time)
@@ -187,7 +186,7 @@ class Allotment:
             ]
         else:
             cost = self._area if wish.name == "density" else self._time
-            taken = list(knapsack.solve_exactly(self._groups(slots, cost), allowed))
+            taken = list(knapsack.solve(self._groups(slots, cost), allowed))
         chosen = {slot: self.options[at] for slot, at in zip(slots, taken, strict=True)}
         return {layer: tuple(chosen[layer, p] for p in range(self.phases)) for layer in self.layers}
 

@@ -2,25 +2,18 @@
 
 Each class of call (dtype, head dim) is timed over a few lengths, densities, cluster counts and both
 forms; the coefficients of `latency` are fitted to most of them and tested on the rest. Stage times
-are read off a profiler: of kernels on a GPU, of Python functions on a CPU.
+of a GPU are read off a profiler of its kernels; on a CPU the whole sparse call is one stage.
 """
 
 from __future__ import annotations
 
-import cProfile
 import importlib
-import math
-import pstats
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svg_ear_compile.cost_model.calibration import (
     VERSION,
@@ -30,7 +23,7 @@ from svg_ear_compile.cost_model.calibration import (
     Sample,
     ideal_ms,
 )
-from svg_ear_compile.cost_model.device import describe
+from svg_ear_compile.cost_model.device import Device, describe
 from svg_ear_compile.cost_model.latency import dense_ms, sparse_ms
 from svg_ear_compile.cost_model.stages import (
     STAGES,
@@ -40,38 +33,31 @@ from svg_ear_compile.cost_model.stages import (
     sparse_amounts,
 )
 from svg_ear_compile.cost_model.synthetic import video_like
+from svg_ear_compile.cost_model.timing import (
+    Clock,
+    busy_kernels_ms,
+    fastest_dense_ms,
+    measure_roofs,
+)
 from svg_ear_compile.kernels.form import sparse_form
-from svg_ear_compile.kernels.op import dense_attention
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 SECONDS = 55.0
 """Time that measuring may take; what is not measured by then is left to the nearest class. Most
 kernels are compiled before."""
 
-_PATIENCE_MS = 1500.0  # for the repeats of one call
-# A rested GPU clocks up to a fifth higher than one that has been busy this long.
-_BUSY_MS, _MOST_CALLS = 150.0, 150
-# Short calls wait for the host, which hesitates now and then: they are repeated for this long.
-_SAMPLED_MS, _MOST_SAMPLES = 50.0, 40
 _LEAST_SAMPLES = 14  # two lengths: enough for the three coefficients of a stage
 
-# Kernels and functions by stage; everything else sorts tokens by cluster, which is clustering.
-_STAGE_OF_KERNEL = {
+# Kernels by stage; everything else sorts tokens by cluster, which is clustering.
+STAGE_OF_KERNEL = {
     "probe_kernel": "probe",
     "route_kernel": "route",
     "list_keys_kernel": "route",
     "attend_kernel": "attend",
     "attend_wgmma_kernel": "attend",
-    "covariance_kernel": "second_order",
-    "growth_kernel": "second_order",
-    "move_kernel": "second_order",
-}
-_STAGE_OF_FUNCTION = {
-    "_probe": "probe",
-    "route": "route",
-    "compensation_tables": "tables",
-    "_attend": "attend",
-    "second_order": "second_order",
+    "covariance_kernel": "correction",
+    "logit_correction_kernel": "correction",
+    "value_correction_kernel": "correction",
 }
 
 
@@ -107,7 +93,7 @@ _WORKLOADS = {
 }
 _PLANS = (
     AttentionPlan(density=0.1),
-    AttentionPlan(density=0.3, compensation="second_order"),
+    AttentionPlan(density=0.3),
     AttentionPlan(density=0.2, compensation="centroid"),
 )
 # The lengths that test the fit are measured at densities and cluster sizes of their own.
@@ -119,170 +105,34 @@ _HELD_OUT_PLANS = (
 _SIZES, _HELD_OUT_SIZES = (2.0, 0.4), (1.5, 0.6)
 
 
-class _Clock:
-    """Times calls on one device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.on_gpu = device.type == "cuda"
-
-    def ms(self, call: Callable[[], object], repeats: int = 5) -> float:
-        """Milliseconds of a call after one to warm up; fewer repeats where a CPU takes seconds.
-
-        The median of calls back to back on a busy GPU, as in a generation. The least on a CPU:
-        whatever else runs there only ever adds, and adds much.
-        """
-        if self.on_gpu:
-            with torch.cuda.device(self.device):
-                return statistics.median(busy_ms(call, repeats))
-        call()
-        samples: list[float] = []
-        while len(samples) < repeats and (len(samples) < 2 or sum(samples) < _PATIENCE_MS):
-            began = time.perf_counter()
-            call()
-            samples.append(1e3 * (time.perf_counter() - began))
-        return min(samples)
-
-    def stages(self, call: Callable[[], object], plan: AttentionPlan) -> dict[str, float]:
-        """Milliseconds of a sparse call by `STAGES`; a GPU makes its tables inside the probe."""
-        known = _STAGE_OF_KERNEL if self.on_gpu else _STAGE_OF_FUNCTION
-        # What a call is known not to run must not be missed in its profile.
-        known = {
-            name: s for name, s in known.items() if s != "second_order" or plan.has_covariances
-        }
-        profiled = self._profiled_kernels if self.on_gpu else self._profiled_functions
-        runs = profiled(call, known)
-        return {stage: min(run[stage] for run in runs) for stage in STAGES}
-
-    def _profiled_kernels(
-        self, call: Callable[[], object], stage_of: dict[str, str]
-    ) -> list[dict[str, float]]:
-        with torch.cuda.device(self.device):
-            spent = busy_kernels_ms(call, 5)
-        return [_by_stage(spent, stage_of, sum(spent.values()))]
-
-    def _profiled_functions(
-        self, call: Callable[[], object], stage_of: dict[str, str]
-    ) -> list[dict[str, float]]:
-        runs: list[dict[str, float]] = []
-        spent_ms = 0.0
-        while len(runs) < 4 and spent_ms < _PATIENCE_MS:
-            profile = cProfile.Profile()
-            began = time.perf_counter()
-            profile.runcall(call)
-            total = 1e3 * (time.perf_counter() - began)
-            spent: dict[str, float] = {}
-            for (_, _, name), entry in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
-                spent[name] = spent.get(name, 0.0) + 1e3 * entry[3]
-            runs.append(_by_stage(spent, stage_of, total))
-            spent_ms += total
-        return runs
+def stages_ms(clock: Clock, call: Callable[[], object], plan: AttentionPlan) -> dict[str, float]:
+    """Milliseconds of a sparse call on a GPU by `STAGES`."""
+    # What a call is known not to run must not be missed in its profile.
+    known = {
+        kernel: stage
+        for kernel, stage in STAGE_OF_KERNEL.items()
+        if stage != "correction" or plan.compensation == "gaussian"
+    }
+    with torch.cuda.device(clock.device):
+        return by_stage(busy_kernels_ms(call, 5), known)
 
 
-def busy_ms(call: Callable[[], object], repeats: int) -> list[float]:
-    """Milliseconds of each of at least `repeats` calls back to back on the current GPU.
+def by_stage(spent: dict[str, float], stage_of: dict[str, str]) -> dict[str, float]:
+    """Sum milliseconds by kernel into `STAGES`; kernels of no stage are clustering.
 
-    The device is busy before; short calls are repeated up to 40 times.
+    Raises:
+        RuntimeError: a stage has no kernel: their names have changed.
     """
-    seconds = _keep_busy(call)
-    repeats = max(repeats, min(_MOST_SAMPLES, math.ceil(_SAMPLED_MS / 1e3 / seconds)))
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        call()
-        mark.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in pairwise(marks)]
-
-
-def busy_kernels_ms(call: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Device milliseconds by kernel in one of `repeats` calls, on average, timed as `busy_ms`."""
-    _keep_busy(call)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
-    return {e.key: e.self_device_time_total / 1e3 / repeats for e in profile.key_averages()}
-
-
-def _keep_busy(call: Callable[[], object]) -> float:
-    """Seconds of a call, after one to compile, one to record, and as many as bring the GPU's clock
-    to that of a long run."""
-    for _ in range(2):
-        call()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    for _ in range(min(_MOST_CALLS, math.ceil(_BUSY_MS / 1e3 / seconds))):
-        call()
-    return seconds
-
-
-def _by_stage(spent: dict[str, float], stage_of: dict[str, str], total: float) -> dict[str, float]:
-    """Sum what was spent under each name by stage; what is left of the total is clustering."""
     missing = set(stage_of.values()) - {stage_of[name] for name in spent if name in stage_of}
     if missing:
         raise RuntimeError(
             f"the profiler saw nothing of {', '.join(sorted(missing))}: "
             "what runs has other names than this file knows"
         )
-    found = dict.fromkeys(STAGES, 0.0)
-    for name, stage in stage_of.items():
-        found[stage] += spent.get(name, 0.0)
-    found["cluster"] = total - sum(found.values())
+    found = dict.fromkeys(STAGES["cuda"], 0.0)
+    for name, ms in spent.items():
+        found[stage_of.get(name, "cluster")] += ms
     return found
-
-
-def fastest_dense_ms(q: Tensor, k: Tensor, v: Tensor, repeats: int = 5) -> float:
-    """Milliseconds of the fastest dense attention that takes these inputs: what has to be beaten.
-
-    Args:
-        q: (B, H, N_q, D). k, v: (B, H_kv, N_k, D).
-        repeats: timed calls of each backend.
-    """
-    clock = _Clock(q.device)
-    scale = q.shape[3] ** -0.5
-
-    def default() -> object:
-        return dense_attention(q, k, v, None, scale, False)
-
-    times = [clock.ms(default, repeats)]
-    if clock.on_gpu:
-        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-            with sdpa_kernel(backend):
-                if backend_takes(q, k, v):
-                    times.append(clock.ms(default, repeats))
-    return min(times)
-
-
-def backend_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the backend that `sdpa_kernel` leaves has a kernel for such inputs."""
-    try:
-        F.scaled_dot_product_attention(q[:, :, :16], k[:, :, :16], v[:, :, :16])
-    except RuntimeError:  # "No available kernel": PyTorch has no other way to ask
-        return False
-    return True
-
-
-def measure_roofs(device: torch.device, dtypes: Iterable[str], side: int, copied: int) -> Roofs:
-    """Matrix products of `side`, a copy of `copied` bytes, and a run of small operators."""
-    clock = _Clock(device)
-    rates = {}
-    for name in dtypes:
-        a = torch.randn(side, side, device=device).to(getattr(torch, name))
-        rates[name] = 2e-9 * side**3 / clock.ms(lambda a=a: a @ a)  # type: ignore[misc]
-    source = torch.zeros(copied // 4, device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2e-6 * copied / clock.ms(lambda: target.copy_(source))
-    small = torch.zeros(16, device=device)
-
-    def many() -> None:
-        for _ in range(200):
-            small.add_(1.0)
-
-    return Roofs(rates, bandwidth, clock.ms(many) / 200)
 
 
 def measure(
@@ -298,7 +148,7 @@ def measure(
         text: text tokens at the end.
         fitted: what the sample will say of itself.
     """
-    clock = _Clock(q.device)
+    clock = Clock(q.device)
     batch, heads, tokens, head_dim = q.shape
     sparse_attention = sparse_form(clock.on_gpu)
     # Other calls' recordings could leave no room for this one's, and it would be timed without.
@@ -309,7 +159,8 @@ def measure(
     def call() -> object:
         return sparse_attention(q, k, v, plan, text=(0, text), centroids=warm)
 
-    stages = clock.stages(call, plan)
+    op_ms = clock.ms(call)
+    stages = stages_ms(clock, call, plan) if clock.on_gpu else {"sparse": op_ms}
     q_clusters, k_clusters = plan.clusters(tokens - text, tokens - text)
     return Sample(
         tokens=tokens,
@@ -321,7 +172,7 @@ def measure(
         q_clusters=q_clusters,
         k_clusters=k_clusters,
         dense_ms=dense,
-        op_ms=clock.ms(call),
+        op_ms=op_ms,
         stages_ms=stages,
         fitted=fitted,
         batch=batch,
@@ -387,7 +238,7 @@ def calibrate(
         facts,
         roofs,
         host_ms,
-        fit(samples, roofs, facts.kind),
+        fit(samples, roofs, facts),
         time.perf_counter() - began,
         tuple(samples),
     )
@@ -407,7 +258,7 @@ def _plans(tokens: int, fitted: bool) -> list[AttentionPlan]:
     for size in sizes:
         q_clusters, k_clusters = (max(1, round(count / size)) for count in counts)
         other = replace(plans[0], q_clusters=q_clusters, k_clusters=k_clusters)
-        found += [other, replace(other, compensation="second_order")]
+        found += [other, replace(other, compensation="centroid")]
     return found
 
 
@@ -436,10 +287,12 @@ def _host_ms(device: torch.device, workload: _Workload) -> float:
     call, plan = sparse_form(True), AttentionPlan(density=0.5)
     cold = call(*tensors, plan)
     warm = (cold.queries.centroids, cold.keys.centroids)
-    return _Clock(device).ms(lambda: call(*tensors, plan, centroids=warm), 7)
+    return Clock(device).ms(lambda: call(*tensors, plan, centroids=warm), 7)
 
 
-def fit(samples: Sequence[Sample], roofs: Roofs, kind: str) -> dict[str, dict[str, Efficiency]]:
+def fit(
+    samples: Sequence[Sample], roofs: Roofs, device: Device
+) -> dict[str, dict[str, Efficiency]]:
     """Coefficients of every stage and of dense attention, by class of call.
 
     Non-negative least squares on relative errors; a stage's error counts against the time of its
@@ -448,19 +301,22 @@ def fit(samples: Sequence[Sample], roofs: Roofs, kind: str) -> dict[str, dict[st
     Args:
         samples: those that are not `fitted` are left out; a class without any is left out too.
         roofs: of the same device.
-        kind: ``"cuda"`` or ``"cpu"``.
+        device: that both were measured on.
     """
     classes: dict[str, list[Sample]] = {}
     for sample in samples:
         if sample.fitted:
             classes.setdefault(f"{sample.dtype}/{sample.head_dim}", []).append(sample)
     return {
-        name: {stage: _fit_stage(stage, found, roofs, kind) for stage in (*STAGES, "dense")}
+        name: {
+            stage: _fit_stage(stage, found, roofs, device)
+            for stage in (*STAGES[device.kind], "dense")
+        }
         for name, found in classes.items()
     }
 
 
-def _fit_stage(stage: str, samples: Sequence[Sample], roofs: Roofs, kind: str) -> Efficiency:
+def _fit_stage(stage: str, samples: Sequence[Sample], roofs: Roofs, device: Device) -> Efficiency:
     import numpy as np
     from scipy.optimize import nnls
 
@@ -471,10 +327,7 @@ def _fit_stage(stage: str, samples: Sequence[Sample], roofs: Roofs, kind: str) -
             amount, measured = dense_amount(shape), sample.dense_ms
             against = measured
         else:
-            amount, measured = sparse_amounts(shape, plan, kind)[stage], sample.stages_ms[stage]
-            # On a GPU the tables are made inside the probe: what it takes longer is theirs.
-            if kind == "cuda" and stage in ("probe", "tables"):
-                amount, measured = _share_of_probe(stage, sample, samples, amount)
+            amount, measured = sparse_amounts(shape, plan, device)[stage], sample.stages_ms[stage]
             against = measured + 0.02 * sample.op_ms
         if amount == Amount() or measured == 0.0:
             continue
@@ -484,24 +337,6 @@ def _fit_stage(stage: str, samples: Sequence[Sample], roofs: Roofs, kind: str) -
         return Efficiency(0.0, 0.0, 0.0)
     found, _ = nnls(np.array(rows), np.array(wanted))
     return Efficiency(*map(float, found))
-
-
-def _share_of_probe(
-    stage: str, sample: Sample, samples: Sequence[Sample], amount: Amount
-) -> tuple[Amount, float]:
-    own_tables = plan_of(sample).has_own_tables
-    if stage == "probe":
-        return (Amount(), 0.0) if own_tables else (amount, sample.stages_ms["probe"])
-    twins = [
-        other.stages_ms["probe"]
-        for other in samples
-        if not plan_of(other).has_own_tables
-        and (other.tokens, other.q_clusters, other.k_clusters)
-        == (sample.tokens, sample.q_clusters, sample.k_clusters)
-    ]
-    if not own_tables or not twins:
-        return Amount(), 0.0
-    return amount, max(sample.stages_ms["probe"] - statistics.mean(twins), 0.0)
 
 
 def shape_of(sample: Sample) -> AttentionShape:

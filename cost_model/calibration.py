@@ -19,7 +19,7 @@ from svg_ear_compile.cost_model.stages import ELEMENT_SIZES, Amount
 
 log = logging.getLogger(__name__)
 
-VERSION = 5
+VERSION = 6
 RECORDED = Path(__file__).with_name("recorded")
 Origin = Literal["measured", "recorded", "guess"]
 
@@ -190,8 +190,8 @@ def _read(path: Path) -> Calibration | None:
 # Conservative on purpose: an early sparse site that turns out slower is worse than a late one. The
 # ratios are rounded up from stage times seen with early kernels on one GPU (benchmarks/NOTES.md)
 # and on a two-core CPU; the roofs are those of an older data-centre GPU and a small CPU. With them
-# the default at density 0.2, clustered afresh, breaks even near 37,000 tokens of 128
-# channels on a GPU (an H200 is 1.5 times as fast as dense at 32,760) and near 14,000 on a CPU.
+# the default at density 0.2, cold, breaks even near 45,000 tokens of 128 channels on a GPU, near
+# 37,000 on Hopper (an H200 is 1.5 times as fast as dense at 32,760), and near 14,000 on a CPU.
 _GUESSES = {
     "cuda": (
         Roofs({"bfloat16": 250.0, "float16": 250.0, "float32": 15.0}, 1500.0, 0.006),
@@ -200,10 +200,9 @@ _GUESSES = {
             "dense": Efficiency(1.4, 1.0, 1.0),
             "cluster": Efficiency(3.0, 4.0, 2.0),
             "probe": Efficiency(16.0, 3.0, 1.0),
-            "tables": Efficiency(8.0, 2.0, 1.0),
             "route": Efficiency(1.0, 4.0, 1.0),
             "attend": Efficiency(3.0, 1.5, 1.0),
-            "second_order": Efficiency(1.0, 2.0, 0.5),
+            "correction": Efficiency(1.0, 2.0, 0.5),
         },
     ),
     "cpu": (
@@ -211,12 +210,7 @@ _GUESSES = {
         0.0,
         {
             "dense": Efficiency(1.0, 1.0, 1.0),
-            "cluster": Efficiency(3.0, 12.0, 9.0),
-            "probe": Efficiency(3.0, 5.0, 1.2),
-            "tables": Efficiency(0.0, 1.5, 19.0),
-            "route": Efficiency(0.0, 18.0, 3.0),
-            "attend": Efficiency(3.0, 0.1, 3.0),
-            "second_order": Efficiency(1.0, 2.0, 1.0),
+            "sparse": Efficiency(3.0, 8.0, 3.0),
         },
     ),
 }

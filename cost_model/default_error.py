@@ -36,8 +36,6 @@ class _Law:
 
 _LAWS: dict[Compensation, _Law] = {
     "gaussian": _Law(-6.54, -0.633, 0.413, 0.347),
-    "second_order": _Law(-7.18, -0.618, 0.503, 0.363),
-    "first_order": _Law(-6.64, -0.600, 0.483, 0.326),
     "centroid": _Law(-5.83, -0.600, 0.376, 0.299),
 }
 _LEAST_DENSITY = 0.02  # the law was fitted from 0.05 up; it must not run off to infinity at 0

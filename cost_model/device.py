@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from svg_ear_compile import kernels
+from svg_ear_compile.kernels.gpu.launch import architecture
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Device:
         torch: version of torch.
         triton: version of Triton, "" on a CPU, where it does not run.
         kernels: digest of this package's kernels: other kernels have other times.
+        architecture: of a GPU, e.g. ``"sm_90"``: it decides which tiles the kernels take. Budgets
+            that are older than this field have "".
     """
 
     kind: str
@@ -32,6 +35,7 @@ class Device:
     torch: str
     triton: str
     kernels: str
+    architecture: str = ""
 
     @property
     def key(self) -> str:
@@ -54,7 +58,9 @@ def describe(device: torch.device | str) -> Device:
         name, triton = f"{_cpu_model()} {vectors} {torch.get_num_threads()} threads", ""
     else:
         raise ValueError(f"there are no kernels for a device of type {device.type!r}")
-    return Device(device.type, name, torch.__version__, triton, kernels_digest())
+    return Device(
+        device.type, name, torch.__version__, triton, kernels_digest(), architecture(device)
+    )
 
 
 @functools.cache

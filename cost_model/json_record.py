@@ -14,6 +14,8 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from svg_ear_compile.kernels.plan import REMOVED
+
 Record = TypeVar("Record")
 
 _NAMES = {str: "a string", int: "a whole number", float: "a finite number", bool: "true or false"}
@@ -37,6 +39,8 @@ def _decode(kind: Any, data: object, where: str) -> Any:
         (inner,) = (a for a in arguments if a is not type(None))
         return None if data is None else _decode(inner, data, where)
     if origin is Literal:
+        if isinstance(data, str) and data in REMOVED:
+            raise ValueError(f"{where}: {REMOVED[data]}")
         if data not in arguments:
             raise ValueError(f"{where} must be one of {arguments}, got {data!r}")
         return data

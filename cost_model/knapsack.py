@@ -1,14 +1,15 @@
 """One choice for every group under a budget: the multiple-choice knapsack.
 
-`solve` walks the convex hulls of the groups under one Lagrange multiplier; `solve_exactly` is a
-mixed-integer program behind the same signature. Neither is believed: `evaluate` adds every solution
-up again and says how far it can be from the best.
+`solve` walks the convex hulls of the groups under one Lagrange multiplier. It is not believed:
+`evaluate` adds a solution up again and says how far it can be from the best. A mixed-integer
+program lowers a model's error by less than 0.1 % (30 to 120 groups), far less than errors are known
+to, and takes a hundred times as long.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,7 +26,6 @@ class Option:
 
 
 Groups = Sequence[Sequence[Option]]
-Solver = Callable[[Groups, float], tuple[int, ...]]
 
 
 class UnreachableError(ValueError):
@@ -168,48 +168,6 @@ def _spend(groups: Groups, chosen: list[int], budget: float) -> None:
         ):  # `left` was a difference of sums: it can be off by an ulp
             chosen[best[1]] = previous
             return
-
-
-def solve_exactly(groups: Groups, budget: float) -> tuple[int, ...]:
-    """As `solve`, but the least loss within the budget, by scipy's mixed-integer solver (HiGHS).
-
-    Raises:
-        UnreachableError, ValueError: as `solve`.
-        ImportError: scipy, part of the extra ``tune``, is missing.
-    """
-    import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
-    _hulls(groups)
-    _check_reachable(groups, budget)
-    owner = np.array([g for g, options in enumerate(groups) for _ in options])
-    cost = np.array([option.cost for options in groups for option in options])
-    loss = np.array([option.loss for options in groups for option in options])
-    one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
-    # HiGHS works to absolute tolerances: both sums are brought to the order of one.
-    cost_unit, loss_unit = max(cost.max(), 1e-300), max(loss.max(), 1e-300)
-    found = milp(
-        loss / loss_unit,
-        integrality=np.ones(len(owner)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(cost[None] / cost_unit, -np.inf, budget / cost_unit),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
-    if found.x is None:
-        raise RuntimeError(f"the exact solver gave up: {found.message}")
-    chosen = [0] * len(groups)
-    best = [-1.0] * len(groups)
-    first = np.concatenate([[0], np.cumsum([len(options) for options in groups])])
-    for at, (g, taken) in enumerate(zip(owner, found.x, strict=True)):
-        if taken > best[g]:
-            best[g], chosen[g] = taken, int(at - first[g])
-    if _cost(groups, chosen) > budget:  # within the solver's tolerance, but over: not to be kept
-        return solve(groups, budget)
-    return tuple(chosen)
 
 
 def evaluate(groups: Groups, chosen: Sequence[int], budget: float) -> Evaluation:

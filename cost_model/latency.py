@@ -8,13 +8,11 @@ as the host needs to issue it if that is longer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from svg_ear_compile.cost_model.calibration import Calibration, ideal_ms
 from svg_ear_compile.cost_model.stages import (
-    STAGES,
     Amount,
     AttentionShape,
     dense_amount,
@@ -32,14 +30,14 @@ LONGEST = 1 << 19
 REST_OVERHEAD = 1.45
 
 
-Start = Literal["afresh", "warm", "taken_over"]
+Start = Literal["cold", "warm", "reused"]
 """How a call comes by its clusters: from the first sample of tokens, from those of the step before,
-or it takes them over with the exact blocks."""
+or it reuses those with the exact blocks."""
 
-SHARE_TAKEN_OVER = 0.5
-"""Share of a bound model's sparse calls that are expected to take over their clusters and blocks.
+REUSED_FRACTION = 0.5
+"""Fraction of a bound model's sparse calls that are expected to reuse their clusters and blocks.
 How long a model's tokens stay in their clusters shows while it runs: the two video models of the
-fidelity bench take over more (benchmarks/fidelity/NOTES.md)."""
+fidelity bench reuse more (benchmarks/fidelity/NOTES.md)."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,11 @@ def sparse_ms(
     start: Start = "warm",
 ) -> StageTimes:
     """Milliseconds of one sparse call by stage."""
-    rounds = {"afresh": plan.first_iterations, "warm": plan.warm_iterations, "taken_over": 0}
-    amounts = sparse_amounts(shape, plan, calibration.device.kind, rounds[start])
+    rounds = {"cold": plan.first_iterations, "warm": plan.warm_iterations, "reused": 0}
+    amounts = sparse_amounts(shape, plan, calibration.device, rounds[start])
     stages = {
-        stage: calibration.stage_ms(stage, amounts[stage], shape.dtype, shape.head_dim)
-        for stage in STAGES
+        stage: calibration.stage_ms(stage, amount, shape.dtype, shape.head_dim)
+        for stage, amount in amounts.items()
     }
     return StageTimes(stages, calibration.host_ms)
 
@@ -83,8 +81,8 @@ def call_ms(shape: AttentionShape, plan: AttentionPlan, calibration: Calibration
     warm = sparse_ms(shape, plan, calibration).total
     if plan.max_drift == 0.0:
         return warm
-    taken_over = sparse_ms(shape, plan, calibration, "taken_over").total
-    return SHARE_TAKEN_OVER * taken_over + (1 - SHARE_TAKEN_OVER) * warm
+    reused = sparse_ms(shape, plan, calibration, "reused").total
+    return REUSED_FRACTION * reused + (1 - REUSED_FRACTION) * warm
 
 
 def pays(shape: AttentionShape, plan: AttentionPlan, calibration: Calibration) -> bool:
@@ -92,7 +90,7 @@ def pays(shape: AttentionShape, plan: AttentionPlan, calibration: Calibration) -
 
     Clustering is counted as without a warm start: unbound models have none.
     """
-    return sparse_ms(shape, plan, calibration, "afresh").total < dense_ms(shape, calibration)
+    return sparse_ms(shape, plan, calibration, "cold").total < dense_ms(shape, calibration)
 
 
 def break_even_tokens(
@@ -113,23 +111,6 @@ def break_even_tokens(
         else:
             low = middle
     return high
-
-
-def fastest_within(
-    shape: AttentionShape,
-    plans: Sequence[AttentionPlan],
-    errors: Sequence[float],
-    max_error: float,
-    calibration: Calibration,
-) -> AttentionPlan | None:
-    """The fastest plan whose predicted error is at most `max_error`; None if there is none.
-
-    Args:
-        plans: candidates, e.g. all pairs of cluster counts at some densities.
-        errors: predicted error of each.
-    """
-    allowed = [p for p, error in zip(plans, errors, strict=True) if error <= max_error]
-    return min(allowed, key=lambda plan: call_ms(shape, plan, calibration), default=None)
 
 
 def rest_ms(flops: float, moved: float, dtype: str, calibration: Calibration) -> float:

@@ -1,8 +1,9 @@
 """What one attention call asks of a device, stage by stage: operations, bytes, launches.
 
 Plain arithmetic, no time: `latency` divides these by measured roofs. The counts follow the stages
-of `kernels/reference.py` as the GPU and the CPU form carry them out. Restoring the token order has
-no stage of its own: both forms scatter the output to its tokens while they attend.
+of `kernels/reference.py` as the GPU kernels carry them out; restoring the token order has no stage
+of its own, because the attend stage scatters the output to its tokens. On a CPU, where nobody
+waits for a video, a sparse call is one stage.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from svg_ear_compile.kernels.gpu.launch import LISTED_CLUSTERS, launch_config
+from svg_ear_compile.cost_model.device import Device
+from svg_ear_compile.kernels.gpu.launch import HOPPER, LISTED_CLUSTERS, launch_config
 from svg_ear_compile.kernels.plan import AttentionPlan
 
-STAGES = ("cluster", "probe", "tables", "route", "attend", "second_order")
-"""Stages of a sparse call; ``tables`` is what stand-ins of every query cluster's own add to the
-probe, ``second_order`` what covariances take before and after the attend stage."""
+STAGES = {
+    "cuda": ("cluster", "probe", "route", "attend", "correction"),
+    "cpu": ("sparse",),
+}
+"""Stages of a sparse call by kind of device; ``correction`` is what the Gaussian form takes before
+and after the attend stage."""
 
 WAVE = 1024
 """Programs that a GPU runs at once, about; however little they do, it takes them a launch."""
@@ -86,102 +91,116 @@ def dense_amount(shape: AttentionShape) -> Amount:
 
 
 def sparse_amounts(
-    shape: AttentionShape, plan: AttentionPlan, kind: str, iterations: int | None = None
+    shape: AttentionShape, plan: AttentionPlan, device: Device, iterations: int | None = None
 ) -> dict[str, Amount]:
-    """Work of each of `STAGES` for a plan that is not dense.
+    """Work of each of the device's `STAGES` for a plan that is not dense.
 
     Args:
         shape: see `AttentionShape`.
         plan: clusters, density, form.
-        kind: ``"cuda"`` or ``"cpu"``.
+        device: its kind, and the architecture that decides the tiles.
         iterations: k-means rounds, by default those of a warm start; 0 where clusters and exact
-            blocks are taken over.
+            blocks are reused.
     """
     rounds = plan.warm_iterations if iterations is None else iterations
-    dim = shape.head_dim
+    if device.kind == "cpu":
+        return {"sparse": _on_cpu(shape, plan, rounds)}
+    dim, size = shape.head_dim, shape.element_size
     heads, kv_heads = shape.batch * shape.heads, shape.batch * shape.kv_heads
-    queries, keys = max(shape.q_tokens - shape.text, 1), max(shape.k_tokens - shape.text, 1)
-    q_clusters, k_clusters = plan.clusters(queries, keys)
-    blocks = float(heads * q_clusters * k_clusters)
-    density = expected_density(plan)
-    own_tables = plan.has_own_tables
-    on_gpu = kind == "cuda"
-    size = shape.element_size if on_gpu else 4  # the CPU form computes in float32
+    queries, keys, q_clusters, k_clusters, exact = _clustered(shape, plan)
     kv_bytes = 2.0 * kv_heads * keys * dim * size
-    config = launch_config(dim, size)
-    # A ragged cluster leaves half of its last tile empty on average; trimmed, a quarter of a share
-    # and, as few end in a tile of little, a third of a tile. None has less than one.
-    rows, probed_keys, probed_rows = float(queries), float(keys), float(q_clusters)
-    if on_gpu:
-        share, tile = config.shares
-        rows = q_clusters * max(share, queries / q_clusters + share / 4)
-        probed_keys += k_clusters * (config.probe.columns - 1) / 2
-        probed_rows = math.ceil(q_clusters / config.probe.rows) * config.probe.rows
-    # The block that crosses the budget is taken whole: half of one on average.
-    exact = min(float(keys), density * keys + keys / (2 * k_clusters))
-    # The GPU walks all stand-ins and takes the exact ones out by their bias.
-    stand_ins = k_clusters if on_gpu else k_clusters * (1 - density)
-    distances = heads * queries * q_clusters + kv_heads * keys * k_clusters
+    config = launch_config(dim, size, device.architecture == HOPPER)
+    # A ragged cluster leaves half of its last tile empty on average; aligned, a quarter of a
+    # subtile and, as few end in a tile of little, a third of a tile. None has less than one.
+    subtile, tile = config.query_tile
+    rows = q_clusters * max(subtile, queries / q_clusters + subtile / 4)
+    tiles = q_clusters * max(1.0, queries / q_clusters / tile + 1 / 3)
+    probed_keys = keys + k_clusters * (config.probe.columns - 1) / 2
+    probed_tiles = math.ceil(q_clusters / config.probe.rows)
+    # All proxy tokens are walked; those of exact blocks are taken out by their bias.
+    seen = exact + shape.text + k_clusters  # by one query
+    attended_keys = tiles * seen + shape.text / tile * shape.k_tokens
+    passes, _ = _passes(plan, rounds)
     tokens = heads * queries + kv_heads * keys
-    # The metric's moments are one more pass over all tokens.
-    moments = 1 if rounds and plan.cluster_metric == "logits" else 0
-    passes = max(rounds, 1) + moments  # what is taken over is sorted and averaged all the same
-    posterior = 4.0 * dim * heads * probed_rows * probed_keys  # mean keys and values of every block
-    seen = exact + shape.text + stand_ins  # by one query
-    attended = rows * seen + shape.text * shape.k_tokens
-    # Keys and values pass from the cache to every tile of queries; a CPU reads them once.
-    read, probed, passed = kv_bytes, kv_bytes, 0.0
-    probe_waves = attend_waves = route_waves = 0.0
-    if on_gpu:
-        tiles = q_clusters * max(1.0, queries / q_clusters / tile + 1 / 3)
-        attended_keys = tiles * seen + shape.text / tile * shape.k_tokens
-        read += CACHED * 2.0 * heads * dim * size * attended_keys
-        # Keys alone, a tile of query centroids after another; posterior means take the values too.
-        passed = CACHED * heads * keys * dim * size * probed_rows / config.probe.rows
-        probed = kv_bytes / 2 + passed
-        if own_tables:  # and come from memory: every query cluster has tables of its own
-            read += 2.0 * heads * dim * size * tiles * k_clusters
-        probe_waves = heads * k_clusters * probed_rows / config.probe.rows / WAVE
-        attend_waves = heads * tiles / WAVE
-        route_waves = heads * q_clusters * (1 + k_clusters / LISTED_CLUSTERS) / WAVE
-    elif own_tables:
-        read += 2.0 * heads * rows * k_clusters * dim * size
+    blocks = float(heads * q_clusters * k_clusters)
     return {
         "cluster": Amount(
-            flops=2.0 * rounds * dim * distances + 2.0 * moments * dim**2 * tokens,
+            flops=_clustering_flops(shape, plan, rounds),
             bytes=2.0 * passes * dim * size * tokens,
             launches=16.0 * passes,
         ),
+        # Keys alone, from the cache to one tile of query centroids after another.
         "probe": Amount(
-            flops=2.0 * dim * heads * probed_rows * probed_keys + (0.0 if on_gpu else posterior),
-            bytes=probed + 16.0 * blocks,
-            launches=1.0 + probe_waves if on_gpu else 24.0 * heads * k_clusters,
+            flops=2.0 * dim * heads * probed_tiles * config.probe.rows * probed_keys,
+            bytes=kv_bytes / 2 + CACHED * heads * keys * dim * size * probed_tiles + 16.0 * blocks,
+            launches=1.0 + heads * k_clusters * probed_tiles / WAVE,
         )
-        if rounds or own_tables
-        else Amount(),
-        "tables": Amount(
-            flops=posterior if on_gpu else 2.0 * dim * blocks,
-            bytes=2.0 * dim * size * blocks + passed + kv_bytes / 2,
-            launches=1.0 + probe_waves,
-        )
-        if own_tables
+        if rounds
         else Amount(),
         "route": Amount(
-            bytes=24.0 * blocks + 8.0 * heads * q_clusters * density * keys,
-            launches=2.0 + route_waves if on_gpu else 16.0,
+            bytes=24.0 * blocks + 8.0 * heads * q_clusters * expected_density(plan) * keys,
+            launches=2.0 + heads * q_clusters * (1 + k_clusters / LISTED_CLUSTERS) / WAVE,
         ),
+        # Keys and values pass from the cache to every tile of queries.
         "attend": Amount(
-            flops=4.0 * dim * heads * attended,
-            bytes=2.0 * heads * queries * dim * size + read,
-            launches=1.0 + attend_waves if on_gpu else 16.0 * heads * (q_clusters + 1),
+            flops=4.0 * dim * heads * (rows * seen + shape.text * shape.k_tokens),
+            bytes=2.0 * heads * queries * dim * size
+            + kv_bytes
+            + CACHED * 2.0 * heads * dim * size * attended_keys,
+            launches=1.0 + heads * tiles / WAVE,
         ),
-        # Two covariances of the keys, two products of the queries; the centroids are gathered.
-        "second_order": Amount(
+        # Two covariances of the keys, two products of the queries.
+        "correction": Amount(
             flops=4.0 * dim**2 * (kv_heads * keys + heads * queries),
             bytes=(1 + CACHED * 4 / size) * kv_bytes
             + (4 + CACHED * 2) * heads * queries * dim * size,
             launches=3.0,
         )
-        if plan.has_covariances
+        if plan.compensation == "gaussian"
         else Amount(),
     }
+
+
+def _on_cpu(shape: AttentionShape, plan: AttentionPlan, rounds: int) -> Amount:
+    """All stages together: in float32, skipped blocks never touched, a cluster at a time."""
+    dim, heads = shape.head_dim, shape.batch * shape.heads
+    queries, keys, q_clusters, k_clusters, exact = _clustered(shape, plan)
+    skipped = k_clusters * (1 - expected_density(plan))
+    attended = queries * (exact + shape.text + skipped) + shape.text * shape.k_tokens
+    probed = q_clusters * keys if rounds else 0
+    covered = queries + keys if plan.compensation == "gaussian" else 0
+    passes, _ = _passes(plan, rounds)
+    return Amount(
+        flops=_clustering_flops(shape, plan, rounds)
+        + heads * dim * (2.0 * probed + 4.0 * attended + 4.0 * dim * covered),
+        bytes=heads * (8.0 * passes * dim * (queries + keys) + 40.0 * q_clusters * k_clusters),
+        launches=16.0 * (passes + 1)
+        + heads * (24.0 * k_clusters * min(rounds, 1) + 16.0 * q_clusters),
+    )
+
+
+def _clustered(shape: AttentionShape, plan: AttentionPlan) -> tuple[int, int, int, int, float]:
+    """Clustered queries and keys, clusters of both, and the exact keys of one query."""
+    queries, keys = max(shape.q_tokens - shape.text, 1), max(shape.k_tokens - shape.text, 1)
+    q_clusters, k_clusters = plan.clusters(queries, keys)
+    # The block that crosses the budget is taken whole: half of one on average.
+    exact = min(float(keys), expected_density(plan) * keys + keys / (2 * k_clusters))
+    return queries, keys, q_clusters, k_clusters, exact
+
+
+def _passes(plan: AttentionPlan, rounds: int) -> tuple[int, int]:
+    """Passes over all tokens, and how many of them take the moments of the metric.
+
+    What is reused is sorted and averaged all the same.
+    """
+    moments = 1 if rounds and plan.cluster_metric == "logits" else 0
+    return max(rounds, 1) + moments, moments
+
+
+def _clustering_flops(shape: AttentionShape, plan: AttentionPlan, rounds: int) -> float:
+    heads, kv_heads = shape.batch * shape.heads, shape.batch * shape.kv_heads
+    queries, keys, q_clusters, k_clusters, _ = _clustered(shape, plan)
+    distances = heads * queries * q_clusters + kv_heads * keys * k_clusters
+    _, moments = _passes(plan, rounds)
+    products = rounds * distances + moments * shape.head_dim * (heads * queries + kv_heads * keys)
+    return 2.0 * shape.head_dim * products

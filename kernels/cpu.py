@@ -1,8 +1,8 @@
-"""SVG-EAR attention on a CPU: the reference's stages with the skipped blocks never touched.
+"""SVG-EAR attention on a CPU: the definition with the skipped blocks never touched.
 
-Clustering is the reference's, already a few large matrix products. Probe and attend walk one head
-at a time over keys sorted by cluster, so that a block is a slice. Half-precision inputs are
-computed in float32.
+Clustering, routing and compensation are the definition's own, already a few large matrix products.
+Probe and attend walk one head at a time over keys sorted by cluster, so that a block is a slice.
+Half-precision inputs are computed in float32.
 """
 
 from __future__ import annotations
@@ -12,9 +12,16 @@ import math
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.clustering import cluster, cluster_means
+from svg_ear_compile.kernels.clusters import Blocks, Clusters, Result
+from svg_ear_compile.kernels.compensation import (
+    Corrections,
+    ProxyTokens,
+    corrections,
+    proxy_tokens,
+)
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Blocks, Clusters, Probe, Result, SecondOrder
+from svg_ear_compile.kernels.routing import Probe, route, row_area
 
 
 def sparse_attention(
@@ -37,7 +44,7 @@ def sparse_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     groups = q.shape[1] // k.shape[1]
     wide_q, wide_k, wide_v = q.float(), k.float(), v.float()
-    queries, keys = reference.cluster(wide_q, wide_k, plan, attn_mask, text, centroids, blocks)
+    queries, keys = cluster(wide_q, wide_k, plan, attn_mask, text, centroids, blocks)
     shared = Clusters(*(t.repeat_interleave(groups, 1) for t in keys))
     order = shared.labels.argsort(dim=-1, stable=True)  # [B, H, N_k]
     bounds = _bounds(shared)
@@ -46,35 +53,30 @@ def sparse_attention(
         (b, h): (wide_k[b, h // groups][order[b, h]], wide_v[b, h // groups][order[b, h]])
         for b, h in pairs
     }
-    found = None
-    if blocks is None or plan.has_own_tables:
+    if blocks is None:
         probes = [_probe(queries.centroids[p], *heads[p], bounds[p], scale) for p in pairs]
         found = Probe(
             *(torch.stack(part).unflatten(0, q.shape[:2]) for part in zip(*probes, strict=True))
         )
-    if blocks is None:
-        assert found is not None
-        exact = reference.route(found, queries, shared, plan)
+        exact = route(found, queries, shared, plan)
     else:
         exact = blocks.exact
     all_v = wide_v.repeat_interleave(groups, 1)
-    value_means, _ = reference.cluster_means(all_v, shared.labels, exact.shape[3])
-    tables = reference.compensation_tables(found, queries, shared, value_means, plan, scale)
-    second = None
-    if plan.has_covariances:
+    value_means, _ = cluster_means(all_v, shared.labels, exact.shape[3])
+    proxies = proxy_tokens(shared, value_means)
+    corrected = None
+    if plan.compensation == "gaussian":
         all_k = wide_k.repeat_interleave(groups, 1)
-        second = reference.covariance_terms(
-            wide_q, all_k, all_v, queries, shared, value_means, plan, scale
-        )
+        corrected = corrections(wide_q, all_k, all_v, queries, shared, value_means, scale)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     for p in pairs:
         _attend(
             wide_q[p], *heads[p], queries.labels[p], bounds[p], exact[p],
-            (tables[0][p], tables[1][p], tables[2][p]), scale,
-            None if second is None else SecondOrder(second.growth[p], second.move[p]),
+            ProxyTokens(*(x[p] for x in proxies)), scale,
+            None if corrected is None else Corrections(*(x[p] for x in corrected)),
             out[p], lse[p],
         )  # fmt: skip
-    area = reference.row_area(exact, shared)
+    area = row_area(exact, shared)
     return Result(out, lse if return_lse else lse.new_empty(0), queries, keys, exact, area)
 
 
@@ -89,17 +91,15 @@ def _bounds(keys: Clusters) -> dict[tuple[int, int], list[int]]:
 def _probe(centroids: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float) -> Probe:
     """`reference.probe` of one head: centroids (Qc, D), k and v (N, D) sorted by cluster."""
     clusters = len(bounds) - 2
-    q_clusters, dim = centroids.shape
+    q_clusters = centroids.shape[0]
     log_error = centroids.new_full((q_clusters, clusters), -math.inf)
     log_mass, centroid_logit = log_error.clone(), torch.zeros_like(log_error)
-    mean_key = centroids.new_zeros(q_clusters, clusters, dim)
-    mean_value = torch.zeros_like(mean_key)
     logits = scale * centroids @ k.T  # [Qc, N]
     for j in range(clusters):
         inside = slice(bounds[j], bounds[j + 1])
         if inside.start == inside.stop:
             continue
-        block, keys, values = logits[:, inside], k[inside], v[inside]
+        block, values = logits[:, inside], v[inside]
         center = values.mean(0)
         spread = values - center  # [n, D], sums to zero: the expansion below cannot cancel
         c = block.mean(1, keepdim=True)  # the centroid logit is the mean of the block's logits
@@ -115,8 +115,7 @@ def _probe(centroids: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: fl
         log_error[:, j] = error.clamp(min=0).log() + 2 * shift[:, 0]
         log_mass[:, j] = (mass.log() + shift)[:, 0]
         centroid_logit[:, j] = c[:, 0]
-        mean_key[:, j], mean_value[:, j] = weight @ keys / mass, weight @ values / mass
-    return Probe(log_error, log_mass, mean_key, mean_value, centroid_logit)
+    return Probe(log_error, log_mass, centroid_logit)
 
 
 def _attend(
@@ -126,16 +125,15 @@ def _attend(
     q_labels: Tensor,
     bounds: list[int],
     exact: Tensor,
-    tables: tuple[Tensor, Tensor, Tensor],
+    proxies: ProxyTokens,
     scale: float,
-    second: SecondOrder | None,
+    corrected: Corrections | None,
     out: Tensor,
     lse: Tensor,
 ) -> None:
     """`reference.attend` of one head, k and v sorted by cluster; writes out (N, D) and lse (N,)."""
     q_clusters, clusters = exact.shape
-    stand_in_key, stand_in_value, bias = tables
-    bias = bias.masked_fill(exact, -math.inf)
+    bias = proxies.bias.masked_fill(exact, -math.inf)  # [Qc, Kc]
     block_of = torch.repeat_interleave(torch.arange(clusters + 1), torch.tensor(bounds).diff())
     taken = torch.nn.functional.pad(exact, (0, 1, 0, 1), value=True)  # [Qc + 1, Kc + 1]
     for i in range(q_clusters + 1):
@@ -147,16 +145,16 @@ def _attend(
         logits = mine @ k[columns].T
         if i < q_clusters:
             skipped = bias[i].isfinite().nonzero().squeeze(1)
-            rest = mine @ stand_in_key[i, skipped].T + bias[i, skipped]
-            if second is not None:
-                rest += second.growth[rows, None]
+            rest = mine @ proxies.keys[skipped].T + bias[i, skipped]
+            if corrected is not None:
+                rest += corrected.logit[rows, None]
             logits = torch.cat([logits, rest], 1)
-            values = torch.cat([values, stand_in_value[i, skipped]])
+            values = torch.cat([values, proxies.values[skipped]])
         total = logits.logsumexp(1)
         lse[rows] = total
         # A row without keys has no columns or only -inf: its weights must be 0, not NaN.
         weights = (logits - total.masked_fill(total == -math.inf, 0.0)[:, None]).exp()
         result = weights @ values
-        if i < q_clusters and second is not None:
-            result += weights[:, len(columns) :].sum(1, keepdim=True) * second.move[rows]
+        if i < q_clusters and corrected is not None:
+            result += weights[:, len(columns) :].sum(1, keepdim=True) * corrected.value[rows]
         out[rows] = result.to(out.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from svg_ear_compile.kernels.reference import Result
+from svg_ear_compile.kernels.clusters import Result
 
 
 def sparse_form(on_gpu: bool) -> Callable[..., Result]:

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svg_ear_compile.kernels import state
+from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import HEAD_DIMS, AttentionPlan
-from svg_ear_compile.kernels.reference import Result
 from svg_ear_compile.kernels.state import Call, Memory
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -13,8 +13,18 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 Routing = Literal["density", "top_p", "threshold"]
-Compensation = Literal["gaussian", "second_order", "first_order", "centroid"]
+Compensation = Literal["gaussian", "centroid"]
 ClusterMetric = Literal["logits", "euclidean"]
+
+_TUNE_AGAIN = "a budget that names it has to be tuned again"
+REMOVED = {
+    "first_order": f'compensation "first_order" was replaced by "gaussian": {_TUNE_AGAIN}',
+    "second_order": f'compensation "second_order" was replaced by "gaussian": {_TUNE_AGAIN}',
+    "cost_exponent": f"cost_exponent was removed, its value is always 1 now: {_TUNE_AGAIN}",
+    "max_error": "max_error needs a tuned budget: "
+    "let `svg-ear tune --max-error` make one and give it as the option budget",
+}
+"""Options and values of options that earlier versions had: what to say to those who name them."""
 
 HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128, 160, 192, 256)
 """Head dims that the kernels are built and tested for."""
@@ -50,12 +60,10 @@ class AttentionPlan:
         top_p: mass of the centroid softmax whose area is the budget of ``routing="top_p"``.
         min_block_ratio: share of a row's blocks guaranteed by ``routing="top_p"``.
         threshold: smallest ``rho`` computed exactly by ``routing="threshold"``.
-        cost_exponent: gamma of the error-to-cost score ``log E - gamma * log(m * n)``.
-        compensation: form of the skipped blocks, ``"gaussian"``, ``"second_order"``,
-            ``"first_order"`` or ``"centroid"``; see `reference.compensation_tables` and
-            `reference.second_order`.
+        compensation: form of the skipped blocks, ``"gaussian"`` or the paper's ``"centroid"``; see
+            `compensation.corrections`.
         cluster_metric: distance of the k-means, ``"logits"`` (what a difference between tokens does
-            to the logits, see `reference.logit_metrics`) or ``"euclidean"``.
+            to the logits, see `clustering.logit_metrics`) or ``"euclidean"``.
         q_clusters: number of query clusters; None takes one per 128 queries up to 256 clusters, and
             more than those only where they would be of more than 256 queries.
         k_clusters: number of key clusters; None takes one per 64 keys.
@@ -80,7 +88,6 @@ class AttentionPlan:
     top_p: float = 0.9
     min_block_ratio: float = 0.1
     threshold: float = 1e-3
-    cost_exponent: float = 1.0
     compensation: Compensation = "gaussian"
     cluster_metric: ClusterMetric = "logits"
     q_clusters: int | None = None
@@ -96,12 +103,12 @@ class AttentionPlan:
         for name in ("density", "top_p", "min_block_ratio", "max_drift"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
-        for name in ("threshold", "cost_exponent"):
-            value = getattr(self, name)
-            if not (value >= 0.0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+        if not (self.threshold >= 0.0 and math.isfinite(self.threshold)):
+            raise ValueError(f"threshold must be finite and not negative, got {self.threshold!r}")
         if self.routing not in get_args(Routing):
             raise ValueError(f"routing must be one of {get_args(Routing)}, got {self.routing!r}")
+        if self.compensation in REMOVED:
+            raise ValueError(REMOVED[self.compensation])
         if self.compensation not in get_args(Compensation):
             raise ValueError(
                 f"compensation must be one of {get_args(Compensation)}, got {self.compensation!r}"
@@ -144,16 +151,6 @@ class AttentionPlan:
     def is_dense(self) -> bool:
         """True where the plan asks for every block."""
         return self.density >= 1.0
-
-    @property
-    def has_own_tables(self) -> bool:
-        """True where every query cluster has stand-ins of its own."""
-        return self.compensation in ("first_order", "second_order")
-
-    @property
-    def has_covariances(self) -> bool:
-        """True where stand-ins grow and move with the query by the covariances of their head."""
-        return self.compensation in ("gaussian", "second_order")
 
     def clusters(self, q_tokens: int, k_tokens: int) -> tuple[int, int]:
         """(Qc, Kc) for that many clustered tokens: never more clusters than tokens, at least 1."""

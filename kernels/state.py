@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from svg_ear_compile.kernels.clusters import Blocks, Result
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Blocks, Result
 
 MOST_AGE = 1
 """Calls in a row that may take over the same blocks, however little their tokens drift. Blocks that

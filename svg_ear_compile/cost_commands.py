@@ -65,7 +65,7 @@ def add(commands: Any, load: Callable[[str], Any]) -> None:
         help="mean cluster sizes that are tried, e.g. default,256x64 (queries x keys)",
     )
     command.add_argument(
-        "--forms", default=AttentionPlan.compensation, help="e.g. second_order,centroid"
+        "--forms", default=AttentionPlan.compensation, help="e.g. gaussian,centroid"
     )
     command.add_argument("--phases", type=int, default=1, help="parts of the denoising")
     command.add_argument("--dense-steps", type=int, default=0, help="leading dense steps")

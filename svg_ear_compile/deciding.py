@@ -1,9 +1,8 @@
 """What each attention call of a graph shall do: the user's wish against the cost model.
 
-The wish is a density (each call goes sparse where that is faster), a speed-up or an error of the
-whole graph (calls are weighed against each other), or a tuned budget. A graph that is one of many
-(regional compilation, graph breaks) answers for itself: where each part meets the wish, so does the
-model.
+The wish is a density (each call goes sparse where that is faster), a speed-up of the whole graph
+(calls are weighed against each other), or a tuned budget. A graph that is one of many (regional
+compilation, graph breaks) answers for itself: where each part meets the wish, so does the model.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from svg_ear_compile.settings import Settings
 log = logging.getLogger(__name__)
 
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
-"""Densities that a wish is served with where no budget was tuned."""
+"""Densities that a speed-up is served with where no budget was tuned."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Expectation:
 
     Attributes:
         dense_ms, sparse_ms: predicted milliseconds of dense attention and of the plan that was
-            chosen or weighed; clusters are made afresh, as in a model that is not bound.
+            chosen or weighed; clustered cold, as in a model that is not bound.
         error: relative RMS error of the model's output with this call alone sparse.
         times, errors: where the two come from, in words.
     """
@@ -109,8 +108,8 @@ def decide(
         return [_dense(settings.budget_problem) for _ in sites]
     if settings.budget is not None:
         return [_by_budget(site, settings.budget, settings) for site in sites]
-    if settings.target_speedup is not None or settings.max_error is not None:
-        return _by_wish(sites, flops, moved, settings)
+    if settings.target_speedup is not None:
+        return _by_speedup(sites, flops, moved, settings.target_speedup, settings)
     return [_by_density(site, settings) for site in sites]
 
 
@@ -120,7 +119,7 @@ def expect(site: SiteFacts, plan: AttentionPlan, calibration: Calibration) -> Ex
     video = [max(tokens - shape.text, 1) for tokens in (shape.q_tokens, shape.k_tokens)]
     return Expectation(
         dense_ms(shape, calibration),
-        sparse_ms(shape, plan, calibration, "afresh").total,
+        sparse_ms(shape, plan, calibration, "cold").total,
         default_error.model_error(expected_density(plan), plan, *video),
         calibration.basis,
         default_error.BASIS,
@@ -182,8 +181,8 @@ def _choice(layer: str, budget: Budget) -> tuple[Choice, str]:
     return densest, f"the densest of {len(alike)} layers until it is bound"
 
 
-def _by_wish(
-    sites: Sequence[SiteFacts], flops: float, moved: float, settings: Settings
+def _by_speedup(
+    sites: Sequence[SiteFacts], flops: float, moved: float, target: float, settings: Settings
 ) -> list[Decision]:
     """Options of each call are dense and `DENSITIES`; the knapsack weighs them."""
     calibration = calibration_of(sites[0].device) if sites else None
@@ -192,17 +191,10 @@ def _by_wish(
     menus = [_menu(site, calibration, settings) for site in sites]
     dense = [dense_ms(site.shape, calibration) for site in sites]
     rest = rest_ms(flops, moved, sites[0].shape.dtype, calibration)
-    target = settings.target_speedup
-    if target is not None:
-        groups = [[knapsack.Option(ms, error**2) for _, ms, error in menu] for menu in menus]
-        allowed = attention_allowance(sum(dense), rest, target)
-    else:
-        assert settings.max_error is not None
-        groups = [[knapsack.Option(error**2, ms) for _, ms, error in menu] for menu in menus]
-        allowed = settings.max_error**2
+    groups = [[knapsack.Option(ms, error**2) for _, ms, error in menu] for menu in menus]
     unreachable = ""
     try:
-        chosen = knapsack.solve(groups, allowed)
+        chosen = knapsack.solve(groups, attention_allowance(sum(dense), rest, target))
     except knapsack.UnreachableError:
         chosen = tuple(min(range(len(g)), key=lambda i, g=g: g[i].cost) for g in groups)  # type: ignore[misc]
         fastest = sum(menu[i][1] for menu, i in zip(menus, chosen, strict=True))

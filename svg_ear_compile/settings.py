@@ -15,7 +15,7 @@ from torch._inductor import list_mode_options, list_options
 
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model.budget import Budget
-from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.plan import REMOVED, AttentionPlan
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _PLAN_FIELDS = {f.name: f for f in fields(AttentionPlan) if f.name != "min_tokens"}
 _NUMBER_OF = {"top_p": "top_p", "min_block_ratio": "top_p", "threshold": "threshold"}
 
-_WISHES = ("target_speedup", "max_error", "budget")
+_WISHES = ("target_speedup", "budget")
 # What a wish decides by itself, and so cannot be given beside it.
 _DECIDED_BY_WISH = ("routing", "top_p", "min_block_ratio", "threshold")
 _DECIDED_BY_BUDGET = (*_DECIDED_BY_WISH, "q_clusters", "k_clusters", "compensation")
@@ -36,7 +36,6 @@ class Settings:
     Attributes:
         plan: the plan of every sparse site.
         target_speedup: wished speed-up of one forward of the whole model, above 1, or None.
-        max_error: largest relative RMS error of the model's output in one forward, or None.
         budget: a tuned budget, or None.
         budget_problem: why the budget that was given cannot be used: attention stays dense.
         min_tokens: fewest video tokens of a sparse site; None leaves it to the cost model.
@@ -47,7 +46,6 @@ class Settings:
 
     plan: AttentionPlan = field(default_factory=AttentionPlan)
     target_speedup: float | None = None
-    max_error: float | None = None
     budget: Budget | None = None
     budget_problem: str | None = None
     min_tokens: int | None = None
@@ -88,6 +86,8 @@ class Settings:
                     raise ValueError(f"{key} must not be negative, got {value!r}")
             elif key in _WISHES:
                 own |= _wish(key, value)
+            elif key in REMOVED:
+                raise ValueError(REMOVED[key])
             elif key.replace("-", "_") in known_inductor:
                 inductor[key.replace("-", "_")] = _checked_inductor(key.replace("-", "_"), value)
             else:
@@ -117,9 +117,8 @@ def _wish(key: str, value: object) -> dict[str, object]:
             return {"budget_problem": f"Dense, because the budget cannot be used: {error}."}
     number = _checked(key, value, float)
     assert isinstance(number, float)
-    least = 1.0 if key == "target_speedup" else 0.0
-    if not (math.isfinite(number) and number > least):
-        raise ValueError(f"{key} must be finite and above {least:g}, got {value!r}")
+    if not (math.isfinite(number) and number > 1.0):
+        raise ValueError(f"{key} must be finite and above 1, got {value!r}")
     return {key: number}
 
 

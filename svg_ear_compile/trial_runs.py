@@ -118,7 +118,7 @@ class TrialRuns:
 
     def _timed(self, budget: Budget | None, phase: int, call: ModelCall) -> float:
         """Milliseconds of one forward of a phase: the mean of one that makes clusters anew and one
-        that takes them over, after one that clusters afresh, see `latency.SHARE_TAKEN_OVER`."""
+        that takes them over, after one that clusters afresh, see `latency.REUSED_FRACTION`."""
         model = self._plain
         if budget is not None:
             model = self._compiled

@@ -12,102 +12,29 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import knapsack
 from svg_ear_compile.cost_model.allotment import Allotment, Layers, Wish
-from svg_ear_compile.cost_model.budget import DENSE, Budget, Choice, Outcome, Point, Schedule
+from svg_ear_compile.cost_model.budget import DENSE, Budget, Choice, Outcome, Point
 from svg_ear_compile.cost_model.error import Measurement, fit_curve
 from svg_ear_compile.cost_model.margin import KEPT_BY, unseen_error
-from svg_ear_compile.cost_model.stages import AttentionShape
 from svg_ear_compile.deciding import calibration_of
-from svg_ear_compile.explain import explain
 from svg_ear_compile.fingerprint import fingerprint_of
 from svg_ear_compile.journal import Journal
-from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
+from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.ranks import rank, ranks, share_largest
 from svg_ear_compile.recording import ModelCall
 from svg_ear_compile.trial_runs import TrialRuns
+from svg_ear_compile.tuning_plan import Cost, Trial, TuningSettings, kinds_of, schedule_of, sites_of
 from svg_ear_compile.watching import SeenCall, watch
 
 _ROUNDS = 3  # corrections of a solution by what it was measured to do
-
-
-@dataclass(frozen=True)
-class TuningSettings:
-    """What is tried, and for which schedule.
-
-    Attributes:
-        densities: tried in each layer, each in (0, 1); dense is always a choice.
-        cluster_sizes: mean queries and keys per cluster that are tried, None for the default sizes.
-        forms: compensation forms that are tried.
-        phases: parts into which the timesteps of the calls are cut, each with choices of its own.
-        dense_steps: leading denoising steps that stay dense.
-        dense_from: timestep from which the last steps stay dense, None for never.
-        thresholds: route sparse layers by the threshold that follows from their multiplier.
-        timestep, ascending: see `bind`.
-        compiler: ``"inductor"``, or ``"eager"`` for a quick look whose times are not the real ones.
-
-    Raises:
-        ValueError: a field is out of range; the message names it.
-    """
-
-    densities: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
-    cluster_sizes: tuple[tuple[int, int] | None, ...] = (None,)
-    forms: tuple[Compensation, ...] = (AttentionPlan.compensation,)
-    phases: int = 1
-    dense_steps: int = 0
-    dense_from: float | None = None
-    thresholds: bool = False
-    timestep: str | None = None
-    ascending: bool = False
-    compiler: Literal["inductor", "eager"] = "inductor"
-
-    def __post_init__(self) -> None:
-        if not self.densities or not all(0.0 < d < 1.0 for d in self.densities):
-            raise ValueError(f"densities must be in (0, 1), got {self.densities!r}")
-        if self.phases < 1 or self.dense_steps < 0:
-            raise ValueError("phases must be at least 1 and dense_steps not negative")
-        if not self.cluster_sizes or not self.forms:
-            raise ValueError("cluster_sizes and forms must not be empty")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a tuning will take, said before it starts.
-
-    Attributes:
-        forwards: of the model that are still to be measured, on all ranks together.
-        finished: that an earlier run has measured.
-        seconds: expected, on this many `ranks`.
-        ranks: processes that share the work.
-    """
-
-    forwards: int
-    finished: int
-    seconds: float
-    ranks: int
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """One measurement: one layer sparse in one call."""
-
-    layer: str
-    choice: Choice
-    call: int
-
-    @property
-    def key(self) -> str:
-        choice = self.choice
-        clusters = f"{choice.q_clusters}/{choice.k_clusters}"
-        return f"{self.layer} {choice.density:g} {clusters} {choice.compensation} {self.call}"
 
 
 def tune(
@@ -173,10 +100,10 @@ class _Tuning:
         self.model = getattr(model, "_orig_mod", model)
         self.settings, self.wish = settings, wish
         self.progress = on_progress or (lambda what, done, total: None)
-        self.sites = _sites(self.model, calls[0])
+        self.sites = sites_of(self.model, calls[0])
         self.layers = tuple(dict.fromkeys(layer for layer, _ in self.sites))
         self.tokens = self.sites[0][1].k_tokens
-        self.kinds = _kinds(self.sites[0][1], settings)
+        self.kinds = kinds_of(self.sites[0][1], settings)
         self.fingerprint = fingerprint_of(self.model)
         self.runs = TrialRuns(
             self.model, calls, settings.compiler, settings.timestep, settings.ascending
@@ -185,7 +112,7 @@ class _Tuning:
         if calibration is None:
             raise ValueError(f"there are no kernels for {self.runs.device}")
         self.calibration = calibration
-        self.schedule = _schedule(self.runs.timesteps, settings)
+        self.schedule = schedule_of(self.runs.timesteps, settings)
         phases = [self.schedule.phase(timestep) for timestep in self.runs.timesteps]
         self.phase_of = [phase for phase in phases if phase is not None]
         if len(self.phase_of) < len(phases):
@@ -215,7 +142,7 @@ class _Tuning:
         allotment = self._fitted(trials, self._measure(trials, journal, on_cost))
         # Times are one machine's: rank 0 decides, the others hear of it, refusals included.
         found: list[Budget | ValueError | None] = [None]
-        if _rank() == 0:
+        if rank() == 0:
             try:
                 found[0] = self._settle(allotment)
             except ValueError as error:
@@ -228,17 +155,17 @@ class _Tuning:
         assert settled is not None
         return settled
 
-    def _trials(self) -> Iterator[_Trial]:
+    def _trials(self) -> Iterator[Trial]:
         for layer in self.layers:
             for kind in self.kinds:
                 for density in self.settings.densities:
                     for call in range(len(self.runs.calls)):
-                        yield _Trial(layer, dataclasses.replace(kind, density=density), call)
+                        yield Trial(layer, dataclasses.replace(kind, density=density), call)
 
     def _measure(
-        self, trials: list[_Trial], journal: Path | None, on_cost: Callable[[Cost], None] | None
+        self, trials: list[Trial], journal: Path | None, on_cost: Callable[[Cost], None] | None
     ) -> list[float]:
-        rank, ranks, calls = _rank(), _ranks(), len(self.runs.calls)
+        own, count, calls = rank(), ranks(), len(self.runs.calls)
         each = self.runs.measure_references(
             self.budget({}), lambda call: self.progress("dense outputs", call + 1, calls)
         )
@@ -246,26 +173,26 @@ class _Tuning:
         inputs = [f"{float(r.double().norm()):.4e}" for r in self.runs.references]
         kernels = self.calibration.device.kernels
         facts = [dataclasses.asdict(self.fingerprint), self.tokens, kernels, inputs]
-        with Journal(journal, facts, rank) as notes:
+        with Journal(journal, facts, own) as notes:
             # -1 is unknown. All ranks agree on what is known before any of them writes.
             known = [notes.finished.get(trial.key, -1.0) for trial in trials]
             found = torch.tensor(known, dtype=torch.float64)
-            _share(found)
+            share_largest(found)
             wanted = [at for at, error in enumerate(found.tolist()) if error < 0]
-            if on_cost is not None and rank == 0:
-                seconds = len(wanted) * each / ranks
-                on_cost(Cost(len(wanted), len(trials) - len(wanted), seconds, ranks))
-            mine = wanted[rank::ranks]
+            if on_cost is not None and own == 0:
+                seconds = len(wanted) * each / count
+                on_cost(Cost(len(wanted), len(trials) - len(wanted), seconds, count))
+            mine = wanted[own::count]
             for done, at in enumerate(mine, 1):
                 trial = trials[at]
                 alone = self.budget({trial.layer: (trial.choice,) * self.schedule.phases})
                 found[at] = self.runs.error(alone, trial.call)
                 notes.add(trial.key, float(found[at]))
                 self.progress("one layer sparse", done, len(mine))
-        _share(found)
+        share_largest(found)
         return [float(error) for error in found]
 
-    def _fitted(self, trials: list[_Trial], errors: list[float]) -> Allotment:
+    def _fitted(self, trials: list[Trial], errors: list[float]) -> Allotment:
         grouped: dict[tuple[str, int, Choice], list[Measurement]] = {}
         for trial, error in zip(trials, errors, strict=True):
             kind = dataclasses.replace(trial.choice, density=0.0)
@@ -465,58 +392,5 @@ class _Tuning:
         return found
 
 
-def _sites(model: nn.Module, call: ModelCall) -> tuple[tuple[str, AttentionShape], ...]:
-    """Layer and shape of every attention call that could be sparse."""
-    options = {"density": 0.5, "min_tokens": 1}
-    found = explain(model, *call.args, options=options, **call.kwargs)
-    sites = []
-    for site in found.sites:
-        if site.plan is not None:
-            batch, heads, q_tokens, k_tokens, dim = (size or 0 for size in site.shape)
-            kv_heads, text = site.kv_heads or heads, sum(count or 0 for count in site.text)
-            shape = AttentionShape(
-                batch, heads, kv_heads, q_tokens, k_tokens, dim, site.dtype, text
-            )
-            sites.append((site.layer, shape))
-    if not sites:
-        raise ValueError("no attention of the model could be sparse; `explain` says why")
-    return tuple(sites)
-
-
-def _kinds(shape: AttentionShape, settings: TuningSettings) -> tuple[Choice, ...]:
-    """Clusters and forms that are tried, at density 0."""
-    video, kinds = shape.k_tokens - shape.text, []
-    for sizes in settings.cluster_sizes:
-        queries, keys = (None, None) if sizes is None else (math.ceil(video / s) for s in sizes)
-        kinds += [Choice(0.0, queries, keys, form) for form in settings.forms]
-    return tuple(kinds)
-
-
-def _schedule(timesteps: Sequence[float], settings: TuningSettings) -> Schedule:
-    """Cut the timesteps of the calls into phases of equal numbers of them."""
-    ordered = sorted(set(timesteps), reverse=not settings.ascending)
-    if len(ordered) < settings.phases:
-        raise ValueError(
-            f"{settings.phases} phases need calls at as many timesteps; there are {len(ordered)}"
-        )
-    cuts = [round(i * len(ordered) / settings.phases) for i in range(1, settings.phases)]
-    starts = tuple((ordered[cut - 1] + ordered[cut]) / 2 for cut in cuts)
-    return Schedule(settings.dense_steps, starts, settings.dense_from, settings.ascending)
-
-
 def _rms(errors: Sequence[float]) -> float:
     return math.sqrt(statistics.fmean(error * error for error in errors))
-
-
-def _share(found: Tensor) -> None:
-    """Give every rank the largest of what the ranks hold in each place."""
-    if dist.is_initialized():
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

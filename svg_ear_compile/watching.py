@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 
+from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Result
 from svg_ear_compile.planning import rewrite_graph
 from svg_ear_compile.settings import Settings
 from svg_ear_compile.tracing import run_once

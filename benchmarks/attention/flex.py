@@ -16,9 +16,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarks.attention.gate import GATE, relative_error
 from benchmarks.attention.inputs import Inputs, exact_pairs
+from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Result
 
 TILE = 128
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.clusters import Clusters, Result
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Clusters, Result
 
 GATE = 1e-2
 """Relative error from which no time is printed: arithmetic in bf16 is below it."""
@@ -26,69 +25,38 @@ def passes(gate: float, error: float, plan: AttentionPlan) -> bool:
 
 
 def definition_rows(
-    q: Tensor, k: Tensor, v: Tensor, result: Result, plan: AttentionPlan, text: tuple[int, int],
-    head: tuple[int, int], rows: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, result: Result, plan: AttentionPlan, head: tuple[int, int],
+    rows: Tensor,
 ) -> Tensor:  # fmt: skip
     """`reference.attend` of a few queries (R, D) float64, from the labels and blocks of `result`.
 
-    Tables are rounded to the inputs' dtype as the kernels hold them, so that what is left is the
-    arithmetic.
+    Proxy tokens are rounded to the inputs' dtype as the kernels hold them, so that what is left is
+    the arithmetic.
     """
     b, h = head
     kv = h // (q.shape[1] // k.shape[1])
     scale = q.shape[-1] ** -0.5
-    keys, values = k[b, kv].double(), v[b, kv].double()
-    k_labels, clusters = result.keys.labels[b, kv].long(), result.keys.sizes.shape[-1]
-    q_clusters = result.queries.sizes.shape[-1]
-    centers = result.queries.centroids[b, h].to(q.dtype).double()
-    second = None
-    if plan.has_covariances:
-        of_rows = Clusters(
-            result.queries.labels[b, h, rows].long()[None, None],
-            centers[None, None],
-            result.queries.sizes[b : b + 1, h : h + 1],
-        )
-        of_keys = Clusters(
-            k_labels[None, None],
-            result.keys.centroids[b, kv].double()[None, None],
-            result.keys.sizes[b : b + 1, kv : kv + 1],
-        )
-        means, _ = reference.cluster_means(values[None, None], of_keys.labels, clusters)
-        tokens = (x[None, None] for x in (q[b, h, rows].double(), keys, values))
-        second = reference.covariance_terms(*tokens, of_rows, of_keys, means, plan, scale)
-    out = []
-    for place, row in enumerate(rows.tolist()):
-        i = int(result.queries.labels[b, h, row])
-        query = q[b, h, row].double()
-        if i == q_clusters:
-            out.append(torch.softmax(scale * keys @ query, 0) @ values)
-            continue
-        exact = torch.cat([result.exact[b, h, i], result.exact.new_ones(1)])
-        taken = exact[k_labels]
-        center = centers[i]
-        size = result.keys.sizes[b, kv].double()
-        weight = torch.exp(scale * keys @ center)
-        if not plan.has_own_tables:
-            weight = torch.ones_like(weight)
-
-        def over_blocks(x: Tensor) -> Tensor:
-            sums = x.new_zeros(clusters + 1, *x.shape[1:])
-            return sums.index_add_(0, k_labels, x)[:clusters]
-
-        mass = over_blocks(weight)
-        safe = mass.clamp(min=1e-300)[:, None]
-        key = (over_blocks(weight[:, None] * keys) / safe).to(q.dtype).double()
-        value = (over_blocks(weight[:, None] * values) / safe).to(q.dtype).double()
-        own = scale * key @ center if plan.has_own_tables else 0.0
-        bias = torch.where(
-            exact[:clusters] | (size == 0), -torch.inf, mass.clamp(min=1e-300).log() - own
-        )
-        if second is not None:
-            bias = bias + second.growth[0, 0, place]
-            value = value + second.move[0, 0, place]
-        logits = torch.cat([scale * keys[taken] @ query, scale * key @ query + bias])
-        out.append(torch.softmax(logits, 0) @ torch.cat([values[taken], value]))
-    return torch.stack(out)
+    queries, keys = (
+        Clusters(*(x[b : b + 1, at : at + 1] for x in found))
+        for found, at in ((result.queries, h), (result.keys, kv))
+    )
+    queries = Clusters(queries.labels[..., rows].long(), queries.centroids, queries.sizes)
+    keys = Clusters(keys.labels.long(), keys.centroids.double(), keys.sizes)
+    q = q[b : b + 1, h : h + 1, rows].double()
+    wide_k, wide_v = (x[b : b + 1, kv : kv + 1].double() for x in (k, v))
+    means, _ = reference.cluster_means(wide_v, keys.labels, keys.sizes.shape[-1])
+    proxies = reference.proxy_tokens(keys, means)
+    corrected = None
+    if plan.compensation == "gaussian":
+        corrected = reference.corrections(q, wide_k, wide_v, queries, keys, means, scale)
+    stored = proxies._replace(
+        keys=proxies.keys.to(k.dtype).double(), values=proxies.values.to(k.dtype).double()
+    )
+    exact = result.exact[b : b + 1, h : h + 1]
+    out, _ = reference.attend(
+        q, wide_k, wide_v, queries.labels, keys.labels, exact, stored, scale, corrected
+    )
+    return out[0, 0]
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -10,8 +10,8 @@ from torch import Tensor
 from benchmarks.attention.data import video_like
 from benchmarks.tuning.recorded import record
 from benchmarks.video_dit.data import TRAIN_SHAPE
+from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Result
 
 # name: (B, H, video tokens, text tokens, D)
 MODEL_SHAPES = {

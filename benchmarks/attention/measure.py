@@ -15,28 +15,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.attention.flex import flex_row
 from benchmarks.attention.gate import definition_rows, passes, relative_error
 from benchmarks.attention.inputs import Inputs, exact_pairs, plan_of
-from svg_ear_compile.cost_model.calibrate import backend_takes, busy_kernels_ms, busy_ms
+from svg_ear_compile.cost_model.calibrate import STAGE_OF_KERNEL
+from svg_ear_compile.cost_model.timing import backend_takes, busy_kernels_ms, busy_ms
+from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Result
 
 FUSED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-# Kernels by stage; whatever else runs sorts tokens by cluster or prepares them.
-STAGES = {
+# Kernels by stage, those of clustering one by one; whatever else runs sorts tokens by cluster.
+STAGES = STAGE_OF_KERNEL | {
     "kmeans_assign_kernel": "assign",
     "cluster_mean_kernel": "means",
     "moment_kernel": "means",
     "aim_kernel": "means",
-    "probe_kernel": "probe",
-    "route_kernel": "route",
-    "list_keys_kernel": "route",
-    "attend_kernel": "attend",
-    "attend_wgmma_kernel": "attend",
-    "covariance_kernel": "second order",
-    "growth_kernel": "second order",
-    "move_kernel": "second order",
 }
-STAGE_NAMES = ("assign", "means", "sort", "probe", "route", "attend", "second order")
+STAGE_NAMES = ("assign", "means", "sort", "probe", "route", "attend", "correction")
 _SAMPLED_ROWS = 48
 
 
@@ -191,9 +184,7 @@ def _gate(inputs: Inputs, plan: AttentionPlan, result: Result) -> float:
     _, heads, tokens, _ = inputs.q.shape
     rows = torch.randint(0, tokens, (_SAMPLED_ROWS,), generator=torch.Generator().manual_seed(1))
     head = (0, heads - 1)
-    wanted = definition_rows(
-        inputs.q, inputs.k, inputs.v, result, plan, (0, inputs.text), head, rows
-    )
+    wanted = definition_rows(inputs.q, inputs.k, inputs.v, result, plan, head, rows)
     return relative_error(result.out[head][rows], wanted)
 
 

@@ -11,7 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.attention.inputs import plan_of
+from svg_ear_compile.cost_model.device import Device
 from svg_ear_compile.cost_model.stages import Amount, AttentionShape, sparse_amounts
+from svg_ear_compile.kernels.gpu.launch import HOPPER
 
 _COLOURS = {
     "assign": "#1f77b4",
@@ -20,15 +22,15 @@ _COLOURS = {
     "probe": "#9467bd",
     "route": "#8c564b",
     "attend": "#d9622b",
-    "second order": "#2ca02c",
+    "correction": "#2ca02c",
 }
 # Stages of the cost model that a measured stage carries out.
 _AMOUNTS = {
     "assign": ("cluster",),
-    "probe": ("probe", "tables"),
+    "probe": ("probe",),
     "route": ("route",),
     "attend": ("attend",),
-    "second order": ("second_order",),
+    "correction": ("correction",),
 }
 
 
@@ -109,7 +111,9 @@ def _measured_amounts(row: dict[str, Any]) -> dict[str, Amount]:
         # The metric's moments are measured with the means, not with the assignment.
         cluster_metric="euclidean",
     )
-    amounts = sparse_amounts(shape, plan, "cuda")
+    # The roofline is of the H200 that the records are of.
+    device = Device("cuda", "", "", "", "", HOPPER)
+    amounts = sparse_amounts(shape, plan, device)
     return {
         stage: Amount(
             sum(amounts[part].flops for part in parts), sum(amounts[part].bytes for part in parts)

@@ -7,20 +7,24 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.attention.inputs import PAPERS_CLUSTERS
+from svg_ear_compile.kernels.plan import REMOVED
 
 Row = dict[str, Any]
 _DENSITIES = (0.2, 0.1)
 _FORMS = {
     "centroid": "centroid form",
-    "first_order": "first-order form",
     "gaussian": "Gaussian form",
 }
 _WHOLE = {
     "centroid": ("3.0x / 4.6x", "4.0x / 6.5x"),
-    "first_order": ("2.7x / 3.9x", "3.6x / 5.6x"),
     "gaussian": ("2.7x / 3.9x", "3.6x / 5.6x"),
 }
 _NOT_MEASURED = "not measured"
+
+
+def rows_of(record: dict[str, Any]) -> list[Row]:
+    """The rows of a record but those of forms that the operator had once."""
+    return [row for row in record["rows"] if row["form"] not in REMOVED]
 
 
 def targets_table(record: dict[str, Any]) -> str:
@@ -30,7 +34,7 @@ def targets_table(record: dict[str, Any]) -> str:
         record: of `python -m benchmarks.attention`. A row that it lacks, or whose gate failed, is
             said to be not measured.
     """
-    timed = [row for row in record["rows"] if "samples_ms" in row and row["form"] != "flex"]
+    timed = [row for row in rows_of(record) if "samples_ms" in row and row["form"] != "flex"]
     found = {(r["shape"], r["clusters"], r["form"], r["density"]): r for r in timed}
 
     def wan(form: str, density: float) -> Row | None:
@@ -53,9 +57,6 @@ def targets_table(record: dict[str, Any]) -> str:
     ]
     what = "Wan 14B, centroid form: everything but the attend stage, share of the dense time"
     lines.append((what, "7 %", "3.5 %", pair(rest)))
-    adds = [_added(wan("first_order", d), wan("centroid", d)) for d in _DENSITIES]
-    what = "Wan 14B: what the first-order form adds, share of the dense time"
-    lines.append((what, "4 %", "2.5 %", pair(adds)))
     for shape, model in (("wan14b-720p", "Wan 14B"), ("hunyuan-720p", "HunyuanVideo")):
         for form, name in _FORMS.items():
             rows = [found.get((shape, PAPERS_CLUSTERS, form, density)) for density in _DENSITIES]
@@ -97,12 +98,6 @@ def taken_over_speedup(row: Row) -> float:
 def _rest_taken_over(row: Row) -> float:
     stages = row["taken_over_stages_ms"]
     return float(sum(stages.values()) - stages["attend"]) / dense_ms(row)
-
-
-def _added(first_order: Row | None, centroid: Row | None) -> str | None:
-    if first_order is None or centroid is None:
-        return None
-    return f"{(_ms(first_order) - _ms(centroid)) / dense_ms(centroid):.1%}"
 
 
 def _shortest(rows: list[Row], ms: Callable[[Row], float]) -> str:

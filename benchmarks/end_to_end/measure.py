@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 import svg_ear_compile
 from benchmarks.end_to_end.models import Size
 from benchmarks.video_dit.sample import shifted_sigmas
-from svg_ear_compile.kernels.reference import Result
+from svg_ear_compile.kernels.clusters import Result
 
 # Everything that computes attention in a compiled graph, by the name of its event.
 _ATTENTION_EVENTS = ("svg_ear::attention", "aten::_scaled_dot_product", "aten::_flash_attention")

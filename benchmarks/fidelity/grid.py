@@ -105,6 +105,6 @@ def cells(models: Sequence[str]) -> list[Cell]:
         *made(IN_KERNELS, DENSITIES, CLUSTERS),
         *made([OURS], DENSITIES, _OTHER_CLUSTERS),
         *made([PAPER, OURS], DENSITIES, [FINE], WARM_UPS[1]),
-        *made(["uniform", "values", "score"], DENSITIES, [FINE]),
+        *made(["uniform", "values", "score", "first_order", "second_order"], DENSITIES, [FINE]),
     ]
     return list(dict.fromkeys(ordered))

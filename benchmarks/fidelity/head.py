@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from svg_ear_compile.kernels import reference
-from svg_ear_compile.kernels.reference import Clusters
+from svg_ear_compile.kernels.clusters import Clusters
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,21 @@ def members(labels: Tensor, sizes: Tensor) -> Members:
 
 @dataclass(frozen=True)
 class Blocks:
-    """What blocks look like from their query centroids; see `reference.Probe`.
+    """What blocks look like from their query centroids; see `routing.Probe`.
 
     Attributes:
-        log_error: (Qc, Kc).
-        mean_value: (Qc, Kc, D).
+        log_error, log_mass: (Qc, Kc).
+        mean_key, mean_value: (Qc, Kc, D), means under the weights of the query centroid.
     """
 
     log_error: Tensor
+    log_mass: Tensor
+    mean_key: Tensor
     mean_value: Tensor
 
 
 def probe(head: Head) -> Blocks:
-    """Stage 2, every block of a head; an empty block has log_error -inf."""
+    """Stage 2, every block of a head; an empty block has log_error and log_mass -inf."""
     keys = members(head.k_labels, head.k_sizes)
     inside = keys.inside[:, None]  # [Kc, 1, M]
     logits = head.scale * head.q_centroids @ head.k.T  # [Qc, N]
@@ -123,14 +125,16 @@ def probe(head: Head) -> Blocks:
     divisor = mass.clamp(min=torch.finfo(mass.dtype).tiny)[..., None]
     return Blocks(
         (error.clamp(min=0).log() + 2 * shift.squeeze(-1)).T,
+        (mass.log() + shift.squeeze(-1)).T,
+        ((weight @ head.k[keys.index]) / divisor).transpose(0, 1),
         ((weight @ v) / divisor).transpose(0, 1),
     )
 
 
-def error_score(head: Head, blocks: Blocks, cost_exponent: float = 1.0) -> Tensor:
-    """The paper's score ``log E_ij - gamma log(m_i n_j)``, (Qc, Kc)."""
+def error_score(head: Head, blocks: Blocks) -> Tensor:
+    """The paper's score ``log E_ij - log(m_i n_j)``, (Qc, Kc)."""
     area = head.q_sizes[:, None] * head.k_sizes
-    return blocks.log_error - cost_exponent * area.clamp(min=1).to(blocks.log_error.dtype).log()
+    return blocks.log_error - area.clamp(min=1).to(blocks.log_error.dtype).log()
 
 
 def mass_score(head: Head) -> Tensor:
@@ -141,7 +145,7 @@ def mass_score(head: Head) -> Tensor:
 def choose(head: Head, score: Tensor, density: float) -> Tensor:
     """In every row the best blocks while the area before them is below the budget, (Qc, Kc) bool.
 
-    The budget is that of `reference.area_budget`.
+    The budget is that of `routing.area_budget`.
     """
     occupied = head.k_sizes > 0
     budget = math.ceil(density * int(head.k_sizes.sum()))
@@ -158,30 +162,30 @@ def value_means(head: Head) -> Tensor:
     return means[0]
 
 
-def attend(head: Head, exact: Tensor, stand_ins: Tensor | None) -> Tensor:
-    """Stages 4 and 5, (N, D): one softmax over exact keys and stand-ins, or exact keys alone.
+def attend(head: Head, exact: Tensor, proxies: Tensor | None) -> Tensor:
+    """Stages 4 and 5, (N, D): one softmax over exact keys and proxy tokens, or exact keys alone.
 
     Args:
         head: tokens and clusters.
         exact: (Qc, Kc) bool.
-        stand_ins: value of every other block, (Qc, Kc, D), or (1, Kc, D) where all query clusters
+        proxies: value of every other block, (Qc, Kc, D), or (1, Kc, D) where all query clusters
             share them; their logits are ``c_ij + log n_j`` at the query instead of its centroid.
     """
     tokens = len(head.k)
     hidden = ~torch.nn.functional.pad(exact, (0, 1, 0, 1), value=True)[:, head.k_labels]
-    if stand_ins is None:
+    if proxies is None:
         logits = head.scale * head.q @ head.k.T
         return torch.softmax(logits.masked_fill_(hidden[head.q_labels], -math.inf), -1) @ head.v
     logits = head.scale * head.q @ torch.cat([head.k, head.k_centroids]).T  # [N, N_k + Kc]
     logits[:, tokens:] += head.k_sizes.to(head.q.dtype).log()
-    # Exact and empty blocks have no stand-in; text queries (row Qc) have none at all.
+    # Exact and empty blocks have no proxy token; text queries (row Qc) have none at all.
     without = torch.nn.functional.pad(exact | (head.k_sizes == 0), (0, 0, 0, 1), value=True)
     hidden = torch.cat([hidden, without], 1)
     weights = torch.softmax(logits.masked_fill_(hidden[head.q_labels], -math.inf), -1)
-    if stand_ins.shape[0] == 1:
-        return weights @ torch.cat([head.v, stand_ins[0]])
+    if proxies.shape[0] == 1:
+        return weights @ torch.cat([head.v, proxies[0]])
     out = weights[:, :tokens] @ head.v
     rows = members(head.q_labels, head.q_sizes)
     mine = weights[:, tokens:][rows.index]  # [Qc, M, Kc]
-    out[rows.index[rows.inside]] += (mine @ stand_ins)[rows.inside]
+    out[rows.index[rows.inside]] += (mine @ proxies)[rows.inside]
     return out

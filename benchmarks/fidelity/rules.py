@@ -1,8 +1,8 @@
 """Every rule that is compared: what it computes exactly and what it does with the rest.
 
 The paper's rule and the operator's own compensations go through the operator that users get. The
-others are written out in plain PyTorch (`head.py`) from their published descriptions: SVG2 is
-arXiv 2505.18875, SVG-EAR arXiv 2603.08982.
+others are written out in plain PyTorch (`head.py`, `orders.py`), the published ones from their
+descriptions: SVG2 is arXiv 2505.18875, SVG-EAR arXiv 2603.08982.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.fidelity import head
+from benchmarks.fidelity import head, orders
 from benchmarks.fidelity.head import Head, heads_of
 from svg_ear_compile.kernels import op, reference, state
 from svg_ear_compile.kernels.plan import AttentionPlan, ClusterMetric, Compensation
@@ -94,8 +94,8 @@ RULES = {
     "paper": Rule("paper (SVG-EAR)", compensation="centroid"),
     "paper_clusters": Rule("paper, clusters by logits", compensation="centroid", metric="logits"),
     "values": Rule("first order, values only", by_head=values_only),
-    "first_order": Rule("first order", compensation="first_order", metric="logits"),
-    "second_order": Rule("second order", compensation="second_order", metric="logits"),
+    "first_order": Rule("first order", metric="logits", by_head=orders.first_order),
+    "second_order": Rule("second order", metric="logits", by_head=orders.second_order),
     "gaussian": Rule(
         "Gaussian (svg_ear)",
         compensation="gaussian",

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.attention.inputs import plan_of
-from benchmarks.attention.targets import dense_ms
+from benchmarks.attention.targets import dense_ms, rows_of
 from svg_ear_compile import pictures
 from svg_ear_compile.cost_model import calibration as calibrations
 from svg_ear_compile.cost_model import latency
@@ -46,7 +46,7 @@ def calibration_for(record: dict[str, Any]) -> Calibration:
 def compared(record: dict[str, Any], calibration: Calibration) -> list[tuple[str, Comparison]]:
     """Shape and predicted times of every timed sparse row whose plan is not dense."""
     found = []
-    for row in record["rows"]:
+    for row in rows_of(record):
         if "samples_ms" not in row or row["form"] == "flex" or row["density"] >= 1:
             continue
         plan = plan_of(row["clusters"], row["form"], row["density"])
@@ -75,7 +75,7 @@ def compared(record: dict[str, Any], calibration: Calibration) -> list[tuple[str
         if "taken_over_samples_ms" in row:
             later = statistics.median(row["taken_over_samples_ms"])
             sample = replace(sample, op_ms=later, stages_ms=row.get("taken_over_stages_ms", {}))
-            op = latency.sparse_ms(shape, plan, calibration, "taken_over").total
+            op = latency.sparse_ms(shape, plan, calibration, "reused").total
             found.append((f"{row['shape']}, taken over", Comparison(sample, op, dense)))
     return found
 

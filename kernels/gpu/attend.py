@@ -1,4 +1,4 @@
-"""Stages 4 and 5 on a GPU: exact keys and the stand-ins of skipped blocks in one online softmax.
+"""Stages 4 and 5 on a GPU: exact keys and the proxy tokens of skipped blocks in one online softmax.
 
 Queries are gathered by cluster and the output scattered to its token inside the kernel, so neither
 Q, K, V nor the output is ever permuted in memory.
@@ -88,11 +88,11 @@ def attend_kernel(
     k_start_ptr,  # (G_kv, Kc + 3) int32
     list_ptr,  # (L, Qc, pitch) int32
     row_ptr,  # (L, Qc, 3) int32
-    stand_in_key_ptr,  # (L, Qc, Kc, D), or (G_kv, Kc, D) in the centroid form
-    stand_in_value_ptr,  # like stand_in_key_ptr
+    proxy_key_ptr,  # (G_kv, Kc, D)
+    proxy_value_ptr,  # (G_kv, Kc, D)
     bias_ptr,  # (L, Qc, Kc) float32 log2, -inf where the block is exact or empty
-    growth_ptr,  # (G, N_q) float32 log2, added to the logits of a query's stand-ins
-    share_ptr,  # (G, N_q) float32, out: weight of a query's stand-ins
+    correction_ptr,  # (G, N_q) float32 log2, added to the logits of a query's proxy tokens
+    weight_ptr,  # (G, N_q) float32, out: weight of a query's proxy tokens
     stride_qb,
     stride_qh,
     stride_qn,
@@ -119,8 +119,7 @@ def attend_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    OWN_TABLES: tl.constexpr,
-    SECOND_ORDER: tl.constexpr,
+    CORRECTED: tl.constexpr,
     WRITE_LSE: tl.constexpr,
     WIDE: tl.constexpr,  # offsets inside one head of K or V pass 2^31 elements
 ):
@@ -150,14 +149,14 @@ def attend_kernel(
     if i == q_clusters:  # text and non-finite queries: every key, in sorted order
         listed, run, run_keys, text_keys = 0, 0, text_end, 0
         row = local * q_clusters
-        stand_ins = 0
+        proxy_count = 0
     else:
         row = local * q_clusters + i
         listed = tl.load(row_ptr + row * 3)
         run = tl.load(row_ptr + row * 3 + 1)
         run_keys = tl.load(row_ptr + row * 3 + 2)
         text_keys = text_end - text_start
-        stand_ins = k_clusters
+        proxy_count = k_clusters
     keys = listed + run_keys + text_keys
     list_row = list_ptr + row * pitch
     order_row = k_order_ptr + g_kv * k_tokens
@@ -183,35 +182,34 @@ def attend_kernel(
         key = listed_token(at, keys, listed, run, run_keys, text_start, list_row, order_row)
         k = load_rows(k_base, key, stride_kn, d, D, BLOCK_D, WIDE)
         v = load_rows(v_base, key, stride_vn, d, D, BLOCK_D, WIDE)
-        # Key 0 stands in for places past the end; its value must not reach the sum as 0 * inf.
+        # Key 0 is read for places past the end; its value must not reach the sum as 0 * inf.
         v = tl.where(inside[:, None], v, 0.0)
         bias = tl.where(inside, 0.0, float("-inf"))[None, :]
         logit_key = tl.where(inside[:, None], k, 0.0)
         acc, total, largest = fold(q, logit_key, v, bias, acc, total, largest, to_log2, True)
 
-    # Tables of one row lie next to each other; the centroid form's are shared by all rows.
-    table = (row if OWN_TABLES else g_kv) * k_clusters * D
+    proxies = g_kv * k_clusters * D
     bias_row = bias_ptr + row * k_clusters
     of_keys = largest + tl.log2(total)  # [BM], -inf where there is none
-    for first in range(0, stand_ins, BLOCK_N):
+    for first in range(0, proxy_count, BLOCK_N):
         j = first + n
         bias = tl.load(bias_row + j, mask=j < k_clusters, other=float("-inf"))
         j = tl.minimum(j, k_clusters - 1)
-        k = load_rows(stand_in_key_ptr + table, j, D, d, D, BLOCK_D, False)
-        v = load_rows(stand_in_value_ptr + table, j, D, d, D, BLOCK_D, False)
+        k = load_rows(proxy_key_ptr + proxies, j, D, d, D, BLOCK_D, False)
+        v = load_rows(proxy_value_ptr + proxies, j, D, d, D, BLOCK_D, False)
         bias = bias[None, :]
-        if SECOND_ORDER:
-            growth = tl.load(growth_ptr + g * q_tokens + token, mask=in_cluster, other=0.0)
-            bias = bias + growth[:, None]
+        if CORRECTED:
+            correction = tl.load(correction_ptr + g * q_tokens + token, mask=in_cluster, other=0.0)
+            bias = bias + correction[:, None]
         acc, total, largest = fold(q, k, v, bias, acc, total, largest, to_log2, True)
 
     # A row without any key gives 0 and -inf, as PyTorch's boolean masks do; a NaN row stays NaN.
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_row = out_ptr + b * stride_ob + h * stride_oh + token[:, None] * stride_on + d[None, :]
     tl.store(out_row, out.to(out_ptr.dtype.element_ty), mask=q_mask)
-    if SECOND_ORDER:
-        share = 1.0 - tl.where(total == 0.0, 1.0, tl.exp2(of_keys - largest - tl.log2(total)))
-        tl.store(share_ptr + g * q_tokens + token, share, mask=in_cluster)
+    if CORRECTED:
+        weight = 1.0 - tl.where(total == 0.0, 1.0, tl.exp2(of_keys - largest - tl.log2(total)))
+        tl.store(weight_ptr + g * q_tokens + token, weight, mask=in_cluster)
     if WRITE_LSE:
         lse = (largest + tl.log2(total)) * LN2
         tl.store(lse_ptr + g * q_tokens + token, lse, mask=in_cluster)

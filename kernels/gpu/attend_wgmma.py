@@ -8,8 +8,10 @@ the softmax of t + 1 may run while the values of t are still being multiplied ("
 arXiv 2407.08608, sections 3.1 and 3.2).
 
 A row's work is one sequence of tiles: its listed keys, its crossing block and always-exact keys,
-then its stand-ins. Copies run on across the borders; only the softmax knows which tile needs a
+then its proxy tokens. Copies run on across the borders; only the softmax knows which tile needs a
 bias.
+
+Longer than other files: it is one kernel, and its parts are of no use to any other.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from svg_ear_compile.kernels.gpu.launch import WGMMA_SHARE
+from svg_ear_compile.kernels.gpu.launch import WGMMA_SUBTILE
 
 # Gluon's names since Triton 3.7, and before.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -37,7 +39,7 @@ GATHER_WARPS = gl.constexpr(4)
 CONSUMER_REGISTERS = gl.constexpr(152)
 GATHER_REGISTERS = gl.constexpr(56)
 CONSUMERS = gl.constexpr(3)
-SHARE = gl.constexpr(WGMMA_SHARE)  # queries of one consumer
+SUBTILE = gl.constexpr(WGMMA_SUBTILE)  # queries of one consumer
 
 
 @gluon.jit
@@ -55,7 +57,7 @@ def key_rows(
     order_row,
     BLOCK_N: gl.constexpr,
 ):
-    """Rows [BN] of tile `tile` in K and V or, past the keys, in the stand-ins; -1 where none is."""
+    """Rows [BN] of tile `tile` in K and V or, past the keys, of proxy tokens; -1 where none is."""
     at = tile * BLOCK_N + n  # [BN]
     if (tile + 1) * BLOCK_N <= listed:
         row = gl.load(list_row + at)
@@ -77,25 +79,25 @@ def tile_bias(tile, n, key_tiles, keys, k_clusters, bias_row, BLOCK_N: gl.conste
     at = tile * BLOCK_N + n
     j = at - key_tiles * BLOCK_N
     of_keys = tile < key_tiles
-    stand_in = gl.load(
+    of_proxy = gl.load(
         bias_row + j, mask=(j >= 0) & (j < k_clusters) & (not of_keys), other=float("-inf")
     )
-    return gl.where(of_keys & (at < keys), 0.0, stand_in)
+    return gl.where(of_keys & (at < keys), 0.0, of_proxy)
 
 
 @gluon.jit
 def softmax_step(
-    logit, bias, growth, of_keys, total, rest, largest, to_log2,
-    BIASED: gl.constexpr, SECOND_ORDER: gl.constexpr,
+    logit, bias, correction, of_keys, total, rest, largest, to_log2,
+    BIASED: gl.constexpr, CORRECTED: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax on logits [BM, BN]: weights, shrink, total, rest, largest.
 
-    `rest` [BM] is the part of `total` that stand-ins have.
+    `rest` [BM] is the part of `total` that proxy tokens have.
     """
     if BIASED:
         logit = logit * to_log2 + gl.expand_dims(bias, 0)
-        if SECOND_ORDER:
-            logit = logit + gl.expand_dims(gl.where(of_keys, 0.0, growth), 1)
+        if CORRECTED:
+            logit = logit + gl.expand_dims(gl.where(of_keys, 0.0, correction), 1)
         now = gl.maximum(largest, gl.max(logit, 1))
         # Nothing seen so far: any finite shift will do.
         shift = gl.where(now == float("-inf"), 0.0, now)
@@ -107,7 +109,7 @@ def softmax_step(
     shrink = gl.exp2(largest - shift)
     mass = gl.sum(weight, 1)
     total = total * shrink + mass
-    if BIASED and SECOND_ORDER:  # before, there are no stand-ins
+    if BIASED and CORRECTED:  # before, there are no proxy tokens
         rest = rest * shrink + gl.where(of_keys, 0.0, mass)
     return weight, shrink, total, rest, now
 
@@ -116,7 +118,7 @@ def softmax_step(
 def gather(
     k_shared, v_shared, k_full, k_empty, v_full, v_empty,
     count, key_tiles, listed, run, run_keys, text_start, keys, k_clusters, list_row, order_row,
-    k_base, v_base, stride_kn, stride_vn, table_key, table_value,
+    k_base, v_base, stride_kn, stride_vn, proxy_key, proxy_value,
 ):  # fmt: skip
     """Copies the rows of every tile into shared memory; a row of -1 is filled with 0."""
     STAGES: gl.constexpr = k_shared.shape[0]
@@ -136,12 +138,12 @@ def gather(
         at = gl.expand_dims(gl.maximum(row, 0), 1)
         stage = t % STAGES
         free = (t // STAGES + 1) & 1
-        k_from = gl.where(of_keys, k_base, table_key)
+        k_from = gl.where(of_keys, k_base, proxy_key)
         k_stride = gl.multiple_of(gl.where(of_keys, stride_kn, D), 16)
         mbarrier.wait(k_empty.index(stage), free)
         copy_rows(k_shared.index(stage), k_from + (at * k_stride + d), mask=there)
         async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
-        v_from = gl.where(of_keys, v_base, table_value)
+        v_from = gl.where(of_keys, v_base, proxy_value)
         v_stride = gl.multiple_of(gl.where(of_keys, stride_vn, D), 16)
         mbarrier.wait(v_empty.index(stage), free)
         copy_rows(v_shared.index(stage), v_from + (at * v_stride + d), mask=there)
@@ -153,8 +155,8 @@ def gather(
 
 @gluon.jit
 def advance(
-    t, weight, acc, total, rest, largest, bias, growth, of_keys, q_share, k_shared, v_shared,
-    k_full, k_empty, v_full, v_empty, to_log2, BIASED: gl.constexpr, SECOND_ORDER: gl.constexpr,
+    t, weight, acc, total, rest, largest, bias, correction, of_keys, q_subtile, k_shared, v_shared,
+    k_full, k_empty, v_full, v_empty, to_log2, BIASED: gl.constexpr, CORRECTED: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of tile t > 0 while the values of tile t - 1 are multiplied."""
     STAGES: gl.constexpr = k_shared.shape[0]
@@ -166,16 +168,16 @@ def advance(
     mbarrier.wait(v_full.index(before), ((t - 1) // STAGES) & 1)
     mbarrier.wait(k_full.index(stage), (t // STAGES) & 1)
     fence_async_shared()
-    nothing = gl.zeros([SHARE, BLOCK_N], gl.float32, logit_layout)
+    nothing = gl.zeros([SUBTILE, BLOCK_N], gl.float32, logit_layout)
     logit = warpgroup_mma(
-        q_share, k_shared.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
+        q_subtile, k_shared.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
     )
     acc = warpgroup_mma(weight, v_shared.index(before), acc, is_async=True)
     logit = warpgroup_mma_wait(1, deps=[logit])
     barrier()
     mbarrier.arrive(k_empty.index(stage), count=1)
     following, shrink, total, rest, largest = softmax_step(
-        logit, bias, growth, of_keys, total, rest, largest, to_log2, BIASED, SECOND_ORDER
+        logit, bias, correction, of_keys, total, rest, largest, to_log2, BIASED, CORRECTED
     )
     acc = warpgroup_mma_wait(0, deps=[acc])
     barrier()
@@ -186,18 +188,18 @@ def advance(
 
 
 @gluon.jit
-def attend_share(
-    q_share, first_place, k_shared, v_shared, k_full, k_empty, v_full, v_empty,
+def attend_subtile(
+    q_subtile, first_place, k_shared, v_shared, k_full, k_empty, v_full, v_empty,
     count, whole, key_tiles, keys, k_clusters, bias_row, cluster_end, q_base, out_base,
-    lse_row, growth_row, share_row, order_row, stride_qn, stride_on, to_log2, lse_end,
-    SECOND_ORDER: gl.constexpr,
+    lse_row, correction_row, weight_row, order_row, stride_qn, stride_on, to_log2, lse_end,
+    CORRECTED: gl.constexpr,
 ):  # fmt: skip
-    """SHARE queries of one cluster from place `first_place` of the sorted order on."""
+    """SUBTILE queries of one cluster from place `first_place` of the sorted order on."""
     STAGES: gl.constexpr = k_shared.shape[0]
     BLOCK_N: gl.constexpr = k_shared.shape[1]
     D: gl.constexpr = k_shared.shape[2]
     warps: gl.constexpr = gl.num_warps()
-    dtype: gl.constexpr = q_share.dtype
+    dtype: gl.constexpr = q_subtile.dtype
     lanes: gl.constexpr = D // 8
     copied: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [warps, 1], [1, 0])
     rows_copied: gl.constexpr = gl.SliceLayout(1, copied)
@@ -217,52 +219,52 @@ def attend_share(
             barrier()
             mbarrier.arrive(v_empty.index(t % STAGES), count=1)
     else:
-        m = first_place + gl.arange(0, SHARE, rows_copied)  # [BM]
+        m = first_place + gl.arange(0, SUBTILE, rows_copied)  # [BM]
         token = gl.load(order_row + m, mask=m < cluster_end, other=0).to(gl.int64)
         d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, copied)), 0)  # [1, D]
         there = gl.expand_dims(m < cluster_end, 1)
-        copy_rows(q_share, q_base + (gl.expand_dims(token * stride_qn, 1) + d), mask=there)
+        copy_rows(q_subtile, q_base + (gl.expand_dims(token * stride_qn, 1) + d), mask=there)
         async_copy.commit_group()
         async_copy.wait_group(0)
         fence_async_shared()
         barrier()
 
         n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, logit_layout))  # [BN]
-        acc = gl.zeros([SHARE, D], gl.float32, acc_layout)
-        largest = gl.full([SHARE], float("-inf"), gl.float32, logit_rows)
-        total = gl.zeros([SHARE], gl.float32, logit_rows)
-        rest = gl.zeros([SHARE], gl.float32, logit_rows)
-        growth = gl.zeros([SHARE], gl.float32, logit_rows)
-        if SECOND_ORDER:
+        acc = gl.zeros([SUBTILE, D], gl.float32, acc_layout)
+        largest = gl.full([SUBTILE], float("-inf"), gl.float32, logit_rows)
+        total = gl.zeros([SUBTILE], gl.float32, logit_rows)
+        rest = gl.zeros([SUBTILE], gl.float32, logit_rows)
+        correction = gl.zeros([SUBTILE], gl.float32, logit_rows)
+        if CORRECTED:
             of_row = gl.convert_layout(token, logit_rows)
-            growth = gl.load(growth_row + of_row)
+            correction = gl.load(correction_row + of_row)
         if count > 0:
             bias = tile_bias(0, n, key_tiles, keys, k_clusters, bias_row, BLOCK_N)
             mbarrier.wait(k_full.index(0), 0)
             fence_async_shared()
-            nothing = gl.zeros([SHARE, BLOCK_N], gl.float32, logit_layout)
+            nothing = gl.zeros([SUBTILE, BLOCK_N], gl.float32, logit_layout)
             logit = warpgroup_mma(
-                q_share, k_shared.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True
+                q_subtile, k_shared.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True
             )
             logit = warpgroup_mma_wait(0, deps=[logit])
             barrier()
             mbarrier.arrive(k_empty.index(0), count=1)
             weight, _, total, rest, largest = softmax_step(
-                logit, bias, growth, key_tiles > 0, total, rest, largest, to_log2, True,
-                SECOND_ORDER,
+                logit, bias, correction, key_tiles > 0, total, rest, largest, to_log2, True,
+                CORRECTED,
             )  # fmt: skip
             weight = gl.convert_layout(weight.to(dtype), weight_layout)
             for t in range(1, whole):
                 weight, acc, total, rest, largest = advance(
-                    t, weight, acc, total, rest, largest, bias, growth, True, q_share, k_shared,
-                    v_shared, k_full, k_empty, v_full, v_empty, to_log2, False, SECOND_ORDER,
+                    t, weight, acc, total, rest, largest, bias, correction, True, q_subtile,
+                    k_shared, v_shared, k_full, k_empty, v_full, v_empty, to_log2, False, CORRECTED,
                 )  # fmt: skip
             for t in range(gl.maximum(whole, 1), count):
                 bias = tile_bias(t, n, key_tiles, keys, k_clusters, bias_row, BLOCK_N)
                 weight, acc, total, rest, largest = advance(
-                    t, weight, acc, total, rest, largest, bias, growth, t < key_tiles, q_share,
-                    k_shared, v_shared, k_full, k_empty, v_full, v_empty, to_log2, True,
-                    SECOND_ORDER,
+                    t, weight, acc, total, rest, largest, bias, correction, t < key_tiles,
+                    q_subtile, k_shared, v_shared, k_full, k_empty, v_full, v_empty, to_log2, True,
+                    CORRECTED,
                 )  # fmt: skip
             last = (count - 1) % STAGES
             mbarrier.wait(v_full.index(last), ((count - 1) // STAGES) & 1)
@@ -271,20 +273,20 @@ def attend_share(
             acc = warpgroup_mma_wait(0, deps=[acc])
 
         # A row without any key gives 0 and -inf, as PyTorch's boolean masks do; NaN stays NaN.
-        share = gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), acc_rows)
-        out = acc * gl.expand_dims(share, 1)
+        inverse = gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), acc_rows)
+        out = acc * gl.expand_dims(inverse, 1)
         barrier()
-        q_share.store(out.to(dtype))
+        q_subtile.store(out.to(dtype))
         barrier()
         # Read again: kept through the loops, the tokens would take 16 registers.
         token = gl.load(order_row + m, mask=m < cluster_end, other=0).to(gl.int64)
         out_row = out_base + (gl.expand_dims(token * stride_on, 1) + d)
-        gl.store(out_row, q_share.load(copied), mask=there)
+        gl.store(out_row, q_subtile.load(copied), mask=there)
         lse = gl.convert_layout((largest + gl.log2(total)) * LN2, rows_copied)
         gl.store(lse_row + token, lse, mask=m < lse_end)
-        if SECOND_ORDER:
-            of_stand_ins = gl.convert_layout(rest / gl.where(total == 0.0, 1.0, total), rows_copied)
-            gl.store(share_row + token, of_stand_ins, mask=m < cluster_end)
+        if CORRECTED:
+            of_proxies = gl.convert_layout(rest / gl.where(total == 0.0, 1.0, total), rows_copied)
+            gl.store(weight_row + token, of_proxies, mask=m < cluster_end)
 
 
 @gluon.jit(
@@ -314,11 +316,11 @@ def attend_wgmma_kernel(
     k_start_ptr,  # (G_kv, Kc + 3) int32
     list_ptr,  # (L, Qc, pitch) int32
     row_ptr,  # (L, Qc, 3) int32
-    stand_in_key_ptr,  # (L, Qc, Kc, D), or (G_kv, Kc, D) in the centroid form
-    stand_in_value_ptr,  # like stand_in_key_ptr
+    proxy_key_ptr,  # (G_kv, Kc, D)
+    proxy_value_ptr,  # (G_kv, Kc, D)
     bias_ptr,  # (L, Qc, Kc) float32 log2, -inf where the block is exact or empty
-    growth_ptr,  # (G, N_q) float32 log2, added to the logits of a query's stand-ins
-    share_ptr,  # (G, N_q) float32, out: weight of a query's stand-ins
+    correction_ptr,  # (G, N_q) float32 log2, added to the logits of a query's proxy tokens
+    weight_ptr,  # (G, N_q) float32, out: weight of a query's proxy tokens
     stride_qb,
     stride_qh,
     stride_qn,
@@ -345,14 +347,13 @@ def attend_wgmma_kernel(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,  # tiles of K, and of V, in shared memory
-    OWN_TABLES: gl.constexpr,
-    SECOND_ORDER: gl.constexpr,
+    CORRECTED: gl.constexpr,
     WRITE_LSE: gl.constexpr,
 ):
     """One tile of BLOCK_M queries of one cluster."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    gl.static_assert(BLOCK_M == CONSUMERS * SHARE)
+    gl.static_assert(BLOCK_M == CONSUMERS * SUBTILE)
     local = gl.program_id(1).to(gl.int64)
     g = first_head + local
     tile = gl.program_id(0)
@@ -376,16 +377,15 @@ def attend_wgmma_kernel(
     run = gl.where(dense, 0, gl.load(row_ptr + row * 3 + 1))
     run_keys = gl.where(dense, text_end, gl.load(row_ptr + row * 3 + 2))
     keys = listed + run_keys + gl.where(dense, 0, text_end - text_start)
-    stand_ins = gl.where(dense, 0, k_clusters)
+    proxy_count = gl.where(dense, 0, k_clusters)
     key_tiles = (keys + BLOCK_N - 1) // BLOCK_N
-    count = key_tiles + (stand_ins + BLOCK_N - 1) // BLOCK_N
+    count = key_tiles + (proxy_count + BLOCK_N - 1) // BLOCK_N
     # A tile that is not there gathers and attends nothing.
     count = gl.where(there, count, 0)
     cluster_end = gl.where(there, cluster_end, 0)
-    # Tables of one row lie next to each other; the centroid form's are shared by all rows.
-    table = (row if OWN_TABLES else g_kv) * k_clusters * D
+    proxies = g_kv * k_clusters * D
 
-    q_shared = gl.allocate_shared_memory(dtype, [CONSUMERS, SHARE, D], shared)
+    q_shared = gl.allocate_shared_memory(dtype, [CONSUMERS, SUBTILE, D], shared)
     k_shared = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], shared)
     v_shared = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], shared)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -403,8 +403,8 @@ def attend_wgmma_kernel(
     k_base = k_ptr + b * stride_kb + kv_head * stride_kh
     v_base = v_ptr + b * stride_vb + kv_head * stride_vh
     # Triton 3.6 fails on an argument that a group of warps is given and does not use.
-    growth_base = growth_ptr if SECOND_ORDER else lse_ptr
-    share_base = share_ptr if SECOND_ORDER else lse_ptr
+    correction_base = correction_ptr if CORRECTED else lse_ptr
+    weight_base = weight_ptr if CORRECTED else lse_ptr
     tiles_shared = (k_shared, v_shared, k_full, k_empty, v_full, v_empty)
     work = (
         count, gl.minimum(listed // BLOCK_N, count), key_tiles, keys, k_clusters,
@@ -412,22 +412,22 @@ def attend_wgmma_kernel(
     )  # fmt: skip
     rows = (
         cluster_end, q_ptr + b * stride_qb + h * stride_qh, out_ptr + b * stride_ob + h * stride_oh,
-        lse_ptr + g * q_tokens, growth_base + g * q_tokens, share_base + g * q_tokens,
+        lse_ptr + g * q_tokens, correction_base + g * q_tokens, weight_base + g * q_tokens,
         q_order_ptr + g * q_tokens, stride_qn, stride_on, scale * LOG2E,
-        cluster_end if WRITE_LSE else 0, SECOND_ORDER,
+        cluster_end if WRITE_LSE else 0, CORRECTED,
     )  # fmt: skip
     rows_of_keys = (
         count, key_tiles, listed, run, run_keys, text_start, keys, k_clusters, list_row, order_row,
-        k_base, v_base, stride_kn, stride_vn, stand_in_key_ptr + table, stand_in_value_ptr + table,
+        k_base, v_base, stride_kn, stride_vn, proxy_key_ptr + proxies, proxy_value_ptr + proxies,
     )  # fmt: skip
     first = (q_shared.index(0), place)
-    second = (q_shared.index(1), place + SHARE)
-    third = (q_shared.index(2), place + 2 * SHARE)
+    second = (q_shared.index(1), place + SUBTILE)
+    third = (q_shared.index(2), place + 2 * SUBTILE)
     gl.warp_specialize(
         [
-            (attend_share, first + tiles_shared + work + rows),
-            (attend_share, second + tiles_shared + work + rows),
-            (attend_share, third + tiles_shared + work + rows),
+            (attend_subtile, first + tiles_shared + work + rows),
+            (attend_subtile, second + tiles_shared + work + rows),
+            (attend_subtile, third + tiles_shared + work + rows),
             (gather, tiles_shared + rows_of_keys),
         ],
         [4, 4, GATHER_WARPS],

@@ -9,8 +9,13 @@ import torch
 import triton
 from torch import Tensor
 
-from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.clusters import Blocks, Clusters, Result, initial_centroids
 from svg_ear_compile.kernels.gpu.attend import attend_kernel
+from svg_ear_compile.kernels.gpu.correction import (
+    correct_values,
+    curvature_and_slope,
+    logit_corrections,
+)
 from svg_ear_compile.kernels.gpu.kmeans import (
     SortedClusters,
     Spread,
@@ -28,17 +33,11 @@ from svg_ear_compile.kernels.gpu.launch import (
 from svg_ear_compile.kernels.gpu.metric import logit_metrics
 from svg_ear_compile.kernels.gpu.probe import probe_kernel
 from svg_ear_compile.kernels.gpu.route import list_keys_kernel, route_kernel
-from svg_ear_compile.kernels.gpu.second_order import (
-    add_moves,
-    curvature_and_slope,
-    growth_and_length,
-)
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Blocks, Clusters, Result
 
-# Tables and lists of the heads in flight, as a share of the bytes of Q, K, V and the output; the
+# Scores and lists of the heads in flight, as a fraction of the bytes of Q, K, V and the output; the
 # floor keeps small problems in one launch.
-WORKSPACE_SHARE = 0.35
+WORKSPACE_FRACTION = 0.35
 WORKSPACE_FLOOR = 256 << 20
 
 
@@ -57,9 +56,8 @@ def sparse_attention(
 ) -> Result:
     """All five stages; arguments and result as `reference.sparse_attention`.
 
-    Query clusters that are made here are trimmed to `LaunchConfig.shares`. Nothing waits for the
-    device. The output has the dtype and layout of q; `Result.lse` is empty
-    unless `return_lse`; labels and sizes are int32.
+    The query tile is `LaunchConfig.query_tile`. Nothing waits for the device. The output has the
+    dtype and layout of q; `Result.lse` is empty unless `return_lse`; labels and sizes are int32.
     """
     if scale is not None and scale < 0:  # the kernels take the largest logit before they scale
         q, scale = -q, -scale
@@ -79,11 +77,9 @@ def sparse_attention(
     attend = config.wgmma or config.attend
     queries, keys = _clustered(q, k, mask, plan, text, centroids, blocks, config)
     q_clusters, k_clusters = queries.centroids.shape[1], keys.centroids.shape[1]
-    own_tables = plan.has_own_tables
-    probed = blocks is None or own_tables
     value_means = torch.zeros_like(keys.centroids)
     spread = None
-    if probed:
+    if blocks is None:
         spread = Spread(*(torch.empty_like(keys.order, dtype=torch.float32) for _ in range(2)))
     rounded_value_means = cluster_means(v, keys.order, keys.starts, value_means, config, spread)
 
@@ -99,31 +95,25 @@ def sparse_attention(
     listed = math.ceil(plan.density * k_tokens) if plan.routing == "density" else k_tokens
     tile_cluster, tile_place = query_tiles(queries, q_tokens, attend.rows)
     pairs = q_clusters * k_clusters
-    table_bytes = 2 * dim * q.element_size() if own_tables else 0
-    per_head = pairs * (table_bytes + 4 * 5) + q_clusters * listed * 4
+    per_head = pairs * 4 * 5 + q_clusters * listed * 4
     tensors = (2 * q.numel() + 2 * k.numel()) * q.element_size()
-    room = max(WORKSPACE_FLOOR, int(WORKSPACE_SHARE * tensors))
+    room = max(WORKSPACE_FLOOR, int(WORKSPACE_FRACTION * tensors))
     step = min(groups, max(1, room // per_head))
 
     def table(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(step, q_clusters, *shape, dtype=dtype, device=q.device)
 
     bias = table(k_clusters)
-    log_error, log_mass, logit = (table(k_clusters) if probed else bias for _ in range(3))
+    log_error, log_mass, logit = (table(k_clusters) if blocks is None else bias for _ in range(3))
     offset = table(k_clusters, dtype=torch.int32)
     rows = table(3, dtype=torch.int32)
     key_list = table(listed, dtype=torch.int32)
-    if own_tables:
-        stand_in_key = table(k_clusters, dim, dtype=k.dtype)
-        stand_in_value = table(k_clusters, dim, dtype=v.dtype)
-    else:
-        stand_in_key, stand_in_value = keys.rounded, rounded_value_means
-    second_order = plan.has_covariances
-    grown = share = bias  # never read, never written
-    if second_order:
+    corrected = plan.compensation == "gaussian"
+    correction = proxy_weight = bias  # never read, never written
+    if corrected:
         curvature, slope = curvature_and_slope(k, v, keys, rounded_value_means, scale, config)
-        grown, length = growth_and_length(q, queries, curvature, kv_heads, own_tables, config)
-        share = torch.empty_like(grown)
+        correction, clip = logit_corrections(q, queries, curvature, kv_heads, config)
+        proxy_weight = torch.empty_like(correction)
     head_counts = (heads, kv_heads)
     tiles = tile_cluster.shape[1]
     routing = plan.routing if blocks is None else "kept"
@@ -132,21 +122,19 @@ def sparse_attention(
         launched = min(step, groups - first_head)
         if spread is not None:
             probe_kernel[(k_clusters, triton.cdiv(q_clusters, config.probe.rows), launched)](
-                queries.rounded, k, v, keys.order, keys.starts, keys.centroids, value_means,
-                *spread, log_error, log_mass, logit, bias, stand_in_key, stand_in_value,
-                *token_strides(k), *token_strides(v), first_head, *head_counts,
+                queries.rounded, k, keys.order, keys.starts, keys.centroids, value_means,
+                *spread, log_error, log_mass, logit, *token_strides(k), first_head, *head_counts,
                 k_tokens, q_clusters, k_clusters, scale,
                 D=dim, BLOCK_D=config.block_dim, BLOCK_Q=config.probe.rows,
-                BLOCK_N=config.probe.columns, OWN_TABLES=own_tables,
+                BLOCK_N=config.probe.columns,
                 num_warps=config.probe.warps, num_stages=config.probe.stages,
             )  # fmt: skip
         block_k = triton.next_power_of_2(k_clusters)
         route_kernel[(q_clusters, launched)](
             log_error, log_mass, logit, bias, queries.starts, keys.starts, budget,
             exact, row_area, offset, rows, first_head, *head_counts, q_clusters, k_clusters,
-            plan.cost_exponent, plan.top_p, plan.min_block_ratio, log_threshold,
-            BLOCK_K=block_k, ROUTING=routing, OWN_TABLES=own_tables,
-            num_warps=min(16, max(4, block_k // 512)),
+            plan.top_p, plan.min_block_ratio, log_threshold,
+            BLOCK_K=block_k, ROUTING=routing, num_warps=min(16, max(4, block_k // 512)),
         )  # fmt: skip
         list_keys_kernel[(q_clusters, triton.cdiv(k_clusters, LISTED_CLUSTERS), launched)](
             offset, keys.starts, keys.order, key_list, first_head, *head_counts,
@@ -155,16 +143,15 @@ def sparse_attention(
         )  # fmt: skip
         arguments = (
             q, k, v, out, lse, tile_cluster, tile_place, queries.order, queries.starts,
-            keys.order, keys.starts, key_list, rows, stand_in_key, stand_in_value, bias,
-            grown, share,
+            keys.order, keys.starts, key_list, rows, keys.rounded, rounded_value_means, bias,
+            correction, proxy_weight,
             *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(out),
             first_head, *head_counts, q_tokens, k_tokens, q_clusters, k_clusters, tiles, listed,
             scale,
         )  # fmt: skip
         constants = {
             "D": dim, "BLOCK_M": attend.rows, "BLOCK_N": attend.columns,
-            "OWN_TABLES": own_tables, "SECOND_ORDER": second_order, "WRITE_LSE": return_lse,
-            "num_warps": attend.warps,
+            "CORRECTED": corrected, "WRITE_LSE": return_lse, "num_warps": attend.warps,
         }  # fmt: skip
         if config.wgmma:
             # Experimental in Triton: only what runs it depends on it.
@@ -176,8 +163,8 @@ def sparse_attention(
                 *arguments, **constants, BLOCK_D=config.block_dim, WIDE=wide,
                 num_stages=attend.stages,
             )  # fmt: skip
-    if second_order:
-        add_moves(out, q, queries, slope, length, share, kv_heads, own_tables, config)
+    if corrected:
+        correct_values(out, q, queries, slope, clip, proxy_weight, kv_heads, config)
     if out is not promised:
         promised.copy_(out)
     return Result(
@@ -200,7 +187,7 @@ def _clustered(
     blocks: Blocks | None,
     config: LaunchConfig,
 ) -> tuple[SortedClusters, SortedClusters]:
-    """`reference.cluster`, query clusters trimmed; `mask` is (B|1, H_kv|1, N_k)."""
+    """`clustering.cluster`, query clusters tile-aligned; `mask` is (B|1, H_kv|1, N_k)."""
     if blocks is not None:
         assert centroids is not None, "blocks come with the centroids of their clusters"
         return (
@@ -210,8 +197,8 @@ def _clustered(
     if centroids is None:
         q_clusters, k_clusters = plan.clusters(q.shape[2] - sum(text), k.shape[2] - sum(text))
         full_mask = None if mask is None else mask.expand(k.shape[:3])
-        q_init = reference.initial_centroids(q, None, q_clusters, text, plan.seed)
-        k_init = reference.initial_centroids(k, full_mask, k_clusters, text, plan.seed)
+        q_init = initial_centroids(q, None, q_clusters, text, plan.seed)
+        k_init = initial_centroids(k, full_mask, k_clusters, text, plan.seed)
         iterations = plan.first_iterations
     else:
         (q_init, k_init), iterations = centroids, plan.warm_iterations
@@ -219,7 +206,7 @@ def _clustered(
     if plan.cluster_metric == "logits":
         of_queries, of_keys = logit_metrics(q, k, mask, text, config)
     return (
-        kmeans(q, None, q_init, text, iterations, config, of_queries, config.shares),
+        kmeans(q, None, q_init, text, iterations, config, of_queries, config.query_tile),
         kmeans(k, mask, k_init, text, iterations, config, of_keys),
     )
 

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svg_ear_compile.kernels.clusters import QueryTile
 from svg_ear_compile.kernels.gpu.launch import LaunchConfig, token_strides
 from svg_ear_compile.kernels.gpu.nearest import keep_nearer, nearest_of, nothing_yet
-from svg_ear_compile.kernels.gpu.trim import trim
+from svg_ear_compile.kernels.gpu.tile_align import align_to_tile
 
 # Half norms are padded to a multiple of this, so that no tile of centroids has to mask them.
 _PITCH = 64
@@ -252,9 +253,9 @@ def kmeans(
     iterations: int,
     config: LaunchConfig,
     metric: Tensor | None = None,
-    trim_to: tuple[int, int] | None = None,
+    query_tile: QueryTile | None = None,
 ) -> SortedClusters:
-    """`reference.kmeans` on a GPU.
+    """`clustering.kmeans` on a GPU.
 
     Args:
         x: (B, H, N, D), last stride 1.
@@ -264,7 +265,7 @@ def kmeans(
         iterations: assign-and-update rounds, at least 1.
         config: see `launch_config`.
         metric: (G, D, D) float32 or None.
-        trim_to: share and tile that clusters are trimmed to in the last round, or None.
+        query_tile: what clusters are aligned to in the last round, or None.
     """
     batch, heads, tokens, dim = x.shape
     groups, clusters = batch * heads, centroids.shape[2]
@@ -283,8 +284,8 @@ def kmeans(
             HAS_MASK=mask is not None, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         order, starts = sort_by_label(labels, clusters)
-        if trim_to is not None and turn == iterations - 1:
-            trim(x, aims, half_norm, order, starts, labels, trim_to, config)
+        if query_tile is not None and turn == iterations - 1:
+            align_to_tile(x, aims, half_norm, order, starts, labels, query_tile, config)
             order, starts = sort_by_label(labels, clusters)
         rounded = cluster_means(x, order, starts, means, config)
     return SortedClusters(labels, order, starts, means, rounded)
@@ -293,7 +294,7 @@ def kmeans(
 def regrouped(
     x: Tensor, mask: Tensor | None, centroids: Tensor, labels: Tensor, config: LaunchConfig
 ) -> SortedClusters:
-    """`reference.regrouped` on a GPU.
+    """`clustering.regrouped` on a GPU.
 
     Args:
         x: (B, H, N, D), last stride 1.
@@ -327,7 +328,7 @@ def aims_of(rounded: Tensor, metric: Tensor | None, config: LaunchConfig) -> tup
     aims = torch.empty_like(rounded)
     pitch = triton.cdiv(clusters, _PITCH) * _PITCH
     half_norm = torch.empty(groups, pitch, dtype=torch.float32, device=rounded.device)
-    tiles = config.away
+    tiles = config.correction
     aim_kernel[(pitch // tiles.rows, groups)](
         rounded, rounded if metric is None else metric, aims, half_norm, pitch, clusters,
         D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,

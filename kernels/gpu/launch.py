@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from svg_ear_compile.kernels.clusters import QueryTile
 from svg_ear_compile.kernels.plan import HEAD_DIMS
 
-WGMMA_SHARE = 64
+WGMMA_SUBTILE = 64
 """Queries that one group of warps attends to; a group without queries does nothing."""
 
 LISTED_CLUSTERS = 64
@@ -44,7 +45,7 @@ class LaunchConfig:
         attend: queries of one cluster × keys.
         moments: tokens × columns of a head's moments.
         covariance: tokens × columns of a head's covariances.
-        away: queries × columns of what those make of them.
+        correction: queries × columns of what those make of them.
         wgmma: as `attend`, for `attend_wgmma_kernel`; None where that kernel does not serve.
     """
 
@@ -54,23 +55,34 @@ class LaunchConfig:
     attend: Tiles
     moments: Tiles
     covariance: Tiles
-    away: Tiles
+    correction: Tiles
     wgmma: Tiles | None = None
 
     @property
-    def shares(self) -> tuple[int, int]:
-        """Queries that the attend stage works on at once, alone and together with the same keys."""
+    def query_tile(self) -> QueryTile:
+        """What query clusters are aligned to."""
         if self.wgmma:
-            return WGMMA_SHARE, self.wgmma.rows
-        return self.attend.rows, self.attend.rows
+            return QueryTile(WGMMA_SUBTILE, self.wgmma.rows)
+        return QueryTile(self.attend.rows, self.attend.rows)
+
+
+HOPPER = "sm_90"
+"""The architecture whose tiles are measured."""
 
 
 @functools.lru_cache(maxsize=64)
-def is_hopper(device: torch.device) -> bool:
-    """True for sm_90, whose tiles are measured, and where kernels are interpreted."""
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"`` and the like; "" for what is no GPU."""
     if device.type != "cuda":
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+        return ""
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def is_hopper(device: torch.device) -> bool:
+    """True for `HOPPER`, and where kernels are interpreted."""
+    return architecture(device) in (HOPPER, "")
 
 
 def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> LaunchConfig:
@@ -91,13 +103,13 @@ def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> Laun
         sums = Tiles(32, 32, 8, 1)
         return LaunchConfig(block_dim, tiles, tiles, tiles, sums, sums, tiles)
     moments, covariance = Tiles(32, 32, 8 if padded else 4, 1), Tiles(32, 32, 4, 1)
-    away = covariance
+    correction = covariance
     if hopper:
         columns = block_dim if block_dim <= 128 else 32
         narrow = block_dim > 128 or padded
         moments = Tiles(64, columns, 8, 1) if narrow else Tiles(128, columns, 4, 3)
         covariance = Tiles(64, columns, 8, 1 if padded or block_dim > 128 else 2)
-        away = Tiles(64, min(64, block_dim), 8 if padded else 4, 1)
+        correction = Tiles(64, min(64, block_dim), 8 if padded else 4, 1)
     # 72 is no multiple of 16: its loads are narrow and their addresses take the registers.
     rows = 64 if head_dim == 72 else 128
     if block_dim > 128:
@@ -111,7 +123,7 @@ def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> Laun
         assign = Tiles(64 if padded else 128, 64, 4, 2)
         attend = Tiles(rows, 64, 8 if padded or block_dim == 128 else 4, 3)
     wgmma = Tiles(192, 64, 4, 4) if hopper and head_dim in (64, 128) else None
-    return LaunchConfig(block_dim, assign, probe, attend, moments, covariance, away, wgmma)
+    return LaunchConfig(block_dim, assign, probe, attend, moments, covariance, correction, wgmma)
 
 
 def token_strides(x: Tensor) -> tuple[int, ...]:

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svg_ear_compile.kernels.clustering import as_metric
 from svg_ear_compile.kernels.gpu.launch import LaunchConfig, parts_of, token_strides
-from svg_ear_compile.kernels.reference import as_metric
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "text_before", "text_after", "chunk"])
@@ -70,7 +70,7 @@ def moment_kernel(
 def logit_metrics(
     q: Tensor, k: Tensor, mask: Tensor | None, text: tuple[int, int], config: LaunchConfig
 ) -> tuple[Tensor, Tensor]:
-    """`reference.logit_metrics` with heads flattened: (G, D, D) and (G_kv, D, D) float32.
+    """`clustering.logit_metrics` with heads flattened: (G, D, D) and (G_kv, D, D) float32.
 
     Sums serve as well as means, since a metric has no size.
 

@@ -15,7 +15,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 def probe_kernel(
     centroid_ptr,  # (G, Qc, D) query centroids in the dtype of k
     k_ptr,  # (B, H_kv, N, D)
-    v_ptr,  # (B, H_kv, N, D)
     order_ptr,  # (G_kv, N) int32
     start_ptr,  # (G_kv, Kc + 3) int32
     key_mean_ptr,  # (G_kv, Kc, D) float32
@@ -25,15 +24,9 @@ def probe_kernel(
     log_error_ptr,  # (L, Qc, Kc) float32, natural log of E_ij
     log_mass_ptr,  # (L, Qc, Kc) float32, natural log of Z_ij
     logit_ptr,  # (L, Qc, Kc) float32, c_ij
-    bias_ptr,  # (L, Qc, Kc) float32, log2 bias of own stand-ins
-    mean_key_ptr,  # (L, Qc, Kc, D) in the dtype of k
-    mean_value_ptr,  # (L, Qc, Kc, D) in the dtype of v
     stride_kb,
     stride_kh,
     stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
     first_head,  # this launch covers heads first_head .. first_head + L - 1 of G
     heads,
     kv_heads,
@@ -45,7 +38,6 @@ def probe_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    OWN_TABLES: tl.constexpr,
 ):
     """One key cluster against BLOCK_Q query centroids.
 
@@ -75,21 +67,17 @@ def probe_kernel(
     first = tl.load(start_ptr + g_kv * (k_clusters + 3) + j)
     last = tl.load(start_ptr + g_kv * (k_clusters + 3) + j + 1)
     k_base = k_ptr + b * stride_kb + kv_head * stride_kh
-    v_base = v_ptr + b * stride_vb + kv_head * stride_vh
 
     # The mean of a cluster's logits is c_ij, so their maximum is never below it: x and y stay <= 1.
     largest = central
     error = tl.zeros([BLOCK_Q], tl.float32)
     mass = tl.zeros([BLOCK_Q], tl.float32)
-    if OWN_TABLES:
-        key_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-        value_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for place in range(first, last, BLOCK_N):
         at = place + tl.arange(0, BLOCK_N)  # [BN]
         inside = at < last
         token = tl.load(order_ptr + g_kv * tokens + at, mask=inside, other=0).to(tl.int64)
-        kv_mask = inside[:, None] & in_dim[None, :]
-        k = tl.load(k_base + token[:, None] * stride_kn + d[None, :], mask=kv_mask, other=0.0)
+        k_mask = inside[:, None] & in_dim[None, :]
+        k = tl.load(k_base + token[:, None] * stride_kn + d[None, :], mask=k_mask, other=0.0)
         along = tl.load(along_ptr + g_kv * tokens + at, mask=inside, other=0.0)  # [BN]
         square = tl.load(square_ptr + g_kv * tokens + at, mask=inside, other=0.0)  # [BN]
         logit = tl.dot(q, tl.trans(k), input_precision="ieee") * to_log2  # [BQ, BN]
@@ -101,13 +89,6 @@ def probe_kernel(
         term = lag * (lag * mean_square + 2.0 * x * along[None, :]) + x * x * square[None, :]
         error = error * shrink * shrink + tl.sum(term, 1)
         mass = mass * shrink + tl.sum(x, 1)
-        if OWN_TABLES:
-            weight = x.to(k.dtype)
-            key_sum = key_sum * shrink[:, None]
-            key_sum = tl.dot(weight, k, key_sum, input_precision="ieee")
-            v = tl.load(v_base + token[:, None] * stride_vn + d[None, :], mask=kv_mask, other=0.0)
-            value_sum = value_sum * shrink[:, None]
-            value_sum = tl.dot(weight, v, value_sum, input_precision="ieee")
         largest = now
 
     pair = (local * q_clusters + i) * k_clusters + j  # [BQ]
@@ -115,15 +96,5 @@ def probe_kernel(
     # An empty cluster leaves log 0 = -inf in both; a block without error keeps a finite score.
     floored = tl.where((last > first) & (error <= 0.0), 1e-37, error)
     tl.store(log_error_ptr + pair, (tl.log2(floored) + 2.0 * largest) * LN2, mask=row)
-    log_mass = tl.log2(mass) + largest
-    tl.store(log_mass_ptr + pair, log_mass * LN2, mask=row)
+    tl.store(log_mass_ptr + pair, (tl.log2(mass) + largest) * LN2, mask=row)
     tl.store(logit_ptr + pair, central * LN2, mask=row)
-    if OWN_TABLES:
-        share = 1.0 / tl.maximum(mass, 1e-37)[:, None]
-        mean_key = (key_sum * share).to(mean_key_ptr.dtype.element_ty)  # [BQ, BD]
-        mean_value = (value_sum * share).to(mean_value_ptr.dtype.element_ty)
-        tl.store(mean_key_ptr + pair[:, None] * D + d[None, :], mean_key, mask=q_mask)
-        tl.store(mean_value_ptr + pair[:, None] * D + d[None, :], mean_value, mask=q_mask)
-        # From the rounded key, so that the logit is exactly log Z_ij at q = q_i.
-        own = tl.sum(q.to(tl.float32) * mean_key.to(tl.float32), 1) * to_log2
-        tl.store(bias_ptr + pair, log_mass - own, mask=row)

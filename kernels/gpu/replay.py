@@ -22,9 +22,9 @@ import triton
 from torch import Tensor
 from torch.utils._pytree import tree_map_with_path
 
+from svg_ear_compile.kernels.clusters import Blocks, Clusters, Result
 from svg_ear_compile.kernels.gpu import attention
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Blocks, Clusters, Result
 
 MOST_BYTES = 128 << 20
 """Bytes of q up to which calls are recorded: beyond, the device takes longer than the host."""

@@ -23,7 +23,7 @@ def rank_key(score):
 
 @triton.jit
 def take_until(key, weight, budget):
-    """`reference.take_until` of one row without a sort.
+    """`routing.take_until` of one row without a sort.
 
     Finds, bit by bit, the highest key down to which the weights reach the budget; everything above
     it is taken, and its ties lowest index first.
@@ -48,7 +48,7 @@ def route_kernel(
     log_error_ptr,  # (L, Qc, Kc) float32
     log_mass_ptr,  # (L, Qc, Kc) float32
     logit_ptr,  # (L, Qc, Kc) float32
-    bias_ptr,  # (L, Qc, Kc) float32 log2, in (own tables) and out
+    bias_ptr,  # (L, Qc, Kc) float32 log2, out
     q_start_ptr,  # (G, Qc + 3) int32
     k_start_ptr,  # (G_kv, Kc + 3) int32
     budget_ptr,  # (G_kv,) float32, keys that a row may take before the crossing block
@@ -61,13 +61,11 @@ def route_kernel(
     kv_heads,
     q_clusters,
     k_clusters,
-    cost_exponent,
     top_p,
     min_block_ratio,
     log_threshold,
     BLOCK_K: tl.constexpr,
     ROUTING: tl.constexpr,
-    OWN_TABLES: tl.constexpr,
 ):
     """One row of blocks."""
     i = tl.program_id(0)
@@ -88,7 +86,7 @@ def route_kernel(
     if ROUTING != "kept":
         log_error = tl.load(log_error_ptr + pair, mask=inside, other=float("-inf"))
         # m_i is the same along the row and cannot change its order.
-        score = log_error - cost_exponent * tl.log(tl.maximum(keys, 1.0))
+        score = log_error - tl.log(tl.maximum(keys, 1.0))
         score = tl.where(occupied, score, float("-inf"))
     crossing = -1
     if ROUTING == "kept":
@@ -133,10 +131,7 @@ def route_kernel(
     tl.store(row_to, tl.sum(listed_size, 0))
     tl.store(row_to + 1, tl.sum(tl.where(crosses, start, 0), 0))
     tl.store(row_to + 2, tl.sum(tl.where(crosses, size, 0), 0))
-    if OWN_TABLES:
-        bias = tl.load(bias_ptr + pair, mask=inside, other=float("-inf"))
-    else:
-        bias = tl.log2(tl.maximum(keys, 1.0))
+    bias = tl.log2(tl.maximum(keys, 1.0))
     bias = tl.where(taken | (size == 0), float("-inf"), bias)
     tl.store(bias_ptr + pair, bias, mask=inside)
 

@@ -58,7 +58,14 @@ def test_the_parts_of_a_head_are_the_definition(text: int) -> None:
     torch.testing.assert_close(found, wanted.out)
     probe = reference.probe(wanted.queries, wanted.keys, k, v, 32**-0.5)
     for place, this in head.heads_of(q, k, v, wanted.queries, wanted.keys, 32**-0.5):
-        torch.testing.assert_close(head.probe(this).mean_value, probe.mean_value[place])
+        blocks = head.probe(this)
+        torch.testing.assert_close(blocks.log_error, probe.log_error[place])
+        torch.testing.assert_close(blocks.log_mass, probe.log_mass[place])
+        logits = this.scale * this.q_centroids @ this.k.T
+        for j in range(len(this.k_sizes)):
+            weights = logits[:, this.k_labels == j].softmax(-1)
+            for found_mean, x in ((blocks.mean_key, this.k), (blocks.mean_value, this.v)):
+                torch.testing.assert_close(found_mean[:, j], weights @ x[this.k_labels == j])
     assert memory.exact_pairs == wanted.exact_pairs
     assert memory.pairs == 6 * (117 - text) ** 2
 
@@ -297,7 +304,7 @@ def test_times_go_to_the_points_of_their_plan(tiny: Path, monkeypatch: pytest.Mo
     times = Record(tiny / "times.json", {})
     plan = {"rule": "paper", "density": 0.2, "queries": 128, "keys": 64}
     times.rows += [{**plan, "shape": s, "ms": ms} for s, ms in [("self", 2.0), (WAN, 70.0)]]
-    times.rows.append({**plan, "rule": "first_order", "shape": WAN, "ms": None})
+    times.rows.append({**plan, "rule": "gaussian", "shape": WAN, "ms": None})
     times.write()
     found = run_bench(monkeypatch, tiny, "report")
     assert found.shape == WAN
@@ -342,7 +349,7 @@ def test_times_of_plans_that_were_asked_for() -> None:
     q, k, v = random_qkv(dtype=torch.float32)
     wanted = [
         Cell("self", rule, density, 32, 16)
-        for rule in ("paper", "first_order", "uniform", "svg2")
+        for rule in ("paper", "gaussian", "uniform", "svg2")
         for density in (0.1, 0.2)
     ]
     rows = measure_times(Inputs("tiny", q, k, v, 7), wanted, lambda line: None)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import readme
-from benchmarks.attention.targets import targets_table
+from benchmarks.attention.targets import rows_of, targets_table
 
 
 def row(clusters: str, density: float, tokens: int = 75600, **more: Any) -> dict[str, Any]:
@@ -28,11 +28,15 @@ def measured(rows: list[dict[str, Any]], what: str) -> str:
 
 
 def test_targets_say_what_was_measured_and_what_was_not() -> None:
-    rows = [row("300/1000", 0.2), row("300/1000", 0.2, form="first_order", samples_ms=[76.0])]
+    rows = [row("300/1000", 0.2)]
     assert measured(rows, "Wan 14B, centroid form: useful rate") == "0.80 / not measured"
-    assert measured(rows, "first-order form adds") == "3.0% / not measured"
     assert measured(rows, "HunyuanVideo, centroid form") == "not measured / not measured"
     assert measured([], "extra peak memory") == "not measured"
+
+
+def test_rows_of_forms_that_are_gone_are_left_out() -> None:
+    gone = [row("300/1000", 0.2, 1, form=form) for form in ("first_order", "second_order")]
+    assert rows_of({"rows": [row("300/1000", 0.2), *gone]}) == [row("300/1000", 0.2)]
 
 
 def test_calls_that_take_blocks_over_stand_beside_the_others() -> None:

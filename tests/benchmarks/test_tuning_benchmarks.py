@@ -15,7 +15,6 @@ from benchmarks.tuning.local_error import (
     DENSITIES,
     FORMS,
     Row,
-    correlation,
     fit_power_law,
 )
 from benchmarks.tuning.video_dit import forward_error
@@ -34,38 +33,34 @@ def rows(noise: float) -> list[Row]:
     ):
         error = (1 - density) * math.exp(-5 + layer / 10) * density**-0.5 * q**0.4 * k**0.3
         error *= math.exp(noise * float(torch.randn((), generator=generator)))
-        found.append(Row(2304, layer, 3, 0, density, form, q, k, density, error, error / 2))  # type: ignore[arg-type]
+        found.append(Row(2304, layer, 3, 0, density, form, q, k, density, error))  # type: ignore[arg-type]
     return found
 
 
 def test_the_law_that_made_the_rows_is_found() -> None:
-    law = fit_power_law(rows(0.0), "first_order")
+    law = fit_power_law(rows(0.0), "gaussian")
     assert law["density"] == pytest.approx(-0.5)
     assert law["queries_per_cluster"] == pytest.approx(0.4)
     assert law["keys_per_cluster"] == pytest.approx(0.3)
     assert law["intercept"] == pytest.approx(-5 + 0.15)
     assert law["rms_log_residual"] == pytest.approx(0, abs=1e-6)
-    noisy = fit_power_law(rows(0.2), "first_order")
+    noisy = fit_power_law(rows(0.2), "gaussian")
     assert noisy["rms_log_residual"] == pytest.approx(0.2, rel=0.3)
 
 
-def test_an_estimate_that_is_half_the_error_goes_along_with_it() -> None:
-    for found in correlation(rows(0.1)).values():
-        assert found["pearson_of_logs"] == pytest.approx(1)
-        assert found["spearman_over_calls_at_one_plan"] == pytest.approx(1)
-        assert found["median_error_over_estimate"] == pytest.approx(2)
+RECORDED = sorted((Path(__file__).parents[2] / "benchmarks" / "results").rglob("budget-*.json"))
 
 
-def test_recorded_budgets_are_read_and_are_for_the_model_of_the_demo() -> None:
-    paths = sorted((Path(__file__).parents[2] / "benchmarks" / "results").rglob("budget-*.json"))
-    model = VideoDiT.from_pretrained(WEIGHTS)
-    of_the_demo = 0
-    for path in paths:
-        budget = budgets.load(path)
-        if budget.fingerprint.model == type(model).__name__:
-            budget.check_model(fingerprint_of(model))
-            of_the_demo += 1
-    assert of_the_demo >= 2
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: "/".join(path.parts[-2:]))
+def test_recorded_budgets_are_read_or_name_what_is_gone(path: Path) -> None:
+    text = path.read_text()
+    if "first_order" in text or "second_order" in text:
+        with pytest.raises(ValueError, match="has to be tuned again"):
+            budgets.load(path)
+        return
+    budget, model = budgets.load(path), VideoDiT.from_pretrained(WEIGHTS)
+    if budget.fingerprint.model == type(model).__name__:
+        budget.check_model(fingerprint_of(model))
 
 
 def test_forward_error_is_relative() -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from svg_ear_compile.cost_model.calibration import VERSION, Calibration, Efficiency, Roofs
 from svg_ear_compile.cost_model.device import Device
 from svg_ear_compile.cost_model.stages import STAGES
 
-DEVICE = Device("cuda", "Test GPU", "2.13.0", "3.9.0", "0a1b2c3d")
+DEVICE = Device("cuda", "Test GPU", "2.13.0", "3.9.0", "0a1b2c3d", "sm_90")
 
 
 def even(kind: str = "cuda", slower: float = 2.0, host_ms: float = 0.0) -> Calibration:
     """Dense attention at the roofs, every sparse stage `slower` than they allow."""
-    stages = {stage: Efficiency(slower, slower, 1.0) for stage in STAGES}
+    stages = {stage: Efficiency(slower, slower, 1.0) for stage in STAGES[kind]}
     return Calibration(
         VERSION,
         "measured",
-        Device(kind, "Test", "2.13.0", "", "0a1b2c3d"),
+        dataclasses.replace(DEVICE, kind=kind, name="Test"),
         Roofs({"bfloat16": 500.0, "float32": 50.0}, 2000.0, 0.005),
         host_ms,
         {"bfloat16/128": {**stages, "dense": Efficiency(1.0, 1.0, 1.0)}},

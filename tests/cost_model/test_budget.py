@@ -177,3 +177,11 @@ def test_a_file_that_was_cut_or_changed_is_read_or_refused_by_name(data: st.Data
         else:
             assert budgets.check(found) is found
         assert not refusal or str(path) in refusal
+
+
+@pytest.mark.parametrize("form", ["first_order", "second_order"])
+def test_a_budget_of_a_form_that_is_gone_has_to_be_tuned_again(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(dataclasses.asdict(BUDGET)).replace('"gaussian"', f'"{form}"'))
+    with pytest.raises(ValueError, match=f'"{form}" was replaced by "gaussian": .* tuned again'):
+        budgets.load(path)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from svg_ear_compile.cost_model import calibrate as measuring
 from svg_ear_compile.cost_model import calibration as keeping
 from svg_ear_compile.cost_model import json_record
-from svg_ear_compile.cost_model.calibrate import _Workload, calibrate, compare, fit
+from svg_ear_compile.cost_model.calibrate import _Workload, by_stage, calibrate, compare, fit
 from svg_ear_compile.cost_model.calibration import Calibration, Efficiency, Sample
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.cost_model.latency import dense_ms, sparse_ms
@@ -40,7 +40,7 @@ def test_a_saved_calibration_is_read_back_and_closed_to_others(cache: Path) -> N
     assert [p.name for p in cache.iterdir()] == [f"{DEVICE.key}.json"]
 
 
-@pytest.mark.parametrize("change", ["name", "torch", "triton", "kernels"])
+@pytest.mark.parametrize("change", ["name", "torch", "triton", "kernels", "architecture"])
 def test_any_other_fact_of_a_device_is_a_guess(change: str) -> None:
     keeping.save(dataclasses.replace(even(), device=DEVICE))
     other = keeping.load(dataclasses.replace(DEVICE, **{change: "9.9"}))
@@ -120,11 +120,11 @@ def test_the_schema_takes_what_is_written() -> None:
 coefficients = st.floats(0.5, 20)
 
 
-@given(st.dictionaries(st.sampled_from([*STAGES, "dense"]), st.tuples(*[coefficients] * 3)))
+@given(st.dictionaries(st.sampled_from([*STAGES["cuda"], "dense"]), st.tuples(*[coefficients] * 3)))
 def test_a_fit_to_exact_times_predicts_times_that_it_never_saw(
     given_stages: dict[str, tuple[float, float, float]],
 ) -> None:
-    base = even("cpu")
+    base = even("cuda")
     known = {**base.stages["bfloat16/128"]}
     known |= {stage: Efficiency(*values) for stage, values in given_stages.items()}
     truth = dataclasses.replace(base, stages={"float32/64": known})
@@ -141,10 +141,10 @@ def test_a_fit_to_exact_times_predicts_times_that_it_never_saw(
     seen = [
         sample(n, AttentionPlan(density=d, compensation=form, q_clusters=c, k_clusters=2 * c), True)  # type: ignore[arg-type]
         for n, d, form, c in itertools.product(
-            (999, 4000, 9000), (0.1, 0.4), ("second_order", "centroid"), (7, 50)
+            (999, 4000, 9000), (0.1, 0.4), ("gaussian", "centroid"), (7, 50)
         )
     ]
-    found = dataclasses.replace(truth, stages=fit(seen, truth.roofs, "cpu"))
+    found = dataclasses.replace(truth, stages=fit(seen, truth.roofs, truth.device))
     unseen = [sample(20_011, AttentionPlan(density=0.25, q_clusters=90), False)]
     for compared in compare(found, unseen):
         assert compared.op_error == pytest.approx(0, abs=0.02)
@@ -152,7 +152,7 @@ def test_a_fit_to_exact_times_predicts_times_that_it_never_saw(
 
 
 def test_the_nearest_class_serves_what_was_not_measured() -> None:
-    slow, fast = ({s: Efficiency(x, x, x) for s in (*STAGES, "dense")} for x in (9.0, 1.0))
+    slow, fast = ({s: Efficiency(x, x, x) for s in (*STAGES["cuda"], "dense")} for x in (9.0, 1.0))
     known = dataclasses.replace(even(), stages={"bfloat16/128": fast, "bfloat16/64": slow})
     for dim, wanted in ((32, slow), (72, slow), (96, fast), (128, fast), (256, fast)):
         for dtype in ("float16", "float32"):
@@ -170,9 +170,8 @@ def test_this_cpu_is_measured_and_predicted(monkeypatch: pytest.MonkeyPatch) -> 
     assert heard[0] == "roofs"
     assert {s.fitted for s in found.samples} == {True, False}
     for sample in found.samples:
-        plan = measuring.plan_of(sample)
-        optional = {"tables": plan.has_own_tables, "second_order": plan.has_covariances}
-        assert all(ms > 0 for s, ms in sample.stages_ms.items() if optional.get(s, True))
+        assert tuple(sample.stages_ms) == STAGES["cpu"]
+        assert sample.stages_ms["sparse"] > 0
     # Other work on the machine moves times by factors; an order of magnitude is a broken formula.
     for compared in compare(found, found.samples):
         assert 0.1 < compared.op_ms / compared.sample.op_ms < 10
@@ -180,12 +179,20 @@ def test_this_cpu_is_measured_and_predicted(monkeypatch: pytest.MonkeyPatch) -> 
     assert keeping.load(found.device) == found
 
 
-def test_renamed_kernels_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(measuring._STAGE_OF_FUNCTION, "_probe")
-    monkeypatch.setitem(measuring._STAGE_OF_FUNCTION, "a_new_name", "probe")
-    q, k, v = torch.randn(3, 1, 1, 200, 32)
+def test_renamed_kernels_are_noticed() -> None:
+    spent = dict.fromkeys(measuring.STAGE_OF_KERNEL, 1.0) | {"sort": 2.0}
+    found = by_stage(spent, measuring.STAGE_OF_KERNEL)
+    assert found["cluster"] == 2.0
+    assert sum(found.values()) == pytest.approx(sum(spent.values()))
     with pytest.raises(RuntimeError, match="nothing of probe"):
-        measuring.measure(q, k, v, AttentionPlan(), 1.0)
+        by_stage({k: ms for k, ms in spent.items() if k != "probe_kernel"} | {"new": 1.0},
+                 measuring.STAGE_OF_KERNEL)  # fmt: skip
+
+
+def test_every_kernel_with_a_stage_exists() -> None:
+    gpu = Path(measuring.__file__).parents[1] / "kernels" / "gpu"
+    source = "".join(path.read_text() for path in gpu.glob("*.py"))
+    assert all(f"def {kernel}(" in source for kernel in measuring.STAGE_OF_KERNEL)
 
 
 def test_a_sample_says_what_was_measured() -> None:

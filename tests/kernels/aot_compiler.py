@@ -86,9 +86,9 @@ def compile_job(job: Job) -> list[Report]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
+    from svg_ear_compile.kernels.clusters import Blocks
     from svg_ear_compile.kernels.gpu import attention
     from svg_ear_compile.kernels.plan import AttentionPlan
-    from svg_ear_compile.kernels.reference import Blocks
 
     target = GPUTarget(job.backend, job.arch, 64 if job.backend == "hip" else 32)
     # Each target is its own device: kernels already compiled for it are not compiled again.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from svg_ear_compile.kernels import cpu, reference
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Clusters, Result
+from svg_ear_compile.kernels.reference import Clusters, Corrections, ProxyTokens, Result
 
 SEEDS = st.integers(0, 2**31 - 1)
 LAYOUTS = ("bhsd", "bshd", "fused", "strided", "bhds")
@@ -157,7 +157,7 @@ class Oracle:
     def attend_stored_in(self, exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The same in float32, with what is stored between stages rounded to `dtype`.
 
-        Rounded are the keys and values that stand in for a block, and the output: this is the
+        Rounded are the proxy tokens, and the output: this is the
         error that no implementation with tensors of `dtype` can avoid.
         """
         return self._attend(exact, torch.float32, dtype)
@@ -169,22 +169,18 @@ class Oracle:
             return t.to(wide) if stored is None else t.to(stored).to(wide)
 
         value_means, _ = reference.cluster_means(self.v, self.keys.labels, exact.shape[3])
-        key, value, bias = reference.compensation_tables(
-            self.probe, self.queries, self.keys, value_means, self.plan, self.scale
-        )
-        if self.plan.has_own_tables:
-            own = torch.einsum("bhid,bhijd->bhij", self.queries.centroids, rounded(key).double())
-            bias = self.probe.log_mass - self.scale * own
-        second = None
-        if self.plan.has_covariances:
-            found = reference.covariance_terms(
-                self.q, self.k, self.v, self.queries, self.keys, value_means, self.plan, self.scale
+        proxies = reference.proxy_tokens(self.keys, value_means)
+        corrected = None
+        if self.plan.compensation == "gaussian":
+            found = reference.corrections(
+                self.q, self.k, self.v, self.queries, self.keys, value_means, self.scale
             )
-            second = reference.SecondOrder(found.growth.to(wide), rounded(found.move))
+            corrected = Corrections(found.logit.to(wide), rounded(found.value))
         out, lse = reference.attend(
             *(t.to(wide) for t in (self.q, self.k, self.v)),
             self.queries.labels, self.keys.labels, exact.cpu(),
-            (rounded(key), rounded(value), bias.to(wide)), self.scale, second,
+            ProxyTokens(rounded(proxies.keys), rounded(proxies.values), proxies.bias.to(wide)),
+            self.scale, corrected,
         )  # fmt: skip
         return rounded(out), lse
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from svg_ear_compile.kernels import reference
-from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Clusters
+from svg_ear_compile.kernels.reference import Clusters, Corrections, ProxyTokens
 
 
 class Labelled:
@@ -48,18 +44,20 @@ class Labelled:
     def probe(self) -> reference.Probe:
         return reference.probe(*self.clusters(), self.k, self.v, self.scale)
 
-    def tables(self, form: str) -> tuple[Tensor, Tensor, Tensor]:
-        queries, keys = self.clusters()
+    def proxies(self) -> ProxyTokens:
         value_means, _ = reference.cluster_means(self.v, self.k_labels, self.k_clusters)
-        plan = AttentionPlan(compensation=form)
-        return reference.compensation_tables(
-            self.probe(), queries, keys, value_means, plan, self.scale
+        return reference.proxy_tokens(self.clusters()[1], value_means)
+
+    def corrections(self) -> Corrections:
+        value_means, _ = reference.cluster_means(self.v, self.k_labels, self.k_clusters)
+        return reference.corrections(
+            self.q, self.k, self.v, *self.clusters(), value_means, self.scale
         )
 
     def attend(self, exact: Tensor, form: str) -> tuple[Tensor, Tensor]:
         return reference.attend(
-            self.q, self.k, self.v, self.q_labels, self.k_labels, exact, self.tables(form),
-            self.scale,
+            self.q, self.k, self.v, self.q_labels, self.k_labels, exact, self.proxies(),
+            self.scale, self.corrections() if form == "gaussian" else None,
         )  # fmt: skip
 
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -69,10 +67,3 @@ class Labelled:
 
 def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-
-
-def block_log_masses(case: Labelled, q: Tensor) -> Tensor:
-    """(1, 2, Qc, Kc) log of every block's mass as the query of each row in q sees it."""
-    logits = case.scale * q @ case.k.transpose(2, 3)
-    member = F.one_hot(case.k_labels, 5).bool().transpose(2, 3)  # [1, 2, Kc, N]
-    return logits.unsqueeze(3).masked_fill(~member.unsqueeze(2), -math.inf).logsumexp(-1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svg_ear_compile.kernels import reference
-from svg_ear_compile.kernels.reference import Clusters
+from svg_ear_compile.kernels.reference import Clusters, QueryTile
 
 few = settings(max_examples=6, phases=[Phase.generate]) if INTERPRETED else settings()
 NO_TEXT = (0, 0)
@@ -24,18 +24,18 @@ def kmeans(
     text: tuple[int, int] = NO_TEXT,
     mask: Tensor | None = None,
     metric: Tensor | None = None,
-    trim_to: tuple[int, int] | None = None,
+    query_tile: QueryTile | None = None,
 ) -> Clusters:
     """Labels int64 (B, H, N), centroids and sizes of the form's k-means, on the CPU."""
     if not form.is_triton:
-        found = reference.kmeans(x.float(), mask, start.float(), text, rounds, metric, trim_to)
+        found = reference.kmeans(x.float(), mask, start.float(), text, rounds, metric, query_tile)
         return Clusters(*found)
     from svg_ear_compile.kernels.gpu.kmeans import kmeans as triton_kmeans
     from svg_ear_compile.kernels.gpu.launch import launch_config
 
     config = launch_config(x.shape[-1], x.element_size())
     flat = None if metric is None else metric.flatten(0, 1).to(x.device)
-    found = triton_kmeans(x, mask, start, text, rounds, config, flat, trim_to)
+    found = triton_kmeans(x, mask, start, text, rounds, config, flat, query_tile)
     clusters = start.shape[2]
     sizes = found.starts.diff()[:, :clusters]
     assert torch.equal(found.labels.gather(1, found.order.long()), found.labels.sort(-1).values)
@@ -118,21 +118,21 @@ def test_labels_are_the_nearest_in_the_metric(
 @given(seed=SEEDS, count=st.sampled_from(((131, 5), (261, 9))), text=st.sampled_from((0, 3)))
 @SHAPES
 @EVERY_FORM
-def test_trimmed_clusters_give_their_surplus_to_those_with_room(
+def test_tile_aligned_clusters_give_their_surplus_to_those_with_room(
     form: Form, dim: int, dtype: torch.dtype, seed: int, count: tuple[int, int], text: int
 ) -> None:
-    share, tile = 16, 48
+    subtile, tile = 16, 48
     x = tokens_of(form, seed, count[0], dim, dtype)
     start = reference.initial_centroids(x, None, count[1], (text, 0), seed=0)
     before = kmeans(form, x, start, 1, (text, 0)).labels
-    found = kmeans(form, x, start, 1, (text, 0), trim_to=(share, tile))
+    found = kmeans(form, x, start, 1, (text, 0), query_tile=QueryTile(subtile, tile))
     distance = squared_distances(x, start)
     for head in range(2):
         old, new, away = before[0, head], found.labels[0, head], distance[0, head]
         sizes = old.bincount(minlength=count[1])
-        last, alone = sizes % share, sizes % tile
+        last, alone = sizes % subtile, sizes % tile
         surplus = torch.where(alone <= 8, alone, torch.where(last <= 4, last, 0))
-        surplus[sizes <= share] = 0
+        surplus[sizes <= subtile] = 0
         takers = ((last > 4) & (last <= 12) & (surplus == 0))[: count[1]].nonzero().flatten()
         moved = (old != new).nonzero().flatten()
         for i in range(count[1]):
@@ -158,16 +158,16 @@ def test_trimmed_clusters_give_their_surplus_to_those_with_room(
 
 
 @EVERY_FORM
-def test_a_cluster_with_little_in_its_last_share_gives_the_tokens_that_lose_least(
+def test_a_cluster_with_little_in_its_last_subtile_gives_the_tokens_that_lose_least(
     form: Form,
 ) -> None:
-    # Nine tokens around 0, six around 10: shares of 8 leave one of the nine alone in its share.
+    # Nine tokens around 0, six around 10: subtiles of 8 leave one of the nine alone.
     places = torch.tensor([0.0, 1, 2, 3, 0, 0, 0, 0, -1, 10, 10, 10, 10, 11, 9])
     x = torch.zeros(1, 1, 15, 40, device=form.device)
     x[0, 0, :, 7] = places.to(form.device)
     start = torch.zeros(1, 1, 2, 40, device=form.device)
     start[0, 0, 1, 7] = 10.0
-    found = kmeans(form, x, start, 1, trim_to=(8, 8))
+    found = kmeans(form, x, start, 1, query_tile=QueryTile(8, 8))
     assert found.labels.flatten().tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
     assert found.sizes.tolist() == [[[8, 7]]]
     assert found.centroids[0, 0, :, 7].tolist() == pytest.approx([2 / 8, 63 / 7])

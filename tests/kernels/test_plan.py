@@ -42,7 +42,6 @@ def test_default_plan_is_an_empty_object() -> None:
         ("top_p", 2.0),
         ("min_block_ratio", -1.0),
         ("threshold", float("inf")),
-        ("cost_exponent", -1.0),
         ("routing", "best"),
         ("compensation", "none"),
         ("q_clusters", 0),
@@ -54,6 +53,12 @@ def test_default_plan_is_an_empty_object() -> None:
 def test_a_field_out_of_range_is_named(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{field} must"):
         AttentionPlan(**{field: value})
+
+
+@pytest.mark.parametrize("form", ["first_order", "second_order"])
+def test_a_form_that_is_gone_names_what_replaced_it(form: str) -> None:
+    with pytest.raises(ValueError, match=f'"{form}" was replaced by "gaussian"'):
+        AttentionPlan(compensation=form)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ['{"densty": 0.1}', "[]", "3"])

@@ -66,6 +66,8 @@ def test_every_plan_field_is_an_option() -> None:
         ({"shared_branches": 0}, None, TypeError, "shared_branches must be bool"),
         ({"max_drift": -0.1}, None, ValueError, r"max_drift must be in \[0, 1\]"),
         ({"q_clusters": True}, None, TypeError, "q_clusters must be int"),
+        ({"cost_exponent": 0.5}, None, ValueError, "is always 1 now: .* tuned again"),
+        ({"compensation": "first_order"}, None, ValueError, 'replaced by "gaussian": .* again'),
     ],
 )
 def test_wrong_options_are_named(

@@ -1,4 +1,4 @@
-"""Query clusters trimmed to whole shares and tiles: fewer empty places in the attend stage."""
+"""Query clusters aligned to subtiles and tiles: fewer empty places in the attend stage."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svg_ear_compile.kernels.clusters import QueryTile
 from svg_ear_compile.kernels.gpu.launch import LaunchConfig, token_strides
 from svg_ear_compile.kernels.gpu.nearest import keep_nearer, nearest_of, nothing_yet
-from svg_ear_compile.kernels.reference import trim_sample
 
 
 @triton.jit
-def surplus_of(size, SHARE: tl.constexpr, TILE: tl.constexpr):
-    """How many queries clusters of these sizes give away, see `reference.trimmed`."""
-    of_share, of_tile = size % SHARE, size % TILE
-    surplus = tl.where(of_share <= SHARE // 4, of_share, 0)
-    surplus = tl.where(of_tile <= TILE // 6, of_tile, surplus)
-    return tl.where(size > SHARE, surplus, 0)
+def surplus_of(size, SUBTILE: tl.constexpr, TILE: tl.constexpr):
+    """How many queries clusters of these sizes give away, see `clustering.tile_aligned`."""
+    in_subtile, in_tile = size % SUBTILE, size % TILE
+    surplus = tl.where(in_subtile <= SUBTILE // 4, in_subtile, 0)
+    surplus = tl.where(in_tile <= TILE // 6, in_tile, surplus)
+    return tl.where(size > SUBTILE, surplus, 0)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "clusters"])
-def trim_kernel(
+def tile_align_kernel(
     x_ptr,  # (B, H, N, D)
     aim_ptr,  # (G, C, D) in the dtype of x, see `aim_kernel`
     half_norm_ptr,  # (G, P) float32, see `aim_kernel`
@@ -37,9 +37,9 @@ def trim_kernel(
     clusters,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SHARE: tl.constexpr,
+    SUBTILE: tl.constexpr,
     TILE: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # `reference.trim_sample`
+    BLOCK_N: tl.constexpr,  # `QueryTile.candidates`
     BLOCK_C: tl.constexpr,
 ):
     """One cluster gives its surplus of queries away, if it has one."""
@@ -48,7 +48,7 @@ def trim_kernel(
     start_row = start_ptr + g * (clusters + 3)
     first = tl.load(start_row + i)
     size = tl.load(start_row + i + 1) - first
-    surplus = surplus_of(size, SHARE, TILE)
+    surplus = surplus_of(size, SUBTILE, TILE)
     if surplus == 0:
         return
     b, h = g // heads, g % heads
@@ -68,9 +68,9 @@ def trim_kernel(
         there = c < clusters
         c_start = tl.load(start_row + c, mask=there, other=0)
         c_size = tl.load(start_row + c + 1, mask=there, other=0) - c_start
-        c_last = c_size % SHARE
-        takes = (c_last > SHARE // 4) & (c_last <= SHARE - SHARE // 4)
-        takes = takes & (surplus_of(c_size, SHARE, TILE) == 0)
+        c_last = c_size % SUBTILE
+        takes = (c_last > SUBTILE // 4) & (c_last <= SUBTILE - SUBTILE // 4)
+        takes = takes & (surplus_of(c_size, SUBTILE, TILE) == 0)
         distance = half_norm[None, :] - tl.dot(x, aim, input_precision="ieee")  # [BN, BC]
         distance = tl.where(takes[None, :], distance, float("inf"))
         best, origin = keep_nearer(distance, block, best, origin)
@@ -87,31 +87,31 @@ def trim_kernel(
     tl.store(label_ptr + g * tokens + token, to, mask=moves)
 
 
-def trim(
+def align_to_tile(
     x: Tensor,
     aims: Tensor,
     half_norm: Tensor,
     order: Tensor,
     starts: Tensor,
     labels: Tensor,
-    trim_to: tuple[int, int],
+    query_tile: QueryTile,
     config: LaunchConfig,
 ) -> None:
-    """`reference.trimmed` on a GPU: changes `labels`.
+    """`clustering.tile_aligned` on a GPU: changes `labels`.
 
     Args:
         x: (B, H, N, D), last stride 1.
         aims: (G, C, D), half_norm: (G, P), which the tokens were assigned by; see `aims_of`.
         order: (G, N), starts: (G, C + 3), the tokens sorted by label.
         labels: (G, N) int32.
-        trim_to: share and tile.
+        query_tile: what the clusters are aligned to.
         config: see `launch_config`.
     """
     _, heads, tokens, dim = x.shape
     groups, clusters, _ = aims.shape
-    share, tile = trim_to
-    trim_kernel[(clusters, groups)](
+    tile_align_kernel[(clusters, groups)](
         x, aims, half_norm, order, starts, labels, *token_strides(x), half_norm.shape[1],
-        heads, tokens, clusters, D=dim, BLOCK_D=config.block_dim, SHARE=share, TILE=tile,
-        BLOCK_N=trim_sample(share), BLOCK_C=config.assign.columns, num_warps=8, num_stages=1,
+        heads, tokens, clusters, D=dim, BLOCK_D=config.block_dim, SUBTILE=query_tile.subtile,
+        TILE=query_tile.tile, BLOCK_N=query_tile.candidates, BLOCK_C=config.assign.columns,
+        num_warps=8, num_stages=1,
     )  # fmt: skip

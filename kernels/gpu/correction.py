@@ -1,8 +1,8 @@
-"""What covariances add to compensation on a GPU, in the Gaussian form and that of second order.
+"""Corrections of the Gaussian form on a GPU, as `compensation.corrections` defines them.
 
-Defined by `reference.covariance_terms`. The growth goes into the logits of the attend stage as
-one number for a query. The move is the same for all stand-ins of a query, so it is added to the
-finished output, times the weight that the attend stage gave to stand-ins.
+The logit correction goes into the attend stage as one number for a query. The value correction is
+the same for all proxy tokens of a query, so it is added to the finished output, times the weight
+that the attend stage gave to proxy tokens.
 """
 
 from __future__ import annotations
@@ -14,27 +14,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svg_ear_compile.kernels.compensation import LARGEST_LOGIT_CORRECTION
 from svg_ear_compile.kernels.gpu.kmeans import SortedClusters
 from svg_ear_compile.kernels.gpu.launch import LaunchConfig, parts_of, token_strides
-from svg_ear_compile.kernels.reference import LARGEST_GROWTH
 
 
 @triton.jit
-def rows_away(
-    row_ptr, label, token, stride_n, mean_ptr, clusters, d, there,
-    D: tl.constexpr, FROM_MEAN: tl.constexpr,
-):  # fmt: skip
-    """``x - mean of its cluster`` [BN, BD] float32 at columns d; 0 outside of the clusters.
-
-    Only x where it is not FROM_MEAN.
-    """
+def clustered_rows(row_ptr, label, token, stride_n, clusters, d, there, D: tl.constexpr):
+    """Tokens [BN, BD] float32 at columns d; 0 outside of the clusters."""
     mask = (there & (label < clusters))[:, None] & (d < D)[None, :]
     x = tl.load(row_ptr + token[:, None] * stride_n + d[None, :], mask=mask, other=0.0)
-    x = x.to(tl.float32)
-    if FROM_MEAN:
-        mean = tl.load(mean_ptr + label[:, None] * D + d[None, :], mask=mask, other=0.0)
-        x -= mean.to(tl.float32)
-    return x
+    return x.to(tl.float32)
+
+
+@triton.jit
+def centred_rows(row_ptr, label, token, stride_n, mean_ptr, clusters, d, there, D: tl.constexpr):
+    """`clustered_rows` less the means of their clusters."""
+    x = clustered_rows(row_ptr, label, token, stride_n, clusters, d, there, D)
+    mask = (there & (label < clusters))[:, None] & (d < D)[None, :]
+    mean = tl.load(mean_ptr + label[:, None] * D + d[None, :], mask=mask, other=0.0)
+    return x - mean.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "clusters", "chunk"])
@@ -78,12 +77,12 @@ def covariance_kernel(
         there = at < tokens
         label = tl.load(label_ptr + g * tokens + at, mask=there, other=clusters)
         token = at.to(tl.int64)
-        column = rows_away(
-            k_row, label, token, stride_kn, key_mean, clusters, c, there, D, True
-        ).to(dtype)  # [BN, BC]
-        k = rows_away(k_row, label, token, stride_kn, key_mean, clusters, d, there, D, True)
+        column = centred_rows(k_row, label, token, stride_kn, key_mean, clusters, c, there, D).to(
+            dtype
+        )  # [BN, BC]
+        k = centred_rows(k_row, label, token, stride_kn, key_mean, clusters, d, there, D)
         of_keys = tl.dot(tl.trans(k.to(dtype)), column, of_keys, input_precision="ieee")
-        v = rows_away(v_row, label, token, stride_vn, value_mean, clusters, d, there, D, True)
+        v = centred_rows(v_row, label, token, stride_vn, value_mean, clusters, d, there, D)
         of_values = tl.dot(tl.trans(v.to(dtype)), column, of_values, input_precision="ieee")
     to = (part * tl.num_programs(2) + g) * 2 * D * D + d[:, None] * D + c[None, :]
     mask = (d < D)[:, None] & (c < D)[None, :]
@@ -92,13 +91,12 @@ def covariance_kernel(
 
 
 @triton.jit(do_not_specialize=["heads", "kv_heads", "tokens", "clusters"])
-def growth_kernel(
+def logit_correction_kernel(
     q_ptr,  # (B, H, N, D)
     label_ptr,  # (G, N) int32
-    centroid_ptr,  # (G, Qc, D) in the dtype of q; not read unless FROM_CENTROID
     curvature_ptr,  # (G_kv, D, D) in the dtype of q, symmetric
-    growth_ptr,  # (G, N) float32 log2
-    length_ptr,  # (G, N) float32, what dq is shortened to
+    logit_ptr,  # (G, N) float32 log2, out: the logit correction
+    clip_ptr,  # (G, N) float32, out: the clip factor
     stride_qb,
     stride_qh,
     stride_qn,
@@ -110,10 +108,9 @@ def growth_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FROM_CENTROID: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
-    """``dq' curvature dq`` of BLOCK_N queries, dq shortened to where it is LIMIT; 0 for others."""
+    """``q' curvature q`` of BLOCK_N queries, q shortened to where it is LIMIT; 0 for others."""
     g = tl.program_id(1).to(tl.int64)
     b, h = g // heads, g % heads
     g_kv = b * kv_heads + h // (heads // kv_heads)
@@ -123,34 +120,30 @@ def growth_kernel(
     token = at.to(tl.int64)
     label = tl.load(label_ptr + g * tokens + at, mask=there, other=clusters)
     q_row = q_ptr + b * stride_qb + h * stride_qh
-    centroid = centroid_ptr + g * clusters * D
-    away = rows_away(q_row, label, token, stride_qn, centroid, clusters, d, there, D, FROM_CENTROID)
-    away = away.to(q_ptr.dtype.element_ty)  # [BN, BD]
-    growth = tl.zeros([BLOCK_N], tl.float32)
+    q = clustered_rows(q_row, label, token, stride_qn, clusters, d, there, D)
+    q = q.to(q_ptr.dtype.element_ty)  # [BN, BD]
+    logit = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, D, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)  # [BC]
         mask = (d < D)[:, None] & (c < D)[None, :]
         at_column = curvature_ptr + (g_kv * D + d[:, None]) * D + c[None, :]
         column = tl.load(at_column, mask=mask, other=0.0)  # [BD, BC]
-        bent = tl.dot(away, column, input_precision="ieee")  # [BN, BC]
-        mine = rows_away(
-            q_row, label, token, stride_qn, centroid, clusters, c, there, D, FROM_CENTROID
-        )
-        growth += tl.sum(bent * mine, 1)
-    length = tl.sqrt(LIMIT / tl.maximum(growth, LIMIT))
-    tl.store(growth_ptr + g * tokens + at, tl.minimum(growth, LIMIT), mask=there)
-    tl.store(length_ptr + g * tokens + at, length, mask=there)
+        bent = tl.dot(q, column, input_precision="ieee")  # [BN, BC]
+        mine = clustered_rows(q_row, label, token, stride_qn, clusters, c, there, D)
+        logit += tl.sum(bent * mine, 1)
+    clip = tl.sqrt(LIMIT / tl.maximum(logit, LIMIT))
+    tl.store(logit_ptr + g * tokens + at, tl.minimum(logit, LIMIT), mask=there)
+    tl.store(clip_ptr + g * tokens + at, clip, mask=there)
 
 
 @triton.jit(do_not_specialize=["heads", "kv_heads", "tokens", "clusters"])
-def move_kernel(
+def value_correction_kernel(
     q_ptr,  # (B, H, N, D)
     out_ptr,  # (B, H, N, D), in and out
     label_ptr,  # (G, N) int32
-    centroid_ptr,  # (G, Qc, D) in the dtype of q; not read unless FROM_CENTROID
     slope_ptr,  # (G_kv, D, D) in the dtype of q, s Cov(v, k)
-    length_ptr,  # (G, N) float32, what dq is shortened to
-    share_ptr,  # (G, N) float32, weight of a query's stand-ins
+    clip_ptr,  # (G, N) float32, the clip factor
+    weight_ptr,  # (G, N) float32, weight of a query's proxy tokens
     stride_qb,
     stride_qh,
     stride_qn,
@@ -165,9 +158,8 @@ def move_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FROM_CENTROID: tl.constexpr,
 ):
-    """Add ``share * length * slope dq`` to the output of BLOCK_N queries."""
+    """Add ``weight * clip * slope q`` to the output of BLOCK_N queries."""
     g = tl.program_id(1).to(tl.int64)
     b, h = g // heads, g % heads
     g_kv = b * kv_heads + h // (heads // kv_heads)
@@ -177,21 +169,20 @@ def move_kernel(
     token = at.to(tl.int64)
     label = tl.load(label_ptr + g * tokens + at, mask=there, other=clusters)
     q_row = q_ptr + b * stride_qb + h * stride_qh
-    centroid = centroid_ptr + g * clusters * D
-    away = rows_away(q_row, label, token, stride_qn, centroid, clusters, d, there, D, FROM_CENTROID)
-    away = away.to(q_ptr.dtype.element_ty)  # [BN, BD]
-    share = tl.load(share_ptr + g * tokens + at, mask=there, other=0.0)  # [BN]
-    share *= tl.load(length_ptr + g * tokens + at, mask=there, other=0.0)
+    q = clustered_rows(q_row, label, token, stride_qn, clusters, d, there, D)
+    q = q.to(q_ptr.dtype.element_ty)  # [BN, BD]
+    weight = tl.load(weight_ptr + g * tokens + at, mask=there, other=0.0)  # [BN]
+    weight *= tl.load(clip_ptr + g * tokens + at, mask=there, other=0.0)
     out_row = out_ptr + b * stride_ob + h * stride_oh + token[:, None] * stride_on
     clustered = there & (label < clusters)
     for first in range(0, D, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)  # [BC], dims of the value
         mask = (d < D)[:, None] & (c < D)[None, :]
         column = tl.load(slope_ptr + (g_kv * D + c[None, :]) * D + d[:, None], mask=mask, other=0.0)
-        move = tl.dot(away, column, input_precision="ieee")  # [BN, BC]
+        value = tl.dot(q, column, input_precision="ieee")  # [BN, BC]
         to = out_row + c[None, :]
         mine = clustered[:, None] & (c < D)[None, :]
-        out = tl.load(to, mask=mine, other=0.0).to(tl.float32) + share[:, None] * move
+        out = tl.load(to, mask=mine, other=0.0).to(tl.float32) + weight[:, None] * value
         tl.store(to, out.to(out_ptr.dtype.element_ty), mask=mine)
 
 
@@ -227,53 +218,51 @@ def curvature_and_slope(
     return curvature.to(k.dtype), (scale * of_values).to(k.dtype)
 
 
-def growth_and_length(
-    q: Tensor, queries: SortedClusters, curvature: Tensor, kv_heads: int, from_centroid: bool,
-    config: LaunchConfig,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Growth in log2 of the mass of a query's stand-ins, and the length of dq; (G, N) float32.
+def logit_corrections(
+    q: Tensor, queries: SortedClusters, curvature: Tensor, kv_heads: int, config: LaunchConfig
+) -> tuple[Tensor, Tensor]:
+    """Logit corrections in log2 and clip factors of all queries, both (G, N) float32.
 
     Args:
         q: (B, H, N, D).
         queries: their clusters.
         curvature: see `curvature_and_slope`.
         kv_heads: H_kv.
-        from_centroid: dq is the distance from the query's centroid, else from 0.
         config: see `launch_config`.
     """
     _, heads, tokens, dim = q.shape
     groups, clusters, _ = queries.centroids.shape
-    grown, length = torch.empty(2, groups, tokens, dtype=torch.float32, device=q.device).unbind()
-    tiles = config.away
-    growth_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
-        q, queries.labels, queries.rounded, curvature, grown, length,
+    logit, clip = torch.empty(2, groups, tokens, dtype=torch.float32, device=q.device).unbind()
+    tiles = config.correction
+    logit_correction_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
+        q, queries.labels, curvature, logit, clip,
         *token_strides(q), heads, kv_heads, tokens, clusters,
         D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,
-        FROM_CENTROID=from_centroid, LIMIT=LARGEST_GROWTH / math.log(2),
+        LIMIT=LARGEST_LOGIT_CORRECTION / math.log(2),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return grown, length
+    return logit, clip
 
 
-def add_moves(
-    out: Tensor, q: Tensor, queries: SortedClusters, slope: Tensor, length: Tensor, share: Tensor,
-    kv_heads: int, from_centroid: bool, config: LaunchConfig,
+def correct_values(
+    out: Tensor, q: Tensor, queries: SortedClusters, slope: Tensor, clip: Tensor, weight: Tensor,
+    kv_heads: int, config: LaunchConfig,
 ) -> None:  # fmt: skip
-    """Add the moves of the stand-ins to the output.
+    """Add the value corrections of the proxy tokens to the output.
 
     Args:
         out: (B, H, N, D), changed.
-        q, queries, kv_heads, from_centroid, config: see `growth_and_length`.
+        q, queries, kv_heads, config: see `logit_corrections`.
         slope: see `curvature_and_slope`.
-        length: see `growth_and_length`.
-        share: (G, N) float32, weight that a query gives to its stand-ins.
+        clip: clip factors, see `logit_corrections`.
+        weight: (G, N) float32, weight that a query gives to its proxy tokens.
     """
     _, heads, tokens, dim = q.shape
     groups, clusters, _ = queries.centroids.shape
-    tiles = config.away
-    move_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
-        q, out, queries.labels, queries.rounded, slope, length, share,
+    tiles = config.correction
+    value_correction_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
+        q, out, queries.labels, slope, clip, weight,
         *token_strides(q), *token_strides(out), heads, kv_heads, tokens, clusters,
         D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,
-        FROM_CENTROID=from_centroid, num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

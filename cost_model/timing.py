@@ -1,0 +1,139 @@
+"""Times calls as they run in a generation, and measures what a device does at best."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from svg_ear_compile.cost_model.calibration import Roofs
+from svg_ear_compile.kernels.op import dense_attention
+
+_PATIENCE_MS = 1500.0  # for the repeats of one call
+# A rested GPU clocks up to a fifth higher than one that has been busy this long.
+_BUSY_MS, _MOST_CALLS = 150.0, 150
+# Short calls wait for the host, which hesitates now and then: they are repeated for this long.
+_SAMPLED_MS, _MOST_SAMPLES = 50.0, 40
+
+
+class Clock:
+    """Times calls on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+
+    def ms(self, call: Callable[[], object], repeats: int = 5) -> float:
+        """Milliseconds of a call after one to warm up; fewer repeats where a CPU takes seconds.
+
+        The median of calls back to back on a busy GPU, as in a generation. The least on a CPU:
+        whatever else runs there only ever adds, and adds much.
+        """
+        if self.on_gpu:
+            with torch.cuda.device(self.device):
+                return statistics.median(busy_ms(call, repeats))
+        call()
+        samples: list[float] = []
+        while len(samples) < repeats and (len(samples) < 2 or sum(samples) < _PATIENCE_MS):
+            began = time.perf_counter()
+            call()
+            samples.append(1e3 * (time.perf_counter() - began))
+        return min(samples)
+
+
+def busy_ms(call: Callable[[], object], repeats: int) -> list[float]:
+    """Milliseconds of each of at least `repeats` calls back to back on the current GPU.
+
+    The device is busy before; short calls are repeated up to 40 times.
+    """
+    seconds = _keep_busy(call)
+    repeats = max(repeats, min(_MOST_SAMPLES, math.ceil(_SAMPLED_MS / 1e3 / seconds)))
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in pairwise(marks)]
+
+
+def busy_kernels_ms(call: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Device milliseconds by kernel in one of `repeats` calls, on average, timed as `busy_ms`."""
+    _keep_busy(call)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    return {e.key: e.self_device_time_total / 1e3 / repeats for e in profile.key_averages()}
+
+
+def _keep_busy(call: Callable[[], object]) -> float:
+    """Seconds of a call, after one to compile, one to record, and as many as bring the GPU's clock
+    to that of a long run."""
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    for _ in range(min(_MOST_CALLS, math.ceil(_BUSY_MS / 1e3 / seconds))):
+        call()
+    return seconds
+
+
+def fastest_dense_ms(q: Tensor, k: Tensor, v: Tensor, repeats: int = 5) -> float:
+    """Milliseconds of the fastest dense attention that takes these inputs: what has to be beaten.
+
+    Args:
+        q: (B, H, N_q, D). k, v: (B, H_kv, N_k, D).
+        repeats: timed calls of each backend.
+    """
+    clock = Clock(q.device)
+    scale = q.shape[3] ** -0.5
+
+    def default() -> object:
+        return dense_attention(q, k, v, None, scale, False)
+
+    times = [clock.ms(default, repeats)]
+    if clock.on_gpu:
+        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+            with sdpa_kernel(backend):
+                if backend_takes(q, k, v):
+                    times.append(clock.ms(default, repeats))
+    return min(times)
+
+
+def backend_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the backend that `sdpa_kernel` leaves has a kernel for such inputs."""
+    try:
+        F.scaled_dot_product_attention(q[:, :, :16], k[:, :, :16], v[:, :, :16])
+    except RuntimeError:  # "No available kernel": PyTorch has no other way to ask
+        return False
+    return True
+
+
+def measure_roofs(device: torch.device, dtypes: Iterable[str], side: int, copied: int) -> Roofs:
+    """Matrix products of `side`, a copy of `copied` bytes, and a run of small operators."""
+    clock = Clock(device)
+    rates = {}
+    for name in dtypes:
+        a = torch.randn(side, side, device=device).to(getattr(torch, name))
+        rates[name] = 2e-9 * side**3 / clock.ms(lambda a=a: a @ a)  # type: ignore[misc]
+    source = torch.zeros(copied // 4, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2e-6 * copied / clock.ms(lambda: target.copy_(source))
+    small = torch.zeros(16, device=device)
+
+    def many() -> None:
+        for _ in range(200):
+            small.add_(1.0)
+
+    return Roofs(rates, bandwidth, clock.ms(many) / 200)

@@ -1,0 +1,143 @@
+"""Types of one attention call that all implementations share, and where its clusters start.
+
+Notation: query cluster ``i`` of ``m_i`` queries with mean ``q_i``; key cluster ``j`` of ``n_j``
+keys with means ``k_j`` and ``v_j``; scale ``s``. A token's label is its cluster, or ``C`` for a
+token that is always exact (text, or a non-finite query or key), or ``C + 1`` for a padding key,
+which carries no mass; ``C`` is the number of clusters.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Clusters(NamedTuple):
+    """Labelled tokens of G heads.
+
+    Attributes:
+        labels: (B, H, N) int64 in [0, C + 1], see the module's notation.
+        centroids: (B, H, C, D) mean of each cluster's tokens; an empty cluster keeps the centroid
+            that it was started from.
+        sizes: (B, H, C) int64 tokens in each cluster.
+    """
+
+    labels: Tensor
+    centroids: Tensor
+    sizes: Tensor
+
+
+class Blocks(NamedTuple):
+    """Clusters of the tokens and which of their blocks are exact, for a later step to reuse.
+
+    Attributes:
+        q_labels: (B, H, N_q) integer, k_labels: (B, H_kv, N_k) integer, see `Clusters`.
+        exact: (B, H, Qc, Kc) bool.
+    """
+
+    q_labels: Tensor
+    k_labels: Tensor
+    exact: Tensor
+
+
+class QueryTile(NamedTuple):
+    """How many queries an attend stage works on at once; query clusters are aligned to it.
+
+    Attributes:
+        subtile: queries of one group of warps, which costs nothing where it has none.
+        tile: queries that share the gathered keys, a multiple of `subtile`.
+    """
+
+    subtile: int
+    tile: int
+
+    @property
+    def candidates(self) -> int:
+        """Queries of a cluster among which those that it gives away are chosen."""
+        return min(2 * self.subtile, 128)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One attention call with everything that led to it.
+
+    Attributes:
+        out: (B, H, N_q, D) in the dtype of q.
+        lse: (B, H, N_q) natural log-sum-exp of the logits, float32 or wider.
+        queries, keys: the clusters (`Clusters`).
+        exact: (B, H, Qc, Kc) bool, the blocks computed exactly.
+        row_area: (B, H, Qc) integer, clustered keys computed exactly for each query cluster.
+    """
+
+    out: Tensor
+    lse: Tensor
+    queries: Clusters
+    keys: Clusters
+    exact: Tensor
+    row_area: Tensor
+
+    @property
+    def blocks(self) -> Blocks:
+        """What a later step may reuse."""
+        return Blocks(self.queries.labels, self.keys.labels, self.exact)
+
+    @property
+    def exact_pairs(self) -> Tensor:
+        """() float64, query-key pairs of clustered tokens computed exactly."""
+        return (self.row_area * self.queries.sizes).sum(dtype=torch.float64)
+
+
+def key_mask_of(attn_mask: Tensor | None, k: Tensor) -> Tensor | None:
+    """Key-padding mask (B, H_kv, N_k) bool of a (B|1, H|1, 1, N_k) bool mask; True takes part."""
+    if attn_mask is None:
+        return None
+    return attn_mask[:, :, 0, :].expand(k.shape[0], k.shape[1], k.shape[2])
+
+
+@functools.lru_cache(maxsize=256)
+def stratified_jitter(clusters: int, seed: int, device: torch.device) -> Tensor:
+    """(clusters,) float32 in [0, 1): where in its stratum each starting centroid is drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    # Float64 would let CPU and GPU disagree in the last bit after the cast; this is the cast.
+    return torch.rand(clusters, generator=generator, dtype=torch.float32).to(device)
+
+
+def initial_centroids(
+    x: Tensor, key_mask: Tensor | None, clusters: int, text: tuple[int, int], seed: int
+) -> Tensor:
+    """Starting centroids: one token from each of `clusters` equal strata of the video tokens.
+
+    Neighbouring tokens of a video are alike, so strata of the token order cover space and time at
+    the cost of one gather; the jitter keeps the samples off a common image column.
+
+    Args:
+        x: (B, H, N, D) queries or keys.
+        key_mask: (B, H, N) bool or None; masked tokens are not drawn.
+        clusters: C.
+        text: text tokens before and after the video tokens.
+        seed: seed of the jitter.
+
+    Returns:
+        (B, H, C, D) in the dtype of x, finite.
+    """
+    tokens = x.shape[2]
+    before, after = text
+    jitter = stratified_jitter(clusters, seed, x.device)
+    strata = (torch.arange(clusters, device=x.device) + jitter) / clusters  # [C] in [0, 1)
+    if key_mask is None:
+        video = tokens - before - after
+        index = before + (strata * video).long().clamp(0, max(video - 1, 0))
+        drawn = x[:, :, index.clamp(max=tokens - 1)]
+    else:
+        valid = key_mask.clone()
+        valid[..., :before] = False
+        valid[..., tokens - after :] = False
+        rank = valid.long().cumsum(-1)  # [B, H, N] valid tokens up to and including each
+        wanted = (strata * rank[..., -1:]).long() + 1  # [B, H, C] in 1..n
+        index = torch.searchsorted(rank.contiguous(), wanted).clamp(max=tokens - 1)
+        drawn = x.gather(2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]))
+    return torch.nan_to_num(drawn, 0.0, 0.0, 0.0)

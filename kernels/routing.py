@@ -1,0 +1,106 @@
+"""Stage 3 in plain PyTorch: which blocks are exact, by what their query centroids see."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from svg_ear_compile.kernels.clusters import Clusters
+from svg_ear_compile.kernels.plan import AttentionPlan
+
+
+class Probe(NamedTuple):
+    """What every block looks like from its query centroid, all (B, H, Qc, Kc).
+
+    Attributes:
+        log_error: ``log E_ij``, the paper's error of compensating the block (natural log).
+        log_mass: ``log Z_ij``, ``Z_ij = sum_t exp(a_it)`` over the block's keys.
+        centroid_logit: ``c_ij = s q_i . k_j``.
+    """
+
+    log_error: Tensor
+    log_mass: Tensor
+    centroid_logit: Tensor
+
+
+def take_until(score: Tensor, weight: Tensor, budget: Tensor) -> Tensor:
+    """The best-scoring entries of each row, while the weight before them is below the budget.
+
+    The entry that crosses the budget is taken; ties go to the lowest index; NaN counts as the
+    highest score.
+
+    Args:
+        score, weight: (..., K); weights are not negative.
+        budget: (...).
+
+    Returns:
+        (..., K) bool.
+    """
+    ranked = score.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    sorted_weight = weight.gather(-1, order)
+    before = sorted_weight.cumsum(-1) - sorted_weight
+    return torch.zeros_like(order, dtype=torch.bool).scatter(
+        -1, order, before < budget.unsqueeze(-1)
+    )
+
+
+def block_score(found: Probe, queries: Clusters, keys: Clusters) -> Tensor:
+    """``log E_ij - log(m_i n_j)``, (B, H, Qc, Kc): error by area; -inf for an empty block."""
+    area = queries.sizes.unsqueeze(-1) * keys.sizes.unsqueeze(-2)
+    score = found.log_error - area.clamp(min=1).to(found.log_error.dtype).log()
+    return score.masked_fill(area == 0, -math.inf)
+
+
+def area_budget(keys: Clusters, plan: AttentionPlan) -> Tensor:
+    """(B, H) float64 whole number: a row takes blocks while the area before them is below it.
+
+    Rounded up from ``density * sum_j n_j`` in float64 so that every dtype draws the same line.
+    """
+    return torch.ceil(plan.density * keys.sizes.sum(-1).double())
+
+
+def route(found: Probe, queries: Clusters, keys: Clusters, plan: AttentionPlan) -> Tensor:
+    """Stage 3. The blocks computed exactly, (B, H, Qc, Kc) bool.
+
+    * ``"density"``: in every row the best-scoring blocks while the area before them is below
+      ``density * sum_j n_j``.
+    * ``"top_p"``: the same with the paper's budget, the area of the smallest set of blocks that
+      holds ``top_p`` of ``softmax_j(c_ij + log n_j)``; the best ``min_block_ratio`` of the row's
+      blocks by that softmax are guaranteed and their area counts.
+    * ``"threshold"``: every block with ``rho_ij = E_ij / (Z_i^2 n_j) >= threshold``, where
+      ``Z_i = sum_t exp(a_it)`` over the clustered keys. Shifting all keys by one vector leaves
+      ``rho`` as it was, so rows, heads and layers share one unit.
+    """
+    sizes = keys.sizes.unsqueeze(-2).to(found.log_error.dtype).expand_as(found.log_error)
+    occupied = sizes > 0
+    if plan.is_dense:
+        return occupied
+    score = block_score(found, queries, keys)
+    total = sizes.sum(-1)
+    if plan.routing == "density":
+        return take_until(score, sizes, area_budget(keys, plan).unsqueeze(-1)) & occupied
+    if plan.routing == "threshold":
+        log_row_mass = torch.logsumexp(found.log_mass, -1, keepdim=True)
+        log_rho = found.log_error - 2 * log_row_mass - sizes.clamp(min=1).log()
+        log_threshold = math.log(plan.threshold) if plan.threshold > 0 else -math.inf
+        return (log_rho.nan_to_num(nan=math.inf, posinf=math.inf) >= log_threshold) & occupied
+    mass_logit = (found.centroid_logit + sizes.log()).masked_fill(~occupied, -math.inf)
+    mass = torch.softmax(mass_logit, -1).nan_to_num(0.0)
+    top_p = take_until(mass_logit, mass, torch.full_like(total, plan.top_p)) & occupied
+    budget = (top_p * sizes).sum(-1)
+    floor_count = torch.ceil(plan.min_block_ratio * occupied.sum(-1).to(total.dtype))
+    guaranteed = take_until(mass_logit, torch.ones_like(sizes), floor_count) & occupied
+    left = budget - (guaranteed * sizes).sum(-1)
+    best = take_until(
+        score.masked_fill(guaranteed, -math.inf), sizes.masked_fill(guaranteed, 0.0), left
+    )
+    return guaranteed | (best & occupied)
+
+
+def row_area(exact: Tensor, keys: Clusters) -> Tensor:
+    """(B, H, Qc) int64, keys computed exactly in each row of blocks."""
+    return (exact * keys.sizes.unsqueeze(2)).sum(-1)

@@ -1,0 +1,128 @@
+"""What a tuning tries: layers, clusters and forms, and the phases of the denoising."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from svg_ear_compile.cost_model.budget import Choice, Schedule
+from svg_ear_compile.cost_model.stages import AttentionShape
+from svg_ear_compile.explain import explain
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
+from svg_ear_compile.recording import ModelCall
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """What is tried, and for which schedule.
+
+    Attributes:
+        densities: tried in each layer, each in (0, 1); dense is always a choice.
+        cluster_sizes: mean queries and keys per cluster that are tried, None for the default sizes.
+        forms: compensation forms that are tried.
+        phases: parts into which the timesteps of the calls are cut, each with choices of its own.
+        dense_steps: leading denoising steps that stay dense.
+        dense_from: timestep from which the last steps stay dense, None for never.
+        thresholds: route sparse layers by the threshold that follows from their multiplier.
+        timestep, ascending: see `bind`.
+        compiler: ``"inductor"``, or ``"eager"`` for a quick look whose times are not the real ones.
+
+    Raises:
+        ValueError: a field is out of range; the message names it.
+    """
+
+    densities: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
+    cluster_sizes: tuple[tuple[int, int] | None, ...] = (None,)
+    forms: tuple[Compensation, ...] = (AttentionPlan.compensation,)
+    phases: int = 1
+    dense_steps: int = 0
+    dense_from: float | None = None
+    thresholds: bool = False
+    timestep: str | None = None
+    ascending: bool = False
+    compiler: Literal["inductor", "eager"] = "inductor"
+
+    def __post_init__(self) -> None:
+        if not self.densities or not all(0.0 < d < 1.0 for d in self.densities):
+            raise ValueError(f"densities must be in (0, 1), got {self.densities!r}")
+        if self.phases < 1 or self.dense_steps < 0:
+            raise ValueError("phases must be at least 1 and dense_steps not negative")
+        if not self.cluster_sizes or not self.forms:
+            raise ValueError("cluster_sizes and forms must not be empty")
+        for form in self.forms:
+            AttentionPlan(compensation=form)  # refuses what it does not know
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a tuning will take, said before it starts.
+
+    Attributes:
+        forwards: of the model that are still to be measured, on all ranks together.
+        finished: that an earlier run has measured.
+        seconds: expected, on this many `ranks`.
+        ranks: processes that share the work.
+    """
+
+    forwards: int
+    finished: int
+    seconds: float
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measurement: one layer sparse in one call."""
+
+    layer: str
+    choice: Choice
+    call: int
+
+    @property
+    def key(self) -> str:
+        choice = self.choice
+        clusters = f"{choice.q_clusters}/{choice.k_clusters}"
+        return f"{self.layer} {choice.density:g} {clusters} {choice.compensation} {self.call}"
+
+
+def sites_of(model: nn.Module, call: ModelCall) -> tuple[tuple[str, AttentionShape], ...]:
+    """Layer and shape of every attention call that could be sparse."""
+    options = {"density": 0.5, "min_tokens": 1}
+    found = explain(model, *call.args, options=options, **call.kwargs)
+    sites = []
+    for site in found.sites:
+        if site.plan is not None:
+            batch, heads, q_tokens, k_tokens, dim = (size or 0 for size in site.shape)
+            kv_heads, text = site.kv_heads or heads, sum(count or 0 for count in site.text)
+            shape = AttentionShape(
+                batch, heads, kv_heads, q_tokens, k_tokens, dim, site.dtype, text
+            )
+            sites.append((site.layer, shape))
+    if not sites:
+        raise ValueError("no attention of the model could be sparse; `explain` says why")
+    return tuple(sites)
+
+
+def kinds_of(shape: AttentionShape, settings: TuningSettings) -> tuple[Choice, ...]:
+    """Clusters and forms that are tried, at density 0."""
+    video, kinds = shape.k_tokens - shape.text, []
+    for sizes in settings.cluster_sizes:
+        queries, keys = (None, None) if sizes is None else (math.ceil(video / s) for s in sizes)
+        kinds += [Choice(0.0, queries, keys, form) for form in settings.forms]
+    return tuple(kinds)
+
+
+def schedule_of(timesteps: Sequence[float], settings: TuningSettings) -> Schedule:
+    """Cut the timesteps of the calls into phases of equal numbers of them."""
+    ordered = sorted(set(timesteps), reverse=not settings.ascending)
+    if len(ordered) < settings.phases:
+        raise ValueError(
+            f"{settings.phases} phases need calls at as many timesteps; there are {len(ordered)}"
+        )
+    cuts = [round(i * len(ordered) / settings.phases) for i in range(1, settings.phases)]
+    starts = tuple((ordered[cut - 1] + ordered[cut]) / 2 for cut in cuts)
+    return Schedule(settings.dense_steps, starts, settings.dense_from, settings.ascending)
