@@ -52,7 +52,8 @@ _LEAST_SAMPLES = 14  # two lengths: enough for the three coefficients of a stage
 STAGE_OF_KERNEL = {
     "probe_kernel": "probe",
     "route_kernel": "route",
-    "list_keys_kernel": "route",
+    "kv_index_kernel": "route",
+    "kv_list_kernel": "route",
     "attend_kernel": "attend",
     "attend_wgmma_kernel": "attend",
     "covariance_kernel": "correction",

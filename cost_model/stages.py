@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 from svg_ear_compile.cost_model.device import Device
-from svg_ear_compile.kernels.gpu.launch import HOPPER, LISTED_CLUSTERS, launch_config
+from svg_ear_compile.kernels.gpu.launch import LISTED_CLUSTERS, launch_config
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 STAGES = {
@@ -109,7 +109,7 @@ def sparse_amounts(
     heads, kv_heads = shape.batch * shape.heads, shape.batch * shape.kv_heads
     queries, keys, q_clusters, k_clusters, exact = _clustered(shape, plan)
     kv_bytes = 2.0 * kv_heads * keys * dim * size
-    config = launch_config(dim, size, device.architecture == HOPPER)
+    config = launch_config(dim, size, device.architecture)
     # A ragged cluster leaves half of its last tile empty on average; aligned, a quarter of a
     # subtile and, as few end in a tile of little, a third of a tile. None has less than one.
     subtile, tile = config.query_tile

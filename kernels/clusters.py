@@ -30,6 +30,10 @@ class Clusters(NamedTuple):
     centroids: Tensor
     sizes: Tensor
 
+    def per_query_head(self, groups: int) -> Clusters:
+        """Key clusters of H_kv heads as those of the `groups` query heads that share each."""
+        return Clusters(*(t.repeat_interleave(groups, 1) for t in self))
+
 
 class Blocks(NamedTuple):
     """Clusters of the tokens and which of their blocks are exact, for a later step to reuse.
@@ -59,6 +63,34 @@ class QueryTile(NamedTuple):
     def candidates(self) -> int:
         """Queries of a cluster among which those that it gives away are chosen."""
         return min(2 * self.subtile, 128)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What clustering and routing found; implementations add what their own attend stage needs.
+
+    Attributes:
+        queries: clusters of the H heads. keys: those of the H_kv heads.
+        exact: (B, H, Qc, Kc) bool, the block mask: True is computed exactly.
+        row_area: (B, H, Qc) integer, clustered keys computed exactly for each query cluster.
+    """
+
+    queries: Clusters
+    keys: Clusters
+    exact: Tensor
+    row_area: Tensor
+
+    def block_lists(self) -> tuple[Tensor, Tensor]:
+        """The block mask as lists; waits for the device.
+
+        Returns:
+            kv_indptr (B * H * Qc + 1,) int32 and kv_indices (blocks,) int32: row r of blocks, of
+            batch, head and query cluster in this order, computes the key clusters
+            ``kv_indices[kv_indptr[r]:kv_indptr[r + 1]]`` exactly.
+        """
+        rows = self.exact.flatten(0, 2)
+        kv_indptr = torch.nn.functional.pad(rows.sum(-1, dtype=torch.int32).cumsum(0), (1, 0))
+        return kv_indptr.to(torch.int32), rows.nonzero()[:, 1].to(torch.int32)
 
 
 @dataclass(frozen=True)

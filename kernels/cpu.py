@@ -8,76 +8,112 @@ Half-precision inputs are computed in float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from svg_ear_compile.kernels.clustering import cluster, cluster_means
-from svg_ear_compile.kernels.clusters import Blocks, Clusters, Result
+from svg_ear_compile.kernels.clusters import Blocks, Clusters, Routed
 from svg_ear_compile.kernels.compensation import (
     Corrections,
     ProxyTokens,
     corrections,
     proxy_tokens,
 )
-from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
+from svg_ear_compile.kernels.registry import Implementation, register
 from svg_ear_compile.kernels.routing import Probe, route, row_area
 
 
-def sparse_attention(
+@dataclass(frozen=True)
+class SortedRouting(Routed):
+    """What the attend stage needs besides.
+
+    Attributes:
+        order: (B, H, N_k) key tokens sorted by cluster.
+        bounds: per head, where each cluster starts in that order; then exact keys, then padding.
+    """
+
+    order: Tensor
+    bounds: dict[tuple[int, int], list[int]]
+
+
+def cluster_and_route(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     plan: AttentionPlan,
     *,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-    text: tuple[int, int] = (0, 0),
-    centroids: tuple[Tensor, Tensor] | None = None,
-    blocks: Blocks | None = None,
-    return_lse: bool = False,
-) -> Result:
-    """All five stages; arguments and result as `reference.sparse_attention`.
-
-    The output has the dtype and layout of q; `Result.lse` is empty unless `return_lse`.
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    attn_mask: Tensor | None,
+    scale: float,
+    text: tuple[int, int],
+    centroids: tuple[Tensor, Tensor] | None,
+    blocks: Blocks | None,
+) -> SortedRouting:
+    """See `reference.cluster_and_route`; query clusters stay as k-means ends."""
     groups = q.shape[1] // k.shape[1]
-    wide_q, wide_k, wide_v = q.float(), k.float(), v.float()
+    wide_q, wide_k = q.float(), k.float()
     queries, keys = cluster(wide_q, wide_k, plan, attn_mask, text, centroids, blocks)
-    shared = Clusters(*(t.repeat_interleave(groups, 1) for t in keys))
+    shared = keys.per_query_head(groups)
     order = shared.labels.argsort(dim=-1, stable=True)  # [B, H, N_k]
     bounds = _bounds(shared)
-    pairs = [(b, h) for b in range(q.shape[0]) for h in range(q.shape[1])]
-    heads = {
-        (b, h): (wide_k[b, h // groups][order[b, h]], wide_v[b, h // groups][order[b, h]])
-        for b, h in pairs
-    }
     if blocks is None:
-        probes = [_probe(queries.centroids[p], *heads[p], bounds[p], scale) for p in pairs]
+        probes = [
+            _probe(queries.centroids[p], wide_k[at], v[at].float(), bounds[p], scale)
+            for p, at in _sorted_keys(order, groups)
+        ]
         found = Probe(
             *(torch.stack(part).unflatten(0, q.shape[:2]) for part in zip(*probes, strict=True))
         )
         exact = route(found, queries, shared, plan)
     else:
         exact = blocks.exact
+    return SortedRouting(queries, keys, exact, row_area(exact, shared), order, bounds)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routed: Routed,
+    compensation: Compensation,
+    *,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.attend`; the output has the dtype and layout of q."""
+    assert isinstance(routed, SortedRouting), "attend takes what the same implementation routed"
+    queries, exact = routed.queries, routed.exact
+    groups = q.shape[1] // k.shape[1]
+    shared = routed.keys.per_query_head(groups)
+    wide_q, wide_k, wide_v = q.float(), k.float(), v.float()
     all_v = wide_v.repeat_interleave(groups, 1)
     value_means, _ = cluster_means(all_v, shared.labels, exact.shape[3])
     proxies = proxy_tokens(shared, value_means)
     corrected = None
-    if plan.compensation == "gaussian":
+    if compensation == "gaussian":
         all_k = wide_k.repeat_interleave(groups, 1)
         corrected = corrections(wide_q, all_k, all_v, queries, shared, value_means, scale)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    for p in pairs:
+    for p, at in _sorted_keys(routed.order, groups):
         _attend(
-            wide_q[p], *heads[p], queries.labels[p], bounds[p], exact[p],
+            wide_q[p], wide_k[at], wide_v[at], queries.labels[p], routed.bounds[p], exact[p],
             ProxyTokens(*(x[p] for x in proxies)), scale,
             None if corrected is None else Corrections(*(x[p] for x in corrected)),
             out[p], lse[p],
         )  # fmt: skip
-    area = row_area(exact, shared)
-    return Result(out, lse if return_lse else lse.new_empty(0), queries, keys, exact, area)
+    return out, lse if return_lse else lse.new_empty(0)
+
+
+def _sorted_keys(
+    order: Tensor, groups: int
+) -> Iterator[tuple[tuple[int, int], tuple[int, int, Tensor]]]:
+    """Of every query head its index, and the index of its keys in sorted order."""
+    for b in range(order.shape[0]):
+        for h in range(order.shape[1]):
+            yield (b, h), (b, h // groups, order[b, h])
 
 
 def _bounds(keys: Clusters) -> dict[tuple[int, int], list[int]]:
@@ -131,7 +167,7 @@ def _attend(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """`reference.attend` of one head, k and v sorted by cluster; writes out (N, D) and lse (N,)."""
+    """`reference.softmax_over` of one head, k and v sorted; writes out (N, D) and lse (N,)."""
     q_clusters, clusters = exact.shape
     bias = proxies.bias.masked_fill(exact, -math.inf)  # [Qc, Kc]
     block_of = torch.repeat_interleave(torch.arange(clusters + 1), torch.tensor(bounds).diff())
@@ -158,3 +194,10 @@ def _attend(
         if i < q_clusters and corrected is not None:
             result += weights[:, len(columns) :].sum(1, keepdim=True) * corrected.value[rows]
         out[rows] = result.to(out.dtype)
+
+
+def _no_cpu(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    return None if q.device.type == "cpu" else f"runs on a CPU, not on {q.device.type}"
+
+
+CPU = register(Implementation("cpu", _no_cpu, cluster_and_route, attend))

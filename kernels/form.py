@@ -15,5 +15,5 @@ def sparse_form(on_gpu: bool) -> Callable[..., Result]:
     if on_gpu:
         from svg_ear_compile.kernels.gpu.replay import sparse_attention
     else:
-        from svg_ear_compile.kernels.cpu import sparse_attention
+        from svg_ear_compile.kernels.registry import sparse_attention
     return sparse_attention

@@ -5,12 +5,14 @@ those of "SVG-EAR: Parameter-Free Linear Compensation for Sparse Video Generatio
 Routing" (arXiv 2603.08982); the ``"gaussian"`` form of the compensation and the metric of the
 logits are ours. Clustering, routing and compensation have files of their own, which the CPU
 implementation shares; what is written here, block scoring and attending, it does otherwise.
+The definition is no registered implementation: nothing falls back on it.
 Notation as in `kernels.clusters`.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from svg_ear_compile.kernels.clusters import (
     Clusters,
     QueryTile,
     Result,
+    Routed,
     initial_centroids,
     key_mask_of,
 )
@@ -38,15 +41,16 @@ from svg_ear_compile.kernels.compensation import (
     corrections,
     proxy_tokens,
 )
-from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.routing import Probe, route, row_area, take_until
 
 # The whole definition under one name, for tests and benchmarks.
 __all__ = [
     "LARGEST_LOGIT_CORRECTION", "Blocks", "Clusters", "Corrections", "Probe", "ProxyTokens",
-    "QueryTile", "Result", "as_metric", "attend", "cluster", "cluster_means", "corrections",
+    "QueryTile", "Result", "as_metric", "attend", "cluster", "cluster_and_route", "cluster_means",
+    "corrections",
     "initial_centroids", "is_video", "key_mask_of", "kmeans", "logit_metrics", "probe",
-    "proxy_tokens", "route", "row_area", "sparse_attention", "take_until",
+    "proxy_tokens", "route", "row_area", "softmax_over", "sparse_attention", "take_until",
 ]  # fmt: skip
 
 
@@ -90,7 +94,81 @@ def probe(queries: Clusters, keys: Clusters, k: Tensor, v: Tensor, scale: float)
     return Probe(torch.stack(log_error, -1), torch.stack(log_mass, -1), centroid_logit)
 
 
+def cluster_and_route(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float,
+    text: tuple[int, int] = (0, 0),
+    centroids: tuple[Tensor, Tensor] | None = None,
+    blocks: Blocks | None = None,
+    query_tile: QueryTile | None = None,
+) -> Routed:
+    """Stages 1 to 3: clusters of queries and keys, and which of their blocks are exact.
+
+    Args:
+        q: (B, H, N_q, D) of any float dtype. k, v: (B, H_kv, N_k, D), H_kv dividing H.
+        plan: see `AttentionPlan`.
+        attn_mask: (B|1, H_kv|1, 1, N_k) bool key-padding mask, True takes part.
+        scale: logit scale.
+        text: text tokens at the start and at the end of both sequences.
+        centroids: remembered centroids (B, H, Qc, D) and (B, H_kv, Kc, D), or None: cold.
+        blocks: clusters and block mask of an earlier call under this plan, whose `centroids` come
+            with them, to be reused; None recomputes them.
+        query_tile: query clusters that are computed here are aligned to it, see
+            `clustering.tile_aligned`; None leaves them as k-means ends.
+    """
+    groups = q.shape[1] // k.shape[1]
+    queries, keys = cluster(q, k, plan, attn_mask, text, centroids, blocks, query_tile)
+    shared = keys.per_query_head(groups)
+    if blocks is None:
+        all_k, all_v = (t.repeat_interleave(groups, 1) for t in (k, v))
+        exact = route(probe(queries, shared, all_k, all_v, scale), queries, shared, plan)
+    else:
+        exact = blocks.exact
+    return Routed(queries, keys, exact, row_area(exact, shared))
+
+
 def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routed: Routed,
+    compensation: Compensation,
+    *,
+    scale: float,
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Stages 4 and 5 of what was routed: proxy tokens of the skipped blocks, then `softmax_over`.
+
+    Args:
+        q: (B, H, N_q, D). k, v: (B, H_kv, N_k, D).
+        routed: see `cluster_and_route`.
+        compensation: how proxy tokens follow the query.
+        scale: logit scale.
+        return_lse: the log-sum-exp is wanted; it is empty otherwise.
+
+    Returns:
+        out (B, H, N_q, D) and lse (B, H, N_q).
+    """
+    groups = q.shape[1] // k.shape[1]
+    shared = routed.keys.per_query_head(groups)
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    value_means, _ = cluster_means(v, shared.labels, routed.exact.shape[3])
+    proxies = proxy_tokens(shared, value_means)
+    corrected = None
+    if compensation == "gaussian":
+        corrected = corrections(q, k, v, routed.queries, shared, value_means, scale)
+    out, lse = softmax_over(
+        q, k, v, routed.queries.labels, shared.labels, routed.exact, proxies, scale, corrected
+    )
+    return out, lse if return_lse else lse.new_empty(0)
+
+
+def softmax_over(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -101,7 +179,7 @@ def attend(
     scale: float,
     corrected: Corrections | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Stages 4 and 5. One softmax over exact keys and the proxy tokens of skipped blocks.
+    """One softmax over exact keys and the proxy tokens of skipped blocks.
 
     Queries labelled ``Qc`` (text, non-finite) attend to every key; keys labelled ``Kc`` are exact
     for every query; keys labelled ``Kc + 1`` are padding. A row with no key gives output 0 and
@@ -162,41 +240,18 @@ def sparse_attention(
     v: Tensor,
     plan: AttentionPlan,
     *,
-    attn_mask: Tensor | None = None,
     scale: float | None = None,
-    text: tuple[int, int] = (0, 0),
-    centroids: tuple[Tensor, Tensor] | None = None,
-    blocks: Blocks | None = None,
     query_tile: QueryTile | None = None,
+    **more: Any,
 ) -> Result:
-    """All five stages.
+    """Both stages; further arguments as `cluster_and_route`.
 
     Args:
-        q: (B, H, N_q, D) of any float dtype. k, v: (B, H_kv, N_k, D), H_kv dividing H.
-        plan: see `AttentionPlan`.
-        attn_mask: (B|1, H_kv|1, 1, N_k) bool key-padding mask, True takes part.
+        q, k, v, plan, query_tile: see `cluster_and_route`.
         scale: logit scale, 1/sqrt(D) by default.
-        text: text tokens at the start and at the end of both sequences.
-        centroids: remembered centroids (B, H, Qc, D) and (B, H_kv, Kc, D).
-        blocks: clusters and exact blocks of an earlier call under this plan, whose `centroids` come
-            with them. They are reused as they are; proxy tokens are recomputed.
-        query_tile: query clusters that are computed here are aligned to it, see
-            `clustering.tile_aligned`; None leaves them as k-means ends.
-
-    Returns:
-        `Result`; its key clusters are those of the H_kv heads.
+        more: the arguments of `cluster_and_route` that are left.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    groups = q.shape[1] // k.shape[1]
-    queries, keys = cluster(q, k, plan, attn_mask, text, centroids, blocks, query_tile)
-    shared = Clusters(*(t.repeat_interleave(groups, 1) for t in keys))
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    found = probe(queries, shared, k, v, scale)
-    exact = route(found, queries, shared, plan) if blocks is None else blocks.exact
-    value_means, _ = cluster_means(v, shared.labels, exact.shape[3])
-    proxies = proxy_tokens(shared, value_means)
-    corrected = None
-    if plan.compensation == "gaussian":
-        corrected = corrections(q, k, v, queries, shared, value_means, scale)
-    out, lse = attend(q, k, v, queries.labels, shared.labels, exact, proxies, scale, corrected)
-    return Result(out, lse, queries, keys, exact, row_area(exact, shared))
+    routed = cluster_and_route(q, k, v, plan, scale=scale, query_tile=query_tile, **more)
+    out, lse = attend(q, k, v, routed, plan.compensation, scale=scale)
+    return Result(out, lse, routed.queries, routed.keys, routed.exact, routed.row_area)

@@ -28,7 +28,7 @@ def definition_rows(
     q: Tensor, k: Tensor, v: Tensor, result: Result, plan: AttentionPlan, head: tuple[int, int],
     rows: Tensor,
 ) -> Tensor:  # fmt: skip
-    """`reference.attend` of a few queries (R, D) float64, from the labels and blocks of `result`.
+    """`reference.softmax_over` of a few queries, from the labels and blocks of `result`.
 
     Proxy tokens are rounded to the inputs' dtype as the kernels hold them, so that what is left is
     the arithmetic.

@@ -86,7 +86,7 @@ def attend_kernel(
     q_start_ptr,  # (G, Qc + 3) int32
     k_order_ptr,  # (G_kv, N_k) int32
     k_start_ptr,  # (G_kv, Kc + 3) int32
-    list_ptr,  # (L, Qc, pitch) int32
+    kv_indices_ptr,  # (L, Qc, pitch) int32
     row_ptr,  # (L, Qc, 3) int32
     proxy_key_ptr,  # (G_kv, Kc, D)
     proxy_value_ptr,  # (G_kv, Kc, D)
@@ -158,7 +158,7 @@ def attend_kernel(
         text_keys = text_end - text_start
         proxy_count = k_clusters
     keys = listed + run_keys + text_keys
-    list_row = list_ptr + row * pitch
+    list_row = kv_indices_ptr + row * pitch
     order_row = k_order_ptr + g_kv * k_tokens
     k_base = k_ptr + b * stride_kb + kv_head * stride_kh
     v_base = v_ptr + b * stride_vb + kv_head * stride_vh

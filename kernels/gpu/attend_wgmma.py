@@ -314,7 +314,7 @@ def attend_wgmma_kernel(
     q_start_ptr,  # (G, Qc + 3) int32
     k_order_ptr,  # (G_kv, N_k) int32
     k_start_ptr,  # (G_kv, Kc + 3) int32
-    list_ptr,  # (L, Qc, pitch) int32
+    kv_indices_ptr,  # (L, Qc, pitch) int32
     row_ptr,  # (L, Qc, 3) int32
     proxy_key_ptr,  # (G_kv, Kc, D)
     proxy_value_ptr,  # (G_kv, Kc, D)
@@ -399,7 +399,7 @@ def attend_wgmma_kernel(
         mbarrier.init(v_empty.index(stage), count=CONSUMERS)
 
     order_row = k_order_ptr + g_kv * k_tokens
-    list_row = list_ptr + row * pitch
+    list_row = kv_indices_ptr + row * pitch
     k_base = k_ptr + b * stride_kb + kv_head * stride_kh
     v_base = v_ptr + b * stride_vb + kv_head * stride_vh
     # Triton 3.6 fails on an argument that a group of warps is given and does not use.

@@ -1,15 +1,16 @@
-"""All five stages on a GPU, a few heads at a time so that the tables stay small."""
+"""The two stages on a GPU, a few heads at a time so that scores and lists stay small."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import triton
 from torch import Tensor
 
-from svg_ear_compile.kernels.clusters import Blocks, Clusters, Result, initial_centroids
+from svg_ear_compile.kernels.clusters import Blocks, Clusters, Routed, initial_centroids
 from svg_ear_compile.kernels.gpu.attend import attend_kernel
 from svg_ear_compile.kernels.gpu.correction import (
     correct_values,
@@ -24,16 +25,18 @@ from svg_ear_compile.kernels.gpu.kmeans import (
     regrouped,
 )
 from svg_ear_compile.kernels.gpu.launch import (
+    HOPPER,
     LISTED_CLUSTERS,
     LaunchConfig,
-    is_hopper,
+    architecture,
     launch_config,
     token_strides,
 )
 from svg_ear_compile.kernels.gpu.metric import logit_metrics
 from svg_ear_compile.kernels.gpu.probe import probe_kernel
-from svg_ear_compile.kernels.gpu.route import list_keys_kernel, route_kernel
-from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.gpu.route import kv_index_kernel, kv_list_kernel, route_kernel
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
+from svg_ear_compile.kernels.registry import Implementation, register
 
 # Scores and lists of the heads in flight, as a fraction of the bytes of Q, K, V and the output; the
 # floor keeps small problems in one launch.
@@ -41,40 +44,44 @@ WORKSPACE_FRACTION = 0.35
 WORKSPACE_FLOOR = 256 << 20
 
 
-def sparse_attention(
+@dataclass(frozen=True)
+class SortedRouting(Routed):
+    """What the attend stage needs besides.
+
+    Attributes:
+        q_sorted, k_sorted: the clusters, their tokens sorted.
+        value_means: (G_kv, Kc, D) in the dtype of v.
+        pitch: key tokens that the list of a row has room for.
+    """
+
+    q_sorted: SortedClusters
+    k_sorted: SortedClusters
+    value_means: Tensor
+    pitch: int
+
+
+def cluster_and_route(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     plan: AttentionPlan,
     *,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-    text: tuple[int, int] = (0, 0),
-    centroids: tuple[Tensor, Tensor] | None = None,
-    blocks: Blocks | None = None,
-    return_lse: bool = False,
-) -> Result:
-    """All five stages; arguments and result as `reference.sparse_attention`.
+    attn_mask: Tensor | None,
+    scale: float,
+    text: tuple[int, int],
+    centroids: tuple[Tensor, Tensor] | None,
+    blocks: Blocks | None,
+    on_hopper: bool,
+) -> SortedRouting:
+    """`reference.cluster_and_route` with `LaunchConfig.query_tile`; labels and sizes are int32.
 
-    The query tile is `LaunchConfig.query_tile`. Nothing waits for the device. The output has the
-    dtype and layout of q; `Result.lse` is empty unless `return_lse`; labels and sizes are int32.
+    Nothing waits for the device.
     """
-    if scale is not None and scale < 0:  # the kernels take the largest logit before they scale
-        q, scale = -q, -scale
-    promised = torch.empty_like(q)
-    # The kernels write rows: a layout whose last dim is not dense is filled at the end.
-    out = promised if promised.stride(-1) == 1 else q.new_empty(q.shape)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    batch, heads, q_tokens, dim = q.shape
+    q, k, v, scale = _as_rows(q, k, v, scale)
+    config = _config(q, on_hopper)
+    batch, heads, _, dim = q.shape
     kv_heads, k_tokens = k.shape[1], k.shape[2]
-    scale = dim**-0.5 if scale is None else scale
-    config = launch_config(dim, q.element_size(), is_hopper(q.device))
     mask = None if attn_mask is None else attn_mask[:, :, 0, :]
-    wide = k_tokens * max(k.stride(2), v.stride(2)) >= 2**31
-    # Gluon has no interpreter.
-    if wide or triton.knobs.runtime.interpret or not _copied_in_16_bytes(q, k, v):
-        config = replace(config, wgmma=None)
-    attend = config.wgmma or config.attend
     queries, keys = _clustered(q, k, mask, plan, text, centroids, blocks, config)
     q_clusters, k_clusters = queries.centroids.shape[1], keys.centroids.shape[1]
     value_means = torch.zeros_like(keys.centroids)
@@ -84,97 +91,153 @@ def sparse_attention(
     rounded_value_means = cluster_means(v, keys.order, keys.starts, value_means, config, spread)
 
     groups = batch * heads
-    lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
+    row_area = torch.empty(groups, q_clusters, dtype=torch.int32, device=q.device)
     if blocks is None:
         exact = torch.empty(groups, q_clusters, k_clusters, dtype=torch.bool, device=q.device)
+        step = _heads_at_once(q, k, q_clusters * k_clusters * 4 * 3)
     else:
-        exact = blocks.exact.flatten(0, 1).contiguous()
-    row_area = torch.empty(groups, q_clusters, dtype=torch.int32, device=q.device)
-    clustered_keys = keys.starts[:, k_clusters]
-    budget = torch.ceil(plan.density * clustered_keys.double()).float()
-    listed = math.ceil(plan.density * k_tokens) if plan.routing == "density" else k_tokens
-    tile_cluster, tile_place = query_tiles(queries, q_tokens, attend.rows)
-    pairs = q_clusters * k_clusters
-    per_head = pairs * 4 * 5 + q_clusters * listed * 4
-    tensors = (2 * q.numel() + 2 * k.numel()) * q.element_size()
-    room = max(WORKSPACE_FLOOR, int(WORKSPACE_FRACTION * tensors))
-    step = min(groups, max(1, room // per_head))
-
-    def table(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(step, q_clusters, *shape, dtype=dtype, device=q.device)
-
-    bias = table(k_clusters)
-    log_error, log_mass, logit = (table(k_clusters) if blocks is None else bias for _ in range(3))
-    offset = table(k_clusters, dtype=torch.int32)
-    rows = table(3, dtype=torch.int32)
-    key_list = table(listed, dtype=torch.int32)
-    corrected = plan.compensation == "gaussian"
-    correction = proxy_weight = bias  # never read, never written
-    if corrected:
-        curvature, slope = curvature_and_slope(k, v, keys, rounded_value_means, scale, config)
-        correction, clip = logit_corrections(q, queries, curvature, kv_heads, config)
-        proxy_weight = torch.empty_like(correction)
-    head_counts = (heads, kv_heads)
-    tiles = tile_cluster.shape[1]
-    routing = plan.routing if blocks is None else "kept"
+        exact, step = blocks.exact.flatten(0, 1).contiguous(), groups
+    budget = torch.ceil(plan.density * keys.starts[:, k_clusters].double()).float()
+    scores = (exact,) * 3  # never read where blocks are reused
+    if spread is not None:
+        score = torch.empty(3, step, q_clusters, k_clusters, device=q.device)
+        scores = (score[0], score[1], score[2])
     log_threshold = math.log(plan.threshold) if plan.threshold > 0 else -math.inf
+    block_k = triton.next_power_of_2(k_clusters)
     for first_head in range(0, groups, step):
         launched = min(step, groups - first_head)
         if spread is not None:
             probe_kernel[(k_clusters, triton.cdiv(q_clusters, config.probe.rows), launched)](
                 queries.rounded, k, keys.order, keys.starts, keys.centroids, value_means,
-                *spread, log_error, log_mass, logit, *token_strides(k), first_head, *head_counts,
+                *spread, *scores, *token_strides(k), first_head, heads, kv_heads,
                 k_tokens, q_clusters, k_clusters, scale,
                 D=dim, BLOCK_D=config.block_dim, BLOCK_Q=config.probe.rows,
                 BLOCK_N=config.probe.columns,
                 num_warps=config.probe.warps, num_stages=config.probe.stages,
             )  # fmt: skip
-        block_k = triton.next_power_of_2(k_clusters)
         route_kernel[(q_clusters, launched)](
-            log_error, log_mass, logit, bias, queries.starts, keys.starts, budget,
-            exact, row_area, offset, rows, first_head, *head_counts, q_clusters, k_clusters,
+            *scores, queries.starts, keys.starts, budget, exact, row_area,
+            first_head, heads, kv_heads, q_clusters, k_clusters,
             plan.top_p, plan.min_block_ratio, log_threshold,
-            BLOCK_K=block_k, ROUTING=routing, num_warps=min(16, max(4, block_k // 512)),
+            BLOCK_K=block_k, ROUTING=plan.routing if blocks is None else "reused",
+            num_warps=_row_warps(block_k),
         )  # fmt: skip
-        list_keys_kernel[(q_clusters, triton.cdiv(k_clusters, LISTED_CLUSTERS), launched)](
-            offset, keys.starts, keys.order, key_list, first_head, *head_counts,
-            k_tokens, q_clusters, k_clusters, listed,
+    return SortedRouting(
+        _clusters(queries, batch, heads),
+        _clusters(keys, batch, kv_heads),
+        exact.unflatten(0, (batch, heads)),
+        row_area.unflatten(0, (batch, heads)),
+        queries,
+        keys,
+        rounded_value_means,
+        math.ceil(plan.density * k_tokens) if plan.routing == "density" else k_tokens,
+    )
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routed: Routed,
+    compensation: Compensation,
+    *,
+    scale: float,
+    return_lse: bool,
+    on_hopper: bool,
+) -> tuple[Tensor, Tensor]:
+    """`reference.attend` of what `cluster_and_route` found; nothing waits for the device."""
+    assert isinstance(routed, SortedRouting), "attend takes what the same implementation routed"
+    promised = torch.empty_like(q)
+    # The kernels write rows: a layout whose last dim is not dense is filled at the end.
+    out = promised if promised.stride(-1) == 1 else q.new_empty(q.shape)
+    q, k, v, scale = _as_rows(q, k, v, scale)
+    config = _config(q, on_hopper)
+    tile = config.wgmma or config.attend
+    queries, keys, pitch = routed.q_sorted, routed.k_sorted, routed.pitch
+    batch, heads, q_tokens, dim = q.shape
+    kv_heads, k_tokens = k.shape[1], k.shape[2]
+    q_clusters, k_clusters = queries.centroids.shape[1], keys.centroids.shape[1]
+    groups = batch * heads
+    lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
+    tile_cluster, tile_place = query_tiles(queries, q_tokens, tile.rows)
+    tiles = tile_cluster.shape[1]
+    step = _heads_at_once(q, k, q_clusters * (k_clusters * 4 * 2 + pitch * 4))
+
+    def table(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(step, q_clusters, *shape, dtype=dtype, device=q.device)
+
+    bias, offset = table(k_clusters, dtype=torch.float32), table(k_clusters)
+    rows, kv_indices = table(3), table(pitch)
+    corrected = compensation == "gaussian"
+    correction = proxy_weight = bias  # never read, never written
+    if corrected:
+        curvature, slope = curvature_and_slope(k, v, keys, routed.value_means, scale, config)
+        correction, clip = logit_corrections(q, queries, curvature, kv_heads, config)
+        proxy_weight = torch.empty_like(correction)
+    exact = routed.exact.flatten(0, 1)
+    block_k = triton.next_power_of_2(k_clusters)
+    for first_head in range(0, groups, step):
+        launched = min(step, groups - first_head)
+        head_counts = (first_head, heads, kv_heads)
+        kv_index_kernel[(q_clusters, launched)](
+            exact, keys.starts, bias, offset, rows, *head_counts, q_clusters, k_clusters,
+            BLOCK_K=block_k, num_warps=_row_warps(block_k),
+        )  # fmt: skip
+        kv_list_kernel[(q_clusters, triton.cdiv(k_clusters, LISTED_CLUSTERS), launched)](
+            offset, keys.starts, keys.order, kv_indices, *head_counts,
+            k_tokens, q_clusters, k_clusters, pitch,
             BLOCK_J=LISTED_CLUSTERS, BLOCK_N=32,
         )  # fmt: skip
         arguments = (
             q, k, v, out, lse, tile_cluster, tile_place, queries.order, queries.starts,
-            keys.order, keys.starts, key_list, rows, keys.rounded, rounded_value_means, bias,
+            keys.order, keys.starts, kv_indices, rows, keys.rounded, routed.value_means, bias,
             correction, proxy_weight,
             *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(out),
-            first_head, *head_counts, q_tokens, k_tokens, q_clusters, k_clusters, tiles, listed,
-            scale,
+            *head_counts, q_tokens, k_tokens, q_clusters, k_clusters, tiles, pitch, scale,
         )  # fmt: skip
         constants = {
-            "D": dim, "BLOCK_M": attend.rows, "BLOCK_N": attend.columns,
-            "CORRECTED": corrected, "WRITE_LSE": return_lse, "num_warps": attend.warps,
+            "D": dim, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns,
+            "CORRECTED": corrected, "WRITE_LSE": return_lse, "num_warps": tile.warps,
         }  # fmt: skip
         if config.wgmma:
             # Experimental in Triton: only what runs it depends on it.
             from svg_ear_compile.kernels.gpu.attend_wgmma import attend_wgmma_kernel
 
-            attend_wgmma_kernel[(tiles, launched)](*arguments, **constants, STAGES=attend.stages)
+            attend_wgmma_kernel[(tiles, launched)](*arguments, **constants, STAGES=tile.stages)
         else:
             attend_kernel[(tiles, launched)](
-                *arguments, **constants, BLOCK_D=config.block_dim, WIDE=wide,
-                num_stages=attend.stages,
+                *arguments, **constants, BLOCK_D=config.block_dim, WIDE=_is_wide(k, v),
+                num_stages=tile.stages,
             )  # fmt: skip
     if corrected:
         correct_values(out, q, queries, slope, clip, proxy_weight, kv_heads, config)
     if out is not promised:
         promised.copy_(out)
-    return Result(
-        promised,
-        lse,
-        _clusters(queries, batch, heads),
-        _clusters(keys, batch, kv_heads),
-        exact.unflatten(0, (batch, heads)),
-        row_area.unflatten(0, (batch, heads)),
-    )
+    return promised, lse
+
+
+def _as_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
+    """The same logits from rows that lie dense in memory, under a scale that is not negative."""
+    if scale < 0:  # the kernels take the largest logit before they scale
+        q, scale = -q, -scale
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    return q, k, v, scale
+
+
+def _config(q: Tensor, on_hopper: bool) -> LaunchConfig:
+    config = launch_config(q.shape[-1], q.element_size(), architecture(q.device))
+    return config if on_hopper else replace(config, wgmma=None)
+
+
+def _heads_at_once(q: Tensor, k: Tensor, bytes_per_head: int) -> int:
+    """Heads whose scores or lists fit into the workspace."""
+    tensors = (2 * q.numel() + 2 * k.numel()) * q.element_size()
+    room = max(WORKSPACE_FLOOR, int(WORKSPACE_FRACTION * tensors))
+    return min(q.shape[0] * q.shape[1], max(1, room // bytes_per_head))
+
+
+def _row_warps(block_k: int) -> int:
+    return min(16, max(4, block_k // 512))
 
 
 def _clustered(
@@ -237,12 +300,9 @@ def query_tiles(queries: SortedClusters, q_tokens: int, rows: int) -> tuple[Tens
     return torch.where(turn == clusters, clusters, cluster), place
 
 
-def _copied_in_16_bytes(*tensors: Tensor) -> bool:
-    """Whether Triton can see that every row starts at a multiple of 16 bytes."""
-    return all(
-        t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in token_strides(t))
-        for t in tensors
-    )
+def _is_wide(k: Tensor, v: Tensor) -> bool:
+    """Whether offsets inside one head pass 2^31 elements."""
+    return bool(k.shape[2] * max(k.stride(2), v.stride(2)) >= 2**31)
 
 
 def _clusters(found: SortedClusters, batch: int, heads: int) -> Clusters:
@@ -251,3 +311,46 @@ def _clusters(found: SortedClusters, batch: int, heads: int) -> Clusters:
     return Clusters(
         *(t.unflatten(0, (batch, heads)) for t in (found.labels, found.centroids, sizes))
     )
+
+
+def _no_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
+        return f"needs a GPU, not {q.device.type}"
+    return None
+
+
+def _no_hopper(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if architecture(q.device) != HOPPER or triton.knobs.runtime.interpret:
+        return f"needs {HOPPER} (Gluon has no interpreter)"
+    if launch_config(q.shape[-1], q.element_size(), HOPPER).wgmma is None:
+        return f"has no tile for head dim {q.shape[-1]} in {q.dtype}"
+    q, k, v, _ = _as_rows(q, k, v, 1.0)
+    if _is_wide(k, v):
+        return "takes no head of 2^31 elements and more"
+    # Triton has to see that every row starts at a multiple of 16 bytes.
+    aligned = all(
+        t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in token_strides(t))
+        for t in (q, k, v)
+    )
+    return None if aligned else "copies rows that start at multiples of 16 bytes only"
+
+
+TRITON = register(
+    Implementation(
+        "triton",
+        _no_triton,
+        partial(cluster_and_route, on_hopper=False),
+        partial(attend, on_hopper=False),
+    )
+)
+"""Plain Triton, for every GPU; interpreted where there is none."""
+
+HOPPER_GLUON = register(
+    Implementation(
+        "hopper",
+        _no_hopper,
+        partial(cluster_and_route, on_hopper=True),
+        partial(attend, on_hopper=True),
+    )
+)
+"""The same with the attend stage in Gluon."""

@@ -80,18 +80,14 @@ def architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def is_hopper(device: torch.device) -> bool:
-    """True for `HOPPER`, and where kernels are interpreted."""
-    return architecture(device) in (HOPPER, "")
-
-
-def launch_config(head_dim: int, element_size: int, hopper: bool = True) -> LaunchConfig:
+def launch_config(head_dim: int, element_size: int, architecture: str) -> LaunchConfig:
     """The configuration for a head dim in elements and an element size in bytes (2 or 4).
 
-    Tiles of `hopper` are measured at head dim 128. Elsewhere there is less shared memory (64 KiB
-    on gfx942) or a tile's accumulators take more registers; the tiles chosen there fit every
-    device. In 16 bits up to head dim 128 none of these spills registers.
+    Tiles of `HOPPER`, which the interpreter takes too, are measured at head dim 128. Elsewhere
+    there is less shared memory (64 KiB on gfx942) or a tile's accumulators take more registers; the
+    tiles chosen there fit every device. In 16 bits up to head dim 128 none of them spills.
     """
+    hopper = architecture in (HOPPER, "")
     block_dim = max(16, 1 << (head_dim - 1).bit_length())
     padded = head_dim < block_dim  # its masks take registers
     if element_size == 4:
@@ -144,11 +140,14 @@ def parts_of(tokens: int, programs: int, step: int) -> tuple[int, int]:
     return -(-tokens // chunk), chunk
 
 
-def all_launch_configs() -> list[tuple[int, int, bool, LaunchConfig]]:
-    """(head_dim, element_size, hopper, configuration) for everything `launch_config` returns."""
+def all_launch_configs() -> list[tuple[int, int, str, LaunchConfig]]:
+    """(head_dim, element_size, architecture, configuration) for all that `launch_config` returns.
+
+    Every architecture but `HOPPER` has the tiles of the one named here.
+    """
     return [
-        (dim, size, hopper, launch_config(dim, size, hopper))
+        (dim, size, arch, launch_config(dim, size, arch))
         for dim in HEAD_DIMS
         for size in (2, 4)
-        for hopper in (True, False)
+        for arch in (HOPPER, "sm_80")
     ]

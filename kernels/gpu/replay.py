@@ -22,8 +22,9 @@ import triton
 from torch import Tensor
 from torch.utils._pytree import tree_map_with_path
 
+from svg_ear_compile.kernels import registry
 from svg_ear_compile.kernels.clusters import Blocks, Clusters, Result
-from svg_ear_compile.kernels.gpu import attention
+from svg_ear_compile.kernels.gpu.attention import WORKSPACE_FLOOR
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 MOST_BYTES = 128 << 20
@@ -102,7 +103,7 @@ def sparse_attention(
 
     def call(arguments: _Arguments) -> Result:
         q, k, v, centroids, blocks, mask = arguments
-        return attention.sparse_attention(
+        return registry.sparse_attention(
             q, k, v, plan, attn_mask=mask, scale=scale, text=text, centroids=centroids,
             blocks=blocks, return_lse=return_lse,
         )  # fmt: skip
@@ -134,7 +135,7 @@ def sparse_attention(
             return result
         # As if nothing were shared yet, with the tables and what else is between the stages.
         tensors = sum(t.numel() * t.element_size() for t in (*given, *_parts(result)))
-        between = max((q.numel() + k.numel()) * q.element_size(), attention.WORKSPACE_FLOOR)
+        between = max((q.numel() + k.numel()) * q.element_size(), WORKSPACE_FLOOR)
         nbytes = tensors + between
         if not has_room(nbytes, number) or torch.cuda.mem_get_info(q.device)[0] < 2 * nbytes:
             return result

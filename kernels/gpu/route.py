@@ -1,9 +1,10 @@
-"""Stage 3 on a GPU: which blocks are exact, as lists of key tokens built on the device.
+"""Stage 3 on a GPU: the block mask, and lists of its key tokens built on the device.
 
 A row of blocks is a query cluster against all key clusters. Its exact keys are listed packed, so
-that ragged clusters waste no key tile. Under a density budget the keys before the crossing block
-number less than the budget, which bounds the list; the crossing block itself and the always-exact
-keys are each one run of the sorted order and are not copied into the list.
+that ragged clusters waste no key tile. The largest exact block of a row and the always-exact keys
+are each one run of the sorted order and are not copied into the list. Under a density budget the
+keys before the block that crosses it number less than the budget; without its largest block no row
+is longer, which bounds the list.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def take_until(key, weight, budget):
     it is taken, and its ties lowest index first.
 
     Returns:
-        taken [K] bool and tied [K] bool, the entries at that key.
+        taken [K] bool.
     """
     level = tl.full([], 0, tl.uint32)
     for step in range(32):
@@ -40,7 +41,7 @@ def take_until(key, weight, budget):
     tied = key == level
     tied_weight = tl.where(tied, weight, 0.0)
     before = tl.sum(tl.where(above, weight, 0.0), 0) + tl.cumsum(tied_weight, 0) - tied_weight
-    return above | (tied & (before < budget)), tied
+    return above | (tied & (before < budget))
 
 
 @triton.jit(do_not_specialize=["first_head", "heads", "kv_heads", "q_clusters", "k_clusters"])
@@ -48,14 +49,11 @@ def route_kernel(
     log_error_ptr,  # (L, Qc, Kc) float32
     log_mass_ptr,  # (L, Qc, Kc) float32
     logit_ptr,  # (L, Qc, Kc) float32
-    bias_ptr,  # (L, Qc, Kc) float32 log2, out
     q_start_ptr,  # (G, Qc + 3) int32
     k_start_ptr,  # (G_kv, Kc + 3) int32
-    budget_ptr,  # (G_kv,) float32, keys that a row may take before the crossing block
-    exact_ptr,  # (G, Qc, Kc) bool, out, or in where ROUTING is "kept"
-    row_area_ptr,  # (G, Qc) int32
-    offset_ptr,  # (L, Qc, Kc) int32, place of each listed block in its row's list, else -1
-    row_ptr,  # (L, Qc, 3) int32: keys listed, first place of the crossing block, its keys
+    budget_ptr,  # (G_kv,) float32, keys that a row may take before the block that crosses it
+    exact_ptr,  # (G, Qc, Kc) bool, out, or in where ROUTING is "reused"
+    row_area_ptr,  # (G, Qc) int32, out
     first_head,
     heads,
     kv_heads,
@@ -67,7 +65,7 @@ def route_kernel(
     BLOCK_K: tl.constexpr,
     ROUTING: tl.constexpr,
 ):
-    """One row of blocks."""
+    """One row of the block mask and its area."""
     i = tl.program_id(0)
     local = tl.program_id(1).to(tl.int64)
     g = first_head + local
@@ -83,20 +81,16 @@ def route_kernel(
     occupied = size > 0
     keys = size.to(tl.float32)
     at_exact = exact_ptr + (g * q_clusters + i) * k_clusters + j
-    if ROUTING != "kept":
+    if ROUTING != "reused":
         log_error = tl.load(log_error_ptr + pair, mask=inside, other=float("-inf"))
         # m_i is the same along the row and cannot change its order.
         score = log_error - tl.log(tl.maximum(keys, 1.0))
         score = tl.where(occupied, score, float("-inf"))
-    crossing = -1
-    if ROUTING == "kept":
+    if ROUTING == "reused":
         taken = (tl.load(at_exact, mask=inside, other=0) != 0) & occupied
-        # Without its largest block a row is no longer than it was without the one that crossed.
-        crossing = tl.argmax(tl.where(taken, size, 0), 0)
     elif ROUTING == "density":
-        taken, tied = take_until(rank_key(score), keys, tl.load(budget_ptr + g_kv))
+        taken = take_until(rank_key(score), keys, tl.load(budget_ptr + g_kv))
         taken = taken & occupied
-        crossing = tl.max(tl.where(taken & tied, j, -1), 0)
     elif ROUTING == "threshold":
         log_mass = tl.load(log_mass_ptr + pair, mask=inside, other=float("-inf"))
         largest = tl.max(log_mass, 0)
@@ -108,30 +102,60 @@ def route_kernel(
         mass_logit = tl.where(occupied, logit + tl.log(tl.maximum(keys, 1.0)), float("-inf"))
         mass_key = rank_key(mass_logit)
         mass = tl.exp(mass_logit - tl.max(mass_logit, 0))
-        top, _ = take_until(mass_key, mass, top_p * tl.sum(mass, 0))
+        top = take_until(mass_key, mass, top_p * tl.sum(mass, 0))
         budget = tl.sum(tl.where(top & occupied, keys, 0.0), 0)
         floor_count = tl.ceil(min_block_ratio * tl.sum(occupied.to(tl.float32), 0))
-        guaranteed, _ = take_until(mass_key, occupied.to(tl.float32), floor_count)
+        guaranteed = take_until(mass_key, occupied.to(tl.float32), floor_count)
         guaranteed = guaranteed & occupied
         left = budget - tl.sum(tl.where(guaranteed, keys, 0.0), 0)
         rest_score = tl.where(guaranteed, float("-inf"), score)
-        best, _ = take_until(rank_key(rest_score), tl.where(guaranteed, 0.0, keys), left)
+        best = take_until(rank_key(rest_score), tl.where(guaranteed, 0.0, keys), left)
         taken = guaranteed | (best & occupied)
-    # An empty query cluster lists nothing and counts nothing.
+    # An empty query cluster computes nothing and counts nothing.
     taken = taken & (rows > 0)
-    if ROUTING != "kept":
+    if ROUTING != "reused":
         tl.store(at_exact, taken, mask=inside)
     tl.store(row_area_ptr + g * q_clusters + i, tl.sum(tl.where(taken, size, 0), 0))
-    listed = taken & (j != crossing)
+
+
+@triton.jit(do_not_specialize=["first_head", "heads", "kv_heads", "q_clusters", "k_clusters"])
+def kv_index_kernel(
+    exact_ptr,  # (G, Qc, Kc) bool
+    k_start_ptr,  # (G_kv, Kc + 3) int32
+    bias_ptr,  # (L, Qc, Kc) float32 log2, out: -inf where the block is exact or empty
+    offset_ptr,  # (L, Qc, Kc) int32, out: place of each listed block in its row's list, else -1
+    row_ptr,  # (L, Qc, 3) int32, out: keys listed, first place of the run, keys of the run
+    first_head,
+    heads,
+    kv_heads,
+    q_clusters,
+    k_clusters,
+    BLOCK_K: tl.constexpr,
+):
+    """Where the key tokens of one row of the block mask go, and the logit bias of the others."""
+    i = tl.program_id(0)
+    local = tl.program_id(1).to(tl.int64)
+    g = first_head + local
+    g_kv = (g // heads) * kv_heads + (g % heads) // (heads // kv_heads)
+    j = tl.arange(0, BLOCK_K)  # [BK]
+    inside = j < k_clusters
+    pair = (local * q_clusters + i) * k_clusters + j
+    k_start = k_start_ptr + g_kv * (k_clusters + 3) + j
+    start = tl.load(k_start, mask=inside, other=0)
+    size = tl.load(k_start + 1, mask=inside, other=0) - start  # [BK]
+    at_exact = exact_ptr + (g * q_clusters + i) * k_clusters + j
+    taken = (tl.load(at_exact, mask=inside, other=0) != 0) & (size > 0)
+    run = tl.argmax(tl.where(taken, size, 0), 0)
+    listed = taken & (j != run)
     listed_size = tl.where(listed, size, 0)
     offset = tl.cumsum(listed_size, 0) - listed_size
     tl.store(offset_ptr + pair, tl.where(listed, offset, -1), mask=inside)
-    crosses = taken & (j == crossing)
+    in_run = taken & (j == run)
     row_to = row_ptr + (local * q_clusters + i) * 3
     tl.store(row_to, tl.sum(listed_size, 0))
-    tl.store(row_to + 1, tl.sum(tl.where(crosses, start, 0), 0))
-    tl.store(row_to + 2, tl.sum(tl.where(crosses, size, 0), 0))
-    bias = tl.log2(tl.maximum(keys, 1.0))
+    tl.store(row_to + 1, tl.sum(tl.where(in_run, start, 0), 0))
+    tl.store(row_to + 2, tl.sum(tl.where(in_run, size, 0), 0))
+    bias = tl.log2(tl.maximum(size.to(tl.float32), 1.0))
     bias = tl.where(taken | (size == 0), float("-inf"), bias)
     tl.store(bias_ptr + pair, bias, mask=inside)
 
@@ -147,11 +171,11 @@ def route_kernel(
         "pitch",
     ]
 )
-def list_keys_kernel(
+def kv_list_kernel(
     offset_ptr,  # (L, Qc, Kc) int32
     k_start_ptr,  # (G_kv, Kc + 3) int32
     order_ptr,  # (G_kv, N) int32
-    list_ptr,  # (L, Qc, pitch) int32 key tokens of each row, packed
+    kv_indices_ptr,  # (L, Qc, pitch) int32, out: key tokens of each row, packed
     first_head,
     heads,
     kv_heads,
@@ -179,4 +203,4 @@ def list_keys_kernel(
         n = first + tl.arange(0, BLOCK_N)  # [BN]
         copied = n[None, :] < size[:, None]
         token = tl.load(order_ptr + g_kv * tokens + start[:, None] + n[None, :], mask=copied)
-        tl.store(list_ptr + row * pitch + offset[:, None] + n[None, :], token, mask=copied)
+        tl.store(kv_indices_ptr + row * pitch + offset[:, None] + n[None, :], token, mask=copied)

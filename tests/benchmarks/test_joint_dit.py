@@ -15,8 +15,8 @@ from benchmarks.video_dit.joint import JointDiT, JointDiTConfig
 from benchmarks.video_dit.sample import generate
 from benchmarks.video_dit.train import flow_matching_loss, make_optimizer, training_step
 from benchmarks.video_dit.zoo import MODELS
-from svg_ear_compile.kernels.cpu import sparse_attention
 from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.registry import sparse_attention
 
 FULL = MODELS["joint"]
 TINY = FULL.shrunk()

@@ -101,7 +101,8 @@ def compile_job(job: Job) -> list[Report]:
             get_active_torch_device=lambda: torch.device("cpu"),
         )
     )
-    attention.is_hopper = lambda device: job.arch == 90  # type: ignore[assignment]
+    name = f"sm_{job.arch}" if job.backend == "cuda" else str(job.arch)
+    attention.architecture = lambda device: name  # type: ignore[assignment]
     reports: list[Report] = []
     compile_and_launch = JITFunction.run
 
@@ -129,13 +130,15 @@ def compile_job(job: Job) -> list[Report]:
     plan = AttentionPlan(compensation=job.compensation, first_iterations=1)  # type: ignore[arg-type]
     JITFunction.run = compile_only
     try:
-        made = attention.sparse_attention(q, k, v, plan, attn_mask=mask, return_lse=True)
+        on_hopper = attention.HOPPER_GLUON.unsupported(q, k, v) is None
+        used = attention.HOPPER_GLUON if on_hopper else attention.TRITON
+        made = used.sparse_attention(q, k, v, plan, attn_mask=mask, return_lse=True)
         if job.masked:  # once for each tile is enough
             # No kernel ran: what it holds is as arbitrary as its shapes are right.
             centroids = (made.queries.centroids, made.keys.centroids)
             labels = (torch.zeros_like(x.labels) for x in (made.queries, made.keys))
             blocks = Blocks(*labels, made.exact)
-            attention.sparse_attention(
+            used.sparse_attention(
                 q, k, v, plan, attn_mask=mask, centroids=centroids, blocks=blocks, return_lse=True
             )
     finally:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svg_ear_compile.kernels import cpu, reference
+from svg_ear_compile.kernels import reference, registry
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.reference import Clusters, Corrections, ProxyTokens, Result
 
@@ -37,16 +36,10 @@ class Form:
     def is_triton(self) -> bool:
         return self.name != "cpu"
 
-    @property
-    def module(self) -> ModuleType:
-        if not self.is_triton:
-            return cpu
-        from svg_ear_compile.kernels.gpu import attention
-
-        return attention
-
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, **more) -> Result:
-        return self.module.sparse_attention(q, k, v, plan, **more)
+        name = "cpu" if not self.is_triton else "triton" if self.name == "interpreter" else None
+        found = registry.get(name) if name else registry.choose(q, k, v)
+        return found.sparse_attention(q, k, v, plan, **more)
 
 
 CPU, INTERPRETER, CUDA = Form("cpu"), Form("interpreter"), Form("cuda")
@@ -176,7 +169,7 @@ class Oracle:
                 self.q, self.k, self.v, self.queries, self.keys, value_means, self.scale
             )
             corrected = Corrections(found.logit.to(wide), rounded(found.value))
-        out, lse = reference.attend(
+        out, lse = reference.softmax_over(
             *(t.to(wide) for t in (self.q, self.k, self.v)),
             self.queries.labels, self.keys.labels, exact.cpu(),
             ProxyTokens(rounded(proxies.keys), rounded(proxies.values), proxies.bias.to(wide)),

@@ -55,7 +55,7 @@ class Labelled:
         )
 
     def attend(self, exact: Tensor, form: str) -> tuple[Tensor, Tensor]:
-        return reference.attend(
+        return reference.softmax_over(
             self.q, self.k, self.v, self.q_labels, self.k_labels, exact, self.proxies(),
             self.scale, self.corrections() if form == "gaussian" else None,
         )  # fmt: skip

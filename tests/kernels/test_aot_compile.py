@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from svg_ear_compile.kernels.gpu.launch import LaunchConfig, all_launch_configs
+from svg_ear_compile.kernels.gpu.launch import HOPPER, LaunchConfig, all_launch_configs
 
 # Five targets on two cores, beside whatever else tests run there.
 pytestmark = pytest.mark.timeout(1500)
@@ -54,8 +54,8 @@ def jobs(backend: str, arch: int | str) -> list[dict[str, Any]]:
     The narrowest in the default form alone, to save minutes.
     """
     dims: dict[tuple[int, LaunchConfig], list[int]] = {}
-    for dim, size, for_hopper, config in all_launch_configs():
-        if for_hopper == (arch == 90):
+    for dim, size, architecture, config in all_launch_configs():
+        if (architecture == HOPPER) == (arch == 90):
             dims.setdefault((size, config), []).append(dim)
     found = []
     for (size, _), served in dims.items():

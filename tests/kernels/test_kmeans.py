@@ -31,9 +31,9 @@ def kmeans(
         found = reference.kmeans(x.float(), mask, start.float(), text, rounds, metric, query_tile)
         return Clusters(*found)
     from svg_ear_compile.kernels.gpu.kmeans import kmeans as triton_kmeans
-    from svg_ear_compile.kernels.gpu.launch import launch_config
+    from svg_ear_compile.kernels.gpu.launch import HOPPER, launch_config
 
-    config = launch_config(x.shape[-1], x.element_size())
+    config = launch_config(x.shape[-1], x.element_size(), HOPPER)
     flat = None if metric is None else metric.flatten(0, 1).to(x.device)
     found = triton_kmeans(x, mask, start, text, rounds, config, flat, query_tile)
     clusters = start.shape[2]

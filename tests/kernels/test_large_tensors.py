@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.attention.gate import GATE, definition_rows, relative_error
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
+from svg_ear_compile.kernels.registry import sparse_attention
 
 
 def draw(*shape: int) -> Tensor:
@@ -31,8 +32,6 @@ def draw(*shape: int) -> Tensor:
 def test_the_last_head_is_the_definitions(
     heads: int, tokens: int, row: int, compensation: str
 ) -> None:
-    from svg_ear_compile.kernels.gpu.attention import sparse_attention
-
     dim = 128
     if row == 1:
         q, k, v = (draw(1, heads, tokens, dim) for _ in range(3))

@@ -23,11 +23,11 @@ def metrics(
     if not form.is_triton:
         full = reference.key_mask_of(mask, k)
         return reference.logit_metrics(q.float(), k.float(), full, text)
-    from svg_ear_compile.kernels.gpu.launch import launch_config
+    from svg_ear_compile.kernels.gpu.launch import HOPPER, launch_config
     from svg_ear_compile.kernels.gpu.metric import logit_metrics
 
     rows = None if mask is None else mask[:, :, 0, :]
-    config = launch_config(q.shape[-1], q.element_size())
+    config = launch_config(q.shape[-1], q.element_size(), HOPPER)
     of_queries, of_keys = logit_metrics(q, k, rows, text, config)
     return of_queries.unflatten(0, q.shape[:2]).cpu(), of_keys.unflatten(0, k.shape[:2]).cpu()
 

@@ -304,8 +304,10 @@ def test_a_few_heads_at_a_time_give_the_same_bits(
     q, k, v = random_qkv(0, 1, (4, 2), (61, 45), 32, torch.float16, form.device)
     plan = AttentionPlan(density=0.3, q_clusters=3, k_clusters=7, compensation=compensation)
     together = form(q, k, v, plan, return_lse=True)
-    monkeypatch.setattr(form.module, "WORKSPACE_FLOOR", 1)
-    monkeypatch.setattr(form.module, "WORKSPACE_SHARE", 0.0)
+    from svg_ear_compile.kernels.gpu import attention
+
+    monkeypatch.setattr(attention, "WORKSPACE_FLOOR", 1)
+    monkeypatch.setattr(attention, "WORKSPACE_FRACTION", 0.0)
     apart = form(q, k, v, plan, return_lse=True)
     for name in ("out", "lse", "exact", "row_area"):
         assert torch.equal(getattr(together, name), getattr(apart, name))

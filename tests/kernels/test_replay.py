@@ -11,6 +11,7 @@ import torch
 from attention_cases import random_mask, random_qkv
 from torch import Tensor
 
+from svg_ear_compile.kernels import registry
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.reference import Result
 
@@ -27,7 +28,7 @@ def tensors_of(result: Result) -> list[Tensor]:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dim", [64, 80])
 def test_a_replayed_call_is_the_call(layout: str, masked: bool, dim: int) -> None:
-    from svg_ear_compile.kernels.gpu import attention, replay
+    from svg_ear_compile.kernels.gpu import replay
 
     replay.forget()
     settings: dict[str, Any] = {"text": (0, 5), "return_lse": True}
@@ -36,10 +37,10 @@ def test_a_replayed_call_is_the_call(layout: str, masked: bool, dim: int) -> Non
         q, k, v = random_qkv(seed, 1, (4, 2), (701, 701), dim, torch.bfloat16, "cuda", layout)
         if masked:
             settings["attn_mask"] = random_mask(seed, (True, False), (1, 2), 701, "cuda")
-        cold = attention.sparse_attention(q, k, v, PLAN, **settings)
+        cold = registry.sparse_attention(q, k, v, PLAN, **settings)
         warm = (cold.queries.centroids, cold.keys.centroids)
         for centroids in (None, warm):
-            wanted = attention.sparse_attention(q, k, v, PLAN, centroids=centroids, **settings)
+            wanted = registry.sparse_attention(q, k, v, PLAN, centroids=centroids, **settings)
             got = replay.sparse_attention(q, k, v, PLAN, centroids=centroids, **settings)
             calls.append((got, wanted))
     assert len(replay._RECORDINGS) == 2
@@ -87,7 +88,7 @@ def test_large_calls_are_not_recorded_nor_those_without_room(
 
 @pytest.mark.gpu
 def test_kinds_share_their_memory_and_not_their_results() -> None:
-    from svg_ear_compile.kernels.gpu import attention, replay
+    from svg_ear_compile.kernels.gpu import replay
 
     replay.forget()
     q, k, v = random_qkv(0, 1, (4, 4), (2048, 2048), 64, torch.bfloat16, "cuda")
@@ -105,7 +106,7 @@ def test_kinds_share_their_memory_and_not_their_results() -> None:
     first = next(bytes_ for bytes_ in held if bytes_)
     assert held[-1] < 2 * first
     for plan, warm, blocks, got in found:
-        wanted = attention.sparse_attention(q, k, v, plan, centroids=warm, blocks=blocks)
+        wanted = registry.sparse_attention(q, k, v, plan, centroids=warm, blocks=blocks)
         for mine, other in zip(tensors_of(got), tensors_of(wanted), strict=True):
             assert torch.equal(mine, other)
     replay.forget()

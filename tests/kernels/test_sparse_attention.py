@@ -248,11 +248,11 @@ def test_cuda_calls_are_bit_equal_whatever_memory_held_before(dim: int, compensa
     ],
 )
 def test_query_clusters_are_those_of_the_definition_with_the_same_tile(form: Form) -> None:
-    from svg_ear_compile.kernels.gpu.launch import launch_config
+    from svg_ear_compile.kernels.gpu.launch import HOPPER, launch_config
 
     q, k, v = random_qkv(1, 1, (2, 2), (403, 403), 64, F32, form.device)
     plan = AttentionPlan(q_clusters=5, k_clusters=4, first_iterations=1, cluster_metric="euclidean")
-    tile = launch_config(64, q.element_size()).query_tile
+    tile = launch_config(64, q.element_size(), HOPPER).query_tile
     wanted = reference.sparse_attention(q, k, v, plan, query_tile=tile)
     assert not torch.equal(
         wanted.queries.labels, reference.sparse_attention(q, k, v, plan).queries.labels

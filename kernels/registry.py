@@ -1,0 +1,180 @@
+"""Implementations of sparse attention: what each supports, and which one serves a call.
+
+An implementation has two stages. `cluster_and_route` groups the tokens into clusters and chooses
+the exact blocks; `attend` is a pure function of its arguments and what the first stage found. An
+implementation registers when its module is imported; Triton is imported only where a GPU asks.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from svg_ear_compile.kernels.clusters import Blocks, Result, Routed
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
+
+log = logging.getLogger(__name__)
+
+
+class ClusterAndRoute(Protocol):
+    """Stages 1 to 3; see `reference.cluster_and_route`."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: AttentionPlan,
+        *,
+        attn_mask: Tensor | None,
+        scale: float,
+        text: tuple[int, int],
+        centroids: tuple[Tensor, Tensor] | None,
+        blocks: Blocks | None,
+    ) -> Routed: ...
+
+
+class Attend(Protocol):
+    """Stages 4 and 5; see `reference.attend`."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routed: Routed,
+        compensation: Compensation,
+        *,
+        scale: float,
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class Unsupported(Protocol):
+    """Why an implementation cannot take q, k and v, in words; None where it can."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to carry out sparse attention.
+
+    Attributes:
+        name: what it is asked for by.
+        unsupported: see `Unsupported`.
+        cluster_and_route, attend: its two stages.
+    """
+
+    name: str
+    unsupported: Unsupported
+    cluster_and_route: ClusterAndRoute
+    attend: Attend
+
+    def sparse_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: AttentionPlan,
+        *,
+        attn_mask: Tensor | None = None,
+        scale: float | None = None,
+        text: tuple[int, int] = (0, 0),
+        centroids: tuple[Tensor, Tensor] | None = None,
+        blocks: Blocks | None = None,
+        return_lse: bool = False,
+    ) -> Result:
+        """Both stages.
+
+        Args:
+            q: (B, H, N_q, D). k, v: (B, H_kv, N_k, D), H_kv dividing H, any strides.
+            plan: see `AttentionPlan`.
+            attn_mask: (B|1, H_kv|1, 1, N_k) bool key-padding mask, True takes part.
+            scale: logit scale, 1/sqrt(D) by default.
+            text: text tokens at the start and at the end of both sequences.
+            centroids: (B, H, Qc, D) and (B, H_kv, Kc, D) that k-means starts from, or None: cold.
+            blocks: clusters and block mask of an earlier call under this plan, to be reused with
+                their `centroids`; None recomputes them.
+            return_lse: also compute the log-sum-exp; `Result.lse` is empty otherwise.
+
+        Returns:
+            `Result`, its output in the dtype and layout of q.
+        """
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        routed = self.cluster_and_route(
+            q, k, v, plan,
+            attn_mask=attn_mask, scale=scale, text=text, centroids=centroids, blocks=blocks,
+        )  # fmt: skip
+        out, lse = self.attend(
+            q, k, v, routed, plan.compensation, scale=scale, return_lse=return_lse
+        )
+        return Result(out, lse, routed.queries, routed.keys, routed.exact, routed.row_area)
+
+
+_REGISTERED: dict[str, Implementation] = {}
+# Modules that register what they hold, and the order of preference within a kind of device.
+_MODULES = {
+    "cpu": "kernels.cpu",
+    "hopper": "kernels.gpu.attention",
+    "triton": "kernels.gpu.attention",
+}
+_PREFERRED = {"cuda": ("hopper", "triton")}
+
+
+def register(implementation: Implementation) -> Implementation:
+    """Make an implementation known under its name."""
+    _REGISTERED[implementation.name] = implementation
+    return implementation
+
+
+def get(name: str) -> Implementation:
+    """The implementation of that name.
+
+    Raises:
+        ValueError: there is none; the message lists those that there are.
+    """
+    if name not in _REGISTERED:
+        if name not in _MODULES:
+            raise ValueError(f"no implementation {name!r}; there are {', '.join(_MODULES)}")
+        importlib.import_module(f"svg_ear_compile.{_MODULES[name]}")
+    return _REGISTERED[name]
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, name: str | None = None) -> Implementation:
+    """The implementation that serves a call: the one asked for, else the first that supports it.
+
+    Args:
+        q, k, v: tensors of the call.
+        name: an implementation that must serve it; nothing else is tried.
+
+    Raises:
+        ValueError: the one asked for does not support the call, or none does.
+    """
+    refused: list[str] = []
+    for candidate in _PREFERRED.get(q.device.type, ("cpu",)) if name is None else (name,):
+        found = get(candidate)
+        why = found.unsupported(q, k, v)
+        if why is None:
+            _say(candidate, q.device, q.dtype, q.shape[-1], "; ".join(refused))
+            return found
+        refused.append(f"{candidate}: {why}")
+    raise ValueError(f"no implementation serves this call ({'; '.join(refused)})")
+
+
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, **more: Any) -> Result:
+    """`Implementation.sparse_attention` of the one that serves the call."""
+    return choose(q, k, v).sparse_attention(q, k, v, plan, **more)
+
+
+@functools.lru_cache(maxsize=256)
+def _say(name: str, device: torch.device, dtype: torch.dtype, dim: int, refused: str) -> None:
+    """Log a choice once."""
+    because = f" ({refused})" if refused else ""
+    log.info("%s, %s, head dim %d: served by %r%s", device, dtype, dim, name, because)
