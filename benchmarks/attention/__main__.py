@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from benchmarks.attention.inputs import (
+    CAPTURED,
     MODEL_SHAPES,
     PAPERS_CLUSTERS,
-    RECORDED,
     SHAPES,
     SWEEP,
     inputs_of,
@@ -54,7 +54,7 @@ def jobs(given: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
         ),
         ("wan14b-720p", job | price),
         *((name, default | {"densities": [0.2]}) for name in SWEEP),
-        (RECORDED, default),
+        (CAPTURED, default),
     ]
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     """Parse the command line, measure, write `attention.json` and plots."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--shapes", help=f"only these: {', '.join([*SHAPES, RECORDED])}, or sweep for all lengths"
+        "--shapes", help=f"only these: {', '.join([*SHAPES, CAPTURED])}, or sweep for all lengths"
     )
     parser.add_argument("--densities", default="0.1,0.2")
     parser.add_argument("--forms", default="centroid,gaussian")

@@ -5,7 +5,7 @@ on it. Here every head projects one latent video: slow Fourier waves over the to
 moving regions of constant code (objects) and token noise; queries and keys are RMS-normalised and
 rotated by 3-D RoPE as in Wan. A longer video shows more: waves per axis grow with its side and
 regions with its tokens, so that a cluster of so many tokens is as varied at every length.
-`likeness.py` compares the errors with those of recorded tensors.
+`likeness.py` compares the errors with those of captured tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 WAVES, REGIONS, LATENT = 24, 48, 64
 NOISE, SHARPNESS = 0.7, 2.5
-USUAL_TOKENS = 6912  # of the recorded clips: that many have `REGIONS` regions
+USUAL_TOKENS = 6912  # of the captured clips: that many have `REGIONS` regions
 
 
 def grid_of(tokens: int) -> tuple[int, int, int]:
@@ -57,12 +57,12 @@ def latent_video(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tenso
 def rope(x: Tensor, at: Tensor) -> Tensor:
     """Rotate (N, D) by 3-D RoPE of the coordinates (N, 3), bands split as in Wan."""
     half = x.shape[-1] // 2
-    share = [half - 2 * (half // 3), half // 3, half // 3]
+    pairs = [half - 2 * (half // 3), half // 3, half // 3]
     angles = torch.cat(
         [
             at[:, axis : axis + 1]
             / 10000.0 ** (torch.arange(bands, device=x.device) / max(bands, 1))
-            for axis, bands in enumerate(share)
+            for axis, bands in enumerate(pairs)
         ],
         1,
     )

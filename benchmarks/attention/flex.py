@@ -27,7 +27,7 @@ def covering_tiles(result: Result, queries: Tensor, keys: Tensor) -> Tensor:
     """Which tiles of sorted tokens hold a pair of an exact block, (B, H, T_q, T_k) bool.
 
     Args:
-        result: labels and exact blocks.
+        result: labels and block mask.
         queries, keys: (B, H, N) labels in sorted order; text is exact for and with everything.
     """
     exact = torch.nn.functional.pad(result.exact, (0, 1, 0, 1), value=True).float()

@@ -1,4 +1,4 @@
-"""Tensors that are attended to: synthetic ones of any size, or recorded from the video DiT."""
+"""Tensors that are attended to: synthetic ones of any size, or captured from the video DiT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention.data import video_like
-from benchmarks.tuning.recorded import record
+from benchmarks.tuning.captured import capture
 from benchmarks.video_dit.data import TRAIN_SHAPE
 from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -26,7 +26,7 @@ SWEEP = {
     for n in (8192, 16384, 65536, 131072, 300000)
 }
 SHAPES = MODEL_SHAPES | SWEEP
-RECORDED = "video-dit"
+CAPTURED = "video-dit"
 """One layer of the video DiT half way through a generation: 6,912 tokens of real structure."""
 
 PAPERS_CLUSTERS = "300/1000"
@@ -63,9 +63,9 @@ class Inputs:
 
 
 def inputs_of(name: str, device: str, dtype: torch.dtype) -> Inputs:
-    """Inputs of a shape of `SHAPES`, or `RECORDED`."""
-    if name == RECORDED:
-        calls = list(record(TRAIN_SHAPE, _STEPS, [_STEP], 0, device))
+    """Inputs of a shape of `SHAPES`, or `CAPTURED`."""
+    if name == CAPTURED:
+        calls = list(capture(TRAIN_SHAPE, _STEPS, [_STEP], 0, device))
         call = calls[_LAYER]
         return Inputs(name, *(t.to(dtype) for t in (call.q, call.k, call.v)))
     batch, heads, tokens, text, dim = SHAPES[name]

@@ -1,7 +1,7 @@
 """`python -m benchmarks.attention.likeness --out DIR`: are the synthetic inputs like real ones?
 
 The error of sparse attention over its density, on the synthetic generator's tensors and on those
-recorded from the video DiT, at the same size: speed bought on easy inputs would show here. Writes
+captured from the video DiT, at the same size: speed bought on easy inputs would show here. Writes
 the curves as JSON, and a plot.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.attention.data import video_like
 from benchmarks.attention.gate import relative_error
 from benchmarks.provenance import provenance
-from benchmarks.tuning.recorded import record
+from benchmarks.tuning.captured import capture
 from benchmarks.video_dit.data import TRAIN_SHAPE
 from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
@@ -41,16 +41,16 @@ def curve(q: Tensor, k: Tensor, v: Tensor, form: Compensation) -> list[float]:
 
 
 def rows_of(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Curves of some recorded layers and steps, and of as many synthetic heads."""
+    """Curves of some captured layers and steps, and of as many synthetic heads."""
     rows = []
-    recorded = [r for r in record(shape, _STEPS, _WANTED, 0, device) if r.layer in _LAYERS]
-    for call in recorded:
+    captured = [c for c in capture(shape, _STEPS, _WANTED, 0, device) if c.layer in _LAYERS]
+    for call in captured:
         for form in FORMS:
             name = f"layer {call.layer}, step {call.step}"
             errors = curve(call.q.to(dtype), call.k.to(dtype), call.v.to(dtype), form)
-            rows.append({"inputs": "recorded", "name": name, "form": form, "errors": errors})
-    _, heads, tokens, dim = recorded[0].q.shape
-    for seed in range(len(recorded)):
+            rows.append({"inputs": "captured", "name": name, "form": form, "errors": errors})
+    _, heads, tokens, dim = captured[0].q.shape
+    for seed in range(len(captured)):
         tensors = video_like(1, heads, tokens, dim, seed=seed, device=device, dtype=dtype)
         for form in FORMS:
             errors = curve(*tensors, form)
@@ -64,7 +64,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """One panel for each form, one line for each call."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     for axis, form in zip(figure.subplots(1, len(FORMS), sharey=True), FORMS, strict=True):
-        for inputs, colour in (("recorded", "#d9622b"), ("synthetic", "#1f77b4")):
+        for inputs, colour in (("captured", "#d9622b"), ("synthetic", "#1f77b4")):
             chosen = [r for r in rows if (r["inputs"], r["form"]) == (inputs, form)]
             for i, row in enumerate(chosen):
                 label = inputs if i == 0 else None

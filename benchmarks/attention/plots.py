@@ -11,32 +11,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.attention.inputs import plan_of
+from benchmarks.attention.measure import STAGE_NAMES
+from benchmarks.attention.summary import rows_of
 from svg_ear_compile.cost_model.device import Device
-from svg_ear_compile.cost_model.stages import Amount, AttentionShape, sparse_amounts
+from svg_ear_compile.cost_model.stages import STAGES, Amount, AttentionShape, sparse_amounts
 from svg_ear_compile.kernels.gpu.launch import HOPPER
 
-_COLOURS = {
-    "assign": "#1f77b4",
-    "means": "#6baed6",
-    "sort": "#c6dbef",
-    "probe": "#9467bd",
-    "route": "#8c564b",
-    "attend": "#d9622b",
-    "correction": "#2ca02c",
-}
-# Stages of the cost model that a measured stage carries out.
-_AMOUNTS = {
-    "assign": ("cluster",),
-    "probe": ("probe",),
-    "route": ("route",),
-    "attend": ("attend",),
-    "correction": ("correction",),
-}
+_COLOURS = dict(
+    zip(
+        STAGE_NAMES,
+        ("#1f77b4", "#6baed6", "#c6dbef", "#9467bd", "#8c564b", "#d9622b", "#2ca02c"),
+        strict=True,
+    )
+)
+# The cost model's stage that a measured stage carries out.
+_AMOUNTS = {"assign": "cluster"} | {stage: stage for stage in STAGES["cuda"][1:]}
 
 
 def write_plots(record: dict[str, Any], folder: Path) -> list[Path]:
     """Write the plots that the rows of a record allow; returns their paths."""
-    timed = [row for row in record["rows"] if "samples_ms" in row]
+    timed = [row for row in rows_of(record) if "samples_ms" in row]
     staged = [row for row in timed if "stages_ms" in row]
     made = []
     if staged:
@@ -57,7 +51,7 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def _stages(rows: list[dict[str, Any]], folder: Path) -> Path:
-    """Where the time goes: a bar for each row, as a share of the dense time."""
+    """Where the time goes: a bar for each row, as a fraction of the dense time."""
     figure = Figure(figsize=(9, 1 + 0.28 * len(rows)), layout="constrained")
     axis: Axes = figure.subplots()
     names = [f"{r['shape']}  {r['clusters']}  {r['form']}  {r['density']:g}" for r in rows]
@@ -114,12 +108,7 @@ def _measured_amounts(row: dict[str, Any]) -> dict[str, Amount]:
     # The roofline is of the H200 that the records are of.
     device = Device("cuda", "", "", "", "", HOPPER)
     amounts = sparse_amounts(shape, plan, device)
-    return {
-        stage: Amount(
-            sum(amounts[part].flops for part in parts), sum(amounts[part].bytes for part in parts)
-        )
-        for stage, parts in _AMOUNTS.items()
-    }
+    return {stage: amounts[part] for stage, part in _AMOUNTS.items()}
 
 
 def _lengths(rows: list[dict[str, Any]], folder: Path) -> Path:

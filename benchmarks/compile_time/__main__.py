@@ -93,7 +93,7 @@ def main() -> None:
     (given.out / "compile_time.json").write_text(json.dumps(record, indent=1))
     plot(rows, given.out / "compile_time.png")
     table = Table(title="Seconds of compiling")
-    for column in ("layers", "nodes", "passes, median (min … max)", "Inductor", "share"):
+    for column in ("layers", "nodes", "passes, median (min … max)", "Inductor", "fraction"):
         table.add_column(column, justify="right")
     for row in rows:
         samples = row["passes_seconds"]

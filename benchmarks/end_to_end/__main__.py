@@ -43,7 +43,7 @@ def table(kind: str, rows: list[dict[str, Any]]) -> Table:
             peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
             cells = (
                 row["backend"], density, f"{seconds(row):.3f}", speedup,
-                f"{row['attention_share']:.0%}", f"{row['first_seconds']:.0f}", peak,
+                f"{row['attention_fraction']:.0%}", f"{row['first_seconds']:.0f}", peak,
             )  # fmt: skip
         else:
             cells = (

@@ -1,4 +1,4 @@
-"""Seconds, attention's share, compile time and memory of forwards and generations."""
+"""Seconds, attention's fraction of them, compile time and memory of forwards and generations."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def seconds_of(call: Callable[[], object], device: str) -> float:
     return time.perf_counter() - started
 
 
-def attention_share(call: Callable[[], object], device: str) -> float:
-    """Share of a call's device time that is spent inside attention, clustering and all."""
+def attention_fraction(call: Callable[[], object], device: str) -> float:
+    """Fraction of a call's device time that is spent inside attention, clustering and all."""
     on_gpu = device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiled:
@@ -61,7 +61,7 @@ def watched_clusters(device: str) -> Iterator[list[dict[str, list[float]]]]:
     if device == "cuda":
         from svg_ear_compile.kernels.gpu import replay as form
     else:
-        from svg_ear_compile.kernels import cpu as form
+        from svg_ear_compile.kernels import registry as form
     found: list[dict[str, list[float]]] = []
     sparse = form.sparse_attention
 
@@ -86,8 +86,8 @@ def forward(
     """One transformer forward under a backend: raw samples of the steady state, and what it took.
 
     A bound model is called at falling timesteps, so that its clustering starts warm as in a
-    generation. It clusters at every step: the inputs do not change, and blocks would be taken over
-    more often than in any generation.
+    generation. It recomputes its clusters at every step: the inputs do not change, and blocks
+    would be reused more often than in any generation.
     """
     torch.compiler.reset()
     model = size.build(device, dtype)
@@ -116,7 +116,7 @@ def forward(
         "options": options,
         "first_seconds": first,
         "samples_seconds": samples,
-        "attention_share": attention_share(call, device),
+        "attention_fraction": attention_fraction(call, device),
         "weights_bytes": weights,
         "peak_bytes": peak,
         "finite": bool(out.isfinite().all()),
@@ -156,9 +156,9 @@ def generation(
             latents = sample(model, size, steps, device, dtype)
 
         seconds.append(seconds_of(run, device))
-        shares = []
+        reused = []
         if binding is not None:
-            shares = [layer.taken_over for layer in binding.report()]
+            reused = [layer.taken_over for layer in binding.report()]
             binding.unbind()
     return {
         "backend": backend,
@@ -167,7 +167,7 @@ def generation(
         "dense_steps": dense_steps if backend == "svg_ear" else steps,
         "first_seconds": seconds[0],
         "seconds": seconds[1],
-        "taken_over": shares,
+        "reused": reused,
         "finite": bool(latents.isfinite().all()),
     }
 

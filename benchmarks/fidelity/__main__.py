@@ -26,7 +26,7 @@ from benchmarks.attention.inputs import Inputs, inputs_of
 from benchmarks.fidelity.grid import Cell, cells
 from benchmarks.fidelity.plots import write_frontier
 from benchmarks.fidelity.record import Record, read
-from benchmarks.fidelity.report import asked_table, cells_table
+from benchmarks.fidelity.report import cells_table, derived_table
 from benchmarks.fidelity.scores import interval, score_clips
 from benchmarks.fidelity.subject import Subject
 from benchmarks.fidelity.times import WAN, measure_times
@@ -110,7 +110,7 @@ class Clips:
             **scores,
             "attention_error": self.subject.attention_error(cell),
             "density_reached": remembered.density,
-            "taken_over": remembered.taken_over,
+            "reused": remembered.reused,
         }
         seconds = time.perf_counter() - began
         self.longest[cell.rule] = max(seconds, self.longest.get(cell.rule, 0.0))
@@ -172,7 +172,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rules", help="only these rules")
     parser.add_argument("--densities", help="only these densities")
     parser.add_argument("--clusters", help="only these, for example 128/64,256/64")
-    parser.add_argument("--warm-ups", help="only these shares of dense steps")
+    parser.add_argument("--warm-ups", help="only these fractions of dense steps")
     return parser.parse_args()
 
 
@@ -201,7 +201,7 @@ def report(out: Path) -> None:
         write_frontier(evidence.points, list(evidence.models), [WAN], out / "frontier.png")
     console = Console(width=170, soft_wrap=True)
     console.print(cells_table(evidence))
-    console.print(asked_table(evidence))
+    console.print(derived_table(evidence))
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ class Point:
 
     @property
     def density(self) -> float:
-        """The share computed exactly: whole blocks overshoot what was asked for."""
+        """The fraction computed exactly: whole blocks overshoot what was asked for."""
         return self.cell.density if self.density_reached is None else self.density_reached
 
     @property
@@ -97,7 +97,7 @@ def density_curve(points: Sequence[Point], rule: str) -> Curve:
 
 
 def derived(points: Sequence[Point], shapes: Sequence[str]) -> dict[str, Any]:
-    """Every figure that `report.ASKED` speaks of, of one model at the longer warm-up.
+    """Every figure that the report shows, of one model at the longer warm-up.
 
     Args:
         points: of one model.

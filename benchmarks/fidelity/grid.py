@@ -11,7 +11,7 @@ from svg_ear_compile.kernels.plan import KEYS_PER_CLUSTER, QUERIES_PER_CLUSTER, 
 
 DENSITIES = (0.05, 0.1, 0.2)
 WARM_UPS = (0.2, 0.08)
-"""Shares of the denoising steps that stay dense: 5 and 2 of 24."""
+"""Fractions of the denoising steps that stay dense: 5 and 2 of 24."""
 
 FINE = (QUERIES_PER_CLUSTER, KEYS_PER_CLUSTER)
 COARSE = (2 * QUERIES_PER_CLUSTER, KEYS_PER_CLUSTER)
@@ -24,8 +24,8 @@ _OTHER_CLUSTERS = (
 )
 
 PAPER, OURS, DROPPING = "paper", "gaussian", "svg2"
-REDUCED = ("shared", "anew")
-"""The default without its parts: blocks taken over from another branch only, and not at all."""
+REDUCED = ("shared", "recomputed")
+"""The default with less reuse: of another branch's blocks only, and none at all."""
 
 IN_KERNELS = tuple(name for name, rule in RULES.items() if rule.compensation is not None)
 """Rules that the operator has: these can be timed."""
@@ -43,9 +43,9 @@ class Cell:
     Attributes:
         model: name in `zoo.MODELS`.
         rule: name in `rules.RULES`.
-        density: share of the video query-key area computed exactly.
+        density: fraction of the video query-key area computed exactly.
         queries, keys: mean tokens of a query cluster and of a key cluster.
-        warm_up: share of the denoising steps, rounded to whole ones, that lead and stay dense.
+        warm_up: fraction of the denoising steps, rounded to whole ones, that lead and stay dense.
     """
 
     model: str

@@ -88,7 +88,7 @@ def members(labels: Tensor, sizes: Tensor) -> Members:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockScores:
     """What blocks look like from their query centroids; see `routing.Probe`.
 
     Attributes:
@@ -102,7 +102,7 @@ class Blocks:
     mean_value: Tensor
 
 
-def probe(head: Head) -> Blocks:
+def score_blocks(head: Head) -> BlockScores:
     """Stage 2, every block of a head; an empty block has log_error and log_mass -inf."""
     keys = members(head.k_labels, head.k_sizes)
     inside = keys.inside[:, None]  # [Kc, 1, M]
@@ -123,7 +123,7 @@ def probe(head: Head) -> Blocks:
         + (weight.square() @ spread.square().sum(-1, keepdim=True)).squeeze(-1)
     )
     divisor = mass.clamp(min=torch.finfo(mass.dtype).tiny)[..., None]
-    return Blocks(
+    return BlockScores(
         (error.clamp(min=0).log() + 2 * shift.squeeze(-1)).T,
         (mass.log() + shift.squeeze(-1)).T,
         ((weight @ head.k[keys.index]) / divisor).transpose(0, 1),
@@ -131,7 +131,7 @@ def probe(head: Head) -> Blocks:
     )
 
 
-def error_score(head: Head, blocks: Blocks) -> Tensor:
+def error_score(head: Head, blocks: BlockScores) -> Tensor:
     """The paper's score ``log E_ij - log(m_i n_j)``, (Qc, Kc)."""
     area = head.q_sizes[:, None] * head.k_sizes
     return blocks.log_error - area.clamp(min=1).to(blocks.log_error.dtype).log()
@@ -162,24 +162,24 @@ def value_means(head: Head) -> Tensor:
     return means[0]
 
 
-def attend(head: Head, exact: Tensor, proxies: Tensor | None) -> Tensor:
+def attend(head: Head, block_mask: Tensor, proxies: Tensor | None) -> Tensor:
     """Stages 4 and 5, (N, D): one softmax over exact keys and proxy tokens, or exact keys alone.
 
     Args:
         head: tokens and clusters.
-        exact: (Qc, Kc) bool.
+        block_mask: (Qc, Kc) bool, True where computed exactly.
         proxies: value of every other block, (Qc, Kc, D), or (1, Kc, D) where all query clusters
-            share them; their logits are ``c_ij + log n_j`` at the query instead of its centroid.
+            use the same; their logits are ``c_ij + log n_j`` at the query instead of its centroid.
     """
     tokens = len(head.k)
-    hidden = ~torch.nn.functional.pad(exact, (0, 1, 0, 1), value=True)[:, head.k_labels]
+    hidden = ~torch.nn.functional.pad(block_mask, (0, 1, 0, 1), value=True)[:, head.k_labels]
     if proxies is None:
         logits = head.scale * head.q @ head.k.T
         return torch.softmax(logits.masked_fill_(hidden[head.q_labels], -math.inf), -1) @ head.v
     logits = head.scale * head.q @ torch.cat([head.k, head.k_centroids]).T  # [N, N_k + Kc]
     logits[:, tokens:] += head.k_sizes.to(head.q.dtype).log()
     # Exact and empty blocks have no proxy token; text queries (row Qc) have none at all.
-    without = torch.nn.functional.pad(exact | (head.k_sizes == 0), (0, 0, 0, 1), value=True)
+    without = torch.nn.functional.pad(block_mask | (head.k_sizes == 0), (0, 0, 0, 1), value=True)
     hidden = torch.cat([hidden, without], 1)
     weights = torch.softmax(logits.masked_fill_(hidden[head.q_labels], -math.inf), -1)
     if proxies.shape[0] == 1:

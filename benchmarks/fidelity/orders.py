@@ -18,26 +18,26 @@ import torch
 from torch import Tensor
 
 from benchmarks.fidelity import head
-from benchmarks.fidelity.head import Blocks, Head
+from benchmarks.fidelity.head import BlockScores, Head
 from svg_ear_compile.kernels.clusters import Clusters
 from svg_ear_compile.kernels.compensation import LARGEST_LOGIT_CORRECTION, pooled_covariances
 
 
 def first_order(this: Head, density: float) -> tuple[Tensor, Tensor]:
     """The paper's blocks; the others keep their mass and mean value to first order."""
-    blocks = head.probe(this)
-    exact = head.choose(this, head.error_score(this, blocks), density)
-    return attend(this, exact, blocks, second=False), exact
+    blocks = head.score_blocks(this)
+    block_mask = head.choose(this, head.error_score(this, blocks), density)
+    return attend(this, block_mask, blocks, second=False), block_mask
 
 
 def second_order(this: Head, density: float) -> tuple[Tensor, Tensor]:
     """`first_order` with the corrections of the pooled covariances about the centroids."""
-    blocks = head.probe(this)
-    exact = head.choose(this, head.error_score(this, blocks), density)
-    return attend(this, exact, blocks, second=True), exact
+    blocks = head.score_blocks(this)
+    block_mask = head.choose(this, head.error_score(this, blocks), density)
+    return attend(this, block_mask, blocks, second=True), block_mask
 
 
-def bias_of(this: Head, blocks: Blocks) -> Tensor:
+def bias_of(this: Head, blocks: BlockScores) -> Tensor:
     """``log Z_ij - s q_i . K_ij``, (Qc, Kc); -inf for an empty block."""
     own = torch.einsum("id,ijd->ij", this.q_centroids, blocks.mean_key)
     return blocks.log_mass - this.scale * own
@@ -58,30 +58,30 @@ def corrections_about_centroids(this: Head) -> tuple[Tensor, Tensor]:
     return logit.clamp(max=LARGEST_LOGIT_CORRECTION), value
 
 
-def attend(this: Head, exact: Tensor, blocks: Blocks, second: bool) -> Tensor:
+def attend(this: Head, block_mask: Tensor, blocks: BlockScores, second: bool) -> Tensor:
     """Stages 4 and 5, (N, D): one softmax over exact keys and the proxy tokens of each cluster.
 
     Args:
         this: tokens and clusters.
-        exact: (Qc, Kc) bool.
+        block_mask: (Qc, Kc) bool, True where computed exactly.
         blocks: what the skipped ones look like.
         second: of second order.
     """
     tokens = len(this.k)
-    hidden = ~torch.nn.functional.pad(exact, (0, 1, 0, 1), value=True)[:, this.k_labels]
+    hidden = ~torch.nn.functional.pad(block_mask, (0, 1, 0, 1), value=True)[:, this.k_labels]
     logits = this.q.new_full((len(this.q), tokens + len(this.k_sizes)), -math.inf)
     logits[:, :tokens] = (this.scale * this.q @ this.k.T).masked_fill_(
         hidden[this.q_labels], -math.inf
     )
     rows = head.members(this.q_labels, this.q_sizes)
     index = rows.index[rows.inside]
-    bias = bias_of(this, blocks).masked_fill(exact, -math.inf)
-    rest = this.scale * this.q[rows.index] @ blocks.mean_key.transpose(1, 2) + bias[:, None]
+    bias = bias_of(this, blocks).masked_fill(block_mask, -math.inf)
+    proxy_logits = this.scale * this.q[rows.index] @ blocks.mean_key.transpose(1, 2) + bias[:, None]
     value_correction = None
     if second:
         logit_correction, value_correction = corrections_about_centroids(this)
-        rest = rest + logit_correction[rows.index][..., None]
-    logits[index, tokens:] = rest[rows.inside]
+        proxy_logits = proxy_logits + logit_correction[rows.index][..., None]
+    logits[index, tokens:] = proxy_logits[rows.inside]
     weights = torch.softmax(logits, -1)
     out = weights[:, :tokens] @ this.v
     out[index] += (weights[:, tokens:][rows.index] @ blocks.mean_value)[rows.inside]

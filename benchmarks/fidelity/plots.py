@@ -23,7 +23,7 @@ _COLOURS = {
     "second_order": "#e377c2",
     "gaussian": "#2ca02c",
     "shared": "#98df8a",
-    "anew": "#c7b299",
+    "recomputed": "#c7b299",
     "uniform": "#7f7f7f",
 }
 

@@ -79,11 +79,11 @@ def _operation(rule: Rule) -> Hashable:
     return rule.title if rule.compensation is None else (rule.compensation, rule.metric)
 
 
-def _mean_ms(row: dict[str, Any], taken_over: float) -> float:
-    """Milliseconds of a call where that share of them takes over its blocks."""
-    if not taken_over:
+def _mean_ms(row: dict[str, Any], reused: float) -> float:
+    """Mean milliseconds of a call where that fraction of the calls reuses its blocks."""
+    if not reused:
         return float(row["ms"])
-    return float(taken_over * row["taken_over_ms"] + (1 - taken_over) * row["ms"])
+    return float(reused * row["reused_ms"] + (1 - reused) * row["ms"])
 
 
 def read(folder: Path) -> Evidence:
@@ -111,8 +111,8 @@ def read(folder: Path) -> Evidence:
             known.add(cell)
             key = (_operation(RULES[cell.rule]), cell.density, cell.queries, cell.keys)
             # Records of rules that cluster at every step may be older than the field.
-            share = row.get("taken_over", 0.0)
-            at = {t["shape"]: _mean_ms(t, share) for t in timed.get(key, [])}
+            reused = row.get("reused", 0.0)
+            at = {t["shape"]: _mean_ms(t, reused) for t in timed.get(key, [])}
             psnr, ssim, flicker = (tuple(row[name]) for name in ("psnr", "ssim", "flicker"))
             reached = row["density_reached"]
             points.append(Point(cell, psnr, ssim, flicker, row["attention_error"], at, reached))

@@ -1,4 +1,4 @@
-"""Tables of a record: every cell, and the goals against what was measured."""
+"""Tables of a record: every cell, and the figures that are derived from them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,6 @@ from benchmarks.fidelity.grid import DENSITIES
 from benchmarks.fidelity.record import Evidence
 from benchmarks.fidelity.rules import RULES
 from benchmarks.fidelity.scores import interval
-
-ASKED = {
-    "density": ("+2 / +3 / +4 dB", "+6 dB"),
-    "time": ("+2.5 dB", "+5 dB"),
-    "ratio": ("0.8x", "0.6x"),
-    "error": ("0.9x", "0.75x"),
-    "svg2": ("2.5x ours", "4x ours"),
-}
 
 
 def cells_table(evidence: Evidence) -> Table:
@@ -40,8 +32,8 @@ def cells_table(evidence: Evidence) -> Table:
     return table
 
 
-def asked_rows(found: dict[str, Any], shape: str) -> list[tuple[str, str, str, str]]:
-    """Goal, stretch goal and what was measured, of one model's derived figures."""
+def derived_rows(found: dict[str, Any], shape: str) -> list[tuple[str, str]]:
+    """One model's derived figures (see `frontier.derived`), each with its name before it."""
     rows = []
     by_clusters: dict[tuple[int, int], dict[float, dict[str, Any]]] = {}
     for row in found["equal_density"]:
@@ -54,11 +46,11 @@ def asked_rows(found: dict[str, Any], shape: str) -> list[tuple[str, str, str, s
 
         each = f"densities {' / '.join(map(str, DENSITIES))}, {queries}/{keys} tokens a cluster"
         rows += [
-            (f"PSNR over the paper's, {each}", *ASKED["density"],
+            (f"PSNR over the paper's, {each}",
              joined(lambda r: f"{'+' if r['gain']['mean'] >= 0 else ''}{gain_of(r)}") + " dB"),
-            (f"attention error over the paper's, {each}", *ASKED["error"],
+            (f"attention error over the paper's, {each}",
              joined(lambda r: f"{r['error_ratio']:.2f}x")),
-            (f"density SVG2 needs at equal PSNR, {each}", *ASKED["svg2"],
+            (f"density SVG2 needs at equal PSNR, over ours, {each}",
              joined(lambda r: _bounded(r["svg2_density"], ".1f"))),
         ]  # fmt: skip
     gains = found["equal_time"].get(shape, [])
@@ -68,9 +60,9 @@ def asked_rows(found: dict[str, Any], shape: str) -> list[tuple[str, str, str, s
     ]
     ratio = found["time_ratio"].get(shape)
     rows += [
-        (f"PSNR over the paper's at equal op time ({shape})", *ASKED["time"],
+        (f"PSNR over the paper's at equal operator time ({shape})",
          ", ".join(texts) or "not measured"),
-        (f"op time at the paper's PSNR at density 0.2 ({shape})", *ASKED["ratio"],
+        (f"operator time at the paper's PSNR at density 0.2, over the paper's ({shape})",
          _bounded(ratio, ".2f")),
     ]  # fmt: skip
     return rows
@@ -84,33 +76,30 @@ def _bounded(ratio: Sequence[Any] | None, form: str) -> str:
     return f"{bound} {value:{form}}x".strip()
 
 
-def _asked_by_model(evidence: Evidence) -> dict[str, list[tuple[str, str, str, str]]]:
+def _derived_by_model(evidence: Evidence) -> dict[str, list[tuple[str, str]]]:
     points = {m: [p for p in evidence.points if p.cell.model == m] for m in evidence.models}
     return {
-        model: asked_rows(derived(of, evidence.shapes), evidence.shape)
+        model: derived_rows(derived(of, evidence.shapes), evidence.shape)
         for model, of in points.items()
     }
 
 
-def asked_table(evidence: Evidence) -> Table:
-    """`asked_rows` of every model."""
-    table = Table(title="Gaussian compensation: goals and measured")
-    for heading in ("model", "", "goal", "stretch goal", "measured"):
+def derived_table(evidence: Evidence) -> Table:
+    """`derived_rows` of every model, for a terminal."""
+    table = Table(title="Gaussian compensation beside the paper's rule and SVG2")
+    for heading in ("model", "", "measured"):
         table.add_column(heading)
-    for model, rows in _asked_by_model(evidence).items():
+    for model, rows in _derived_by_model(evidence).items():
         for row in rows:
             table.add_row(model, *row)
         table.add_section()
     return table
 
 
-def readme_table(evidence: Evidence) -> str:
-    """The README's table: every model's rows as Markdown."""
-    lines = [
-        "| model | | goal | stretch goal | measured |",
-        "|---|---|---|---|---|",
-    ]
-    for model, rows in _asked_by_model(evidence).items():
+def markdown_table(evidence: Evidence) -> str:
+    """`derived_rows` of every model as Markdown, after what was run."""
+    lines = ["| model | | measured |", "|---|---|---|"]
+    for model, rows in _derived_by_model(evidence).items():
         name = f"{model}, {evidence.models[model]['model']['tokens']:,} tokens"
         lines += [f"| {name} | {' | '.join(row)} |" for row in rows]
     models = evidence.models.values()

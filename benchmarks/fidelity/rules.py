@@ -22,7 +22,7 @@ from svg_ear_compile.kernels.plan import AttentionPlan, ClusterMetric, Compensat
 from svg_ear_compile.kernels.state import Call, Memory
 
 ByHead = Callable[[Head, float], tuple[Tensor, Tensor]]
-"""Of a head and a density: output (N, D) and exact blocks (Qc, Kc)."""
+"""Of a head and a density: output (N, D) and block mask (Qc, Kc)."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def score_and_centroids(this: Head, density: float) -> tuple[Tensor, Tensor]:
 
 def values_only(this: Head, density: float) -> tuple[Tensor, Tensor]:
     """The paper's blocks; the others keep the centroid's logit and mass, with posterior values."""
-    blocks = head.probe(this)
+    blocks = head.score_blocks(this)
     exact = head.choose(this, head.error_score(this, blocks), density)
     return head.attend(this, exact, blocks.mean_value), exact
 
@@ -104,12 +104,12 @@ RULES = {
         shared_branches=True,
     ),
     "shared": Rule(
-        "Gaussian, shared by branches, made every step",
+        "Gaussian, shared by branches, recomputed every step",
         compensation="gaussian",
         metric="logits",
         shared_branches=True,
     ),
-    "anew": Rule("Gaussian, made anew every time", compensation="gaussian", metric="logits"),
+    "recomputed": Rule("Gaussian, recomputed every time", compensation="gaussian", metric="logits"),
     "uniform": Rule("uniform keys"),
 }
 
@@ -144,8 +144,8 @@ class Remembered:
         return sum(found) / len(found) if found else None
 
     @property
-    def taken_over(self) -> float:
-        """Share of the sparse calls that took over their blocks."""
+    def reused(self) -> float:
+        """Fraction of the sparse calls that reused their blocks."""
         memories = self._used()
         return sum(m.taken_over for m in memories) / max(1, sum(m.calls for m in memories))
 
@@ -169,7 +169,7 @@ def attention(
         plan: density, clusters, iterations, seed; the rule decides the rest.
         text: text tokens at the end.
         site: what is remembered is remembered for this site.
-        remembered: starts from and keeps centroids; None clusters afresh.
+        remembered: starts from and keeps centroids; None for a cold call.
 
     Returns:
         (B, H, N, D) in the dtype of q.

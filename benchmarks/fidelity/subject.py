@@ -19,8 +19,8 @@ from benchmarks.video_dit.sample import denoise, noise_of
 from benchmarks.video_dit.zoo import Shape, TrainedModel
 
 _Dense = Callable[..., Tensor]
-_RECORDED_STEPS = (0.25, 0.5, 0.75)
-_RECORDED_LAYERS = (0.0, 0.35, 0.7, 1.0)
+_CAPTURED_STEPS = (0.25, 0.5, 0.75)
+_CAPTURED_LAYERS = (0.0, 0.35, 0.7, 1.0)
 
 
 def prompt_of(seed: int) -> tuple[int, list[float]]:
@@ -122,7 +122,7 @@ class Subject:
         return clips, remembered
 
     def attention_error(self, cell: Cell) -> float:
-        """Mean relative L2 error of the output over the recorded calls, clustered afresh."""
+        """Mean relative L2 error of the output over the captured calls, each cold."""
         plan = cell.plan(self.tokens)
         errors = [
             relative_error(attention(*call, cell.rule, plan, text=self.text), wanted)
@@ -133,8 +133,8 @@ class Subject:
     def _dense_clips(self) -> Tensor:
         wanted = {
             (int(s * self.steps), round(x * (self.layers - 1)))
-            for s in _RECORDED_STEPS
-            for x in _RECORDED_LAYERS
+            for s in _CAPTURED_STEPS
+            for x in _CAPTURED_LAYERS
         }
 
         def answer(dense: _Dense, q: Tensor, k: Tensor, v: Tensor, step: int, layer: int) -> Tensor:

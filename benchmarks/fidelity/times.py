@@ -1,7 +1,7 @@
 """Measured times of the attention operator at the shapes of the models and of Wan 14B at 720p.
 
 Sparse calls are those of `benchmarks.attention`: warm, everything included, and no time without a
-green gate. A model's own shape is timed on one of its recorded calls.
+green gate. A model's own shape is timed on one of its captured calls.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ def measure_times(
     rows: list[dict[str, Any]] = []
     dense_ms = math.nan
     # Clusters with the same rules and densities share one call, and so its dense baseline.
-    wishes: dict[tuple[int, int], set[tuple[str, float]]] = {}
+    requests: dict[tuple[int, int], set[tuple[str, float]]] = {}
     for rule, density, queries, keys in plans:
         if RULES[rule].compensation is not None and rule not in REDUCED:  # the same calls as OURS
-            wishes.setdefault((queries, keys), set()).add((rule, density))
+            requests.setdefault((queries, keys), set()).add((rule, density))
     groups: dict[frozenset[tuple[str, float]], list[tuple[int, int]]] = {}
-    for clusters, wish in wishes.items():
-        groups.setdefault(frozenset(wish), []).append(clusters)
-    for wish, clusters_of in groups.items():
+    for clusters, request in requests.items():
+        groups.setdefault(frozenset(request), []).append(clusters)
+    for request, clusters_of in groups.items():
         forms = {
-            f"{RULES[rule].compensation}/{RULES[rule].metric}": rule for rule, _ in sorted(wish)
+            f"{RULES[rule].compensation}/{RULES[rule].metric}": rule for rule, _ in sorted(request)
         }
         counts = {
             f"{math.ceil(tokens / q)}/{math.ceil(tokens / k)}": (q, k) for q, k in clusters_of
         }
         for row in measure_shape(
             inputs,
-            sorted({d for _, d in wish}),
+            sorted({d for _, d in request}),
             list(forms),
             list(counts),
             _REPEATS,
@@ -67,15 +67,15 @@ def measure_times(
             dense = row["dense_samples_ms"][row["dense_backend"]]
             dense_ms = statistics.median(dense)
             queries, keys = counts[row["clusters"]]
-            samples, later = row.get("samples_ms"), row.get("taken_over_samples_ms")
+            samples, reused = row.get("samples_ms"), row.get("reused_samples_ms")
             rows.append(
                 {
                     "shape": inputs.name, "rule": forms[row["form"]], "density": row["density"],
                     "queries": queries, "keys": keys,
                     "ms": None if samples is None else statistics.median(samples),
                     "samples_ms": samples, "gate": row["gate"], "dense_ms": dense_ms,
-                    "taken_over_ms": None if later is None else statistics.median(later),
-                    "taken_over_samples_ms": later, "taken_over_gate": row.get("taken_over_gate"),
+                    "reused_ms": None if reused is None else statistics.median(reused),
+                    "reused_samples_ms": reused, "reused_gate": row.get("reused_gate"),
                 }
             )  # fmt: skip
     for rule, density, queries, keys in plans:
@@ -91,8 +91,8 @@ def measure_times(
                 "shape": inputs.name, "rule": rule, "density": density,
                 "queries": queries, "keys": keys,
                 "ms": statistics.median(samples), "samples_ms": samples, "gate": None,
-                "dense_ms": dense_ms, "taken_over_ms": None, "taken_over_samples_ms": None,
-                "taken_over_gate": None,
+                "dense_ms": dense_ms, "reused_ms": None, "reused_samples_ms": None,
+                "reused_gate": None,
             }
         )  # fmt: skip
     return rows

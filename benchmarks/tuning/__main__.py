@@ -37,8 +37,8 @@ def main() -> None:
         ["sensitivity", "--out", str(given.out / "sensitivity.json")],
     ]
     if on_gpu:
-        wishes = ["--speedup", given.speedup, "--max-error", given.max_error]
-        parts.append(["video_dit", "--out", str(given.out), *wishes])
+        objectives = ["--speedup", given.speedup, "--max-error", given.max_error]
+        parts.append(["video_dit", "--out", str(given.out), *objectives])
     for part in parts:
         subprocess.run(
             [sys.executable, "-m", f"benchmarks.tuning.{part[0]}", *part[1:]], check=True

@@ -1,6 +1,6 @@
 """`python -m benchmarks.tuning.local_error --out FILE`: error of the attention output alone.
 
-Runs every recorded call of the video DiT over densities, cluster sizes and both forms, and fits the
+Runs every captured call of the video DiT over densities, cluster sizes and both forms, and fits the
 default curve of `cost_model/default_error.py`. Writes every row as JSON.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from benchmarks.tuning.recorded import Recording, record
+from benchmarks.tuning.captured import CapturedCall, capture
 from benchmarks.video_dit.demo import SHAPES
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.kernels.clusters import Result
@@ -44,13 +44,13 @@ class Row:
     error: float
 
 
-def sparse(found: Recording, plan: AttentionPlan) -> Result:
+def sparse(found: CapturedCall, plan: AttentionPlan) -> Result:
     """The call under a plan, cold."""
     return sparse_form(found.q.is_cuda)(found.q, found.k, found.v, plan)
 
 
-def measure(found: Recording, seed: int) -> list[Row]:
-    """Rows of one recorded call."""
+def measure(found: CapturedCall, seed: int) -> list[Row]:
+    """Rows of one captured call."""
     tokens = found.q.shape[2]
     dense = torch.nn.functional.scaled_dot_product_attention(found.q, found.k, found.v)
     rows = []
@@ -101,29 +101,29 @@ def fit_power_law(rows: list[Row], form: Compensation) -> dict[str, float]:
 
 
 def main() -> None:
-    """Record, measure, fit, write."""
+    """Capture, measure, fit, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="a .json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=SHAPES, default="short")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--at", default="3,6,9", help="denoising steps that are recorded")
+    parser.add_argument("--at", default="3,6,9", help="denoising steps that are captured")
     parser.add_argument("--seeds", default="0,1")
     given = parser.parse_args()
     rows: list[Row] = []
     for seed in map(int, given.seeds.split(",")):
         wanted = [int(step) for step in given.at.split(",")]
-        for found in record(SHAPES[given.shape], given.steps, wanted, seed, given.device):
+        for found in capture(SHAPES[given.shape], given.steps, wanted, seed, given.device):
             rows += measure(found, seed)
         print(f"seed {seed}: {len(rows)} rows", flush=True)
-    record_of: dict[str, Any] = {
+    record: dict[str, Any] = {
         "device": asdict(describe(given.device)),
         "law": {form: fit_power_law(rows, form) for form in FORMS},
         "rows": [asdict(row) for row in rows],
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(record_of) + "\n")
-    print(json.dumps(record_of["law"], indent=1))
+    given.out.write_text(json.dumps(record) + "\n")
+    print(json.dumps(record["law"], indent=1))
 
 
 if __name__ == "__main__":

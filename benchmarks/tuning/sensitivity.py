@@ -2,8 +2,8 @@
 
 For each layer of the video DiT: relative error of its attention output, and of the model's output
 with that layer alone sparse; their ratio is the sensitivity that `cost_model/default_error.py`
-takes the median of. Also the milliseconds of the rest of the model, predicted and measured, from
-which `cost_model/latency.py` has the overhead of its products.
+takes the median of. Also the non-attention cost in milliseconds, predicted and
+measured, from which `cost_model/latency.py` has the overhead of its products.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def sensitivities(model: Any, calls: list[Any], density: float) -> list[dict[str
                 change = forward_error(compiled(*call.args, **call.kwargs), dense)
             rows.append(
                 {"call": index, "layer": layer, "attention": error, "model": change,
-                 "share": change / error}
+                 "sensitivity": change / error}
             )  # fmt: skip
     return rows
 
 
-def rest(model: Any, call: Any, repeats: int) -> dict[str, float]:
-    """The rest of the model: its FLOPs and bytes, its milliseconds measured and predicted."""
+def non_attention(model: Any, call: Any, repeats: int) -> dict[str, float]:
+    """The non-attention cost: FLOPs and bytes, milliseconds measured and predicted."""
     calibration = calibrations.load(describe(device()))
     if calibration.origin == "guess":
         raise SystemExit("run svg-ear calibrate first: a guess cannot be compared with anything")
@@ -107,18 +107,19 @@ def main() -> None:
         "device": asdict(describe(device())),
         "shape": given.shape,
         "density": given.density,
-        "median_share": statistics.median(row["share"] for row in rows),
-        "rest": rest(model, calls[0], 7),
+        "median_sensitivity": statistics.median(row["sensitivity"] for row in rows),
+        "non_attention": non_attention(model, calls[0], 7),
         "rows": rows,
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(record, indent=1) + "\n")
     by_layer: dict[str, list[float]] = {}
     for row in rows:
-        by_layer.setdefault(row["layer"], []).append(row["share"])
-    for layer, shares in by_layer.items():
-        print(f"{layer}: {statistics.fmean(shares):.3f}")
-    print(f"median {record['median_share']:.3f}; rest {json.dumps(record['rest'])}")
+        by_layer.setdefault(row["layer"], []).append(row["sensitivity"])
+    for layer, found in by_layer.items():
+        print(f"{layer}: {statistics.fmean(found):.3f}")
+    print(f"median {record['median_sensitivity']:.3f}")
+    print(f"non-attention cost {json.dumps(record['non_attention'])}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.attention.inputs import plan_of
-from benchmarks.attention.targets import dense_ms, rows_of
+from benchmarks.attention.summary import dense_ms, rows_of
 from svg_ear_compile import pictures
 from svg_ear_compile.cost_model import calibration as calibrations
 from svg_ear_compile.cost_model import latency
@@ -72,11 +72,11 @@ def compared(record: dict[str, Any], calibration: Calibration) -> list[tuple[str
         dense = latency.dense_ms(shape, calibration)
         op = latency.sparse_ms(shape, plan, calibration).total
         found.append((row["shape"], Comparison(sample, op, dense)))
-        if "taken_over_samples_ms" in row:
-            later = statistics.median(row["taken_over_samples_ms"])
-            sample = replace(sample, op_ms=later, stages_ms=row.get("taken_over_stages_ms", {}))
+        if "reused_samples_ms" in row:
+            reused = statistics.median(row["reused_samples_ms"])
+            sample = replace(sample, op_ms=reused, stages_ms=row.get("reused_stages_ms", {}))
             op = latency.sparse_ms(shape, plan, calibration, "reused").total
-            found.append((f"{row['shape']}, taken over", Comparison(sample, op, dense)))
+            found.append((f"{row['shape']}, reused", Comparison(sample, op, dense)))
     return found
 
 

@@ -5,7 +5,7 @@
 
 The second command is the proof: at each operating point it tunes, generates clips of seeds that
 were not used in tuning with dense attention, one density for all and the tuned budget, and compares
-raw frames with the dense clip. Writes every number as JSON, the budgets, and pictures.
+raw frames with the dense clip. Writes every number as JSON, the budgets, and plots.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.tuning.recorded import CAMERA
+from benchmarks.tuning.captured import CAMERA
 from benchmarks.video_dit.compare import score_frames
 from benchmarks.video_dit.data import LABELS
 from benchmarks.video_dit.pixel_dit import PixelDiT
@@ -130,14 +130,14 @@ class Proof:
         self.tuning_calls = calls_of(self.model, shape, steps, self.at, tuned_on)
         self.dense: dict[int, tuple[torch.Tensor, float]] = {}
 
-    def tuned(self, folder: Path, **wish: float) -> Budget:
-        """The budget of one wish; measurements are shared between wishes."""
+    def tuned(self, folder: Path, **objective: float) -> Budget:
+        """The budget of one objective; objectives share the measurements."""
         found = tune(
             self.model,
             self.tuning_calls,
             settings=self.settings,
             journal=folder / "journal",
-            **wish,
+            **objective,
         )
         budgets.save(found, folder / f"budget-{found.wish.replace(' ', '-')}.json")
         return found
@@ -164,14 +164,14 @@ class Proof:
                 row[f"{name}_seconds"] = seconds
             rows.append(row)
         return {
-            "density": density, "verdict": tuned.verdict,
+            "density": density, "outcome": tuned.verdict,
             "gain_db": statistics.fmean(r["tuned"] - r["uniform"] for r in rows), "rows": rows,
             "tuned": asdict(tuned.measured), "uniform": asdict(tuned.uniform),
             "predicted": asdict(tuned.predicted), "note": tuned.note,
         }  # fmt: skip
 
     def unseen_errors(self, budget: Budget, seeds: Sequence[int]) -> list[float]:
-        """Largest error of one forward over the recorded steps, for each unseen seed."""
+        """Largest error of one forward over the captured steps, for each unseen seed."""
         found = []
         for seed in seeds:
             calls = calls_of(self.model, self.shape, self.steps, self.at, [seed])
@@ -224,12 +224,12 @@ def main() -> None:
         print(f"density {density:g}: {record['points'][-1]['gain_db']:+.2f} dB", flush=True)
     if given.speedup is not None:
         found = proof.tuned(given.out, target_speedup=given.speedup)
-        record["speedup"] = {"wished": given.speedup, "measured": asdict(found.measured)}
+        record["speedup"] = {"objective": given.speedup, "measured": asdict(found.measured)}
         keep()
     if given.max_error is not None:
         found = proof.tuned(given.out, max_error=given.max_error)
         errors = proof.unseen_errors(found, range(10))
-        record["max_error"] = {"wished": given.max_error, "unseen": errors}
+        record["max_error"] = {"objective": given.max_error, "unseen": errors}
         keep()
     for path in sorted(given.out.glob("budget-*.json")):
         pictures.budget(budgets.load(path), path.with_suffix(".png"))
@@ -242,7 +242,7 @@ def show(record: dict[str, Any]) -> None:
     table = Table(title="Tuned against one density, PSNR against dense on unseen seeds")
     for heading in (
         "density",
-        "verdict",
+        "outcome",
         "uniform dB",
         "tuned dB",
         "gain",
@@ -255,7 +255,7 @@ def show(record: dict[str, Any]) -> None:
             statistics.fmean(r[name] for r in point["rows"]) for name in ("uniform", "tuned")
         )
         table.add_row(
-            f"{point['density']:g}", point["verdict"], f"{uniform:.2f}", f"{tuned:.2f}",
+            f"{point['density']:g}", point["outcome"], f"{uniform:.2f}", f"{tuned:.2f}",
             f"{point['gain_db']:+.2f}", f"{point['uniform']['ms']:.1f}",
             f"{point['tuned']['ms']:.1f}",
         )  # fmt: skip
@@ -263,15 +263,15 @@ def show(record: dict[str, Any]) -> None:
     console.print(table)
     if "speedup" in record:
         measured = record["speedup"]["measured"]["speedup"]
-        off = measured / record["speedup"]["wished"] - 1
+        off = measured / record["speedup"]["objective"] - 1
         console.print(
-            f"target_speedup {record['speedup']['wished']:g}: {measured:.3f} ({off:+.1%})"
+            f"target_speedup {record['speedup']['objective']:g}: {measured:.3f} ({off:+.1%})"
         )
     if "max_error" in record:
-        found, wished = record["max_error"]["unseen"], record["max_error"]["wished"]
-        kept = sum(error <= wished for error in found)
+        found, bound = record["max_error"]["unseen"], record["max_error"]["objective"]
+        kept = sum(error <= bound for error in found)
         console.print(
-            f"max_error {wished:g}: kept on {kept} of {len(found)} unseen seeds, "
+            f"max_error {bound:g}: kept on {kept} of {len(found)} unseen seeds, "
             f"worst {max(found):.3g}"
         )
 

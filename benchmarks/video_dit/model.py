@@ -18,7 +18,7 @@ class VideoDiTConfig:
     """Sizes of a :class:`VideoDiT`, and the names of its classes in label order.
 
     ``patch`` is the side of a square patch in pixels; every frame is patched by itself.
-    ``cond_width`` is the width of the code that timestep, label and camera share.
+    ``cond_width`` is the width of the code of timestep, label and camera together.
     """
 
     class_names: tuple[str, ...]

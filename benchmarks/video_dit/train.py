@@ -28,7 +28,7 @@ _LABEL_DROP = 0.1
 _EMA_DECAY = 0.998
 _LOG_SECONDS = 15.0
 _CHECKPOINT_SECONDS = 120.0
-_WARM_UP, _LONG_FROM, _DECAY_FROM = 0.03, 0.5, 0.6  # shares of the training time
+_WARM_UP, _LONG_FROM, _DECAY_FROM = 0.03, 0.5, 0.6  # fractions of the training time
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def train(plan: TrainingPlan, out: Path, device: torch.device) -> PixelDiT:
     """Carry out ``plan``; leaves weights, configuration, losses and samples in ``out``."""
     started = time.perf_counter()
     finish = started + 60 * plan.minutes
-    # The rest of the time is for the final samples.
+    # What is left of the time is for the final samples.
     stop_training = finish - min(25.0, 0.25 * 60 * plan.minutes)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(plan.seed)

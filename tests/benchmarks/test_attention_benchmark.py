@@ -11,7 +11,7 @@ import torch
 from benchmarks.attention import measure
 from benchmarks.attention.data import video_like
 from benchmarks.attention.flex import TILE, covering_tiles
-from benchmarks.attention.inputs import RECORDED, Inputs, exact_pairs, inputs_of
+from benchmarks.attention.inputs import CAPTURED, Inputs, exact_pairs, inputs_of
 from benchmarks.attention.plots import write_plots
 from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -70,13 +70,13 @@ def test_the_cover_holds_every_exact_pair_and_no_needless_tile() -> None:
     assert float(pairs.sum()) <= exact_pairs(result, inputs)
 
 
-def test_recorded_inputs_are_the_video_dits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_inputs_are_the_video_dits(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.attention import inputs as module
 
     monkeypatch.setattr(module, "TRAIN_SHAPE", (2, 24, 24))
     monkeypatch.setattr(module, "_STEPS", 2)
     monkeypatch.setattr(module, "_STEP", 1)
-    found = inputs_of(RECORDED, "cpu", torch.float32)
+    found = inputs_of(CAPTURED, "cpu", torch.float32)
     assert found.q.shape == (1, 4, 32, 64)
     assert not torch.equal(found.q, found.k)
 

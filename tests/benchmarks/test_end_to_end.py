@@ -29,7 +29,7 @@ OPTIONS = {"density": 0.3, "min_tokens": 64}
 
 
 @pytest.mark.parametrize(("name", "calls"), [("wan", 2), ("hunyuan", 2)])
-def test_a_forward_reports_time_share_and_clusters(name: str, calls: int) -> None:
+def test_a_forward_reports_time_attention_and_clusters(name: str, calls: int) -> None:
     rows = [
         {"model": name, **forward(TINY[name], backend, options, 2, "cpu", torch.float32)}
         for backend, options in (("inductor", {}), ("svg_ear", OPTIONS))
@@ -37,7 +37,7 @@ def test_a_forward_reports_time_share_and_clusters(name: str, calls: int) -> Non
     for row in rows:
         assert row["finite"]
         assert len(row["samples_seconds"]) == 2
-        assert 0 < row["attention_share"] < 1
+        assert 0 < row["attention_fraction"] < 1
         assert row["first_seconds"] > min(row["samples_seconds"])
     dense, sparse = rows
     assert (dense["clusters"], dense["densities"]) == ([], [])

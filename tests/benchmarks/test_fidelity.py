@@ -18,7 +18,7 @@ from benchmarks.fidelity.frontier import Point, density_curve, derived, first_at
 from benchmarks.fidelity.grid import Cell, cells
 from benchmarks.fidelity.head import Head
 from benchmarks.fidelity.record import Evidence, Record, read
-from benchmarks.fidelity.report import asked_rows, readme_table
+from benchmarks.fidelity.report import derived_rows, markdown_table
 from benchmarks.fidelity.rules import RULES, Remembered, attend_by_head, attention
 from benchmarks.fidelity.scores import Interval, flicker, interval, score_clips
 from benchmarks.fidelity.times import WAN, measure_times
@@ -43,7 +43,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 def paper(this: Head, density: float) -> tuple[Tensor, Tensor]:
-    blocks = head.probe(this)
+    blocks = head.score_blocks(this)
     exact = head.choose(this, head.error_score(this, blocks), density)
     return head.attend(this, exact, head.value_means(this)), exact
 
@@ -58,7 +58,7 @@ def test_the_parts_of_a_head_are_the_definition(text: int) -> None:
     torch.testing.assert_close(found, wanted.out)
     probe = reference.probe(wanted.queries, wanted.keys, k, v, 32**-0.5)
     for place, this in head.heads_of(q, k, v, wanted.queries, wanted.keys, 32**-0.5):
-        blocks = head.probe(this)
+        blocks = head.score_blocks(this)
         torch.testing.assert_close(blocks.log_error, probe.log_error[place])
         torch.testing.assert_close(blocks.log_mass, probe.log_mass[place])
         logits = this.scale * this.q_centroids @ this.k.T
@@ -216,10 +216,10 @@ def test_figures_that_follow_from_points() -> None:
     assert at[40] is None
     assert at[20] == pytest.approx(24 + 5 * math.log(20 / 12) / math.log(2) - 24)
     assert found["time_ratio"]["wan"] == (pytest.approx(12 * 2**0.8 / 40), "")
-    rows = asked_rows(found, "wan")
-    assert rows[0][3].startswith("+4.00 ± 0.00 / +5.00 ± 0.00 / -")
-    assert rows[2][3] == "4.0x / over 4.0x / -"
-    assert rows[-1][3] == f"{12 * 2**0.8 / 40:.2f}x"
+    rows = derived_rows(found, "wan")
+    assert rows[0][1].startswith("+4.00 ± 0.00 / +5.00 ± 0.00 / -")
+    assert rows[2][1] == "4.0x / over 4.0x / -"
+    assert rows[-1][1] == f"{12 * 2**0.8 / 40:.2f}x"
 
 
 def test_curves_and_ratios_are_over_the_density_that_was_reached() -> None:
@@ -291,8 +291,8 @@ def test_a_run_is_recorded_and_goes_on_where_it_was(
     said = capsys.readouterr().out
     assert "values" in said
     assert "self  paper  " not in said
-    assert "goal" in said
-    assert readme_table(whole).count("\n| self, 144 tokens") == 5
+    assert "beside the paper's rule" in said
+    assert markdown_table(whole).count("\n| self, 144 tokens") == 5
     with pytest.raises(ValueError, match="choose another --out"):
         run_bench(monkeypatch, tiny, *part, "--guidance", "1.5")
 
@@ -315,14 +315,14 @@ def test_times_go_to_the_points_of_their_plan(tiny: Path, monkeypatch: pytest.Mo
 def test_a_point_takes_as_long_as_its_calls_do_in_the_mean(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    part = ("--densities", "0.2", "--clusters", "128/64", "--rules", "gaussian,shared,anew")
+    part = ("--densities", "0.2", "--clusters", "128/64", "--rules", "gaussian,shared,recomputed")
     run_bench(monkeypatch, tiny, "clips", *part, "--models", "self", "--warm-ups", "0.2")
     times = Record(tiny / "times.json", {})
     plan = {"rule": "gaussian", "density": 0.2, "queries": 128, "keys": 64, "shape": WAN}
-    times.rows.append({**plan, "ms": 60.0, "taken_over_ms": 40.0})
+    times.rows.append({**plan, "ms": 60.0, "reused_ms": 40.0})
     times.write()
     found = {p.cell.rule: p.ms[WAN] for p in run_bench(monkeypatch, tiny, "report").points}
-    assert found["anew"] == 60.0
+    assert found["recomputed"] == 60.0
     assert found["shared"] == 50.0  # one branch of two
     assert 40.0 < found["gaussian"] <= 50.0
 

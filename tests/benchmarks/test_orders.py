@@ -41,7 +41,7 @@ def labelled_head(seed: int, radius: float = 1.0) -> Head:
 
 def error(this: Head, exact: Tensor, second: bool) -> float:
     dense = (this.scale * this.q @ this.k.T).softmax(-1) @ this.v
-    found = orders.attend(this, exact, head.probe(this), second)
+    found = orders.attend(this, exact, head.score_blocks(this), second)
     return float((found - dense).norm())
 
 
@@ -55,7 +55,7 @@ def test_both_are_exact_at_the_query_centroid_and_for_text(second: bool, seed: i
 @given(seed=SEEDS)
 def test_the_mass_has_its_value_and_its_gradient_at_the_query_centroid(seed: int) -> None:
     this = labelled_head(seed)
-    blocks = head.probe(this)
+    blocks = head.score_blocks(this)
     center = this.q_centroids.clone().requires_grad_()
     for j in range(5):
         mass = (this.scale * center @ this.k[this.k_labels == j].T).logsumexp(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from benchmarks.tuning.local_error import (
     Row,
     fit_power_law,
 )
-from benchmarks.tuning.video_dit import forward_error
+from benchmarks.tuning.video_dit import forward_error, show
 from benchmarks.video_dit.attention import attention_answered_by
 from benchmarks.video_dit.demo import WEIGHTS
 from benchmarks.video_dit.model import VideoDiT
@@ -48,11 +49,13 @@ def test_the_law_that_made_the_rows_is_found() -> None:
     assert noisy["rms_log_residual"] == pytest.approx(0.2, rel=0.3)
 
 
-RECORDED = sorted((Path(__file__).parents[2] / "benchmarks" / "results").rglob("budget-*.json"))
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+BUDGETS = sorted(RESULTS.rglob("budget-*.json"))
+PROOFS = sorted([*RESULTS.rglob("self.json"), *RESULTS.rglob("joint.json")])
 
 
-@pytest.mark.parametrize("path", RECORDED, ids=lambda path: "/".join(path.parts[-2:]))
-def test_recorded_budgets_are_read_or_name_what_is_gone(path: Path) -> None:
+@pytest.mark.parametrize("path", BUDGETS, ids=lambda path: "/".join(path.parts[-2:]))
+def test_committed_budgets_are_read_or_name_what_is_gone(path: Path) -> None:
     text = path.read_text()
     if "first_order" in text or "second_order" in text:
         with pytest.raises(ValueError, match="has to be tuned again"):
@@ -61,6 +64,26 @@ def test_recorded_budgets_are_read_or_name_what_is_gone(path: Path) -> None:
     budget, model = budgets.load(path), VideoDiT.from_pretrained(WEIGHTS)
     if budget.fingerprint.model == type(model).__name__:
         budget.check_model(fingerprint_of(model))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in PROOFS if "fidelity" not in path.parts],
+    ids=lambda path: "/".join(path.parts[-3:]),
+)
+def test_committed_proofs_are_shown(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads(path.read_text())
+    show(record)
+    shown = capsys.readouterr().out
+    for point in record["points"]:
+        assert f"{point['gain_db']:+.2f}" in shown
+    if "max_error" in record:
+        assert f"max_error {record['max_error']['objective']:g}: kept on" in shown
+
+
+def test_a_target_is_shown_beside_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    show({"points": [], "speedup": {"objective": 1.25, "measured": {"speedup": 1.3}}})
+    assert "target_speedup 1.25: 1.300 (+4.0%)" in capsys.readouterr().out
 
 
 def test_forward_error_is_relative() -> None:

@@ -18,7 +18,7 @@ CAMERA = (0.7, -0.3, 0.6, 0.35, 0.0)
 
 
 @dataclass(frozen=True)
-class Recording:
+class CapturedCall:
     """Inputs of one attention call: q, k, v (1, H, N, D), its layer and denoising step."""
 
     layer: int
@@ -28,13 +28,13 @@ class Recording:
     v: Tensor
 
 
-def record(
+def capture(
     shape: tuple[int, int, int], steps: int, wanted: Iterable[int], seed: int, device: str
-) -> Iterator[Recording]:
+) -> Iterator[CapturedCall]:
     """Generate one clip dense and yield the calls of the steps in `wanted` (no guidance)."""
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     model = VideoDiT.from_pretrained(WEIGHTS, device=device, dtype=dtype)
-    kept: list[Recording] = []
+    kept: list[CapturedCall] = []
     chosen, step = set(wanted), 0
 
     def finished(done: int, seconds: float) -> None:
@@ -43,7 +43,7 @@ def record(
 
     def see(dense: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if step in chosen:
-            kept.append(Recording(len(kept) % model.config.layers, step, q, k, v))
+            kept.append(CapturedCall(len(kept) % model.config.layers, step, q, k, v))
         return dense(q, k, v)
 
     with attention_answered_by(see):

@@ -1,0 +1,374 @@
+"""`python -m benchmarks.tables`: write the tables of README.md and docs/ from code and records.
+
+A table stands between the markers ``<!-- name -->`` and ``<!-- /name -->`` of exactly one page.
+`--check` only says whether all pages are up to date (exit code 1 if one is not).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.attention.summary import (
+    cold_ms,
+    dense_ms,
+    reused_speedup,
+    rows_of,
+    summary_table,
+)
+from benchmarks.fidelity.grid import OURS
+from benchmarks.fidelity.record import read
+from benchmarks.fidelity.report import markdown_table
+from benchmarks.fidelity.times import WAN
+from svg_ear_compile.passes.site import Reason
+from svg_ear_compile.passes.spellings import PRODUCTS, STEPS
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+ATTENTION = RESULTS / "nvidia-h200" / "attention.json"
+END_TO_END = RESULTS / "nvidia-h200" / "end_to_end"
+FIDELITY = RESULTS / "nvidia-h200" / "fidelity"
+COMPILE_TIME = RESULTS / "cpu" / "compile_time" / "compile_time.json"
+ZOO = ROOT / "tests" / "zoo" / "sites.json"
+
+Record = dict[str, Any]
+Table = Callable[[Path], str]
+"""Makes the Markdown of a table for a page of the folder, to which pictures are relative."""
+
+_MARKED = re.compile(
+    r"^<!-- (?P<name>[a-z-]+) -->\n(?P<table>.*?)^<!-- /(?P=name) -->$", re.DOTALL | re.MULTILINE
+)
+# Shapes that the README names: title, name in the records.
+_MODELS = {
+    "Wan 2.1 14B, 720p": "wan14b-720p",
+    "HunyuanVideo, 720p": "hunyuan-720p",
+    "Wan 2.1 1.3B, 480p": "wan1.3b-480p",
+    "CogVideoX 5B": "cogvideox-5b",
+}
+_README_DENSITY = 0.2
+
+
+def reasons_table() -> str:
+    """Every reason to leave a site dense."""
+    rows = [f"| `{reason.value}` | {reason.sentence} |" for reason in Reason]
+    return "\n".join(["| code | why the call stays as it was |", "|---|---|", *rows])
+
+
+def models_table(zoo: dict[str, Any]) -> str:
+    """What goes sparse and what is left in every family of the zoo, by the zoo's own table."""
+    lines = [
+        "| model | goes sparse | left as it is |",
+        "|---|---|---|",
+    ]
+    for name, found in zoo.items():
+        sparse: dict[str, None] = {}
+        left: dict[str, None] = {}
+        for _, layer, role, text, what in found["sites"]:
+            short = ".".join(layer.split(".")[-2:]).replace("*.", "").replace("*", "N")
+            if what.startswith("sparse"):
+                side = "" if text == [0, 0] else ", text first" if text[0] else ", text last"
+                when = re.sub(r"^sparse( from \d+ video tokens on)?,?", "", what)
+                sparse[f"`{short}` ({role}{side}{when})"] = None
+            else:
+                left[f"`{short}` ({role}: `{what}`)"] = None
+        cells = (", ".join(part) or "nothing" for part in (sparse, left))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def patterns_list() -> str:
+    """Every pattern of hand-written attention that the pass reads."""
+    products, steps = ("; ".join(s.name for s in part) for part in (PRODUCTS, STEPS))
+    return f"Products: {products}. Steps between them: {steps}."
+
+
+def compile_time_table(record: Record) -> str:
+    """Seconds of our passes and of Inductor, by depth."""
+    lines = [
+        f"{_where([record])}, {record['threads']} threads.",
+        "",
+        "| layers of Wan | nodes | passes, s | Inductor, s | passes over Inductor |",
+        "|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        median = statistics.median(row["passes_seconds"])
+        inductor = row["inductor_seconds"]
+        lines.append(
+            f"| {row['layers']} | {row['nodes']} | {median:.3f} | {inductor:.1f} "
+            f"| {median / inductor:.2%} |"
+        )
+    return "\n".join(lines)
+
+
+def attention_table(record: Record) -> str:
+    """Measured rows of the attention benchmark; rows whose gate failed say so."""
+    lines = [
+        f"{_where([record])}. Matrix product {record['roofs']['tflops']:.0f} TFLOP/s, copy "
+        f"{record['roofs']['gb_per_second']:.0f} GB/s.",
+        "",
+        summary_table(record),
+        "",
+        "| shape (B × H × N × D) | clusters (mean sizes) | form | density | dense ms "
+        "| recomputed ms | speed-up, recomputed | attend, useful TFLOP/s (of dense) "
+        "| all other stages, of dense | extra memory of Q+K+V+O | error |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows_of(record):
+        dense = dense_ms(row)
+        clusters = row["clusters"]
+        if "q_sizes" in row:
+            clusters += f" ({row['q_sizes'][0]:.0f} / {row['k_sizes'][0]:.0f})"
+        shape = f"{row['shape']} ({' × '.join(map(str, row['size']))})"
+        cells = [shape, clusters, row["form"], f"{row['density']:g}", f"{dense:.1f}"]
+        if "samples_ms" not in row:
+            cells += [f"gate failed ({row['gate']:.1e})", *[""] * 5]
+        else:
+            others = rate = memory = ""
+            if "stages_ms" in row:
+                rate = f"{row['useful_tflops']:.0f} ({row['attend_over_dense_rate']:.2f})"
+                others = f"{row['other_stages_over_dense']:.1%}"
+                memory = f"{row['extra_memory']:.2f}"
+            elif "useful_tflops" in row:
+                rate = f"{row['useful_tflops']:.0f}"
+            ms = statistics.median(row["samples_ms"])
+            beside = []
+            if "reused_samples_ms" in row:
+                beside.append(f"reused {reused_speedup(row):.2f}x")
+            if "cold_samples_ms" in row:
+                beside.append(f"cold {dense / cold_ms(row):.2f}x")
+            speedups = f"{row['speedup']:.2f}x" + (f" ({', '.join(beside)})" if beside else "")
+            cells += [f"{ms:.1f}", speedups, rate, others, memory]
+            cells.append(f"{row['error']:.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def end_to_end_table(records: Sequence[Record]) -> str:
+    """Forwards through the whole model, dense and sparse."""
+    lines = [
+        f"{_where(records)}. Random weights.",
+        "",
+        "| model | layers | backend | density | s a forward | speed-up | first call, s "
+        "| peak GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        dense = _forward_seconds(record["rows"][0])
+        for row in record["rows"]:
+            seconds = _forward_seconds(row)
+            cells = [
+                row["model"], row["layers"] or "all", row["backend"],
+                str(row["options"].get("density", "dense")), f"{seconds:.3f}",
+                f"{dense / seconds:.2f}x", f"{row['first_seconds']:.0f}",
+                f"{row['peak_bytes'] / 2**30:.1f}",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def generation_table(records: Sequence[Record]) -> str:
+    """Whole sampling loops, dense and sparse."""
+    lines = [
+        f"{_where(records)}. Random weights.",
+        "",
+        "| model | backend | density | denoising steps (dense ones) | reused | s a generation "
+        "| speed-up |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        dense = record["rows"][0]["seconds"]
+        for row in record["rows"]:
+            reused = row.get("reused")
+            cells = [
+                row["model"], row["backend"], str(row["options"].get("density", "dense")),
+                f"{row['steps']} ({row['dense_steps']})",
+                f"{statistics.fmean(reused):.0%} of sparse calls" if reused else "",
+                f"{row['seconds']:.1f}",
+                f"{dense / row['seconds']:.2f}x",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def fidelity_section(records: Path, folder: Path) -> str:
+    """The frontier's plot, what was derived from its points, and times at Wan's shape.
+
+    Args:
+        records: folder of the fidelity bench.
+        folder: of the page.
+    """
+    evidence = read(records)
+    parts = [f"Clips: {_where(list(evidence.models.values()))}"]
+    if evidence.times:
+        parts[0] += f"; times: {_where([evidence.times])}"
+    parts[0] += "."
+    plot = os.path.relpath(records / "frontier.png", folder)
+    parts.append(f"![Fidelity against time and density, one curve per rule]({plot})")
+    parts.append(markdown_table(evidence))
+    if evidence.times:
+        parts.append(operator_table(evidence.times))
+    return "\n\n".join(parts)
+
+
+def operator_table(times: Record) -> str:
+    """What calls of the default take at Wan's shape, recomputed and reused."""
+    rows = [row for row in times["rows"] if (row["shape"], row["rule"]) == (WAN, OURS)]
+    lines = [
+        f"The operator at {WAN}, by default:",
+        "",
+        "| density | tokens of a query cluster | dense ms | recomputed ms | reused ms |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        dense, recomputed, reused = row["dense_ms"], row["ms"], row["reused_ms"]
+        lines.append(
+            f"| {row['density']:g} | {row['queries']} | {dense:.1f} | {recomputed:.1f} "
+            f"({dense / recomputed:.2f}x) | {reused:.1f} ({dense / reused:.2f}x) |"
+        )
+    return "\n".join(lines)
+
+
+def expectations_table(
+    attention: Record, forwards: Sequence[Record], generations: Sequence[Record]
+) -> str:
+    """What a stranger may expect: dense and sparse times of some models at one density."""
+    lines = [
+        f"{attention['device']}, density {_README_DENSITY:g}, everything but attention by "
+        "Inductor in both.",
+        "",
+        "| model | tokens | one attention | one forward | one generation |",
+        "|---|---|---|---|---|",
+    ]
+    if {r["device"] for r in (*forwards, *generations)} != {attention["device"]}:
+        raise ValueError("the records of this table are of several devices")
+    calls = {
+        row["shape"]: row
+        for row in rows_of(attention)
+        if (row["clusters"], row["form"]) == ("default", OURS)
+        and row["density"] == _README_DENSITY
+        and "samples_ms" in row
+    }
+    forward = _pairs(forwards, _forward_seconds)
+    generation = _pairs(generations, lambda row: float(row["seconds"]))
+    for title, shape in _MODELS.items():
+        call = calls[shape]
+        pairs = [
+            _pair((dense_ms(call), statistics.median(call["samples_ms"])), "ms", 1),
+            _pair(forward.get(shape), "s", 2),
+            _pair(generation.get(shape), "s", 1),
+        ]
+        lines.append(f"| {title} | {call['size'][2]:,} | {' | '.join(pairs)} |")
+    return "\n".join(lines)
+
+
+def _pairs(
+    records: Sequence[Record], seconds: Callable[[Record], float]
+) -> dict[str, tuple[float, float]]:
+    """Dense and sparse seconds by model, sparse ones at the README's density."""
+    found = {}
+    for record in records:
+        dense, *sparse = record["rows"]
+        (chosen,) = (r for r in sparse if r["options"]["density"] == _README_DENSITY)
+        found[dense["model"]] = (seconds(dense), seconds(chosen))
+    return found
+
+
+def _pair(times: tuple[float, float] | None, unit: str, digits: int) -> str:
+    if times is None:
+        return ""
+    dense, sparse = times
+    return f"{dense:.{digits}f} → {sparse:.{digits}f} {unit} (**{dense / sparse:.1f}x**)"
+
+
+def _forward_seconds(row: Record) -> float:
+    return statistics.median(row["samples_seconds"])
+
+
+def _where(records: Sequence[Record]) -> str:
+    """Devices, versions and commits of records, each once."""
+    found = []
+    for record in records:
+        versions = record["versions"]
+        triton = f", Triton {versions['triton']}" if record["cuda"] else ""
+        found.append(
+            f"{record['device']}, torch {versions['torch']}{triton}, commit {record['commit']}"
+        )
+    return "; ".join(dict.fromkeys(found))
+
+
+def tables() -> dict[str, Table]:
+    """Every generated table by the name of its markers."""
+    attention, compile_time, zoo = (
+        json.loads(path.read_text()) for path in (ATTENTION, COMPILE_TIME, ZOO)
+    )
+    forwards, generations = (
+        [json.loads(path.read_text()) for path in sorted(END_TO_END.glob(f"{kind}-*.json"))]
+        for kind in ("forward", "generation")
+    )
+    return {
+        "expectations": lambda folder: expectations_table(attention, forwards, generations),
+        "reasons": lambda folder: reasons_table(),
+        "models": lambda folder: models_table(zoo),
+        "patterns": lambda folder: patterns_list(),
+        "attention": lambda folder: attention_table(attention),
+        "end-to-end": lambda folder: end_to_end_table(forwards),
+        "generation": lambda folder: generation_table(generations),
+        "fidelity": lambda folder: fidelity_section(FIDELITY, folder),
+        "compile-time": lambda folder: compile_time_table(compile_time),
+    }
+
+
+def fill(pages: Mapping[Path, str], made: Mapping[str, Table]) -> dict[Path, str]:
+    """The pages with what the tables make between their markers.
+
+    Raises:
+        ValueError: a page has markers of a name that no table has, or a table has none or several
+            pairs of markers in all pages together.
+    """
+    placed: list[str] = []
+
+    def table(marked: re.Match[str], folder: Path) -> str:
+        name = marked["name"]
+        if name not in made:
+            raise ValueError(f"no table is called {name!r}, there are {', '.join(made)}")
+        placed.append(name)
+        return f"<!-- {name} -->\n{made[name](folder)}\n<!-- /{name} -->"
+
+    filled = {
+        path: _MARKED.sub(lambda marked, folder=path.parent: table(marked, folder), text)
+        for path, text in pages.items()
+    }
+    for name in made:
+        if placed.count(name) != 1:
+            raise ValueError(
+                f"the pages must have one pair of markers {name!r}, have {placed.count(name)}"
+            )
+    return filled
+
+
+def main() -> int:
+    """Write or check; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args()
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    before = {path: path.read_text() for path in paths}
+    after = fill(before, tables())
+    stale = [path for path in paths if after[path] != before[path]]
+    if given.check:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is not up to date: run python -m benchmarks.tables")
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(after[path])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
