@@ -62,9 +62,12 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     # A pipe without a writer would keep an ordinary open waiting.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
     handle = os.open(path, flags)
-    with open(handle, "rb") as file:
+    try:
         check_regular(handle)
-        data = file.read(most + 1)
+        with open(handle, "rb", closefd=False) as file:
+            data = file.read(most + 1)
+    finally:
+        os.close(handle)
     if len(data) > most:
         raise InvalidValueError(f"it is larger than {most >> 20} MiB")
     return data

@@ -81,6 +81,7 @@ class Settings:
             if mode is not None:
                 raise InvalidValueError("mode is given twice: as an argument and in options")
             mode = given.pop("mode")
+        _check_wishes(given)
         inductor = _mode(mode)
         plan: dict[str, Any] = {}
         own: dict[str, Any] = {}
@@ -104,7 +105,6 @@ class Settings:
             raise InvalidValueError(
                 f'density belongs to routing="density", but routing is "{routing}"'
             )
-        _check_wishes(given)
         return cls(AttentionPlan(**plan), **own, inductor=inductor)
 
 
@@ -139,7 +139,7 @@ def _wish(key: str, value: object) -> dict[str, object]:
         number = checked(key, value, NotNegative)
         least = 1.0 if key == "target_speedup" else 0.0
         if not number > least:
-            raise InvalidValueError(f"{key} must be above {least:g}, got {shown(value)}")
+            raise InvalidValueError(f"{key} must be finite and above {least:g}, got {shown(value)}")
         return {key: number}
     if not isinstance(value, (str, Path, Budget)):
         raise InvalidTypeError(f"budget must be a path or a Budget, got {shown(value)}")

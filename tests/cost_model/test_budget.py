@@ -211,7 +211,7 @@ TEXT = json.dumps(dataclasses.asdict(BUDGET))
         (TEXT.replace('"note"', '"\x1b[31mnote"'), "not JSON"),
         (TEXT.replace('"note"', r'"\u001b[31mnote"'), r"'\x1b[31mnote' is not known"),
         (TEXT.replace('"note"', r'"\ud800"'), r"'\ud800' is not known"),
-        ("\ufeff" + TEXT, "BOM"),
+        ("\ufeff" + TEXT, "not JSON"),
         ("", "not JSON"),
         ("{}", "version is missing"),
     ],

@@ -82,7 +82,7 @@ def test_every_plan_field_is_an_option() -> None:
         ({"density": float("nan")}, None, ValueError, "density must be finite"),
         ({"density": [0.1]}, None, TypeError, "density must be float, got a list"),
         ({"target_speedup": 10**400}, None, ValueError, "target_speedup must be finite"),
-        ({"max_error": 0}, None, ValueError, "max_error must be above 0"),
+        ({"max_error": 0}, None, ValueError, "max_error must be finite and above 0"),
         ({"max_error": "0.1"}, None, TypeError, "max_error must be float"),
         ({"seed": 2**64}, None, ValueError, "seed must be at most"),
         ({"seed": -1}, None, ValueError, "seed must not be negative"),
