@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
@@ -164,6 +165,10 @@ def explain(
         args, kwargs: its inputs.
         options: see `Settings.parse`.
         draw_to: folder for pictures of the sparse sites before and after, one for each kind.
+
+    Raises:
+        ValueError, TypeError: see `Settings.parse`; or the budget is for another model.
+        OSError: the folder cannot be written.
     """
     settings = Settings.parse(options)
     graphs: list[GraphReport] = []
@@ -190,7 +195,10 @@ def explain(
         return target(*args, **kwargs)
 
     before = Counter(counters["graph_break"])
-    run_once(model, args, kwargs, record)
+    try:
+        run_once(model, args, kwargs, record)
+    except BackendCompilerFailed as error:  # Dynamo's wrapping hides what was raised above
+        raise error.inner_exception from None
     breaks = [_break(*item) for item in (Counter(counters["graph_break"]) - before).items()]
     unseen = 0
     if breaks:

@@ -98,30 +98,20 @@ def explained_tuned_stack() -> tuple[nn.Module, tuple[Any, ...]]:
 
 
 def odd_stack() -> tuple[nn.Module, tuple[Any, ...]]:
-    """Blocks whose keys are a path, markup, a formula and a control character."""
-    torch.manual_seed(0)
-    model = Stack()
-    keys = ("../up/[bold]x[/bold]", "$\\frac{\x1b[31m")
-    model.blocks = nn.ModuleDict(dict(zip(keys, (Block(), Wide()), strict=True)))  # type: ignore[assignment]
-    return Values(model).eval(), (torch.randn(1, TOKENS, WIDTH), torch.tensor([500.0]))
-
-
-class Wide(Block):
-    """A block that is drawn unlike the others."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x * 2).relu()
+    """Blocks whose keys are a path, markup, a formula and a control character at once."""
+    _, inputs = stack()
+    return Values().eval(), inputs
 
 
 class Values(nn.Module):
-    """Runs the values of a dict of blocks."""
+    """Blocks in a dict."""
 
-    def __init__(self, model: Stack) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.blocks = model.blocks
+        self.blocks = nn.ModuleDict({"/up/[bold]x[/bold]$\\frac{\x1b[31m": Block()})
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        for block in self.blocks.values():  # type: ignore[operator]
+        for block in self.blocks.values():
             x = block(x)
         return x * (1 + timestep.view(-1, 1, 1) / 1000)
 
