@@ -56,7 +56,8 @@ def attention(
         site: name of the call in its graph.
         scale: logit scale, 1/sqrt(D) by default.
         text_prefix, text_suffix: tokens at the start and the end of both sequences that are text:
-            their keys are exact for every query, their queries attend to every key.
+            their keys are exact for every query, their queries attend to every key. A sequence of
+            no more tokens makes the call dense.
         averages_empty_rows: a row whose keys are all masked gives the mean of all values, as a mask
             that fills in a large negative number does, instead of 0.
         return_lse: also return the log-sum-exp.
@@ -288,11 +289,6 @@ def check_arguments(
     for name, length in (("text_prefix", text_prefix), ("text_suffix", text_suffix)):
         if length < 0:
             raise ValueError(f"{name} must not be negative, got {length}")
-    if text_prefix + text_suffix > min(q.shape[2], k.shape[2]):
-        raise ValueError(
-            f"text_prefix + text_suffix is {text_prefix + text_suffix}, more than the shorter "
-            f"sequence of {min(q.shape[2], k.shape[2])} tokens"
-        )
     if attn_mask is not None:
         if attn_mask.dtype != torch.bool:
             raise TypeError(f"attn_mask must be bool, got {attn_mask.dtype}")
