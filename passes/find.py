@@ -18,6 +18,7 @@ from svg_ear_compile.passes.folding import folds, role_in_clip
 from svg_ear_compile.passes.handwritten import read_handwritten
 from svg_ear_compile.passes.mask import judge_mask
 from svg_ear_compile.passes.media import carries_media
+from svg_ear_compile.passes.memory import is_plain
 from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.role import TokenSources, projected
 from svg_ear_compile.passes.sdpa import LEAF_TARGETS, SDPA_TARGETS, read_flex, read_leaf, read_sdpa
@@ -132,6 +133,11 @@ def _reason_to_leave(call: Call, role: Role, dtype: torch.dtype | None) -> Reaso
         return Reason.CAUSAL
     if call.dropout_p != 0.0:
         return Reason.DROPOUT
+    values = [operand.node.meta.get("example_value") for operand in (call.q, call.k, call.v)]
+    if not all(is_plain(value) for value in (*values, call.node.meta.get("example_value"))):
+        return Reason.TENSOR_TYPE
+    if call.node.meta["example_value"].requires_grad:
+        return Reason.GRADIENTS
     shapes = [operand.sizes() for operand in (call.q, call.k, call.v)]
     if any(shape is None for shape in shapes):
         return Reason.LAYOUT
@@ -147,6 +153,8 @@ def _reason_to_leave(call: Call, role: Role, dtype: torch.dtype | None) -> Reaso
         return Reason.PREFIX
     if role in (Role.SPATIAL, Role.TEMPORAL):
         return Reason.PART_OF_CLIP
+    if k[3] != q[3]:
+        return Reason.LAYOUT
     return None if _fit(q, k, v) else Reason.LAYOUT
 
 
