@@ -55,9 +55,10 @@ class Arguments:
 
     @property
     def rest_has_defaults(self) -> bool:
-        """True if every argument that nobody took is what its parameter is by default."""
+        """True if every argument that nobody took is None or what its parameter is by default."""
         return all(
-            _equal(self._given[name], self._defaults.get(name, _MISSING)) for name in self._left
+            self._given[name] is None or _equal(self._given[name], self._defaults.get(name))
+            for name in self._left
         )
 
 
@@ -182,7 +183,7 @@ def _bind(
 
 
 def _fits(kind: str, value: object) -> bool:
-    """False if an overload is certainly not the one that is meant: it tells tensors from numbers."""
+    """False if an overload is certainly not meant: it tells tensors from numbers."""
     if isinstance(value, Node):
         is_tensor = isinstance(value.meta.get("example_value"), (Tensor, type(None)))
         if kind in ("Tensor", "Optional[Tensor]"):

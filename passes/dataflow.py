@@ -51,7 +51,7 @@ class Dataflow:
         for node in gm.graph.nodes:
             self.graph.add_node(node)
             self._memory[node] = self._storages(node)
-            children = [child for child in _children(gm, node)]
+            children = _children(gm, node)
             for child in children:
                 self._enter(node, child)
             self.position[node] = len(self.position)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from svg_ear_compile.passes.memory import fake_mode_of, is_plain
 from svg_ear_compile.passes.operation import aten_overloads, is_builtin, operation
 
+
 class Effects:
     """What the nodes of a graph module write; equal calls are run once."""
 
@@ -56,8 +57,8 @@ def _by_schema(node: Node) -> list[Node] | None:
     if isinstance(target, torch._ops.OpOverload):
         return _nodes(_given(node, target))
     if isinstance(target, torch._ops.OpOverloadPacket):
-        overloads = [getattr(target, name) for name in target.overloads()]
-        return _nodes(g for overload in overloads for g in _given(node, overload))
+        every = [getattr(target, name) for name in target.overloads()]
+        return _nodes(g for overload in every for g in _given(node, overload))
     name = operation(node)
     if name in ("setitem", "delitem"):
         return _nodes(node.args[:1])

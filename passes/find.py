@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -34,7 +35,9 @@ def find_sites(gm: GraphModule) -> list[AttentionSite]:
     flow = Dataflow(gm)
     calls = [call for node in _nodes(gm) if (call := _read(node, flow)) is not None]
     attention = {node for call in calls for node in call.steps}
-    describe = _Describer(flow, TextSpans(flow, attention), folds(flow), carries_media(flow))
+    describe = _Describer(
+        flow, TextSpans(flow, attention), folds(flow), carries_media(flow), _is_transformed(gm)
+    )
     seen: Counter[str] = Counter()
     sites = []
     for call in calls:
@@ -49,6 +52,16 @@ def _nodes(gm: GraphModule) -> Iterator[Node]:
     for module in gm.modules():
         if isinstance(module, GraphModule):
             yield from module.graph.nodes
+
+
+def _is_transformed(gm: GraphModule) -> bool:
+    """True if torch.func or forward-mode AD follows the tensors, around the graph or within it."""
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    calls = (node for node in _nodes(gm) if node.op == "call_function")
+    return any(
+        str(getattr(node.target, "__module__", "")).startswith("torch._functorch") for node in calls
+    )
 
 
 def _may_be_attention(node: Node) -> bool:
@@ -76,6 +89,7 @@ class _Describer:
     texts: TextSpans
     parts: dict[Node, int]
     media: dict[Node, bool]
+    transformed: bool
 
     def __call__(self, call: Call, layer: str, name: str) -> AttentionSite:
         flow = self.flow
@@ -94,6 +108,8 @@ class _Describer:
         dtype = _computed_in(call)
         padding = None
         reason = call.reason or _reason_to_leave(call, role, dtype)
+        if self.transformed:
+            reason = Reason.TENSOR_TYPE
         if reason is None and not sources.values_are_of_the_keys:
             reason = Reason.VALUES
         if reason is None and of_q and not any(self.media[source] for source in of_q):

@@ -19,15 +19,10 @@ from svg_ear_compile.kernels.padding import NEGLIGIBLE
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.memory import is_plain, is_same_view
 from svg_ear_compile.passes.operation import operation
+from svg_ear_compile.passes.products import Product
 from svg_ear_compile.passes.site import Call, EmptyRow, Mask, Operand, Reason
-from svg_ear_compile.passes.spellings import (
-    Product,
-    Step,
-    is_softmax,
-    read_product,
-    read_softmax,
-    read_step,
-)
+from svg_ear_compile.passes.spellings import read_product, read_step
+from svg_ear_compile.passes.steps import Step, is_softmax, read_softmax
 from svg_ear_compile.passes.symbolic import expression
 
 # Longer than any spelling seen; bounds the walk on graphs that are no attention.
@@ -276,8 +271,17 @@ def _reason_to_leave(
     flow: Dataflow, steps: tuple[Node, ...], operands: list[Operand]
 ) -> Reason | None:
     inside, out = set(steps), steps[-1]
+    kept = {operand.node for operand in operands}
+
+    def goes_too(user: Node) -> bool:
+        """True if nothing but the steps reads the user: `full_like(scores)` beside a fill."""
+        made_for_steps = set(user.users) <= inside and user not in kept
+        return user in inside or (
+            made_for_steps and not flow.written(user) and not user.is_impure()
+        )
+
     for node in steps[:-1]:
-        if not set(node.users) <= inside:
+        if not all(map(goes_too, node.users)):
             return Reason.WEIGHTS
         if not set(flow.writes_before(node, out)) <= inside:
             return Reason.SPELLING
@@ -311,13 +315,23 @@ def _before_upcast(
 
     The kernels accumulate in float32 whatever they are given.
     """
-    node = operand.node
-    source = node.args[0] if node.args else None
-    if operation(node) not in _UPCASTS or not isinstance(source, Node):
+    node, dims = operand.node, operand.dims
+    source = _first_input(node)
+    turn = read_step(node, source, flow) if source is not None else None
+    if source is not None and turn is not None and turn.order is not None and turn.reason is None:
+        letters = dict(zip(turn.order, dims, strict=True))
+        node, dims = source, "".join(letters[d] for d in range(len(dims)))
+        source = _first_input(node)
+    if operation(node) not in _UPCASTS or source is None:
         return operand
     if _dtype(source) != _dtype(value) or flow.is_written_between(source, node, steps[-1]):
         return operand
-    return Operand(source, operand.dims)
+    return Operand(source, dims)
+
+
+def _first_input(node: Node) -> Node | None:
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    return first if isinstance(first, Node) else None
 
 
 def _dtype(node: Node) -> torch.dtype | None:

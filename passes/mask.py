@@ -53,9 +53,9 @@ def judge_mask(
         padding = _factors(flow, mask.tensor, call.node, dict(zip("bhqk", extents, strict=True)))
         if padding is not None:
             return padding
-    if rows != 1 and _is_positional(flow, mask.tensor.node):
+    if rows != 1 and _is_positional(flow, mask.tensor.node, call.node):
         return Reason.CAUSAL
-    return Reason.MASK if _is_learned(flow, mask.tensor.node) else None
+    return Reason.MASK if _is_learned(flow, mask.tensor.node, call.node) else None
 
 
 def _factors(
@@ -131,12 +131,12 @@ def _last(letters: str, count: int) -> str:
     return letters[len(letters) - count :]
 
 
-def _is_positional(flow: Dataflow, mask: Node) -> bool:
+def _is_positional(flow: Dataflow, mask: Node, reader: Node) -> bool:
     """True if positions of queries and keys are compared on the way to the mask.
 
     Causal and windowed masks are made so; padding compares a position with a length.
     """
-    for node in flow.backward(mask, lambda n: projected_input(n) is not None):
+    for node in flow.backward(mask, lambda n: projected_input(n) is not None, reader):
         name = operation(node)
         if name in _TRIANGLES:
             return True
@@ -154,10 +154,10 @@ def _counts(flow: Dataflow, node: Node) -> bool:
     )
 
 
-def _is_learned(flow: Dataflow, mask: Node) -> bool:
+def _is_learned(flow: Dataflow, mask: Node, reader: Node) -> bool:
     """True if a parameter or a projection reaches the mask: a bias, not padding."""
     return any(
         projected_input(node) is not None
         or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
-        for node in flow.backward(mask, lambda n: projected_input(n) is not None)
+        for node in flow.backward(mask, lambda n: projected_input(n) is not None, reader)
     )

@@ -133,9 +133,7 @@ class _Rewriter:
         self.proofs[mask, graph] = (old, found)
         return found
 
-    def _conjunction(
-        self, graph: Graph, masks: tuple[Operand, ...], inverted: bool
-    ) -> Node | None:
+    def _conjunction(self, graph: Graph, masks: tuple[Operand, ...], inverted: bool) -> Node | None:
         """The masks in order, with True for what all of them let take part; None for no mask."""
         found: Node | None = None
         for mask in masks:
@@ -200,9 +198,7 @@ def _in_dims(graph: Graph, out: Node, dims: str) -> Node:
     return out
 
 
-def _without_empty_rows(
-    graph: Graph, out: Node, kept: Node | None, rows: Node | None
-) -> Node:
+def _without_empty_rows(graph: Graph, out: Node, kept: Node | None, rows: Node | None) -> Node:
     """The output with NaN in rows that have no key, as a softmax of nothing but -inf gives."""
     if kept is not None:
         some = graph.call_function(torch.any, (kept, -1), {"keepdim": True})

@@ -74,7 +74,7 @@ _SENTENCES = {
     Reason.SCALE: "The logits are scaled by a tensor, not by one number.",
     Reason.HEAD_DIM: "The kernels are not built for this head dim, or values are of another one.",
     Reason.DTYPE: "The kernels take float16, bfloat16 and float32, the same for q, k and v.",
-    Reason.TENSOR_TYPE: "A nested, sparse, quantised or wrapped tensor, or one inside torch.func.",
+    Reason.TENSOR_TYPE: "A nested, sparse, quantised or wrapped tensor, or one in a transform.",
     Reason.LAYOUT: "q, k, v are not (batch, heads, tokens, head dim) with matching heads.",
     Reason.SHORT: "Too few tokens: clustering would cost more than it saves.",
     Reason.BUDGET: "The wish or the budget is served best with this call dense.",

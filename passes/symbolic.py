@@ -17,7 +17,7 @@ def hint(size: Size | None) -> int | None:
     if size is None or isinstance(size, int):
         return size
     value = size.node.hint if isinstance(size.node, SymNode) else None
-    return None if value is None else int(value)
+    return value if isinstance(value, int) else None
 
 
 def is_same(size: Size, other: Size) -> bool:

@@ -99,7 +99,9 @@ def write_as_numpy(mask: Tensor) -> None:
 
 
 def write_through_storage(mask: Tensor) -> None:
-    torch.tensor([], dtype=torch.bool).set_(mask.untyped_storage()).view(mask.shape)[0, 0, 5] = False
+    torch.tensor([], dtype=torch.bool).set_(mask.untyped_storage()).view(mask.shape)[0, 0, 5] = (
+        False
+    )
 
 
 @pytest.mark.parametrize("write", [write_data, write_as_numpy, write_through_storage])
