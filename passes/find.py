@@ -108,6 +108,12 @@ class _Describer:
         dtype = _computed_in(call)
         padding = None
         reason = call.reason or _reason_to_leave(call, role, dtype)
+        if any(
+            operand.node in first.all_input_nodes
+            and flow.is_written_between(operand.node, first, last)
+            for operand in (call.q, call.k, call.v)
+        ):  # the rewritten call reads its operands where the last step does
+            reason = reason or Reason.WRITTEN
         if self.transformed:
             reason = Reason.TENSOR_TYPE
         if reason is None and not sources.values_are_of_the_keys:
