@@ -16,12 +16,13 @@ import logging
 import math
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -104,10 +105,10 @@ def mutated_data(data: Any, random_: random.Random) -> Any:
             return random_.choice(_ODD)
         holder, key = random_.choice(places)
         how = random_.randrange(6)
-        if how < 3 or isinstance(holder, list):
-            holder[key] = copy.deepcopy(random_.choice(_ODD))
-        elif how == 3:
+        if how == 3:
             del holder[key]
+        elif how < 3 or isinstance(holder, list):
+            holder[key] = copy.deepcopy(random_.choice(_ODD))
         elif how == 4:
             holder[random_.choice(["", "a\x1b[31m", "density", "\ud800", "[red]", "x" * 999])] = 1
         else:
@@ -147,12 +148,17 @@ def mutated_bytes(content: bytes, random_: random.Random) -> bytes:
 def spoiled(path: Path, random_: random.Random) -> str:
     """Change a file that holds JSON, or put something else in its place; returns how."""
     content = path.read_bytes()
-    how = random_.choice(("data", "data", "bytes", "bytes", "repeated key", "special"))
+    how = random_.choice(("data", "data", "bytes", "bytes", "repeated key", "nested", "special"))
     if how == "data":
         data = mutated_data(json.loads(content), random_)
         path.write_text(json.dumps(data), encoding="utf-8")
     elif how == "bytes":
         path.write_bytes(mutated_bytes(content, random_))
+    elif how == "nested":
+        numbers = [match.span() for match in re.finditer(rb"(?<=: )[0-9][^,\n]*", content)]
+        start, end = random_.choice(numbers)
+        depth = random_.choice((20, 40, 1000, 5000, 100_000))
+        path.write_bytes(content[:start] + b"[" * depth + b"]" * depth + content[end:])
     elif how == "repeated key":
         lines = content.split(b"\n")
         at = random_.choice([i for i, line in enumerate(lines) if b": " in line])
@@ -185,16 +191,21 @@ def try_budget(folder: Path, random_: random.Random) -> bool:
     """A spoiled budget file through the options; True if it was accepted."""
     path = folder / random_.choice(("budget.json", "[bold]\x1b[31m.json", "a*b?.json"))
     budgets.save(_BUDGET, path)
-    spoiled(path, random_)
+    how = spoiled(path, random_)
     found = Settings.parse({"budget": str(path)}).budget
     assert found is not None
-    for layer, choices in found.layers.items():
+    starts = found.schedule.phase_starts
+    if how == "repeated key" or found.version != budgets.VERSION or not found.layers:
+        raise WrongError(f"accepted after: {how}")
+    if sorted(set(starts), reverse=not found.schedule.ascending) != list(starts):
+        raise WrongError(f"accepted phases from {starts}")
+    for choices in found.layers.values():
         for choice in choices:
             sound = 0.0 <= choice.density <= 1.0 and choice.plan(AttentionPlan()) is not None
             if not sound or (choice.q_clusters is not None and choice.q_clusters < 1):
                 raise WrongError(f"accepted {choice}")
-        if found.choice(layer, 400.0) is None:
-            raise WrongError("a layer without a choice")
+        if len(choices) != len(starts) + 1:
+            raise WrongError(f"accepted {len(choices)} choices for {len(starts) + 1} phases")
     for outcome in (found.predicted, found.measured, found.uniform):
         if any(value is not None and not 0 <= value < 1e300 for value in asdict(outcome).values()):
             raise WrongError(f"accepted {outcome}")
@@ -327,24 +338,22 @@ def _within(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def run(cases: int, seed: int, on_case: Callable[[int], None] | None = None) -> dict[str, Outcomes]:
+def run(cases: int, seed: int, kinds: Sequence[str] = tuple(KINDS)) -> dict[str, Outcomes]:
     """Try that many cases, the kinds in turn; outcomes by kind.
 
     Sets the cache folder of this process for as long as it runs.
     """
-    found = {kind: Outcomes() for kind in KINDS}
+    found = {kind: Outcomes() for kind in kinds}
     handler, logger = _Said(), logging.getLogger("svg_ear_compile")
     cache = os.environ.get("XDG_CACHE_HOME")
     logger.addHandler(handler)
     propagated, logger.propagate = logger.propagate, False
     try:
         for case in range(cases):
-            kind = list(KINDS)[case % len(KINDS)]
+            kind = kinds[case % len(kinds)]
             with tempfile.TemporaryDirectory() as folder:
                 os.environ["XDG_CACHE_HOME"] = folder
                 _try(kind, Path(folder), f"{seed}/{case}", found[kind])
-            if on_case is not None:
-                on_case(case)
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagated

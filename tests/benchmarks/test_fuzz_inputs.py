@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.fuzz import inputs
+from svg_ear_compile import settings
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import calibration as calibrations
 from svg_ear_compile.cost_model import json_record
@@ -17,10 +18,6 @@ from svg_ear_compile.journal import Journal
 from svg_ear_compile.kernels import checked
 
 CASES = 400
-
-
-def failures(cases: int = CASES, seed: int = 7) -> list[str]:
-    return [said for found in inputs.run(cases, seed).values() for said in found.failures]
 
 
 def test_mutated_inputs_are_used_or_refused_in_a_sentence() -> None:
@@ -39,6 +36,7 @@ def _without_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _raw_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_record, "printable", str)
+    monkeypatch.setattr(settings, "printable", str)
 
 
 def _python_errors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,12 +57,23 @@ def _slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "put_back",
-    [_without_ranges, _raw_messages, _python_errors, _no_check_of_budgets, _no_seal, _slow],
+    ("put_back", "kind"),
+    [
+        (_without_ranges, "options"),
+        (_without_ranges, "budget"),
+        (_raw_messages, "budget"),
+        (_python_errors, "budget"),
+        (_no_check_of_budgets, "budget"),
+        (_no_seal, "calibration"),
+        (_no_seal, "journal"),
+        (_slow, "journal"),
+    ],
 )
-def test_a_fault_that_is_put_back_is_found(put_back: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_that_is_put_back_is_found(
+    put_back: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put_back(monkeypatch)
-    assert failures()
+    assert inputs.run(300, 7, [kind])[kind].failures
 
 
 def test_the_same_seed_gives_the_same_cases_and_leaves_the_process_as_it_was(
