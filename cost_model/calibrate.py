@@ -40,7 +40,7 @@ from svg_ear_compile.cost_model.stages import (
     sparse_amounts,
 )
 from svg_ear_compile.cost_model.synthetic import video_like
-from svg_ear_compile.kernels.form import sparse_form
+from svg_ear_compile.kernels.form import captured_form, sparse_form
 from svg_ear_compile.kernels.op import dense_attention
 from svg_ear_compile.kernels.plan import AttentionPlan
 
@@ -300,9 +300,7 @@ def measure(
     """
     clock = _Clock(q.device)
     batch, heads, tokens, head_dim = q.shape
-    sparse_attention = sparse_form(clock.on_gpu)
-    # Other calls' recordings could leave no room for this one's, and it would be timed without.
-    _forget_recordings(q.device)
+    sparse_attention = captured_form(q.device)
     cold = sparse_attention(q, k, v, plan, text=(0, text))
     warm = (cold.queries.centroids, cold.keys.centroids)
 
@@ -335,7 +333,7 @@ def calibrate(
     seconds: float = SECONDS,
     on_sample: Callable[[str, float], None] | None = None,
 ) -> Calibration:
-    """Measure a device. Recorded calls of this process (`kernels.gpu.replay`) are forgotten.
+    """Measure a device.
 
     Args:
         device: CUDA or CPU.
@@ -380,7 +378,6 @@ def calibrate(
                 break
             samples.append(measure(*tensors, plan, dense, fitted=fitted))
     host_ms = _host_ms(device, workload) if device.type == "cuda" else 0.0
-    _forget_recordings(device)
     return Calibration(
         VERSION,
         "measured",
@@ -419,13 +416,6 @@ def _compile(device: torch.device, dtype: str, head_dim: int) -> None:
         sparse_form(True)(*tensors, plan)
 
 
-def _forget_recordings(device: torch.device) -> None:
-    if device.type == "cuda":
-        from svg_ear_compile.kernels.gpu import replay
-
-        replay.forget()
-
-
 def _small(device: torch.device, dtype: str, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     return video_like(1, 256, head_dim, device, getattr(torch, dtype))
 
@@ -433,7 +423,7 @@ def _small(device: torch.device, dtype: str, head_dim: int) -> tuple[Tensor, Ten
 def _host_ms(device: torch.device, workload: _Workload) -> float:
     """Milliseconds of a warm call so small that only what the host does is left."""
     tensors = _small(device, *workload.classes[0])
-    call, plan = sparse_form(True), AttentionPlan(density=0.5)
+    call, plan = captured_form(device), AttentionPlan(density=0.5)
     cold = call(*tensors, plan)
     warm = (cold.queries.centroids, cold.keys.centroids)
     return _Clock(device).ms(lambda: call(*tensors, plan, centroids=warm), 7)

@@ -13,6 +13,7 @@ import svg_ear_compile.kernels.op
 import svg_ear_compile.kernels.padding  # noqa: F401
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.passes.dataflow import Dataflow, written
+from svg_ear_compile.passes.find import owner_path
 from svg_ear_compile.passes.site import AttentionSite, Mask, Operand, TokenCount
 
 _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
@@ -68,6 +69,7 @@ class _Rewriter:
                 {
                     "plan": plan.encode(),
                     "site": site.name,
+                    "layer_owner": owner_path(site.layer_parameter) if site.layer_parameter else "",
                     "scale": call.scale,
                     "text_prefix": prefix,
                     "text_suffix": suffix,

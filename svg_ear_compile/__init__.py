@@ -8,21 +8,21 @@ model.
 """
 
 from svg_ear_compile.backend import svg_ear
-from svg_ear_compile.binding import Binding, bind
 from svg_ear_compile.calibrating import calibrate
 from svg_ear_compile.cost_model.budget import Budget
 from svg_ear_compile.explain import Explanation, explain
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.recording import ModelCall, record_calls
+from svg_ear_compile.session import Session, bind
 from svg_ear_compile.settings import Settings
 from svg_ear_compile.tuning import TuningSettings, tune
 
 __all__ = [
     "AttentionPlan",
-    "Binding",
     "Budget",
     "Explanation",
     "ModelCall",
+    "Session",
     "Settings",
     "TuningSettings",
     "bind",

@@ -10,6 +10,7 @@ from svg_ear_compile.cost_model import calibrate as measuring
 from svg_ear_compile.cost_model import calibration as keeping
 from svg_ear_compile.cost_model.calibration import Calibration
 from svg_ear_compile.deciding import calibration_of
+from svg_ear_compile.kernels.device_guard import on_device
 
 
 def calibrate(
@@ -25,7 +26,8 @@ def calibrate(
         ValueError: there are no kernels for such a device.
         ImportError: scipy, part of the extra ``tune``, is missing.
     """
-    found = measuring.calibrate(device, on_sample=on_sample)
+    with on_device(torch.device(device)):
+        found = measuring.calibrate(device, on_sample=on_sample)
     keeping.save(found)
     calibration_of.cache_clear()
     return found

@@ -47,7 +47,7 @@ def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
         result.out.mul_(1.05)
         return result
 
-    monkeypatch.setattr(measure, "sparse_form", lambda on_gpu: wrong)
+    monkeypatch.setattr(measure, "captured_form", lambda device: wrong)
     said: list[str] = []
     (row,) = measure.measure_shape(tiny(), [0.3], ["centroid"], ["default"], 2, False, said.append)
     assert row["gate"] == pytest.approx(0.05, rel=0.1)
