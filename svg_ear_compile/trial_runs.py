@@ -24,7 +24,7 @@ from svg_ear_compile.settings import Settings
 REPEATS = 5  # of a timing, fewer where forwards are slow
 PATIENCE_S = 60.0
 
-# Every call that could be sparse is put under the binding's control, however short.
+# Every call that could be sparse is put under the session's control, however short.
 _OPTIONS: dict[str, Any] = {"density": 0.5, "min_tokens": 1}
 
 
@@ -148,7 +148,7 @@ class TrialRuns:
 
 
 def _compiled(model: nn.Module, compiler: str) -> tuple[Any, Any]:
-    """The model with every site under the binding's control, and as the compiler alone has it."""
+    """The model with every site under the session's control, and as the compiler alone has it."""
     if compiler == "inductor":
         return (
             torch.compile(model, backend=svg_ear, options=_OPTIONS),
