@@ -84,7 +84,7 @@ def attention(
         sparse = _sparse(q, k, v, key_mask, request, terms)
         if sparse is None:
             out, lse = dense_attention(q, k, v, attn_mask, terms.scale, return_lse)
-            # A mask that was read off the graph says nothing of rows; any other is whole.
+            # A mask whose padding was read off the graph is one of keys: its rows come apart.
             rows = padding_rows if padding_proven is None else None
             mask = attn_mask
         else:

@@ -7,6 +7,8 @@ apart, `explain` lists every attention and what was decided, `calibrate` measure
 model.
 """
 
+import warnings
+
 from svg_ear_compile.backend import svg_ear
 from svg_ear_compile.calibrating import calibrate
 from svg_ear_compile.cost_model.budget import Budget
@@ -32,3 +34,10 @@ __all__ = [
     "svg_ear",
     "tune",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "Binding":
+        warnings.warn("Binding is called Session now", DeprecationWarning, stacklevel=2)
+        return Session
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

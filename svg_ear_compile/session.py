@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -164,6 +165,11 @@ class Session:
         _OPEN.discard(self)
         self.clear_cache()
         self._generations.clear()
+
+    def unbind(self) -> None:
+        """The former name of `close`."""
+        warnings.warn("unbind is called close now", DeprecationWarning, stacklevel=2)
+        self.close()
 
     def __enter__(self) -> Session:
         return self

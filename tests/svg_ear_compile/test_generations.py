@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -247,6 +248,23 @@ def test_a_generation_may_be_entered_twice_and_forgotten_by_an_error() -> None:
         assert a.memory_bytes() == 0
         model.fail = None
         run(model, 900)
+
+
+def test_a_forward_that_leaves_its_thread_is_refused() -> None:
+    """A copied context takes the session along; what its layers remember is not for two threads."""
+    inner = shared(1)
+
+    class Elsewhere(torch.nn.Module):
+        def forward(self, hidden_states: Tensor, timestep: float) -> Tensor:
+            context = contextvars.copy_context()
+            error = in_thread(lambda: context.run(inner, hidden_states, timestep))
+            assert isinstance(error, RuntimeError)
+            assert "runs in another thread than this attention call" in str(error)
+            return hidden_states
+
+    with bind(Elsewhere()) as session:
+        session._models[0].module(latents(), 900.0)
+        assert session.step == 0
 
 
 def test_sessions_do_not_share_names() -> None:
