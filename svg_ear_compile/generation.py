@@ -276,9 +276,14 @@ class Generation:
                 keys = keys[:1]
             memories = [layer.memories.setdefault(key, Memory()) for key in keys]
             layer.last_sparse = memories[0]
+            step = self._state.clock.step
             reference = None
             if plan.shared_branches and forward.reference is not None:
                 reference = layer.memories.get((request.site, forward.reference, 0))
+                if reference is not None and reference.step != step:
+                    reference = None  # its forward left this layer out: a cache of features does
+            for memory in memories:
+                memory.step = step
             yield from calls_by_branch(
                 request, plan, memories, reference, self._graphs(request.device)
             )

@@ -74,6 +74,7 @@ class Memory:
         pairs: query-key pairs of video tokens of that call.
         cold, recomputed, reused: sparse calls so far that clustered from nothing, from remembered
             centroids, and not at all.
+        step: denoising step of the last sparse call, None where nobody counts them.
         stream: CUDA stream that wrote these tensors last, None on other devices.
     """
 
@@ -88,6 +89,7 @@ class Memory:
     cold: int = 0
     recomputed: int = 0
     reused: int = 0
+    step: int | None = None
     stream: torch.cuda.Stream | None = None
 
     @property

@@ -134,6 +134,26 @@ def test_every_video_leads_its_own_branches() -> None:
         assert (layer.cold, layer.recomputed, layer.reused, layer.branches) == (2, 0, 2, 4)
 
 
+def test_a_layer_that_the_reference_branch_left_out_is_not_reused() -> None:
+    """Caches of features skip layers in some forwards."""
+
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn1 = Attention("attn1")
+
+        def forward(self, x: Tensor, timestep: float, skip: bool) -> Tensor:
+            return x if skip else self.attn1(x)
+
+    model = Skipping().requires_grad_(False)
+    with bind(model) as session:
+        for step, skip in enumerate((False, True)):
+            for reference in (True, False):
+                model(latents(step), 900.0 - step, skip and reference)
+        (layer,) = session.report()
+        assert (layer.cold, layer.reused) == (2, 1)
+
+
 class ContextFirst(nn.Module):
     """A model whose context comes before its video, and is the same for all videos."""
 
