@@ -18,6 +18,7 @@ import svg_ear_compile.kernels.padding  # noqa: F401
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.effects import Effects
+from svg_ear_compile.passes.find import owner_path
 from svg_ear_compile.passes.memory import fake_mode_of
 from svg_ear_compile.passes.site import AttentionSite, EmptyRow, Mask, Operand, TokenCount
 from svg_ear_compile.passes.symbolic import hint, is_same
@@ -88,6 +89,7 @@ class _Rewriter:
                 {
                     "plan": plan.encode(),
                     "site": site.name,
+                    "layer_owner": owner_path(site.layer_parameter) if site.layer_parameter else "",
                     "scale": scale,
                     "text_prefix": prefix,
                     "text_suffix": suffix,

@@ -11,6 +11,7 @@ from svg_ear_compile.cost_model import calibration as keeping
 from svg_ear_compile.cost_model.calibration import Calibration
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.deciding import calibration_of
+from svg_ear_compile.kernels.device_guard import on_device
 
 
 def calibrate(
@@ -28,7 +29,8 @@ def calibrate(
         ImportError: scipy, part of the extra ``tune``, is missing.
     """
     keeping.file_of(describe(device))
-    found = measuring.calibrate(device, on_sample=on_sample)
+    with on_device(torch.device(device)):
+        found = measuring.calibrate(device, on_sample=on_sample)
     keeping.save(found)
     calibration_of.cache_clear()
     return found
