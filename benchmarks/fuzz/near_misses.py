@@ -259,7 +259,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
         "o = OUT.view(b, %(h)d, -1)", "o = OUT.view(b, %(h)d, n * %(d)d, 1).squeeze(-1)", "o = OUT.mT.view(b, %(h)d, %(d)d, n)",
         "o = OUT.as_strided((9,), (1,))", "o = OUT.view(-1, %(d)d)[3:]", "o = OUT.view(torch.int16) if DTYPE == torch.float16 else OUT",
         "o = OUT.squeeze()", "o = OUT.ravel()", "o = OUT\no = o.view(o.shape[0], -1).t()",
-    ), expect="reason", calls=2, weight=2),
+    ), expect="reason", calls=1, weight=2),
     "output_written": NearMiss("output", (
         "o *= 2", "o[:, 0] = 1.0", "o.zero_()", "extra = o[0]\no.mul_(3)", "extra = o.detach()\no += 1", "o.data.neg_()",
         "extra = o.view(o.shape)\no.add_(1)", "o.ravel()[:9].zero_()", "torch.mul(o, 2, out=o)", "extra = o.mT\no[..., :2] = 0.0",
