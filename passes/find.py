@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -18,6 +19,7 @@ from svg_ear_compile.passes.folding import folds, role_in_clip
 from svg_ear_compile.passes.handwritten import read_handwritten
 from svg_ear_compile.passes.mask import judge_mask
 from svg_ear_compile.passes.media import carries_media
+from svg_ear_compile.passes.memory import is_plain
 from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.role import TokenSources, projected
 from svg_ear_compile.passes.sdpa import LEAF_TARGETS, SDPA_TARGETS, read_flex, read_leaf, read_sdpa
@@ -33,7 +35,9 @@ def find_sites(gm: GraphModule) -> list[AttentionSite]:
     flow = Dataflow(gm)
     calls = [call for node in _nodes(gm) if (call := _read(node, flow)) is not None]
     attention = {node for call in calls for node in call.steps}
-    describe = _Describer(flow, TextSpans(flow, attention), folds(flow), carries_media(flow))
+    describe = _Describer(
+        flow, TextSpans(flow, attention), folds(flow), carries_media(flow), _is_transformed(gm)
+    )
     seen: Counter[str] = Counter()
     sites = []
     for call in calls:
@@ -48,6 +52,16 @@ def _nodes(gm: GraphModule) -> Iterator[Node]:
     for module in gm.modules():
         if isinstance(module, GraphModule):
             yield from module.graph.nodes
+
+
+def _is_transformed(gm: GraphModule) -> bool:
+    """True if torch.func or forward-mode AD follows the tensors, around the graph or within it."""
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    calls = (node for node in _nodes(gm) if node.op == "call_function")
+    return any(
+        str(getattr(node.target, "__module__", "")).startswith("torch._functorch") for node in calls
+    )
 
 
 def _may_be_attention(node: Node) -> bool:
@@ -75,6 +89,7 @@ class _Describer:
     texts: TextSpans
     parts: dict[Node, int]
     media: dict[Node, bool]
+    transformed: bool
 
     def __call__(self, call: Call, layer: str, name: str) -> AttentionSite:
         flow = self.flow
@@ -93,6 +108,8 @@ class _Describer:
         dtype = _computed_in(call)
         padding = None
         reason = call.reason or _reason_to_leave(call, role, dtype)
+        if self.transformed:
+            reason = Reason.TENSOR_TYPE
         if reason is None and not sources.values_are_of_the_keys:
             reason = Reason.VALUES
         if reason is None and of_q and not any(self.media[source] for source in of_q):
@@ -132,6 +149,11 @@ def _reason_to_leave(call: Call, role: Role, dtype: torch.dtype | None) -> Reaso
         return Reason.CAUSAL
     if call.dropout_p != 0.0:
         return Reason.DROPOUT
+    values = [operand.node.meta.get("example_value") for operand in (call.q, call.k, call.v)]
+    if not all(is_plain(value) for value in (*values, call.node.meta.get("example_value"))):
+        return Reason.TENSOR_TYPE
+    if call.node.meta["example_value"].requires_grad:
+        return Reason.GRADIENTS
     shapes = [operand.sizes() for operand in (call.q, call.k, call.v)]
     if any(shape is None for shape in shapes):
         return Reason.LAYOUT
@@ -147,6 +169,8 @@ def _reason_to_leave(call: Call, role: Role, dtype: torch.dtype | None) -> Reaso
         return Reason.PREFIX
     if role in (Role.SPATIAL, Role.TEMPORAL):
         return Reason.PART_OF_CLIP
+    if k[3] != q[3]:
+        return Reason.LAYOUT
     return None if _fit(q, k, v) else Reason.LAYOUT
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 
 import torch
@@ -70,15 +71,34 @@ def _name_of(target: object) -> str:
     return ""
 
 
+def is_builtin(target: object) -> bool:
+    """True for a function of PyTorch's or Python's that is not itself written in Python."""
+    return _name_of(target) != "" and not inspect.isfunction(target)
+
+
+@functools.lru_cache(maxsize=4096)
+def aten_overloads(name: str) -> tuple[torch._ops.OpOverload, ...]:
+    """ATen's overloads of an operation that have results of their own (no `out=`), in order."""
+    in_place = name.endswith("_") and not name.endswith("__")
+    plain = name[:-1] if in_place else name
+    spelled = {plain, *(n for n, common in _SYNONYMS.items() if common == plain)}
+    found = []
+    for each in sorted(spelled, key=lambda n: n != plain):
+        packet = getattr(torch.ops.aten, each + "_" * in_place, None)
+        if isinstance(packet, torch._ops.OpOverloadPacket):
+            found += [getattr(packet, overload) for overload in packet.overloads()]
+    return tuple(o for o in found if not any(a.is_out for a in o._schema.arguments))
+
+
 def _common(name: str) -> str:
     in_place = name.endswith("_") and not name.endswith("__")
     plain = name[:-1] if in_place else name
     return _SYNONYMS.get(plain, plain) + ("_" if in_place else "")
 
 
-# Results share memory with the first argument: a write into one is seen by readers of the other.
+# The same elements under another shape, or some of them: what a token-by-token walk passes.
 # fmt: off
-VIEWS = frozenset({
+REARRANGEMENTS = frozenset({
     "view", "reshape", "transpose", "permute", "unflatten", "flatten", "unsqueeze", "squeeze",
     "expand", "narrow", "select", "chunk", "split", "split_with_sizes", "unbind", "movedim",
     "view_as", "reshape_as", "expand_as", "t", "getitem", "slice", "tensor_split", "_unsafe_view",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -16,6 +18,8 @@ from svg_ear_compile.passes.site import AttentionSite, Reason, TextSpan
 from svg_ear_compile.passes.symbolic import hint
 from svg_ear_compile.passes.workload import RestOfModel, rest_of_model
 from svg_ear_compile.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,16 +109,49 @@ def _facts(site: AttentionSite) -> SiteFacts:
 
 
 def rewrite_graph(gm: GraphModule, settings: Settings) -> GraphReport:
-    """Find, plan and rewrite every site of a graph in place; report each."""
+    """Find, plan and rewrite every site of a graph in place; report each.
+
+    A graph on which the pass fails stays as it was, with a warning: a fault of ours must not keep a
+    model from running.
+    """
     rest = rest_of_model(gm)
-    sites = [_with_given_text(found, settings) for found in find_sites(gm)]
+    try:
+        found = find_sites(gm)
+    except Exception as fault:  # whatever it is, Inductor can still compile the graph
+        _warn_of(fault)
+        return GraphReport([], rest)
+    sites = [_with_given_text(site, settings) for site in found]
     decided = decide_sites(sites, rest, settings)
     plans = [plan_site(*pair, settings) for pair in zip(sites, decided, strict=True)]
-    report = GraphReport([_report(*row) for row in zip(sites, decided, plans, strict=True)], rest)
     planned = [(s, plan) for s, plan in zip(sites, plans, strict=True) if plan is not None]
     if planned:
-        rewrite(gm, planned)
-    return report
+        untouched = {module: copy.deepcopy(module.graph) for module in _graph_modules(gm)}
+        try:
+            rewrite(gm, planned)
+        except Exception as fault:  # as above
+            _warn_of(fault)
+            for module, graph in untouched.items():
+                module.graph = graph
+            decided = [
+                Reason.FAULT if plan is not None else decision
+                for decision, plan in zip(decided, plans, strict=True)
+            ]
+            plans = [None] * len(sites)
+    return GraphReport([_report(*row) for row in zip(sites, decided, plans, strict=True)], rest)
+
+
+def _graph_modules(gm: GraphModule) -> list[GraphModule]:
+    return [module for module in gm.modules() if isinstance(module, GraphModule)]
+
+
+def _warn_of(fault: Exception) -> None:
+    log.warning(
+        "svg_ear failed on a graph, which stays dense and is compiled by Inductor alone. Please "
+        "report this: %s: %s",
+        type(fault).__name__,
+        fault,
+        exc_info=fault,
+    )
 
 
 def _with_given_text(site: AttentionSite, settings: Settings) -> AttentionSite:
