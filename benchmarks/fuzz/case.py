@@ -15,6 +15,7 @@ from benchmarks.fuzz.forms import (
     LAYOUTS,
     REORDERED,
     SCALES,
+    SDPA_NAMES,
     SOFTMAXES,
     SOURCES,
     Expect,
@@ -25,6 +26,21 @@ from benchmarks.fuzz.near_misses import NEAR_MISSES, PLAIN
 from benchmarks.fuzz.writes import BOOL_WRITES, TARGETS, VARIABLES, WRITES
 
 _STRICTNESS: tuple[Expect, ...] = ("rewrite", "reason", "equal", "untouched")
+_PLAIN_SCALES = ("none", "multiplied", "divided", "query_before", "both_before", "in_place")
+STRATA: tuple[tuple[str, str], ...] = tuple(
+    (axis, value)
+    for axis, values in {
+        "near": NEAR_MISSES,
+        "write": (*WRITES, "bool", "bool", "bool"),
+        "form": FORMS,
+        "mask": CONTENTS,
+        "put": (*APPLICATIONS, *ARGUMENTS),
+        "bias": BIASES,
+        "scale": SCALES.keys() - {"none", "multiplied", "divided", "query_before", "both_before"},
+    }.items()
+    for value in sorted(values)
+)
+"""One disturbance for each case in turn, so that each occurs often enough."""
 # Their texts name q, k and v beside the scores.
 _OF_OPERANDS = ("scores_product_out", "scores_of_two_products", "broadcast_keys", "over_dims")
 _HEADER = '''"""{title}"""
@@ -81,7 +97,7 @@ def draw(seed: int, index: int, focus: Mapping[str, str] | None = None) -> Case:
     attempt = 0
     while True:
         rng = random.Random(f"{seed}:{index}:{attempt}")
-        choices = _choices(rng)
+        choices = _choices(rng, *STRATA[(index + attempt) % len(STRATA)])
         if all(choices.get(axis) == value for axis, value in (focus or {}).items()):
             return _Writer(rng, choices, f"{seed}:{index}").case()
         attempt += 1
@@ -92,73 +108,90 @@ def _weighted(rng: random.Random, table: Mapping[str, object]) -> str:
     return rng.choices(list(table), weights)[0]
 
 
-def _choices(rng: random.Random) -> dict[str, str]:
-    """One value for each axis that the case has."""
-    kind = rng.choices(("plain", "near", "write"), (36, 40, 24))[0]
-    near = _weighted(rng, NEAR_MISSES) if kind == "near" else "none"
+def _choices(rng: random.Random, axis: str, value: str) -> dict[str, str]:
+    """One value for each axis that the case has, the given one on the given axis."""
+    near = value if axis == "near" else "none"
     miss = NEAR_MISSES.get(near)
-    form = _form(rng, near)
-    hand = bool(FORMS[form].score_dims)
-    found = {"form": form, "near": near}
+    found = {"form": _form(rng, axis, value), "near": near}
+    hand = bool(FORMS[found["form"]].score_dims)
     found["source"] = rng.choice(SOURCES)
     found["layout"] = rng.choice(list(LAYOUTS))
     found["between"] = rng.choices(list(BETWEEN), [8] + [1] * (len(BETWEEN) - 1))[0]
     found["dtype"] = rng.choices(("float32", "float16", "bfloat16"), (5, 2, 3))[0]
     found["dynamic"] = rng.choices(("no", "yes"), (11, 1))[0]
     found["finish"] = rng.choice(("raw", "reshape", "contiguous_view", "flatten", "projected"))
-    whole = miss is not None and miss.stage in ("whole", "transformed")
-    found["scale"] = rng.choice(list(SCALES)) if hand and not whole else "none"
-    found["softmax"] = rng.choice(list(SOFTMAXES)) if hand and not whole else "none"
-    found["mask"] = found["put"] = found["bias"] = "none"
-    if form != "multihead_module" and not whole:
-        _draw_mask(rng, found, hand)
-    found["write"] = "none"
-    if kind == "write":
-        _draw_write(rng, found, hand)
+    found["mask"] = found["put"] = found["bias"] = found["write"] = "none"
+    whole = found["form"] == "multihead_module" or (miss is not None and miss.is_whole)
+    # One disturbance hides another: beside the one that was asked for, most is plain.
+    calm = axis != "form" and rng.random() < 0.7
+    if not whole and (axis in ("mask", "put", "bias") or value == "bool" or not calm):
+        _draw_mask(rng, found, hand, axis, value)
+    scales = _PLAIN_SCALES if calm or rng.random() < 0.6 else tuple(SCALES)
+    found["scale"] = "none" if whole or not hand else rng.choice(scales)
+    if axis == "scale":
+        found["scale"] = value
+    found["softmax"] = "none" if whole or not hand else rng.choice(list(SOFTMAXES))
+    if axis == "write":
+        targets = ["query", "key", "key", "value", "value", "projection", "tokens"]
+        targets += ["scores", "weights"] if hand else []
+        found["target"] = rng.choice(("mask", "mask", "keep") if value == "bool" else targets)
+        if whole:
+            found["target"] = "tokens"
+        found["moment"] = rng.choice(TARGETS[found["target"]])
+        found["write"] = value
     return found
 
 
-def _form(rng: random.Random, near: str) -> str:
-    miss = NEAR_MISSES.get(near)
+def _form(rng: random.Random, axis: str, value: str) -> str:
+    """A form that the disturbance can be written in."""
+    if axis == "form":
+        return value
     names = list(FORMS)
+    miss = NEAR_MISSES[value] if axis == "near" else None
+    if axis == "scale" or value in APPLICATIONS:
+        names = list(HAND_NAMES)
+    elif value in ARGUMENTS:
+        names = list(SDPA_NAMES)
+    if axis in ("mask", "put", "bias") or value == "bool":
+        names = [name for name in names if name != "multihead_module"]
+    if axis == "mask" and CONTENTS[value].dims:
+        names = [name for name in names if _mask_dims(name) in CONTENTS[value].dims]
     if miss is not None:
-        if miss.stage in ("whole", "transformed", "output_bhnd"):
-            names = ["matmul", "sdpa_positional", "sdpa_keywords", "einsum_heads_first"]
-            if miss.family == "hand" and miss.stage == "output_bhnd":
-                names = ["matmul", "einsum_heads_first"]
+        if miss.is_whole or miss.stage == "output_bhnd":
+            names = ["matmul", "einsum_heads_first"]
+            if miss.family != "hand" or miss.is_whole:
+                names += ["sdpa_positional", "sdpa_keywords"]
         elif miss.family == "hand":
             names = list(HAND_NAMES)
         if miss.dims:
             names = [name for name in names if FORMS[name].score_dims in miss.dims.split()]
-        if miss.stage == "product" or near in _OF_OPERANDS:
+        if miss.stage == "product" or value in _OF_OPERANDS:
             names = [n for n in names if re.fullmatch("(bh|f|b)nd", FORMS[n].q_dims)]
             names = [n for n in names if FORMS[n].heads in ("many", "none")]
             names = [n for n in names if not FORMS[n].score_dims.endswith("kq")]
     return rng.choices(names, [FORMS[name].weight for name in names])[0]
 
 
-def _draw_mask(rng: random.Random, found: dict[str, str], hand: bool) -> None:
-    form = FORMS[found["form"]]
-    dims = form.score_dims or ("fqk" if form.q_dims == "fnd" else "bhqk")
-    kind = rng.choices(("none", "mask", "bias"), (9, 10, 1.5))[0]
-    if kind == "mask":
+def _mask_dims(form: str) -> str:
+    """Dimensions of scores, also of those that PyTorch's attention does not show."""
+    return FORMS[form].score_dims or ("fqk" if FORMS[form].q_dims == "fnd" else "bhqk")
+
+
+def _draw_mask(
+    rng: random.Random, found: dict[str, str], hand: bool, axis: str, value: str
+) -> None:
+    dims = _mask_dims(found["form"])
+    puts = APPLICATIONS if hand else ARGUMENTS
+    kind = rng.choices(("none", "mask", "bias"), (8, 10, 1))[0]
+    if axis == "bias" or (kind == "bias" and axis not in ("mask", "put") and value != "bool"):
+        found["bias"] = value if axis == "bias" else rng.choice(list(BIASES))
+    elif axis in ("mask", "put") or value == "bool" or kind == "mask":
         fitting = {name: c for name, c in CONTENTS.items() if c.dims in ("", dims)}
-        found["mask"] = _weighted(rng, fitting)
-        found["put"] = _weighted(rng, APPLICATIONS if hand else ARGUMENTS)
-    elif kind == "bias":
-        found["bias"] = rng.choice(list(BIASES))
-
-
-def _draw_write(rng: random.Random, found: dict[str, str], hand: bool) -> None:
-    targets = ["query", "key", "key", "value", "value", "projection", "tokens"]
-    targets += ["scores", "weights"] if hand else []
-    targets += ["mask", "mask", "keep"] if found["mask"] != "none" else []
-    if found["form"] == "multihead_module":
-        targets = ["tokens"]
-    target = rng.choice(targets)
-    found["target"] = target
-    found["moment"] = rng.choice(TARGETS[target])
-    found["write"] = rng.choice(list(WRITES)) if target not in ("mask", "keep") else "bool"
+        plain = {name: put for name, put in puts.items() if put.expect == "rewrite"}
+        calm = axis == "mask" or rng.random() < 0.7
+        found["put"] = value if axis == "put" else _weighted(rng, plain if calm else puts)
+        calm = axis == "put" and rng.random() < 0.7
+        found["mask"] = value if axis == "mask" else "keys" if calm else _weighted(rng, fitting)
 
 
 @dataclass
@@ -197,7 +230,7 @@ class _Writer:
     def _draw_sizes(self) -> None:
         rng, form = self.rng, self.form
         self.b, self.n = rng.choice((1, 2, 2, 3, 4)), rng.randint(17, 96)
-        self.d = rng.choice((32, 32, 32, 40, 64, 64, 24, 8) if rng.random() < 0.3 else (32, 40, 64))
+        self.d = rng.choice((24, 8) if rng.random() < 0.04 else (32, 40, 64))
         self.h = rng.choice((1, 2, 3, 4))
         if form.heads == "grouped":
             self.h = rng.choice((2, 4))

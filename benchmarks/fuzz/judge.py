@@ -60,6 +60,18 @@ class _Run:
     error: str = ""
 
 
+class _Faults(logging.Handler):
+    """What the pass logs where a fault of its own made it leave a graph alone."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info:
+            self.found.append("".join(traceback.format_exception(*record.exc_info, limit=-3)))
+
+
 class _Backend:
     """Rewrites every graph for each density; `density` picks the one that runs, None the original."""
 
@@ -74,10 +86,16 @@ class _Backend:
         made: dict[float | None, Callable[..., Any]] = {None: gm.forward}
         for density, settings in SETTINGS.items():
             graph = copy.deepcopy(gm)
+            log, faults = logging.getLogger("svg_ear_compile"), _Faults()
+            log.addHandler(faults)
             try:
                 report = rewrite_graph(graph, settings)
             except Exception:  # whatever it is, it is what the fuzzer looks for
-                self.error = traceback.format_exc(limit=-3)
+                faults.found.append(traceback.format_exc(limit=-3))
+            finally:
+                log.removeHandler(faults)
+            if faults.found:
+                self.error = faults.found[0]
                 return gm.forward
             self.rewritten.append(report.sparse)
             made[density] = graph.forward
@@ -95,7 +113,9 @@ def judge(case: Case) -> Verdict:
     level = quiet.level
     quiet.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), torch.no_grad(), redirect_stderr(io.StringIO()):
+        # Of ever new shapes the cache of fake tensors remembers more than it saves.
+        uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+        with uncached, warnings.catch_warnings(), torch.no_grad(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             exec(compile(case.source, f"<case {case.name}>", "exec"), scope)
             torch.manual_seed(0)

@@ -15,8 +15,9 @@ class NearMiss:
     """One kind of near miss.
 
     Attributes:
-        stage: "scores", "softmax", "weights", "product" or "output": where the texts stand; all
-            but "scores", "weights" and "output" replace what stood there.
+        stage: "scores", "weights" or "output": the texts come after it; "softmax", "product",
+            "whole": they replace it; "output_bhnd": after an output (b, h, n, d); "transformed":
+            they call `attend(q, k, v)`.
         family: "hand", "sdpa" or "any" attention.
         dims: dimensions of scores that the texts are for, "" for all.
         calls: softmax attentions, counted for what has to be found or given a reason.
@@ -28,7 +29,11 @@ class NearMiss:
     family: str = "hand"
     dims: str = ""
     calls: int = 0
-    weight: float = 1.0
+
+    @property
+    def is_whole(self) -> bool:
+        """True if it replaces the whole attention."""
+        return self.stage in ("whole", "transformed")
 
 
 _ATTEND = "F.scaled_dot_product_attention"
@@ -43,12 +48,12 @@ NEAR_MISSES: dict[str, NearMiss] = {
         "s = s.int().to(v.dtype)", "s = s.to(torch.int8).type_as(v)", "s = s.bool().to(v.dtype)",
         "s = (s * 2).type(torch.int16).to(v.dtype)", "s = s.to(dtype=torch.int64).to(DTYPE)",
         "s = s.short().to(v.dtype)", "s = s.char().to(v)", "s = s.type('torch.IntTensor').to(v.dtype)",
-    ), weight=1.5),
+    )),
     "rounded_scores": NearMiss("scores", (
         "s = torch.div(s, .25, rounding_mode='floor')", "s = s.div(0.5, rounding_mode='trunc')",
         "s = s // 0.5", "s = torch.floor_divide(s, 0.3)", "s = (s * 3).round()", "s = s.floor()",
         "s.div_(0.4, rounding_mode='floor')", "s = s.round(decimals=0)", "s = s.trunc()",
-    ), weight=1.5),
+    )),
     "narrowed_scores": NearMiss("scores", ("s = s.half().to(v.dtype)", "s = s.bfloat16().to(v.dtype)"),
                                 expect="equal"),
     "capped_scores": NearMiss("scores", (
@@ -57,7 +62,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
         "s = F.leaky_relu(s, 0.3)", "s = s.pow(3)", "s = s % 1.0", "s = s.sin()", "s = s.exp()",
         "s = s.clamp_min(0.0)", "s = F.hardtanh(s)", "s = s.nan_to_num(posinf=1.0)",
         "s = F.threshold(s, 0.1, -2.0)", "s = F.layer_norm(s, s.shape[-1:])",
-    ), expect="equal", weight=1.5),
+    ), expect="equal"),
     "moved_scores": NearMiss("scores", (
         "s = s.roll(1, -1)", "s = s.flip(-1)", "s = s.roll(2, -2)", "s = s.sort(-1).values",
         "s = s[..., torch.arange(m).flip(0)]", "s = s.cumsum(-1)", "s = s.tril()", "s = s.triu(1)",
@@ -139,7 +144,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
         "w = w + 1e-2", "w += 0.01", "w = torch.add(w, 0.02)", "w = w.add(1e-2)", "w = 0.01 + w", "w = w - 1e-2",
         "w.add_(0.02)", "w = torch.sub(w, 0.01)", "w = w + torch.tensor(0.02)", "w = w + torch.full((), 0.01)",
         "w = torch.add(input=w, other=0.01)", "w = w + w.new_full((1,), 0.02)", "w = w + torch.full_like(w, 0.01)",
-    ), weight=1.5),
+    )),
     "scaled_weights": NearMiss("weights", (
         "w = w * 1.5", "w = w / 2", "w *= 0.5", "w = 2 * w", "w.mul_(1.3)", "w = w.div(3)", "w = -w",
         "w = w * torch.tensor(2.0)", "w = torch.mul(w, other=0.7)",
@@ -151,7 +156,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
         "w = w.sqrt()", "w = w.tril()", "w = torch.where(w > 0.02, w, 0.0)", "w = w.round(decimals=2)",
         "w = w.flip(-1)", "w = w.roll(1, -1)", "w = w.cumsum(-1)", "w = w.log()", "w = 1 - w",
         "w = w ** 2", "w = w.pow(0.5)", "w = w.triu_()", "w = (w > 0.02).to(w.dtype)", "w = w.neg()",
-    ), weight=1.5),
+    )),
     "masked_weights": NearMiss("weights", (
         "w = w.masked_fill(~KEYS, 0.0)", "w = w * KEYS", "w = torch.where(KEYS, w, 0.0)", "w = w.masked_fill(~KEYS, -1e4)",
         "w *= KEYS.to(w.dtype)", "w = w.masked_fill(KEYS, -math.inf).exp()", "w.masked_fill_(~KEYS, 0)",
@@ -171,11 +176,11 @@ NEAR_MISSES: dict[str, NearMiss] = {
         "w = F.dropout(input=w, p=0.4)", "w = F.dropout(w, 0.1, True, True)", "w = torch.dropout(input=w, p=0.2, train=True)",
         "w = F.alpha_dropout(w, 0.2, True)", "w = nn.Dropout(0.3)(w)", "w = torch.feature_dropout(w, 0.5, True)",
         "w = torch.native_dropout(w, 0.3, True)[0]", "torch.dropout_(w, 0.3, True)" ,
-    ), weight=1.5),
+    )),
     "weights_returned": NearMiss("weights", (
         "extra = w", "extra = w.mean(1)", "extra = w.amax(-1)", "extra = w[0]", "extra = w.sum(-2)",
         "extra = w.argmax(-1)", "extra = w.detach()", "extra = w.view(-1)", "extra = [w]",
-    ), weight=1.5),
+    )),
     "scores_returned": NearMiss("scores", ("extra = s", "extra = s.mean()", "extra = s.amax(-1)", "extra = s.view(-1)[:5]",
                                            "extra = s.logsumexp(-1)", "extra = s[..., 0]"), expect="equal"),
     # What the second product is.
@@ -194,7 +199,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
         "o = torch.empty_like(q)\ntorch.matmul(w, v, out=o)", "o = torch.zeros_like(q)\ntorch.matmul(w, v, out=o)",
         "o = torch.matmul(w, v, out=torch.empty_like(q))", "o = q.new_full(q.shape, 7.0)\nt = torch.matmul(w, v, out=o)\no = o + t",
         "t = q.new_zeros(2, *q.shape)\ntorch.matmul(w, v, out=t[0])\no = t.sum(0)",
-    ), expect="equal", dims="bhqk bqk fqk", calls=1, weight=1.5),
+    ), expect="equal", dims="bhqk bqk fqk", calls=1),
     "scores_product_out": NearMiss("scores", (
         "t = torch.empty_like(s)\ntorch.matmul(q, k.mT, out=t)\ns = t", "torch.matmul(q, k.mT * 0.5, out=s)",
         "torch.matmul(q.flip(-2), k.mT, out=s)",
@@ -216,7 +221,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
         f"o = {_ATTEND}(q.mT, k.mT, v.mT).mT",
         f"o = {_ATTEND}(q.transpose(0, 2), k.transpose(0, 2), v.transpose(0, 2)).transpose(0, 2)",
         "w = torch.einsum('bhid,bgid->bihg', q, k).mul(0.3).softmax(-1)\no = torch.einsum('bihg,bgid->bhid', w, v)",
-    ), expect="equal", weight=1.5),
+    ), expect="equal"),
     "broadcast_keys": NearMiss("whole", (
         "s = torch.einsum('bhid,bhjd->bhij', q, k[..., :1])\no = torch.einsum('bhij,bhjd->bhid', s.softmax(-1), v)",
         "s = torch.einsum('bhid,bhjd->bhij', q[..., :1], k)\no = s.softmax(-1) @ v",
@@ -227,7 +232,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
         f"o = {_ATTEND}(q, k[:, :1], v)", f"o = {_ATTEND}(q, k, v[..., :8])", f"o = {_ATTEND}(q[:, :1], k, v)",
         f"o = {_ATTEND}(q, k[:1], v)", f"o = {_ATTEND}(q, k[:, :, :1], v[:, :, :1])",
         "s = q @ k.mT\no = s.softmax(-1) @ v[0, 0]", "s = q @ k[0, 0].mT\no = s.softmax(-1) @ v",
-    ), expect="equal", weight=1.5),
+    ), expect="equal"),
     "attention_of_attention": NearMiss("output_bhnd", (
         f"o = {_ATTEND}(o, k, v)", f"o = {_ATTEND}(q, o, v)", f"o = {_ATTEND}(q, k, o)", f"o = {_ATTEND}(o, o, o)",
         "o = (o @ k.mT * 0.2).softmax(-1) @ v", f"o = {_ATTEND}(query=o, key=k, value=v) + o",
@@ -236,7 +241,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
         f"o = {_ATTEND}(q, k, v, o.mean(-1).mean(1)[:, None, None] * 0)",
         f"a = o\no = {_ATTEND}(a.flip(1), k, v)\no = {_ATTEND}(o, k, a)",
         f"o = o.transpose(1, 2).reshape(b, n, -1).view(b, n, %(h)d, %(d)d).transpose(1, 2)\no = {_ATTEND}(o, k, v)",
-    ), expect="reason", family="any", calls=2, weight=2),
+    ), expect="reason", family="any", calls=2),
     "two_attentions": NearMiss("output_bhnd", (
         f"o = o + {_ATTEND}(q, k, v)", f"o = o * {_ATTEND}(q.flip(2), k, v)", "o = o - ((q @ k.mT) * 0.4).softmax(-1) @ v",
         f"o = o + {_ATTEND}(q, k, v, scale=0.4)", "t = q @ k.mT\no = o + t.softmax(-1) @ v + (t * 2).softmax(-1) @ v",
@@ -252,24 +257,24 @@ NEAR_MISSES: dict[str, NearMiss] = {
                       "mask.diagonal(dim1=-2, dim2=-1).zero_()", "torch.mul(mask, 0, out=mask)", "mask.T.zero_()",
                       "mask[:, 0].zero_()", "mask.unbind(0)[0].zero_()", "mask.detach().zero_()", "mask.flatten()[: n * m // 3].zero_()",
                       "torch._foreach_zero_([mask])", "mask.as_strided((7,), (1,)).zero_()", "mask.tril_()", "mask.zero_()")
-    ), expect="reason", family="any", calls=3, weight=1.5),
+    ), expect="reason", family="any", calls=3),
     # What comes after.
     "output_viewed": NearMiss("output_bhnd", (
         "o = o.contiguous().view(b, -1)", "o = OUT.view(b * %(h)d, n, %(d)d)", "o = OUT.view(b, -1)", "o = OUT.view(-1)",
         "o = OUT.view(b, %(h)d, -1)", "o = OUT.view(b, %(h)d, n * %(d)d, 1).squeeze(-1)", "o = OUT.mT.view(b, %(h)d, %(d)d, n)",
         "o = OUT.as_strided((9,), (1,))", "o = OUT.view(-1, %(d)d)[3:]", "o = OUT.view(torch.int16) if DTYPE == torch.float16 else OUT",
         "o = OUT.squeeze()", "o = OUT.ravel()", "o = OUT\no = o.view(o.shape[0], -1).t()",
-    ), expect="reason", calls=1, weight=2),
+    ), expect="reason", calls=1),
     "output_written": NearMiss("output", (
         "o *= 2", "o[:, 0] = 1.0", "o.zero_()", "extra = o[0]\no.mul_(3)", "extra = o.detach()\no += 1", "o.data.neg_()",
         "extra = o.view(o.shape)\no.add_(1)", "o.ravel()[:9].zero_()", "torch.mul(o, 2, out=o)", "extra = o.mT\no[..., :2] = 0.0",
         "q[:] = 0\nv.zero_()", "o.reshape(-1)[:50] = 3.0",
-    ), expect="reason", family="any", calls=1, weight=1.5),
+    ), expect="reason", family="any", calls=1),
     "strides_read": NearMiss("output", (
         "extra = torch.as_strided(o, o.shape, o.stride())", "extra = o.as_strided((5,), (o.stride(0),))" ,
         "extra = o * float(o.is_contiguous())", "extra = torch.empty_strided(o.size(), o.stride()).zero_()",
         "extra = torch.empty_like(o).zero_()", "extra = o.clone()", "extra = o + 0", "extra = o.storage_offset()", "extra = o.expand_as(o)",
-    ), expect="reason", family="any", calls=1, weight=1.5),
+    ), expect="reason", family="any", calls=1),
     # PyTorch's attention with arguments that are seldom given.
     "sdpa_arguments": NearMiss("whole", (
         f"o = {_ATTEND}(q, k, v, None, 0.0, True)", f"o = {_ATTEND}(q, k, v, is_causal=True)",
@@ -277,7 +282,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
         f"o = {_ATTEND}(q, k, v, is_causal=bool(n > 1))", f"o = {_ATTEND}(q, k, v, self.bias[:n, :m].to(DTYPE))",
         f"o = {_ATTEND}(q, k, v, attn_mask=self.bias[:n, :m].to(DTYPE), scale=0.2)",
         f"o = {_ATTEND}(query=q, key=k, value=v, attn_mask=None, dropout_p=0.0, is_causal=True, scale=None)",
-    ), expect="untouched", calls=1, weight=1.5),
+    ), expect="untouched", calls=1),
     "sdpa_odd_scale": NearMiss("whole", (
         f"o = {_ATTEND}(q, k, v, scale=-0.2)", f"o = {_ATTEND}(q, k, v, scale=0.0)", f"o = {_ATTEND}(q, k, v, scale=1)",
         f"o = {_ATTEND}(q, k, v, scale=1 / math.sqrt(q.size(-1)))", f"o = {_ATTEND}(q, k, v, scale=3)",
@@ -291,7 +296,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
     "transformed": NearMiss("transformed", (
         "o, extra = torch.func.jvp(lambda q, k, v: (q @ k.mT * 0.3).softmax(-1) @ v, (q, k, v), (k, q, v))", "o = torch.func.vmap(attend)(q, k, v)",
         "o = torch.func.vmap(attend, in_dims=1, out_dims=1)(q, k, v)", "o, extra = torch.func.jvp(lambda q: F.softmax(torch.matmul(q, k.transpose(-2, -1)) / 4, dim=-1) @ v, (q,), (k,))",
-    ), expect="equal", weight=1.5),
+    ), expect="equal"),
     "checkpointed": NearMiss("transformed", (
         "o = torch.utils.checkpoint.checkpoint(attend, q, k, v, use_reentrant=False)",
     ), expect="reason", calls=1),
