@@ -96,11 +96,20 @@ def draw(seed: int, index: int, focus: Mapping[str, str] | None = None) -> Case:
     """Case `index` of a seed; of those that have the choices of `focus`, where it is given."""
     attempt = 0
     while True:
-        rng = random.Random(f"{seed}:{index}:{attempt}")
-        choices = _choices(rng, *STRATA[(index + attempt) % len(STRATA)])
+        rng, choices = _drawn(seed, index, attempt)
         if all(choices.get(axis) == value for axis, value in (focus or {}).items()):
             return _Writer(rng, choices, f"{seed}:{index}").case()
         attempt += 1
+
+
+def choices_of(seed: int, index: int) -> dict[str, str]:
+    """The choices of a case, without its text."""
+    return _drawn(seed, index, 0)[1]
+
+
+def _drawn(seed: int, index: int, attempt: int) -> tuple[random.Random, dict[str, str]]:
+    rng = random.Random(f"{seed}:{index}:{attempt}")
+    return rng, _choices(rng, *STRATA[(index + attempt) % len(STRATA)])
 
 
 def _weighted(rng: random.Random, table: Mapping[str, object]) -> str:
