@@ -7,42 +7,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from benchmarks.fuzz.choices import drawn
 from benchmarks.fuzz.forms import (
     BEFORE,
     BETWEEN,
     FORMS,
-    HAND_NAMES,
     LAYOUTS,
     REORDERED,
     SCALES,
-    SDPA_NAMES,
     SOFTMAXES,
-    SOURCES,
     Expect,
     Form,
 )
 from benchmarks.fuzz.masks import APPLICATIONS, ARGUMENTS, BIASES, BROADCASTS, CONTENTS
 from benchmarks.fuzz.near_misses import NEAR_MISSES, PLAIN
-from benchmarks.fuzz.writes import BOOL_WRITES, TARGETS, VARIABLES, WRITES
+from benchmarks.fuzz.writes import BOOL_WRITES, VARIABLES, WRITES
 
 _STRICTNESS: tuple[Expect, ...] = ("rewrite", "reason", "equal", "untouched")
-_PLAIN_SCALES = ("none", "multiplied", "divided", "query_before", "both_before", "in_place")
-STRATA: tuple[tuple[str, str], ...] = tuple(
-    (axis, value)
-    for axis, values in {
-        "near": NEAR_MISSES,
-        "write": (*WRITES, "bool", "bool", "bool"),
-        "form": FORMS,
-        "mask": CONTENTS,
-        "put": (*APPLICATIONS, *ARGUMENTS),
-        "bias": BIASES,
-        "scale": SCALES.keys() - {"none", "multiplied", "divided", "query_before", "both_before"},
-    }.items()
-    for value in sorted(values)
-)
-"""One disturbance for each case in turn, so that each occurs often enough."""
-# Their texts name q, k and v beside the scores.
-_OF_OPERANDS = ("scores_product_out", "scores_of_two_products", "broadcast_keys", "over_dims")
 _HEADER = '''"""{title}"""
 
 import math
@@ -55,7 +36,7 @@ from torch import nn
 
 DTYPE = torch.{dtype}
 '''
-_OPERATORS = '''
+_OPERATORS = """
 @torch.library.custom_op("svg_ear_fuzz::twice", mutates_args=("x",))
 def twice(x: torch.Tensor) -> None:
     x.mul_(2)
@@ -65,7 +46,7 @@ def twice(x: torch.Tensor) -> None:
 def twice_all(xs: list[torch.Tensor]) -> None:
     for x in xs:
         x.mul_(2)
-'''
+"""
 
 
 @dataclass
@@ -96,111 +77,10 @@ def draw(seed: int, index: int, focus: Mapping[str, str] | None = None) -> Case:
     """Case `index` of a seed; of those that have the choices of `focus`, where it is given."""
     attempt = 0
     while True:
-        rng, choices = _drawn(seed, index, attempt)
+        rng, choices = drawn(seed, index, attempt)
         if all(choices.get(axis) == value for axis, value in (focus or {}).items()):
             return _Writer(rng, choices, f"{seed}:{index}").case()
         attempt += 1
-
-
-def choices_of(seed: int, index: int) -> dict[str, str]:
-    """The choices of a case, without its text."""
-    return _drawn(seed, index, 0)[1]
-
-
-def _drawn(seed: int, index: int, attempt: int) -> tuple[random.Random, dict[str, str]]:
-    rng = random.Random(f"{seed}:{index}:{attempt}")
-    return rng, _choices(rng, *STRATA[(index + attempt) % len(STRATA)])
-
-
-def _weighted(rng: random.Random, table: Mapping[str, object]) -> str:
-    weights = [getattr(entry, "weight", 1.0) for entry in table.values()]
-    return rng.choices(list(table), weights)[0]
-
-
-def _choices(rng: random.Random, axis: str, value: str) -> dict[str, str]:
-    """One value for each axis that the case has, the given one on the given axis."""
-    near = value if axis == "near" else "none"
-    miss = NEAR_MISSES.get(near)
-    found = {"form": _form(rng, axis, value), "near": near}
-    hand = bool(FORMS[found["form"]].score_dims)
-    found["source"] = rng.choice(SOURCES)
-    found["layout"] = rng.choice(list(LAYOUTS))
-    found["between"] = rng.choices(list(BETWEEN), [8] + [1] * (len(BETWEEN) - 1))[0]
-    found["dtype"] = rng.choices(("float32", "float16", "bfloat16"), (5, 2, 3))[0]
-    found["dynamic"] = rng.choices(("no", "yes"), (11, 1))[0]
-    found["finish"] = rng.choice(("raw", "reshape", "contiguous_view", "flatten", "projected"))
-    found["mask"] = found["put"] = found["bias"] = found["write"] = "none"
-    whole = found["form"] == "multihead_module" or (miss is not None and miss.is_whole)
-    # One disturbance hides another: beside the one that was asked for, most is plain.
-    calm = axis != "form" and rng.random() < 0.7
-    if not whole and (axis in ("mask", "put", "bias") or value == "bool" or not calm):
-        _draw_mask(rng, found, hand, axis, value)
-    scales = _PLAIN_SCALES if calm or rng.random() < 0.6 else tuple(SCALES)
-    found["scale"] = "none" if whole or not hand else rng.choice(scales)
-    if axis == "scale":
-        found["scale"] = value
-    found["softmax"] = "none" if whole or not hand else rng.choice(list(SOFTMAXES))
-    if axis == "write":
-        targets = ["query", "key", "key", "value", "value", "projection", "tokens"]
-        targets += ["scores", "weights"] if hand else []
-        found["target"] = rng.choice(("mask", "mask", "keep") if value == "bool" else targets)
-        if whole:
-            found["target"] = "tokens"
-        found["moment"] = rng.choice(TARGETS[found["target"]])
-        found["write"] = value
-    return found
-
-
-def _form(rng: random.Random, axis: str, value: str) -> str:
-    """A form that the disturbance can be written in."""
-    if axis == "form":
-        return value
-    names = list(FORMS)
-    miss = NEAR_MISSES[value] if axis == "near" else None
-    if axis == "scale" or value in APPLICATIONS:
-        names = list(HAND_NAMES)
-    elif value in ARGUMENTS:
-        names = list(SDPA_NAMES)
-    if axis in ("mask", "put", "bias") or value == "bool":
-        names = [name for name in names if name != "multihead_module"]
-    if axis == "mask" and CONTENTS[value].dims:
-        names = [name for name in names if _mask_dims(name) in CONTENTS[value].dims]
-    if miss is not None:
-        if miss.is_whole or miss.stage == "output_bhnd":
-            names = ["matmul", "einsum_heads_first"]
-            if miss.family != "hand" or miss.is_whole:
-                names += ["sdpa_positional", "sdpa_keywords"]
-        elif miss.family == "hand":
-            names = list(HAND_NAMES)
-        if miss.dims:
-            names = [name for name in names if FORMS[name].score_dims in miss.dims.split()]
-        if miss.stage == "product" or value in _OF_OPERANDS:
-            names = [n for n in names if re.fullmatch("(bh|f|b)nd", FORMS[n].q_dims)]
-            names = [n for n in names if FORMS[n].heads in ("many", "none")]
-            names = [n for n in names if not FORMS[n].score_dims.endswith("kq")]
-    return rng.choices(names, [FORMS[name].weight for name in names])[0]
-
-
-def _mask_dims(form: str) -> str:
-    """Dimensions of scores, also of those that PyTorch's attention does not show."""
-    return FORMS[form].score_dims or ("fqk" if FORMS[form].q_dims == "fnd" else "bhqk")
-
-
-def _draw_mask(
-    rng: random.Random, found: dict[str, str], hand: bool, axis: str, value: str
-) -> None:
-    dims = _mask_dims(found["form"])
-    puts = APPLICATIONS if hand else ARGUMENTS
-    kind = rng.choices(("none", "mask", "bias"), (8, 10, 1))[0]
-    if axis == "bias" or (kind == "bias" and axis not in ("mask", "put") and value != "bool"):
-        found["bias"] = value if axis == "bias" else rng.choice(list(BIASES))
-    elif axis in ("mask", "put") or value == "bool" or kind == "mask":
-        fitting = {name: c for name, c in CONTENTS.items() if c.dims in ("", dims)}
-        plain = {name: put for name, put in puts.items() if put.expect == "rewrite"}
-        calm = axis == "mask" or rng.random() < 0.7
-        found["put"] = value if axis == "put" else _weighted(rng, plain if calm else puts)
-        calm = axis == "put" and rng.random() < 0.7
-        found["mask"] = value if axis == "mask" else "keys" if calm else _weighted(rng, fitting)
 
 
 @dataclass
@@ -288,7 +168,10 @@ class _Writer:
         wide, narrow = self.h * self.d, self.g * self.d
         source = self.choices["source"]
         alone = keys in ("cross", "prefix") or self.g != self.h
-        if source in ("chunk", "split", "unbind", "permuted_qkv", "tensor_split", "select") and alone:
+        if (
+            source in ("chunk", "split", "unbind", "permuted_qkv", "tensor_split", "select")
+            and alone
+        ):
             source = "kv_together"
         self._project(source, of_q, of_k, wide, narrow)
         target = self.choices.get("target")
@@ -323,7 +206,11 @@ class _Writer:
         linear = f"nn.Linear({self.c}, %d)"
         if source in ("three_linears", "no_bias", "sliced", "functional"):
             bias = ", bias=False" if source == "no_bias" else ""
-            for letter, tokens, width in (("q", of_q, wide), ("k", of_k, narrow), ("v", of_k, narrow)):
+            for letter, tokens, width in (
+                ("q", of_q, wide),
+                ("k", of_k, narrow),
+                ("v", of_k, narrow),
+            ):
                 more = 5 if source == "sliced" else 0
                 self.init.append(f"self.{letter} = nn.Linear({self.c}, {width + more}{bias})")
                 text = f"self.{letter}({tokens})"
@@ -353,12 +240,20 @@ class _Writer:
     def _between(self) -> None:
         how = self.choices["between"]
         if how.startswith("rope"):
-            self._add(f"angles = torch.arange(m)[:, None] * 0.1 ** (torch.arange({self.d // 2}) / 4)")
-            doubled = "torch.cat([angles, angles], -1)" if how == "rope_halves" else "angles.repeat_interleave(2, -1)"
+            self._add(
+                f"angles = torch.arange(m)[:, None] * 0.1 ** (torch.arange({self.d // 2}) / 4)"
+            )
+            doubled = (
+                "torch.cat([angles, angles], -1)"
+                if how == "rope_halves"
+                else "angles.repeat_interleave(2, -1)"
+            )
             self._add(f"angles = {doubled}")
         for letter, tokens in (("q", "n"), ("k", "m")):
             if how.startswith("rope"):
-                self._add(f"cos, sin = (t(angles)[:{tokens}].to(DTYPE) for t in (torch.cos, torch.sin))")
+                self._add(
+                    f"cos, sin = (t(angles)[:{tokens}].to(DTYPE) for t in (torch.cos, torch.sin))"
+                )
             self._add(BETWEEN[how].replace("%s", letter))
 
     def _attention(self) -> list[str]:
@@ -419,7 +314,9 @@ class _Writer:
         masked = c["mask"] != "none" or c["bias"] != "none"
         self._written("masked")
         text = rng.choice(self.form.scores)
-        named = "=" in text.removeprefix("o =") or "aten" in text or "*(" in text or rng.random() < 0.5
+        named = (
+            "=" in text.removeprefix("o =") or "aten" in text or "*(" in text or rng.random() < 0.5
+        )
         if "aten" in text:
             named = False
         if masked:
@@ -428,13 +325,20 @@ class _Writer:
                 rest = ", attn_mask=mask"
         if rng.random() < 0.3:
             rest += ", scale=0.3"
-        if rng.random() < 0.2 and "attn_mask" not in rest and not masked and c["form"] != "sdpa_aten":
+        if (
+            rng.random() < 0.2
+            and "attn_mask" not in rest
+            and not masked
+            and c["form"] != "sdpa_aten"
+        ):
             rest = ", attn_mask=None" + rest
         if rng.random() < 0.2 and (not masked or "attn_mask" in rest):
             rest += ", dropout_p=0.0, is_causal=False"
         self._add(text.replace("%(rest)s", rest))
         if c["form"] == "multihead_module":
-            self.init.append(f"self.mha = nn.MultiheadAttention({self.c}, {self.h}, batch_first=True)")
+            self.init.append(
+                f"self.mha = nn.MultiheadAttention({self.c}, {self.h}, batch_first=True)"
+            )
         self._near("output")
 
     def _by_hand(self) -> None:
@@ -444,13 +348,19 @@ class _Writer:
         scaling = self._broadcasts(rng.choice(SCALES[c["scale"]]))
         if c["scale"] == "parameter":
             self.init.append("self.temperature = nn.Parameter(torch.rand(1) + 0.2)")
-        late = rng.random() < 0.15 and c["put"].startswith(("filled", "where")) and c["put"] in ("filled", "where")
+        late = (
+            rng.random() < 0.15
+            and c["put"].startswith(("filled", "where"))
+            and c["put"] in ("filled", "where")
+        )
         put = self._masks(APPLICATIONS)
         for text in (put, scaling) if late else (scaling, put):
             self._add(text)
         if c["bias"] != "none":
             self._add(self._broadcasts(rng.choice(BIASES[c["bias"]])))
-            self._add(rng.choice(("s = s + bias", "s += bias", "s = bias + s", "s = torch.add(s, bias)")))
+            self._add(
+                rng.choice(("s = s + bias", "s += bias", "s = bias + s", "s = torch.add(s, bias)"))
+            )
         self._near("scores")
         self._written("masked")
         if not self._near("softmax"):
@@ -462,7 +372,9 @@ class _Writer:
                 self.init.append(f"self.softmax = nn.Softmax(dim={dim})")
             if c["softmax"] == "dropout_off":
                 self.init.append("self.dropout = nn.Dropout(0.1)")
-        if c["dtype"] != "float32" and re.search(r"\b(mask|bias|c|float64|double|self)\b", "\n".join(self.body)):
+        if c["dtype"] != "float32" and re.search(
+            r"\b(mask|bias|c|float64|double|self)\b", "\n".join(self.body)
+        ):
             self._add(rng.choice(("w = w.to(v.dtype)", "w = w.type_as(v)", "w = w.to(DTYPE)")))
         self._written("softmax")
         self._near("weights")
@@ -540,10 +452,14 @@ class _Writer:
         made = [f"torch.randn({self.b}, n, {self.c}).to(DTYPE) * 2"]
         if self.text_tokens:
             made.append(f"torch.randn({self.b}, {self.text_tokens}, {self.c}).to(DTYPE) * 2")
-        keys = {"cross": str(self.text_tokens), "joint": f"n + {self.text_tokens}"}.get(self.form.keys, "n")
+        keys = {"cross": str(self.text_tokens), "joint": f"n + {self.text_tokens}"}.get(
+            self.form.keys, "n"
+        )
         if re.search(r"\bkeep\b", text):
             arguments.append("keep")
-            made.append(f"torch.arange({keys}) < torch.tensor([{', '.join(f'({keys}) * {self.rng.randint(5, 9)} // 10' for _ in range(self.b))}])[:, None]")
+            kept = [f"({keys}) * {self.rng.randint(5, 9)} // 10" for _ in range(self.b)]
+            lengths = f"torch.tensor([{', '.join(kept)}])[:, None]"
+            made.append(f"torch.arange({keys}) < {lengths}")
         if re.search(r"\ballowed\b", text):
             arguments.append("allowed")
             queries = {"joint": keys, "prefix": "n // 2"}.get(self.form.keys, "n")

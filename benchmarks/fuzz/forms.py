@@ -45,7 +45,8 @@ class Form:
 _TRANSPOSED = ("k.transpose(-2, -1)", "k.mT", "k.transpose(-1, -2)", "k.permute(0, 1, 3, 2)",
                "k.swapaxes(2, 3)", "torch.transpose(k, 2, 3)", "k.transpose(dim0=-2, dim1=-1)",
                "k.mH", "torch.permute(k, dims=(0, 1, 3, 2))", "k.movedim(-1, 2)",
-               "k.contiguous().transpose(2, 3)", "torch.swapdims(k, -1, -2)", "k.adjoint()")  # fmt: skip
+               "k.contiguous().transpose(2, 3)", "torch.swapdims(k, -1, -2)",
+               "k.adjoint()")  # fmt: skip
 _MATMULS = ("q @ {}", "torch.matmul(q, {})", "q.matmul({})", "torch.matmul(input=q, other={})",
             "q.matmul(other={})", "q.__matmul__({})", "torch.Tensor.matmul(q, {})",
             "operator.matmul(q, {})")  # fmt: skip
@@ -64,8 +65,9 @@ FORMS: dict[str, Form] = {
         f"o = {_SDPA}(value=v, query=q, key=k%(rest)s)",
         f"o = {_SDPA}(**dict(query=q, key=k, value=v%(rest)s))",
     ), weight=2),
-    "sdpa_mixed": Form("bhnd", "", (f"o = {_SDPA}(q, k, value=v%(rest)s)",
-                                    f"o = {_SDPA}(q, key=k, value=v%(rest)s)")),
+    "sdpa_mixed": Form("bhnd", "", (
+        f"o = {_SDPA}(q, k, value=v%(rest)s)", f"o = {_SDPA}(q, key=k, value=v%(rest)s)",
+    )),
     "sdpa_folded": Form("fnd", "", (f"o = {_SDPA}(q, k, v%(rest)s)",)),
     "sdpa_aten": Form("bhnd", "", (
         "o = torch.ops.aten.scaled_dot_product_attention(q, k, v%(rest)s)",
@@ -73,30 +75,33 @@ FORMS: dict[str, Form] = {
     ), weight=0.5),
     "sdpa_heads_last": Form("bnhd", "", (
         f"o = {_SDPA}(*(t.transpose(1, 2) for t in (q, k, v))%(rest)s).transpose(1, 2)",
-        f"o = {_SDPA}(q.permute(0, 2, 1, 3), k.permute(0, 2, 1, 3), v.permute(0, 2, 1, 3)%(rest)s)"
-        ".permute(0, 2, 1, 3)",
+        f"o = {_SDPA}(q.permute(0, 2, 1, 3), k.permute(0, 2, 1, 3), v.permute(0, 2, 1, "
+        f"3)%(rest)s)" ".permute(0, 2, 1, 3)",
     )),
-    "sdpa_grouped": Form("bhnd", "", (f"o = {_SDPA}(q, k, v%(rest)s, enable_gqa=True)",),
-                         heads="grouped"),
+    "sdpa_grouped": Form("bhnd", "", (
+        f"o = {_SDPA}(q, k, v%(rest)s, enable_gqa=True)",
+    ), heads="grouped"),
     "sdpa_grouped_repeat": Form("bhnd", "", (
         f"o = {_SDPA}(q, k.repeat_interleave(%(r)d, 1), v.repeat_interleave(%(r)d, 1)%(rest)s)",
         f"o = {_SDPA}(q, k.repeat_interleave(%(r)d, dim=-3), "
         "v[:, :, None].expand(b, %(g)d, %(r)d, m, %(d)d).reshape(b, %(h)d, m, %(d)d)%(rest)s)",
     ), heads="grouped"),
-    "sdpa_cross": Form("bhnd", "", (f"o = {_SDPA}(q, k, v%(rest)s)",), expect="reason",
-                       keys="cross"),
+    "sdpa_cross": Form("bhnd", "", (
+        f"o = {_SDPA}(q, k, v%(rest)s)",
+    ), expect="reason", keys="cross"),
     "sdpa_joint": Form("bhnd", "", (f"o = {_SDPA}(q, k, v%(rest)s)",), keys="joint"),
-    "sdpa_prefix": Form("bhnd", "", (f"o = {_SDPA}(q, k, v%(rest)s)",), expect="reason",
-                        keys="prefix", weight=0.6),
+    "sdpa_prefix": Form("bhnd", "", (
+        f"o = {_SDPA}(q, k, v%(rest)s)",
+    ), expect="reason", keys="prefix", weight=0.6),
     "matmul": Form("bhnd", "bhqk", _SCORES, _OUTS, weight=6),
     "matmul_one_key_head": Form("bhnd", "bhqk", _SCORES, _OUTS, heads="one", expect="reason"),
-    "matmul_grouped_repeat": Form("bhnd", "bhqk", (
+    "matmul_grouped_repeat": Form("bhnd", "bhqk", _OUTS, (
         "k, v = (t.repeat_interleave(%(r)d, 1) for t in (k, v))\ns = q @ k.mT",
         "k, v = (t.repeat_interleave(%(r)d, dim=1) for t in (k, v))\n"
         "s = torch.matmul(q, k.transpose(2, 3))",
-        "k, v = (t[:, :, None].expand(b, %(g)d, %(r)d, m, %(d)d).flatten(1, 2) for t in (k, v))\n"
-        "s = q @ k.transpose(2, 3)",
-    ), _OUTS, heads="grouped"),
+        "k, v = (t[:, :, None].expand(b, %(g)d, %(r)d, m, %(d)d).flatten(1, "
+        "2) for t in (k, v))\n" "s = q @ k.transpose(2, 3)",
+    ), heads="grouped"),
     "matmul_grouped_5d": Form("bhnd", "bgrqk", (
         "s = q.unflatten(1, (%(g)d, %(r)d)) @ k[:, :, None].mT",
         "s = q.view(b, %(g)d, %(r)d, n, %(d)d) @ k.unsqueeze(2).transpose(-1, -2)",
@@ -126,7 +131,8 @@ FORMS: dict[str, Form] = {
         expect="reason", weight=0.6),
     "einsum_heads_first": Form("bhnd", "bhqk", (
         "s = torch.einsum('bhid,bhjd->bhij', q, k)", "s = torch.einsum('bhid, bhjd -> bhij', q, k)",
-        "s = torch.einsum('...id,...jd->...ij', q, k)", "s = torch.einsum('xyqc,xykc->xyqk', [q, k])",
+        "s = torch.einsum('...id,...jd->...ij', q, k)",
+        "s = torch.einsum('xyqc,xykc->xyqk', [q, k])",
         "s = torch.einsum('bhid,bhdj->bhij', q, k.mT)", "s = torch.einsum('bhjd,bhid->bhij', k, q)",
         "s = torch.einsum('BHid,BHjd->BHij', q, k)",
     ), ("o = torch.einsum('bhij,bhjd->bhid', w, v)", "o = torch.einsum('...ij,...jd->...id', w, v)",
@@ -144,19 +150,19 @@ FORMS: dict[str, Form] = {
         "s = torch.einsum('bhid,bjd->bhij', q, k[:, 0])",
     ), ("o = torch.einsum('bhij,bjd->bhid', w, v[:, 0])",), heads="one"),
     "bmm_folded": Form("fnd", "fqk", _BMM, _BMM_OUT, weight=2),
-    "baddbmm": Form("fnd", "fqk", (
+    "baddbmm": Form("fnd", "fqk", _BMM_OUT, (
         "s = torch.baddbmm(torch.empty(q.shape[0], n, m, dtype=q.dtype), q, k.mT, beta=0, "
         "alpha=0.4)",
         "s = torch.baddbmm(q.new_empty(q.shape[0], n, m), q, k.mT, beta=0.0, alpha=0.3)",
         "s = torch.baddbmm(input=q.new_zeros(1, 1, 1), batch1=q, batch2=k.mT, alpha=0.3)",
         "s = q.new_zeros(1, n, m).baddbmm(q, k.mT, beta=1, alpha=0.25)",
         "s = torch.baddbmm(q.new_zeros(m), q, k.mT)",
-    ), _BMM_OUT, weight=1.5),
-    "baddbmm_halved": Form("fnd", "fqk", (
+    ), weight=1.5),
+    "baddbmm_halved": Form("fnd", "fqk", _BMM_OUT, (
         "s = torch.baddbmm(torch.linspace(-3, 3, m).to(q.dtype)[None, None], q, k.mT, beta=0.5)",
         "s = torch.baddbmm(input=q[:, :, :1], batch1=q, batch2=k.mT, beta=2, alpha=0.3)",
         "s = q[:, :, :1].expand(-1, -1, m).clone().baddbmm_(q, k.mT, alpha=0.3)",
-    ), _BMM_OUT, expect="equal", weight=0.8),
+    ), expect="equal", weight=0.8),
     "sum_of_products": Form("bhnd", "bhqk", (
         "s = (q[:, :, :, None] * k[:, :, None]).sum(-1)",
         "s = torch.sum(q.unsqueeze(3) * k.unsqueeze(2), dim=-1)",
@@ -178,14 +184,19 @@ SOURCES = ("three_linears", "chunk", "split", "unbind", "permuted_qkv", "kv_toge
 """How q, k and v are projected from the tokens."""
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
-    "view": ("{}.view(b, {n}, {h}, {d}).transpose(1, 2)",
-             "{}.unflatten(-1, ({h}, {d})).transpose(1, 2)"),
-    "contiguous": ("{}.view(b, {n}, {h}, {d}).transpose(1, 2).contiguous()",
-                   "{}.reshape(b, {n}, {h}, {d}).permute(0, 2, 1, 3).clone("
-                   "memory_format=torch.contiguous_format)"),
-    "permuted": ("{}.reshape(b, {n}, {h}, {d}).permute(0, 2, 1, 3)",
-                 "{}.unflatten(2, ({h}, -1)).movedim(2, 1)",
-                 "torch.permute({}.view(b, {n}, {h}, {d}), dims=(0, 2, 1, 3))"),
+    "view": (
+        "{}.view(b, {n}, {h}, {d}).transpose(1, 2)", "{}.unflatten(-1, ({h}, {d})).transpose(1, 2)",
+    ),
+    "contiguous": (
+        "{}.view(b, {n}, {h}, {d}).transpose(1, 2).contiguous()",
+        "{}.reshape(b, {n}, {h}, {d}).permute(0, 2, 1, 3).clone("
+        "memory_format=torch.contiguous_format)",
+    ),
+    "permuted": (
+        "{}.reshape(b, {n}, {h}, {d}).permute(0, 2, 1, 3)",
+        "{}.unflatten(2, ({h}, -1)).movedim(2, 1)",
+        "torch.permute({}.view(b, {n}, {h}, {d}), dims=(0, 2, 1, 3))",
+    ),
     "channels_apart": ("{}.reshape(b, {n}, {d}, {h}).permute(0, 3, 1, 2)",),
     "stacked": ("torch.stack({}.chunk({h}, -1), 1)", "torch.stack({}.split({d}, dim=-1), dim=1)"),
     "transposed_memory": ("{}.view(b, {n}, {h}, {d}).permute(0, 2, 3, 1).contiguous().mT",),
@@ -202,29 +213,39 @@ REORDERED = {
 
 SCALES: dict[str, tuple[str, ...]] = {
     "none": ("",),
-    "multiplied": ("s = s * 0.3", "s = 0.3 * s", "s = s.mul(0.3)", "s = torch.mul(s, 0.3)",
-                   "s = s * %(d)d ** -0.5", "s = torch.mul(input=s, other=0.25)",
-                   "s = torch.multiply(s, .35)", "s = s.mul(other=0.4)"),
-    "divided": ("s = s / math.sqrt(%(d)d)", "s = s.div(4)", "s = torch.div(s, 5.0)",
-                "s = torch.true_divide(s, 3)", "s = torch.div(input=s, other=4.0)",
-                "s = s / (q.shape[-1] ** 0.5)", "s = torch.div(s, 4.0, rounding_mode=None)"),
-    "query_before": ("", ),
-    "key_before": ("", ),
-    "both_before": ("", ),
-    "in_place": ("s *= 0.3", "s.mul_(0.3)", "s /= 4", "s.div_(3.5)", "s = s.mul_(0.25)",
-                 "torch.Tensor.mul_(s, 0.3)", "s = operator.imul(s, 0.3)"),
+    "multiplied": (
+        "s = s * 0.3", "s = 0.3 * s", "s = s.mul(0.3)", "s = torch.mul(s, 0.3)",
+        "s = s * %(d)d ** -0.5", "s = torch.mul(input=s, other=0.25)", "s = torch.multiply(s, .35)",
+        "s = s.mul(other=0.4)",
+    ),
+    "divided": (
+        "s = s / math.sqrt(%(d)d)", "s = s.div(4)", "s = torch.div(s, 5.0)",
+        "s = torch.true_divide(s, 3)", "s = torch.div(input=s, other=4.0)",
+        "s = s / (q.shape[-1] ** 0.5)", "s = torch.div(s, 4.0, rounding_mode=None)",
+    ),
+    "query_before": ("",),
+    "key_before": ("",),
+    "both_before": ("",),
+    "in_place": (
+        "s *= 0.3", "s.mul_(0.3)", "s /= 4", "s.div_(3.5)", "s = s.mul_(0.25)",
+        "torch.Tensor.mul_(s, 0.3)", "s = operator.imul(s, 0.3)",
+    ),
     "negative": ("s = s * -0.3", "s = -s * 0.3", "s = s.neg() * 0.3"),
     "several": ("s = s * 0.5\ns = s / 2\ns = 1.5 * s", "s = s * 2 / 5", "s = (s + s) / 7.0"),
-    "constant_tensor": ("s = s * torch.tensor(0.3)", "s = s / torch.full((), 3.0)",
-                        "s = s * s.new_full((), 0.3)", "s = s * torch.full((1,), 0.3)",
-                        "s = s * torch.ones(()) * 0.3", "s = s / torch.sqrt(torch.tensor(9.0))"),
-    "constant_of_dtype": ("s = s * torch.full((), 2.7, dtype=torch.int64)",
-                          "s = s / torch.tensor(3.9, dtype=torch.int32)",
-                          "s = s * torch.full((), 1.9).long()",
-                          "s = s * torch.full((1, 1), 0.3, dtype=torch.bool)",
-                          "s = s * torch.full_like(s, 0.2999, dtype=torch.bfloat16)"),
-    "parameter": ("s = s * self.temperature", "s = s / self.temperature.exp()",
-                  "s = s * self.temperature[0]"),
+    "constant_tensor": (
+        "s = s * torch.tensor(0.3)", "s = s / torch.full((), 3.0)", "s = s * s.new_full((), 0.3)",
+        "s = s * torch.full((1,), 0.3)", "s = s * torch.ones(()) * 0.3",
+        "s = s / torch.sqrt(torch.tensor(9.0))",
+    ),
+    "constant_of_dtype": (
+        "s = s * torch.full((), 2.7, dtype=torch.int64)",
+        "s = s / torch.tensor(3.9, dtype=torch.int32)", "s = s * torch.full((), 1.9).long()",
+        "s = s * torch.full((1, 1), 0.3, dtype=torch.bool)",
+        "s = s * torch.full_like(s, 0.2999, dtype=torch.bfloat16)",
+    ),
+    "parameter": (
+        "s = s * self.temperature", "s = s / self.temperature.exp()", "s = s * self.temperature[0]",
+    ),
     "constant_written": (
         "c = torch.full((), 0.3)\nc.mul_(3)\ns = s * c",
         "c = torch.full((1,), 0.3)\nc[0] = 0.9\ns = s * c",
@@ -243,24 +264,40 @@ BEFORE = ("%s = %s * 0.6", "%s = %s / 2", "%s = %s * (q.shape[-1] ** -0.25)", "%
 
 SOFTMAXES: dict[str, tuple[str, ...]] = {
     "method": ("w = s.softmax(DIM)", "w = s.softmax(dim=DIM)"),
-    "functional": ("w = F.softmax(s, dim=DIM)", "w = F.softmax(s, DIM)", "w = F.softmax(input=s, dim=DIM)"),
-    "torch": ("w = torch.softmax(s, DIM)", "w = torch.softmax(s, dim=DIM)",
-              "w = torch.softmax(input=s, dim=DIM)", "w = torch.special.softmax(s, DIM)"),
+    "functional": (
+        "w = F.softmax(s, dim=DIM)", "w = F.softmax(s, DIM)", "w = F.softmax(input=s, dim=DIM)",
+    ),
+    "torch": (
+        "w = torch.softmax(s, DIM)", "w = torch.softmax(s, dim=DIM)",
+        "w = torch.softmax(input=s, dim=DIM)", "w = torch.special.softmax(s, DIM)",
+    ),
     "module": ("w = nn.Softmax(DIM)(s)", "w = self.softmax(s)"),
-    "dtype": ("w = F.softmax(s, dim=DIM, dtype=torch.float32).to(v.dtype)",
-              "w = s.softmax(DIM, dtype=torch.float32).type_as(v)",
-              "w = torch.softmax(s, DIM, torch.float32).to(DTYPE)",
-              "w = s.softmax(DIM, torch.float32).to(dtype=v.dtype)"),
-    "upcast": ("w = s.float().softmax(DIM).to(v.dtype)", "w = F.softmax(s.to(torch.float32), DIM).type(v.dtype)",
-               "w = torch.softmax(s.type(torch.float32), dim=DIM).to(v)",
-               "w = s.to(dtype=torch.float32).softmax(DIM).to(dtype=DTYPE)"),
-    "aten": ("w = torch.ops.aten.softmax.int(s, DIM)", "w = torch.ops.aten._softmax(s, DIM, False)",
-             "w = torch._softmax(s, DIM, False)"),
-    "in_place_after": ("w = s.softmax(DIM)\nw = w.contiguous()", "w = s.clone().softmax(DIM)",
-                       "w = torch.clone(s.softmax(DIM))"),
-    "dropout_off": ("w = F.dropout(s.softmax(DIM), 0.1, False)", "w = self.dropout(s.softmax(DIM))",
-                    "w = F.dropout(s.softmax(DIM), p=0.0)", "w = torch.dropout(s.softmax(DIM), 0.2, train=False)",
-                    "w = F.dropout(F.softmax(s, DIM), p=0.3, training=self.training)"),
+    "dtype": (
+        "w = F.softmax(s, dim=DIM, dtype=torch.float32).to(v.dtype)",
+        "w = s.softmax(DIM, dtype=torch.float32).type_as(v)",
+        "w = torch.softmax(s, DIM, torch.float32).to(DTYPE)",
+        "w = s.softmax(DIM, torch.float32).to(dtype=v.dtype)",
+    ),
+    "upcast": (
+        "w = s.float().softmax(DIM).to(v.dtype)",
+        "w = F.softmax(s.to(torch.float32), DIM).type(v.dtype)",
+        "w = torch.softmax(s.type(torch.float32), dim=DIM).to(v)",
+        "w = s.to(dtype=torch.float32).softmax(DIM).to(dtype=DTYPE)",
+    ),
+    "aten": (
+        "w = torch.ops.aten.softmax.int(s, DIM)", "w = torch.ops.aten._softmax(s, DIM, False)",
+        "w = torch._softmax(s, DIM, False)",
+    ),
+    "in_place_after": (
+        "w = s.softmax(DIM)\nw = w.contiguous()", "w = s.clone().softmax(DIM)",
+        "w = torch.clone(s.softmax(DIM))",
+    ),
+    "dropout_off": (
+        "w = F.dropout(s.softmax(DIM), 0.1, False)", "w = self.dropout(s.softmax(DIM))",
+        "w = F.dropout(s.softmax(DIM), p=0.0)",
+        "w = torch.dropout(s.softmax(DIM), 0.2, train=False)",
+        "w = F.dropout(F.softmax(s, DIM), p=0.3, training=self.training)",
+    ),
 }  # fmt: skip
 """Spellings of the softmax by kind; DIM is its dimension."""
 
@@ -268,12 +305,15 @@ BETWEEN: dict[str, str] = {
     "none": "",
     "layer_norm": "%s = F.layer_norm(%s, (%(d)d,))",
     "rms_norm": "%s = F.rms_norm(%s, (%(d)d,))",
-    "rms_by_hand": "%s = %s * torch.rsqrt(%s.float().pow(2).mean(-1, keepdim=True) + 1e-6).to(DTYPE)",
+    "rms_by_hand"
+    : "%s = %s * torch.rsqrt(%s.float().pow(2).mean(-1, keepdim=True) + 1e-6).to(DTYPE)",
     "normalize": "%s = F.normalize(%s, dim=-1) * 3.0",
     "rope_halves": "%s = %s * cos + torch.cat([-%s[..., %(half)d:], %s[..., :%(half)d]], -1) * sin",
-    "rope_pairs": "%s = %s * cos + torch.stack([-%s[..., 1::2], %s[..., 0::2]], -1).flatten(-2) * sin",
+    "rope_pairs"
+    : "%s = %s * cos + torch.stack([-%s[..., 1::2], %s[..., 0::2]], -1).flatten(-2) * sin",
     "rope_setitem": "t = torch.empty_like(%s)\nt[..., 0::2] = %s[..., 0::2] * cos[..., 0::2] - "
-                    "%s[..., 1::2] * sin[..., 0::2]\nt[..., 1::2] = %s[..., 1::2] * cos[..., 0::2]\n%s = t",
+                    "%s[..., 1::2] * sin[..., 0::2]\n"
+                    "t[..., 1::2] = %s[..., 1::2] * cos[..., 0::2]\n%s = t",
     "written_before": "%s = %s.clone()\n%s[..., :3] = 0.5\n%s.mul_(1.25)",
 }  # fmt: skip
 """What happens to q and k before their product; %s stands for the operand."""

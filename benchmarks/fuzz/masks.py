@@ -48,23 +48,26 @@ class Content:
 
 CONTENTS: dict[str, Content] = {
     "keys": Content(("mask = KEYS",), weight=4),
-    "keys_cloned": Content(("mask = KEYS.clone()", "mask = KEYS.contiguous()", "mask = KEYS.bool()",
-                            "mask = KEYS.to(torch.bool)", "mask = ~~KEYS", "mask = KEYS != 0",
-                            "mask = KEYS.to(torch.int64) > 0", "mask = KEYS.to(DTYPE) > 0.5")),
+    "keys_cloned": Content((
+        "mask = KEYS.clone()", "mask = KEYS.contiguous()", "mask = KEYS.bool()",
+        "mask = KEYS.to(torch.bool)", "mask = ~~KEYS", "mask = KEYS != 0",
+        "mask = KEYS.to(torch.int64) > 0", "mask = KEYS.to(DTYPE) > 0.5",
+    )),
     "keys_of_lengths": Content((
         "keep = torch.arange(m)[None] < keep.sum(-1, keepdim=True)\nmask = KEYS",
         "keep = torch.arange(m).expand(b, m) < keep.sum(-1)[:, None]\nmask = KEYS",
     )),
     "keys_of_data": Content(("keep = keep | (x.sum(-1) > 0)\nmask = KEYS",), expect="reason"),
     "keys_written": Content((
-        "mask = KEYS.clone()\nmask[..., :3] = False" , "mask = KEYS.clone()\nmask[0].fill_(True)",
+        "mask = KEYS.clone()\nmask[..., :3] = False", "mask = KEYS.clone()\nmask[0].fill_(True)",
         "keep = keep.clone()\nkeep[:, 2:5] = False\nmask = KEYS",
         "keep = torch.full((b, m), True)\nkeep[:, -4:] = False\nmask = KEYS",
         "keep = keep.new_ones(b, m)\nkeep[:, 1::3].zero_()\nmask = KEYS",
     ), dims="bhqk"),
-    "keys_and_rows": Content(("mask = KEYS & ROWS", "mask = torch.logical_and(ROWS, KEYS)",
-                              "mask = (KEYS.to(DTYPE) * ROWS.to(DTYPE)).bool()",
-                              "mask = KEYS.mul(ROWS)"), empties=True),
+    "keys_and_rows": Content((
+        "mask = KEYS & ROWS", "mask = torch.logical_and(ROWS, KEYS)",
+        "mask = (KEYS.to(DTYPE) * ROWS.to(DTYPE)).bool()", "mask = KEYS.mul(ROWS)",
+    ), empties=True),
     "keys_expanded": Content((
         "mask = KEYS.expand(b, 1, n, m)", "mask = KEYS.expand(-1, 1, n, -1)",
         "mask = KEYS.expand(b, %(h)d, n, m)", "mask = KEYS.repeat(1, 1, n, 1)",
@@ -77,11 +80,10 @@ CONTENTS: dict[str, Content] = {
     ), dims="bhqk", weight=1.5),
     "one_row_repeated": Content((
         "mask = keep[0][None, None, None].expand(1, 1, 1, m).repeat(b, 1, n, 1)",
-        "mask = keep[:1, None, None].repeat(b, 1, n, 1)",
-        "mask = keep[0].repeat(b, 1, n, 1)", "mask = keep[0].expand(b, 1, n, m)",
-        "mask = keep[:1].repeat(n, 1)", "mask = keep[0].repeat(n, 1)[None, None]",
-        "mask = keep[0].expand(n, m)", "mask = keep[0]", "mask = keep[:1]",
-        "mask = keep[:1, None, None].expand(1, 1, 1, m).repeat(b, %(h)d, n, 1)",
+        "mask = keep[:1, None, None].repeat(b, 1, n, 1)", "mask = keep[0].repeat(b, 1, n, 1)",
+        "mask = keep[0].expand(b, 1, n, m)", "mask = keep[:1].repeat(n, 1)",
+        "mask = keep[0].repeat(n, 1)[None, None]", "mask = keep[0].expand(n, m)", "mask = keep[0]",
+        "mask = keep[:1]", "mask = keep[:1, None, None].expand(1, 1, 1, m).repeat(b, %(h)d, n, 1)",
     ), dims="bhqk", weight=1.5),
     "halves_repeated": Content((
         "mask = torch.stack([keep[0], keep[0].flip(0)])[:, None, None].repeat(b, 1, n, 1)[:b]",
@@ -109,16 +111,20 @@ CONTENTS: dict[str, Content] = {
         "mask = torch.ones(n, m, dtype=torch.bool)\nmask.logical_and_(i >= j)\nmask = POS(mask)",
         "mask = keep.new_full((n, m), True)\nmask.view(-1)[1:m] = False\nmask = POS(mask)",
     ), expect="reason"),
-    "window": Content(("mask = POS(((i - j).abs() < 9))", "mask = POS((i // 8 == j // 8))",
-                       "mask = POS(((i - j).abs().le(5) | (j < 3)))"), expect="reason"),
-    "any_square": Content(("mask = POS(allowed)", "mask = POS(allowed).logical_or(KEYS)"),
-                          expect="reason"),
+    "window": Content((
+        "mask = POS(((i - j).abs() < 9))", "mask = POS((i // 8 == j // 8))",
+        "mask = POS(((i - j).abs().le(5) | (j < 3)))",
+    ), expect="reason"),
+    "any_square": Content((
+        "mask = POS(allowed)", "mask = POS(allowed).logical_or(KEYS)",
+    ), expect="reason"),
     "documents": Content((
         "t = keep.cumsum(-1) // 9\nmask = (t[:, :, None] == t[:, None])[:, None]",
     ), expect="reason", dims="bhqk"),
-    "no_keys_left": Content(("mask = KEYS.clone()\nmask[0] = False",
-                             "mask = KEYS & (torch.arange(b) > 0)[:, None, None, None]"),
-                            dims="bhqk", expect="reason", empties=True),
+    "no_keys_left": Content((
+        "mask = KEYS.clone()\nmask[0] = False",
+        "mask = KEYS & (torch.arange(b) > 0)[:, None, None, None]",
+    ), dims="bhqk", expect="reason", empties=True),
 }  # fmt: skip
 """Masks by what they let take part."""
 
@@ -175,7 +181,8 @@ APPLICATIONS: dict[str, Application] = {
         "s.masked_fill_(mask=~mask, value=-1e4)",
     )),
     "where": Application((
-        "s = torch.where(mask, s, -math.inf)", "s = s.where(mask, torch.tensor(-math.inf, dtype=s.dtype))",
+        "s = torch.where(mask, s, -math.inf)",
+        "s = s.where(mask, torch.tensor(-math.inf, dtype=s.dtype))",
         "s = torch.where(~mask, torch.full_like(s, fill_value=-1e4), s)",
         "s = torch.where(mask, s, torch.full_like(s, -math.inf))",
         "s = torch.where(condition=mask, input=s, other=-math.inf)",
@@ -208,25 +215,29 @@ APPLICATIONS: dict[str, Application] = {
         "bias = (~mask).to(s.dtype) * -1e4\ns.add_(bias, alpha=1e-4)",
         "bias = (~mask).to(s.dtype) * 1e4\ns = s.sub(bias, alpha=1e-4)",
     ), expect="equal", makes_nan=False),
-    "subtracted": Application(("s = s - (~mask).to(s.dtype) * 1e4", "s -= (~mask) * 3e4",
-                               "s = torch.sub(s, (1 - mask.to(s.dtype)) * 1e4)"),
-                              expect="reason", makes_nan=False),
+    "subtracted": Application((
+        "s = s - (~mask).to(s.dtype) * 1e4", "s -= (~mask) * 3e4",
+        "s = torch.sub(s, (1 - mask.to(s.dtype)) * 1e4)",
+    ), expect="reason", makes_nan=False),
     "multiplied_and_added": Application((
         "s = s * mask - 1e4 * (1 - mask.to(s.dtype))", "s = s * mask + (~mask) * -1e4",
     ), expect="reason", makes_nan=False),
-    "bool_added": Application(("s = s + mask", "s = s + ~mask", "s = torch.add(s, mask)",
-                               "s.add_(mask)", "s = mask + s", "s += mask", "s = s + mask.bool()",
-                               "s = s.add(other=mask)", "s = s + mask.clone()"),
-                              expect="equal", makes_nan=False),
-    "integers_added": Application(("s = s + mask.int()", "s = s + mask.to(torch.uint8)",
-                                   "s = s - mask.long()", "s = s + mask.to(s.dtype)"),
-                                  expect="equal", makes_nan=False),
-    "multiplied": Application(("s = s * mask", "s = s * mask.to(s.dtype)", "s *= mask",
-                               "s = torch.mul(s, mask)"), expect="equal", makes_nan=False),
-    "filled_small": Application(("s = s.masked_fill(~mask, -5.0)", "s = s.masked_fill(~mask, 0.0)",
-                                 "s = torch.where(mask, s, 0.0)", "s.masked_fill_(~mask, -1.0)",
-                                 "s = s.masked_fill(~mask, 3)", "s[~mask.expand_as(s)] = 0.0"),
-                                expect="equal", makes_nan=False),
+    "bool_added": Application((
+        "s = s + mask", "s = s + ~mask", "s = torch.add(s, mask)", "s.add_(mask)", "s = mask + s",
+        "s += mask", "s = s + mask.bool()", "s = s.add(other=mask)", "s = s + mask.clone()",
+    ), expect="equal", makes_nan=False),
+    "integers_added": Application((
+        "s = s + mask.int()", "s = s + mask.to(torch.uint8)", "s = s - mask.long()",
+        "s = s + mask.to(s.dtype)",
+    ), expect="equal", makes_nan=False),
+    "multiplied": Application((
+        "s = s * mask", "s = s * mask.to(s.dtype)", "s *= mask", "s = torch.mul(s, mask)",
+    ), expect="equal", makes_nan=False),
+    "filled_small": Application((
+        "s = s.masked_fill(~mask, -5.0)", "s = s.masked_fill(~mask, 0.0)",
+        "s = torch.where(mask, s, 0.0)", "s.masked_fill_(~mask, -1.0)",
+        "s = s.masked_fill(~mask, 3)", "s[~mask.expand_as(s)] = 0.0",
+    ), expect="equal", makes_nan=False),
     "filled_then_scaled": Application((
         "s = s.masked_fill(~mask, -1e4) * 1e-4", "s = s.masked_fill(~mask, -1e4) / 1e4",
         "s = torch.where(mask, s, -2e4) * 2e-5", "s = s.masked_fill(~mask, -1e4)\ns *= 1e-4",
@@ -248,22 +259,27 @@ APPLICATIONS: dict[str, Application] = {
         "s = s + (~mask).to(s.dtype) * -1e4\ns = s + POS((j < 2)).to(s.dtype) * -1e4",
         "s = s.masked_fill(~mask, -1e4).masked_fill(~mask, -1e4)",
     ), expect="reason", makes_nan=False),
-    "minimum": Application(("s = torch.minimum(s, torch.where(mask, 1e4, -1e4).to(s.dtype))",),
-                           expect="reason", makes_nan=False),
+    "minimum": Application((
+        "s = torch.minimum(s, torch.where(mask, 1e4, -1e4).to(s.dtype))",
+    ), expect="reason", makes_nan=False),
 }  # fmt: skip
 """Ways to put a mask on scores that are written out."""
 
 ARGUMENTS: dict[str, Application] = {
     "bool": Application(("",), weight=3),
-    "bool_expression": Application(("mask = mask.logical_or(torch.zeros_like(mask))",
-                                    "mask = torch.logical_not(~mask)")),
-    "float": Application(tuple(b.replace("torch.zeros_like(s)", "torch.zeros(mask.shape, dtype=q.dtype)").replace(
+    "bool_expression": Application((
+        "mask = mask.logical_or(torch.zeros_like(mask))", "mask = torch.logical_not(~mask)",
+    )),
+    "float": Application(tuple(b.replace("torch.zeros_like(s)",
+        "torch.zeros(mask.shape, dtype=q.dtype)").replace(
         "s.new", "q.new").replace("s.dtype", "q.dtype") + "\nmask = bias" for b in _BIASES),
         expect="reason"),
-    "float_finite": Application(tuple(b.replace("torch.zeros_like(s)", "torch.zeros(mask.shape, dtype=q.dtype)").replace(
+    "float_finite": Application(tuple(b.replace("torch.zeros_like(s)",
+        "torch.zeros(mask.shape, dtype=q.dtype)").replace(
         "s.dtype", "q.dtype") + "\nmask = bias.to(q.dtype)" for b in _FINITE), makes_nan=False),
-    "small_float": Application(("mask = (~mask).to(q.dtype) * -3.0", "mask = mask.to(q.dtype)"),
-                               expect="equal", makes_nan=False),
+    "small_float": Application((
+        "mask = (~mask).to(q.dtype) * -3.0", "mask = mask.to(q.dtype)",
+    ), expect="equal", makes_nan=False),
     "written_float": Application((
         "t = torch.full(mask.shape, -math.inf, dtype=q.dtype)\nt.masked_fill_(mask, 0.0)\nmask = t",
         "t = torch.full(mask.shape, -1e4, dtype=q.dtype)\nt[mask] = 0.0\nmask = t",
@@ -278,15 +294,17 @@ BIASES: dict[str, tuple[str, ...]] = {
     "slopes": ("bias = POS((-0.1 * (i - j).abs()))", "bias = POS(((j - i).to(DTYPE) * 0.05))"),
     "of_keys": ("bias = POS(torch.linspace(-2, 2, m)[None])",),
     "of_tokens": ("bias = POS((x[0, :, :1] * x[0, :, 1:2].T))",),
-    "causal_full": ("bias = torch.full((n, m), -math.inf)\nbias.triu_(1)\nbias = POS(bias)",
-                    "bias = torch.full((n, m), -math.inf).triu(1)\nbias = POS(bias)",
-                    "bias = torch.full((n, m), -math.inf)\nbias = POS(torch.triu(bias, diagonal=1))",
-                    "bias = torch.empty(n, m).fill_(-math.inf).triu_(1)\nbias = POS(bias)",
-                    "bias = torch.full((n, m), -math.inf)\nbias[i >= j] = 0\nbias = POS(bias)",
-                    "bias = x.new_full((n, m), -math.inf)\nbias.masked_fill_(i >= j, 0.0)\nbias = POS(bias)",
-                    "bias = torch.full((n, m), -math.inf)\nbias[:, : m // 2] = 0\nbias = POS(bias)",
-                    "bias = torch.full((n, m), -1e4)\nbias.diagonal().zero_()\nbias = POS(bias)",
-                    "bias = torch.full((n, m), -math.inf)\ntorch.triu(bias, 1, out=bias)\nbias = POS(bias)",
-                    "bias = torch.full((n, m), 0.0)\nbias[:, ::3] = -math.inf\nbias = POS(bias)"),
+    "causal_full": (
+        "bias = torch.full((n, m), -math.inf)\nbias.triu_(1)\nbias = POS(bias)",
+        "bias = torch.full((n, m), -math.inf).triu(1)\nbias = POS(bias)",
+        "bias = torch.full((n, m), -math.inf)\nbias = POS(torch.triu(bias, diagonal=1))",
+        "bias = torch.empty(n, m).fill_(-math.inf).triu_(1)\nbias = POS(bias)",
+        "bias = torch.full((n, m), -math.inf)\nbias[i >= j] = 0\nbias = POS(bias)",
+        "bias = x.new_full((n, m), -math.inf)\nbias.masked_fill_(i >= j, 0.0)\nbias = POS(bias)",
+        "bias = torch.full((n, m), -math.inf)\nbias[:, : m // 2] = 0\nbias = POS(bias)",
+        "bias = torch.full((n, m), -1e4)\nbias.diagonal().zero_()\nbias = POS(bias)",
+        "bias = torch.full((n, m), -math.inf)\ntorch.triu(bias, 1, out=bias)\nbias = POS(bias)",
+        "bias = torch.full((n, m), 0.0)\nbias[:, ::3] = -math.inf\nbias = POS(bias)",
+    ),
 }  # fmt: skip
 """Statements that make `bias`, added to the scores; none is padding."""

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.fx import Node
 
-from benchmarks.fuzz import case as cases
-from benchmarks.fuzz.case import STRATA, draw
+from benchmarks.fuzz.case import draw
+from benchmarks.fuzz.choices import STRATA, choices_of
 from benchmarks.fuzz.forms import FORMS
 from benchmarks.fuzz.judge import judge
 from benchmarks.fuzz.masks import APPLICATIONS, ARGUMENTS, BIASES, CONTENTS
@@ -51,7 +51,7 @@ def _one_thread() -> Any:
 def test_every_form_and_near_miss_occurs_fifty_times_in_ten_thousand() -> None:
     seen: Counter[tuple[str, str]] = Counter()
     for index in range(10_000):
-        seen.update(cases.choices_of(3, index).items())
+        seen.update(choices_of(3, index).items())
     wanted = {
         "form": FORMS, "near": NEAR_MISSES, "write": WRITES, "mask": CONTENTS, "bias": BIASES,
         "put": {**APPLICATIONS, **ARGUMENTS},
