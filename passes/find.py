@@ -20,10 +20,10 @@ from svg_ear_compile.passes.handwritten import read_handwritten
 from svg_ear_compile.passes.mask import judge_mask
 from svg_ear_compile.passes.media import carries_media
 from svg_ear_compile.passes.memory import is_plain
-from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.role import TokenSources, projected
 from svg_ear_compile.passes.sdpa import LEAF_TARGETS, SDPA_TARGETS, read_flex, read_leaf, read_sdpa
 from svg_ear_compile.passes.site import AttentionSite, Call, Padding, Reason, Role, Size, TextSpan
+from svg_ear_compile.passes.steps import is_softmax
 from svg_ear_compile.passes.symbolic import hint
 from svg_ear_compile.passes.text import TextSpans
 
@@ -71,7 +71,7 @@ def _may_be_attention(node: Node) -> bool:
         or node.target is torch.ops.higher_order.flex_attention
     ):
         return True
-    return operation(node) == "softmax"
+    return is_softmax(node)
 
 
 def _read(node: Node, flow: Dataflow) -> Call | None:
@@ -108,6 +108,12 @@ class _Describer:
         dtype = _computed_in(call)
         padding = None
         reason = call.reason or _reason_to_leave(call, role, dtype)
+        if any(
+            operand.node in first.all_input_nodes
+            and flow.is_written_between(operand.node, first, last)
+            for operand in (call.q, call.k, call.v)
+        ):  # the rewritten call reads its operands where the last step does
+            reason = reason or Reason.WRITTEN
         if self.transformed:
             reason = Reason.TENSOR_TYPE
         if reason is None and not sources.values_are_of_the_keys:

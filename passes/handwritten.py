@@ -19,10 +19,10 @@ from svg_ear_compile.kernels.padding import NEGLIGIBLE
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.memory import is_plain, is_same_view
 from svg_ear_compile.passes.operation import operation
-from svg_ear_compile.passes.products import Product
+from svg_ear_compile.passes.products import Product, is_product
 from svg_ear_compile.passes.site import Call, EmptyRow, Mask, Operand, Reason
 from svg_ear_compile.passes.spellings import read_product, read_step
-from svg_ear_compile.passes.steps import Step, is_softmax, read_softmax
+from svg_ear_compile.passes.steps import Step, read_softmax
 from svg_ear_compile.passes.symbolic import expression
 
 # Longer than any spelling seen; bounds the walk on graphs that are no attention.
@@ -95,8 +95,6 @@ def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
 
     The call has a reason where it is attention that must stay as it is.
     """
-    if not is_softmax(softmax):
-        return None
     read = read_softmax(softmax)
     after = _descend(softmax, flow) if read is not None else None
     before = _climb(read[0], softmax, flow) if read is not None else None
@@ -107,7 +105,11 @@ def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
     product, value_product = read_product(product_node), read_product(out)
     assert product is not None
     assert value_product is not None
-    reasons = (product.reason, reason, value_product.reason)
+    # Whatever a product with the values does besides is a step on the output.
+    alone = value_product.factor == 1.0 and value_product.added is None
+    reasons = (
+        product.reason, reason, value_product.reason, None if alone else Reason.SPELLING
+    )  # fmt: skip
     reading = _Reading(product.out_dims, product.factor)
     if product.added is not None:
         reading.take(Step(added=product.added), product_node)
@@ -213,8 +215,6 @@ def _operands(
     out = "".join(names.get(letter, "?") for letter in value_product.out_dims)
     value_channels = set(v.dims) - set(letters)
     if normalised not in v.dims or normalised in out or len(value_channels) != 1:
-        return None
-    if value_product.factor != 1.0 or value_product.added is not None:
         return None
     (channel,), (value_channel,) = contracted, value_channels
     # Where all heads share the keys, theirs is another letter that only q has; queries come last.
@@ -340,34 +340,32 @@ def _dtype(node: Node) -> torch.dtype | None:
 
 
 def _unknown_step(softmax: Node, flow: Dataflow) -> Call | None:
-    """A softmax between two products, with a step before or after it that nothing reads."""
-    before = _nearby(softmax, flow.sources)
+    """A softmax between two products, with a step or a product that nothing reads."""
+    before = _nearby(softmax, flow.sources, of_its_size=True)
     after = _nearby(softmax, lambda node: node.users)
-    read = read_product(before) if before is not None else None
-    value_product = read_product(after) if after is not None else None
-    if before is None or after is None or read is None or value_product is None:
+    if before is None or after is None:
         return None
-    q, k, v = (Operand(node, "") for node in (read.left, read.right, value_product.right))
-    return Call(after, (before, softmax, after), q, k, v, reason=Reason.SPELLING)
+    operands = [Operand(node, "") for node in before.all_input_nodes]
+    values = [Operand(node, "") for node in after.all_input_nodes]
+    steps = (before, softmax, after)
+    return Call(after, steps, operands[0], operands[-1], values[-1], reason=Reason.SPELLING)
 
 
-def _nearby(start: Node, neighbours: Callable[[Node], Iterable[Node]]) -> Node | None:
-    """The nearest product that data of as many elements as `start` has reaches, or None."""
+def _nearby(
+    start: Node,
+    neighbours: Callable[[Node], Iterable[Node]],
+    of_its_size: bool = False,
+) -> Node | None:
+    """The nearest product that tensors of as many elements as `start` has lead to, or None."""
     size, queue, seen = _numel(start), [start], {start}
     for node in queue:
         for other in neighbours(node):
-            product = read_product(other)
-            if product is not None and _is_end(product, node, other, size):
+            if is_product(other) and (not of_its_size or _numel(other) == size):
                 return other
             if other not in seen and _numel(other) == size and len(seen) < 4 * _MAX_STEPS:
                 seen.add(other)
                 queue.append(other)
     return None
-
-
-def _is_end(product: Product, node: Node, found: Node, size: object) -> bool:
-    """True if a product takes the weights in `node`, or makes scores of that size."""
-    return node in (product.left, product.right) or _numel(found) == size
 
 
 def _numel(node: Node) -> object:

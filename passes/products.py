@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from string import ascii_letters
 
 from torch import Tensor
 from torch.fx import Node
@@ -29,8 +30,16 @@ class Product:
     reason: Reason | None = None
 
 
+_NAMES = frozenset({"matmul", "mm", "bmm", "einsum", "addbmm", "baddbmm", "tensordot", "inner"})
+
+
+def is_product(node: Node) -> bool:
+    """True for a product of tensors, also for one that no reader knows."""
+    return operation(node) in _NAMES
+
+
 def matmul(node: Node, args: Arguments) -> Product | None:
-    if operation(node) not in ("matmul", "bmm"):
+    if operation(node) not in ("matmul", "mm", "bmm"):
         return None
     left, right = args.take("self"), args.take("other", "mat2")
     if not isinstance(left, Node) or not isinstance(right, Node):
@@ -48,16 +57,27 @@ def einsum(node: Node, args: Arguments) -> Product | None:
     equation, operands = args.take("equation"), args.take("tensors")
     if not isinstance(equation, str) or not isinstance(operands, (list, tuple)):
         return None
-    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    if len(operands) != 2 or not all(isinstance(n, Node) for n in operands):
+        return None
+    equation = _without_ellipsis(equation.replace(" ", ""), [_rank(n) for n in operands])
+    inputs, arrow, out = equation.partition("->")
     terms = inputs.split(",")
-    if not arrow or "." in inputs or len(terms) != 2 or len(operands) != 2:
+    if not arrow or "." in equation or len(terms) != 2:
         return None
     if any(len(set(term)) != len(term) for term in (*terms, out)):
         return None
     left, right = operands
-    if not isinstance(left, Node) or not isinstance(right, Node):
-        return None
     return Product(left, right, terms[0], terms[1], out)
+
+
+def _without_ellipsis(equation: str, ranks: list[int]) -> str:
+    """The equation with letters for "..." where it stands for as many dimensions in both terms."""
+    terms = equation.partition("->")[0].split(",")
+    hidden = {rank - len(t.replace("...", "")) for t, rank in zip(terms, ranks, strict=False)}
+    letters = [x for x in ascii_letters if x not in equation]
+    if len(hidden) != 1 or not all("..." in term for term in terms):
+        return equation
+    return equation.replace("...", "".join(letters[: hidden.pop()]))
 
 
 def baddbmm(node: Node, args: Arguments) -> Product | None:

@@ -166,7 +166,7 @@ def _keys_by_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 PRODUCTS: tuple[Spelling[ProductReader], ...] = (
-    Spelling("matmul, bmm, @", products.matmul, _operators),
+    Spelling("matmul, mm, bmm, @", products.matmul, _operators),
     Spelling("einsum", products.einsum, _einsums),
     Spelling("einsum, one key head", products.einsum, _one_key_head),
     Spelling("baddbmm", products.baddbmm, _with_baddbmm),

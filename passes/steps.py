@@ -206,14 +206,14 @@ def transposed(given: Given) -> Step | None:
 
 
 def is_softmax(node: Node) -> bool:
-    """True for a softmax in any spelling."""
-    return operation(node) == "softmax"
+    """True for a softmax in any spelling, also in one that cannot be read."""
+    return operation(node) in ("softmax", "log_softmax", "softmin")
 
 
 def read_softmax(node: Node) -> tuple[Node, int, Reason | None] | None:
     """What a softmax takes, its dimension from the front, why it has to stay; None if unknown."""
     args, rank = arguments(node), _rank(node)
-    if not is_softmax(node) or args is None:
+    if operation(node) != "softmax" or args is None:
         return None
     data, dim = args.take("self"), args.take("dim")
     args.take("dtype")  # the result says it

@@ -75,7 +75,8 @@ def needs_gradients(gm: GraphModule) -> bool:
     off inside of the graph.
     """
     (output,) = gm.graph.find_nodes(op="output")
-    values = (node.meta.get("example_value") for node in output.all_input_nodes)
+    made = (node for node in output.all_input_nodes if node.op != "placeholder")
+    values = (node.meta.get("example_value") for node in made)
     return any(x.requires_grad for x in tree_leaves(tuple(values)) if isinstance(x, torch.Tensor))
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from surroundings import (
     BATCH,
+    DIM,
     HEADS,
     INF,
     TOKENS,
@@ -79,6 +80,18 @@ WEIGHTS: Cases = {
     ),
     "softmax twice": (of_weights(lambda w: w.softmax(-1)), Reason.SPELLING),
     "cast to integers": (of_weights(lambda w: (w * 9).int().float()), Reason.SPELLING),
+    "log_softmax": (lambda q, k, v, m: scores(q, k).log_softmax(-1).exp() @ v, Reason.SPELLING),
+    "with something added": (
+        lambda q, k, v, m: torch.baddbmm(
+            torch.ones(1, 1, DIM), scores(q, k).softmax(-1).flatten(0, 1), v.flatten(0, 1)
+        ), Reason.SPELLING,
+    ),
+    "product and something added": (
+        lambda q, k, v, m: torch.baddbmm(
+            torch.ones(1, 1, DIM),
+            torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1), v.flatten(0, 1), alpha=0.5
+        ), Reason.SPELLING,
+    ),
     "cloned": (of_weights(lambda w: w.clone(memory_format=torch.contiguous_format)), 1),
 }  # fmt: skip
 
@@ -224,6 +237,14 @@ KEYWORDS: Cases = {
             attn_mask=(row(m).repeat(1, 1, TOKENS, 1) & row(m).transpose(dim0=2, dim1=3)),
         ), 1,
     ),
+    "mm": (
+        lambda q, k, v, m: torch.mm(torch.mm(q[0, 0], k[0, 0].mT).softmax(-1), mat2=v[0, 0]), 1
+    ),
+    "ellipsis": (
+        lambda q, k, v, m: torch.einsum(
+            "...ij, ...jd -> ...id", torch.einsum("...id,...jd->...ij", q, k).softmax(-1), v
+        ), 1,
+    ),
     "number as tensor": (
         lambda q, k, v, m: attend(scores(q, k) * torch.tensor(data=0.5), v), 1
     ),
@@ -272,6 +293,7 @@ BROADCAST: Cases = {
     "batch of keys": (lambda q, k, v, m: attend(scores(q, k[:1]), v[:1]), Reason.LAYOUT),
     "one key head": (lambda q, k, v, m: attend(scores(q, k[:, :1]), v[:, :1]), 1),
     "one value head": (lambda q, k, v, m: attend(scores(q, k), v[:, :1]), Reason.LAYOUT),
+    "ranks": (lambda q, k, v, m: attend(q @ k[0].mT, v[0]), Reason.SPELLING),
     "one query head": (lambda q, k, v, m: attend(scores(q[:, :1], k), v), Reason.LAYOUT),
 }  # fmt: skip
 

@@ -11,11 +11,13 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
-from traced_graphs import ALL_BLOCKS
+from traced_graphs import ALL_BLOCKS, graphs_of
 
 from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.site import Reason
+from svg_ear_compile.planning import rewrite_graph
+from svg_ear_compile.settings import Settings
 
 TOKENS, DIM = 37, 32
 
@@ -90,6 +92,14 @@ def test_a_length_taken_of_a_jagged_tensor() -> None:
     call, _ = compiled(padded)
     with torch.no_grad():
         torch.testing.assert_close(call(given), padded(given), atol=1e-5, rtol=1e-4)
+
+
+def test_a_graph_with_jagged_tensors_is_planned() -> None:
+    def both(t: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        return F.linear(t, torch.ones(8, DIM)), by_hand(q)
+
+    (gm,) = graphs_of(both, jagged(), torch.randn(1, 2, TOKENS, DIM))
+    assert rewrite_graph(gm, Settings.parse({"density": 0.5, "min_tokens": 16})).sparse == 1
 
 
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
