@@ -55,13 +55,13 @@ def _nodes(gm: GraphModule) -> Iterator[Node]:
 
 
 def _is_transformed(gm: GraphModule) -> bool:
-    """True if torch.func or forward-mode AD follows the tensors, around the graph or within it."""
+    """True if torch.func or forward-mode AD follows the tensors around the graph, or AD within it.
+
+    Within the graph, tensors of torch.func show what they are; dual tensors do not.
+    """
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    calls = (node for node in _nodes(gm) if node.op == "call_function")
-    return any(
-        str(getattr(node.target, "__module__", "")).startswith("torch._functorch") for node in calls
-    )
+    return any(getattr(node.target, "__name__", "") == "_enter_dual_level" for node in _nodes(gm))
 
 
 def _may_be_attention(node: Node) -> bool:

@@ -64,8 +64,9 @@ def _name_of(target: object) -> str:
         space, _, name = target._qualified_op_name.partition("::")
         return _common(name) if space == "aten" else ""
     name = getattr(target, "__name__", "")
-    if any(getattr(space, name, None) is target for space in _SPACES):
-        return _common(name)
+    plain = name.removeprefix("special_")  # torch.special.softmax is called "special_softmax"
+    if any(getattr(space, n, None) is target for space in _SPACES for n in (name, plain)):
+        return _common(plain)
     if getattr(operator, name, None) is target:
         return _IN_PLACE_OPERATORS.get(name) or _common(name.rstrip("_"))
     return ""
@@ -91,6 +92,9 @@ def aten_overloads(name: str) -> tuple[torch._ops.OpOverload, ...]:
 
 
 def _common(name: str) -> str:
+    if name.startswith("__") and name.endswith("__"):  # q.__matmul__(k)
+        operator_name = name.strip("_")
+        return _IN_PLACE_OPERATORS.get(operator_name) or _common(operator_name)
     in_place = name.endswith("_") and not name.endswith("__")
     plain = name[:-1] if in_place else name
     return _SYNONYMS.get(plain, plain) + ("_" if in_place else "")

@@ -7,6 +7,7 @@ from string import ascii_letters
 
 from torch import Tensor
 from torch.fx import Node
+from torch.nn import Parameter
 
 from svg_ear_compile.passes.arguments import Arguments
 from svg_ear_compile.passes.operation import operation
@@ -35,7 +36,11 @@ _NAMES = frozenset({"matmul", "mm", "bmm", "einsum", "addbmm", "baddbmm", "tenso
 
 def is_product(node: Node) -> bool:
     """True for a product of tensors, also for one that no reader knows."""
-    return operation(node) in _NAMES
+    name = operation(node)
+    if name == "linear":  # of an activation, not of a layer's weight
+        weight = node.all_input_nodes[-1].meta.get("example_value")
+        return not isinstance(weight, Parameter)
+    return name in _NAMES
 
 
 def matmul(node: Node, args: Arguments) -> Product | None:

@@ -237,6 +237,11 @@ KEYWORDS: Cases = {
             attn_mask=(row(m).repeat(1, 1, TOKENS, 1) & row(m).transpose(dim0=2, dim1=3)),
         ), 1,
     ),
+    "special": (lambda q, k, v, m: torch.special.softmax(scores(q, k), -1) @ v, 1),
+    "dunders": (
+        lambda q, k, v, m: q.__matmul__(k.mT).__mul__(0.3).softmax(-1).__matmul__(v), 1
+    ),
+    "in-place dunder": (lambda q, k, v, m: attend((q @ k.mT).__imul__(0.3), v), 1),
     "mm": (
         lambda q, k, v, m: torch.mm(torch.mm(q[0, 0], k[0, 0].mT).softmax(-1), mat2=v[0, 0]), 1
     ),
@@ -293,6 +298,11 @@ BROADCAST: Cases = {
     "batch of keys": (lambda q, k, v, m: attend(scores(q, k[:1]), v[:1]), Reason.LAYOUT),
     "one key head": (lambda q, k, v, m: attend(scores(q, k[:, :1]), v[:, :1]), 1),
     "one value head": (lambda q, k, v, m: attend(scores(q, k), v[:, :1]), Reason.LAYOUT),
+    "linear": (
+        lambda q, k, v, m: F.linear(F.linear(q[0, 0], k[0, 0]).softmax(-1), v[0, 0].mT),
+        Reason.SPELLING,
+    ),
+    "inner": (lambda q, k, v, m: attend(torch.inner(q[0, 0], k[0, 0]), v[0, 0]), Reason.SPELLING),
     "ranks": (lambda q, k, v, m: attend(q @ k[0].mT, v[0]), Reason.SPELLING),
     "one query head": (lambda q, k, v, m: attend(scores(q[:, :1], k), v), Reason.LAYOUT),
 }  # fmt: skip
