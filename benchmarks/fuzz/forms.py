@@ -95,13 +95,13 @@ FORMS: dict[str, Form] = {
     ), expect="reason", keys="prefix", weight=0.6),
     "matmul": Form("bhnd", "bhqk", _SCORES, _OUTS, weight=6),
     "matmul_one_key_head": Form("bhnd", "bhqk", _SCORES, _OUTS, heads="one", expect="reason"),
-    "matmul_grouped_repeat": Form("bhnd", "bhqk", _OUTS, (
+    "matmul_grouped_repeat": Form("bhnd", "bhqk", (
         "k, v = (t.repeat_interleave(%(r)d, 1) for t in (k, v))\ns = q @ k.mT",
         "k, v = (t.repeat_interleave(%(r)d, dim=1) for t in (k, v))\n"
         "s = torch.matmul(q, k.transpose(2, 3))",
-        "k, v = (t[:, :, None].expand(b, %(g)d, %(r)d, m, %(d)d).flatten(1, "
-        "2) for t in (k, v))\n" "s = q @ k.transpose(2, 3)",
-    ), heads="grouped"),
+        "k, v = (t[:, :, None].expand(b, %(g)d, %(r)d, m, %(d)d).flatten(1, 2) "
+        "for t in (k, v))\ns = q @ k.transpose(2, 3)",
+    ), _OUTS, heads="grouped"),
     "matmul_grouped_5d": Form("bhnd", "bgrqk", (
         "s = q.unflatten(1, (%(g)d, %(r)d)) @ k[:, :, None].mT",
         "s = q.view(b, %(g)d, %(r)d, n, %(d)d) @ k.unsqueeze(2).transpose(-1, -2)",
@@ -150,19 +150,19 @@ FORMS: dict[str, Form] = {
         "s = torch.einsum('bhid,bjd->bhij', q, k[:, 0])",
     ), ("o = torch.einsum('bhij,bjd->bhid', w, v[:, 0])",), heads="one"),
     "bmm_folded": Form("fnd", "fqk", _BMM, _BMM_OUT, weight=2),
-    "baddbmm": Form("fnd", "fqk", _BMM_OUT, (
+    "baddbmm": Form("fnd", "fqk", (
         "s = torch.baddbmm(torch.empty(q.shape[0], n, m, dtype=q.dtype), q, k.mT, beta=0, "
         "alpha=0.4)",
         "s = torch.baddbmm(q.new_empty(q.shape[0], n, m), q, k.mT, beta=0.0, alpha=0.3)",
         "s = torch.baddbmm(input=q.new_zeros(1, 1, 1), batch1=q, batch2=k.mT, alpha=0.3)",
         "s = q.new_zeros(1, n, m).baddbmm(q, k.mT, beta=1, alpha=0.25)",
         "s = torch.baddbmm(q.new_zeros(m), q, k.mT)",
-    ), weight=1.5),
-    "baddbmm_halved": Form("fnd", "fqk", _BMM_OUT, (
+    ), _BMM_OUT, weight=1.5),
+    "baddbmm_halved": Form("fnd", "fqk", (
         "s = torch.baddbmm(torch.linspace(-3, 3, m).to(q.dtype)[None, None], q, k.mT, beta=0.5)",
         "s = torch.baddbmm(input=q[:, :, :1], batch1=q, batch2=k.mT, beta=2, alpha=0.3)",
         "s = q[:, :, :1].expand(-1, -1, m).clone().baddbmm_(q, k.mT, alpha=0.3)",
-    ), expect="equal", weight=0.8),
+    ), _BMM_OUT, expect="equal", weight=0.8),
     "sum_of_products": Form("bhnd", "bhqk", (
         "s = (q[:, :, :, None] * k[:, :, None]).sum(-1)",
         "s = torch.sum(q.unsqueeze(3) * k.unsqueeze(2), dim=-1)",

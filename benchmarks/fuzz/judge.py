@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch._functorch import eager_transforms
 from torch.fx import GraphModule
 
 from benchmarks.fuzz.case import Case
@@ -190,10 +191,23 @@ def _run(model: Callable[..., Any], inputs: tuple[Tensor, ...]) -> _Run:
     try:
         returned = model(*inputs)
     except Exception as error:
+        _leave_transforms()
         return _Run(None, [], f"{type(error).__name__}: {str(error)[:300]}")
     flat = torch.utils._pytree.tree_leaves(returned)
     tensors = [t for t in flat if isinstance(t, Tensor)]
     return _Run([*tensors, *inputs], [t for t in flat if not isinstance(t, Tensor)])
+
+
+def _leave_transforms() -> None:
+    """A compiled jvp that fails never ends: without this, all later cases would be inside of it."""
+    torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(0)
+    torch._C._set_fwd_grad_enabled(True)
+    eager_transforms.JVP_NESTING = 0
+    try:
+        torch._C._enter_dual_level()
+    except RuntimeError:  # inside of the one level that there can be
+        pass
+    torch._C._exit_dual_level(level=0)
 
 
 def _precise(case: Case, model: nn.Module, n: int) -> list[Tensor] | None:
