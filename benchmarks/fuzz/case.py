@@ -1,4 +1,8 @@
-"""Random attention modules as source text: case i of a seed is always the same."""
+"""Random attention modules as source text: case i of a seed is always the same.
+
+Longer than most files: one class writes a module from its tokens to its output, and every part of
+it reads the sizes, the form and the draws of the others.
+"""
 
 from __future__ import annotations
 
@@ -120,6 +124,8 @@ class _Writer:
         rng, form = self.rng, self.form
         self.b, self.n = rng.choice((1, 2, 2, 3, 4)), rng.randint(17, 96)
         self.d = rng.choice((24, 8) if rng.random() < 0.04 else (32, 40, 64))
+        if self.d > 8 and rng.random() < 0.08:
+            self.n = self.d  # shapes that do not tell tokens and channels apart
         self.h = rng.choice((1, 2, 3, 4))
         if form.heads == "grouped":
             self.h = rng.choice((2, 4))
@@ -198,6 +204,8 @@ class _Writer:
         if target in ("query", "key", "value"):
             letter = VARIABLES[target]
             self._add(f"{letter} = ({letter} * 1.0).contiguous()")
+            if self.choices["write"] == "held_view":
+                self._add(f"held = {letter}.view(-1)")
             self._written("before")
         if target == "tokens":
             self._written("before")
@@ -241,7 +249,7 @@ class _Writer:
         how = self.choices["between"]
         if how.startswith("rope"):
             self._add(
-                f"angles = torch.arange(m)[:, None] * 0.1 ** (torch.arange({self.d // 2}) / 4)"
+                f"angles = torch.arange(n + m)[:, None] * 0.1 ** (torch.arange({self.d // 2}) / 4)"
             )
             doubled = (
                 "torch.cat([angles, angles], -1)"
@@ -395,11 +403,17 @@ class _Writer:
             return
         target = c["target"]
         texts = BOOL_WRITES if c["write"] == "bool" else WRITES[c["write"]]
-        variable = VARIABLES.get(target, "base")
+        variable = VARIABLES[target]
         text = self.rng.choice(texts)
-        if target in ("scores", "weights") and c["write"] in ("flat", "strided", "bits"):
+        if target in ("scores", "weights") and c["write"] in (
+            "flat",
+            "strided",
+            "bits",
+            "held_view",
+        ):
             self._add(f"{variable} = {variable}.contiguous()")
-        self._add(re.sub(r"\bT\b", variable, text))
+        held = "held" if target in ("query", "key", "value") else f"{variable}.view(-1)"
+        self._add(re.sub(r"\bT\b", variable, text.replace("HELD", held)))
 
     def _finish(self) -> str:
         c, dims = self.choices, self.form.out_dims or self.form.q_dims
@@ -460,6 +474,9 @@ class _Writer:
             kept = [f"({keys}) * {self.rng.randint(5, 9)} // 10" for _ in range(self.b)]
             lengths = f"torch.tensor([{', '.join(kept)}])[:, None]"
             made.append(f"torch.arange({keys}) < {lengths}")
+        if re.search(r"\bsame\b", text):
+            made[-1] = f"*(lambda t: (t, t.view(-1)))({made[-1]})"
+            arguments.append("same")
         if re.search(r"\ballowed\b", text):
             arguments.append("allowed")
             queries = {"joint": keys, "prefix": "n // 2"}.get(self.form.keys, "n")

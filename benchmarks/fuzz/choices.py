@@ -20,6 +20,7 @@ from benchmarks.fuzz.masks import APPLICATIONS, ARGUMENTS, BIASES, CONTENTS
 from benchmarks.fuzz.near_misses import NEAR_MISSES
 from benchmarks.fuzz.writes import TARGETS, WRITES
 
+_MASKS = ("mask", "mask", "keep", "same_input")
 _PLAIN_SCALES = ("none", "multiplied", "divided", "query_before", "both_before", "in_place")
 STRATA: tuple[tuple[str, str], ...] = tuple(
     (axis, value)
@@ -81,7 +82,7 @@ def _choices(rng: random.Random, axis: str, value: str) -> dict[str, str]:
     if axis == "write":
         targets = ["query", "key", "key", "value", "value", "projection", "tokens"]
         targets += ["scores", "weights"] if hand else []
-        found["target"] = rng.choice(("mask", "mask", "keep") if value == "bool" else targets)
+        found["target"] = rng.choice(_MASKS if value == "bool" else targets)
         if whole:
             found["target"] = "tokens"
         found["moment"] = rng.choice(TARGETS[found["target"]])

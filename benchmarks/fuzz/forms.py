@@ -93,6 +93,10 @@ FORMS: dict[str, Form] = {
     "sdpa_prefix": Form("bhnd", "", (
         f"o = {_SDPA}(q, k, v%(rest)s)",
     ), expect="reason", keys="prefix", weight=0.6),
+    "sdpa_five_dims": Form("bhnd", "", (
+        f"o = {_SDPA}(q[None], k[None], v[None]%(rest)s)[0]",
+        f"o = {_SDPA}(q[:, None], k[:, None], v[:, None]).squeeze(1)",
+    ), expect="reason", weight=0.5),
     "matmul": Form("bhnd", "bhqk", _SCORES, _OUTS, weight=6),
     "matmul_one_key_head": Form("bhnd", "bhqk", _SCORES, _OUTS, heads="one", expect="reason"),
     "matmul_grouped_repeat": Form("bhnd", "bhqk", (
@@ -242,6 +246,11 @@ SCALES: dict[str, tuple[str, ...]] = {
         "s = s / torch.tensor(3.9, dtype=torch.int32)", "s = s * torch.full((), 1.9).long()",
         "s = s * torch.full((1, 1), 0.3, dtype=torch.bool)",
         "s = s * torch.full_like(s, 0.2999, dtype=torch.bfloat16)",
+    ),
+    "of_length": (
+        "s = s * n ** -0.25", "s = s / math.sqrt(n)", "s = s * (math.log(n) / 5)", "s = s / n",
+        "s = s * (1 + 1 / m)", "s *= n ** -0.5", "s = torch.div(s, m ** 0.5)",
+        "s = s * float(n) / 50",
     ),
     "parameter": (
         "s = s * self.temperature", "s = s / self.temperature.exp()", "s = s * self.temperature[0]",

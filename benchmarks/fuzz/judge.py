@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import logging
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -117,7 +117,12 @@ def judge(case: Case) -> Verdict:
     try:
         # Of ever new shapes the cache of fake tensors remembers more than it saves.
         uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
-        with uncached, warnings.catch_warnings(), torch.no_grad(), redirect_stderr(io.StringIO()):
+        with (
+            uncached,
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             exec(compile(case.source, f"<case {case.name}>", "exec"), scope)
             torch.manual_seed(0)
@@ -203,10 +208,8 @@ def _leave_transforms() -> None:
     torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(0)
     torch._C._set_fwd_grad_enabled(True)
     eager_transforms.JVP_NESTING = 0
-    try:
+    with contextlib.suppress(RuntimeError):  # inside of the one level that there can be
         torch._C._enter_dual_level()
-    except RuntimeError:  # inside of the one level that there can be
-        pass
     torch._C._exit_dual_level(level=0)
 
 

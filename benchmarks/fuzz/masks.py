@@ -97,6 +97,16 @@ CONTENTS: dict[str, Content] = {
         "mask = torch.stack([keep, keep.flip(1) | keep])[:, :, None].transpose(0, 1)"
         ".repeat(1, %(h)d, 1, 1)[:, :%(h)d]",
     ), dims="bhqk"),
+    "rows": Content(
+        ("mask = ROWS", "mask = ROWS.clone()", "mask = ROWS | (torch.arange(m) < 0)[:1]"),
+        expect="reason", empties=True,
+    ),
+    "one_value": Content((
+        "mask = torch.ones(1, dtype=torch.bool)", "mask = keep[:, :1, None, None]",
+        "mask = torch.ones((), dtype=torch.bool)", "mask = keep[:1, :1][None, None]",
+        "mask = keep.all() | True", "mask = keep[:, :1, None, None].expand(b, 1, n, m)",
+        "mask = (torch.arange(b) > -1)[:, None, None, None]",
+    ), dims="bhqk", expect="reason"),
     "causal": Content((
         "mask = POS(torch.ones(n, m, dtype=torch.bool).tril())", "mask = POS((i >= j))",
         "mask = POS(torch.triu(torch.ones(n, m), 1).eq(0))", "mask = POS((j - i <= 0))",

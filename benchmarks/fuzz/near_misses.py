@@ -271,6 +271,33 @@ NEAR_MISSES: dict[str, NearMiss] = {
         f"o = {_ATTEND}(q, k[:, :, :1], v[:, :, :1])", "s = q @ k.mT\no = s.softmax(-1) @ v[0, 0]",
         "s = q @ k[0, 0].mT\no = s.softmax(-1) @ v",
     ), expect="equal"),
+    "broadcast_einsum": NearMiss("whole", tuple(
+        f"s = torch.einsum('bhid,bhjd->bhij', {q}, {k})\n"
+        f"o = torch.einsum('bhij,bhjd->bhid', s.softmax(-1), {v})"
+        for q, k, v in (
+            ("q", "k[:1]", "v"), ("q", "k[:, :1]", "v"), ("q", "k", "v[:1]"), ("q[:1]", "k", "v"),
+            ("q[:, :1]", "k", "v"), ("q", "k", "v[:, :1]"), ("q", "k[:1]", "v[:1]"),
+            ("q", "k[:, :1]", "v[:, :1]"), ("q[:, :, :1]", "k", "v"), ("q", "k[:, :, :1]", "v"),
+        )
+    ), expect="equal"),
+    "mixed_dtypes": NearMiss("whole", (
+        "s = q.float() @ k.float().mT * 0.2\no = s.softmax(-1) @ v.float()",
+        "s = q.float() @ k.float().mT * 0.2\no = (s.softmax(-1) @ v.float()).to(DTYPE)",
+        "o = (q @ k.mT * 0.2).softmax(-1).float() @ v.float()",
+        "s = q.double() @ k.double().mT * 0.2\no = (s.softmax(-1) @ v.double()).to(DTYPE)",
+        "s = (q.bfloat16() @ k.bfloat16().mT).to(DTYPE) * 0.2\no = s.softmax(-1) @ v",
+        f"o = {_ATTEND}(q.float(), k.float(), v.float())",
+        f"o = {_ATTEND}(q.bfloat16(), k.bfloat16(), v.bfloat16()).to(DTYPE)",
+        f"o = {_ATTEND}(q.double(), k.double(), v.double()).to(DTYPE)",
+        "o = (q @ k.mT * 0.2).softmax(-1).bfloat16() @ v.bfloat16()",
+    ), expect="equal"),
+    "tied": NearMiss("whole", (
+        "o = (q @ q.mT * 0.2).softmax(-1) @ q", "o = (k @ k.mT * 0.2).softmax(-1) @ v",
+        "o = (q @ k.mT * 0.2).softmax(-1) @ k", f"o = {_ATTEND}(q, q, q)",
+        f"o = {_ATTEND}(q, k, k)", f"o = {_ATTEND}(k, k, v)", f"o = {_ATTEND}(q, v, v)",
+        "t = q\nq = k\no = (q @ t.mT * 0.2).softmax(-1) @ t",
+        f"o = {_ATTEND}(q, q, v) + {_ATTEND}(k, k, v)",
+    ), expect="reason", calls=1),
     "attention_of_attention": NearMiss("output_bhnd", (
         f"o = {_ATTEND}(o, k, v)", f"o = {_ATTEND}(q, o, v)", f"o = {_ATTEND}(q, k, o)",
         f"o = {_ATTEND}(o, o, o)", "o = (o @ k.mT * 0.2).softmax(-1) @ v",

@@ -1,6 +1,7 @@
 """Writes in place: by what means, into what, and when.
 
-T stands for the tensor. The contiguous texts are for tensors that `own` gave memory of their own.
+T stands for the tensor, HELD for a view of it that was made before it was first read. Most texts
+need a contiguous tensor with memory of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ WRITES: dict[str, tuple[str, ...]] = {
     ),
     "operator": (
         "T *= 2.0", "T += 0.5", "T -= 1.0", "T /= 3.0", "operator.imul(T, 2.0)", "T **= 2",
+    ),
+    "held_view": (
+        "HELD.zero_()", "HELD[:99] = 0.5", "HELD.mul_(-2)", "HELD.data.neg_()", "HELD.sub_(1.0)",
     ),
     "setitem": (
         "T[...] = 0.5", "T[..., :5] = 0.0", "T[0] = T[0] * 2", "T[..., 1::2] *= -1",
@@ -136,8 +140,12 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "tokens": ("before", "scores"),
     "mask": ("masked", "softmax", "after"),
     "keep": ("masked", "softmax", "after"),
+    "same_input": ("masked", "softmax", "after"),
 }
 """What is written, and after which stages: before the products, or after that stage."""
 
-VARIABLES = {"query": "q", "key": "k", "value": "v", "scores": "s", "weights": "w", "tokens": "x",
-"mask": "mask", "keep": "keep"}  # fmt: skip
+VARIABLES = {
+    "query": "q", "key": "k", "value": "v", "projection": "base", "scores": "s", "weights": "w",
+    "tokens": "x", "mask": "mask", "keep": "keep", "same_input": "same",
+}  # fmt: skip
+"""The variable that is written; `same` is an input in the memory of `keep`."""
