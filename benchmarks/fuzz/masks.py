@@ -102,9 +102,9 @@ CONTENTS: dict[str, Content] = {
         expect="reason", empties=True,
     ),
     "one_value": Content((
-        "mask = torch.ones(1, dtype=torch.bool)", "mask = keep[:, :1, None, None]",
-        "mask = torch.ones((), dtype=torch.bool)", "mask = keep[:1, :1][None, None]",
-        "mask = keep.all() | True", "mask = keep[:, :1, None, None].expand(b, 1, n, m)",
+        "mask = torch.ones(1, 1, dtype=torch.bool)", "mask = keep[:, :1, None, None]",
+        "mask = torch.ones(1, 1, 1, 1) > 0", "mask = keep[:1, :1][None, None]",
+        "mask = keep.any()[None, None]", "mask = keep[:, :1, None, None].expand(b, 1, n, m)",
         "mask = (torch.arange(b) > -1)[:, None, None, None]",
     ), dims="bhqk", expect="reason"),
     "causal": Content((
