@@ -19,13 +19,13 @@ from svg_ear_compile.kernels.padding import NEGLIGIBLE
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.memory import is_plain, is_same_view
 from svg_ear_compile.passes.operation import operation
+from svg_ear_compile.passes.patterns import read_product, read_step
 from svg_ear_compile.passes.products import Product, is_product
 from svg_ear_compile.passes.site import Call, EmptyRow, Mask, Operand, Reason
-from svg_ear_compile.passes.spellings import read_product, read_step
 from svg_ear_compile.passes.steps import Step, read_softmax
 from svg_ear_compile.passes.symbolic import expression
 
-# Longer than any spelling seen; bounds the walk on graphs that are no attention.
+# Longer than any pattern seen; bounds the walk on graphs that are no attention.
 _MAX_STEPS = 12
 _UPCASTS = frozenset({"to", "_to_copy", "float", "type"})
 
@@ -71,7 +71,7 @@ class _Reading:
     def _scale(self, factor: float) -> None:
         # A mask is scaled with the scores it was added to or filled into.
         if factor != 1.0 and any(m.added for m in self.masks):
-            self._leave(Reason.SPELLING)
+            self._leave(Reason.PATTERN)
         self.scale *= factor
         self.fill *= factor
 
@@ -85,7 +85,7 @@ class _Reading:
         if self.masks[0].added:
             return self.masks[0]
         if not self.fill <= NEGLIGIBLE:  # a key that is left out would still take part
-            self._leave(Reason.SPELLING)
+            self._leave(Reason.PATTERN)
         empty_row = EmptyRow.MEAN if math.isfinite(self.fill) else EmptyRow.NAN
         return replace(self.masks[0], empty_row=empty_row)
 
@@ -108,7 +108,7 @@ def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
     # Whatever a product with the values does besides is a step on the output.
     alone = value_product.factor == 1.0 and value_product.added is None
     reasons = (
-        product.reason, reason, value_product.reason, None if alone else Reason.SPELLING
+        product.reason, reason, value_product.reason, None if alone else Reason.PATTERN
     )  # fmt: skip
     reading = _Reading(product.out_dims, product.factor)
     if product.added is not None:
@@ -284,7 +284,7 @@ def _reason_to_leave(
         if not all(map(goes_too, node.users)):
             return Reason.WEIGHTS
         if not set(flow.writes_before(node, out)) <= inside:
-            return Reason.SPELLING
+            return Reason.PATTERN
         if flow.written(node) and not set(flow.sharing(node)) <= inside:
             return Reason.WRITTEN
     for operand in operands:
@@ -348,7 +348,7 @@ def _unknown_step(softmax: Node, flow: Dataflow) -> Call | None:
     operands = [Operand(node, "") for node in before.all_input_nodes]
     values = [Operand(node, "") for node in after.all_input_nodes]
     steps = (before, softmax, after)
-    return Call(after, steps, operands[0], operands[-1], values[-1], reason=Reason.SPELLING)
+    return Call(after, steps, operands[0], operands[-1], values[-1], reason=Reason.PATTERN)
 
 
 def _nearby(

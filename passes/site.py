@@ -38,7 +38,7 @@ class Reason(str, Enum):
     MASK = "mask"
     FLEX = "flex"
     LEAF = "leaf"
-    SPELLING = "spelling"
+    PATTERN = "pattern"
     WEIGHTS = "weights"
     WRITTEN = "written"
     SCALE = "scale"
@@ -68,7 +68,7 @@ _SENTENCES = {
     Reason.MASK: "The mask is a learned bias, one of several, or of no shape that padding has.",
     Reason.FLEX: "flex_attention with a mask or score function of its own is sparse already.",
     Reason.LEAF: "Attention inside one PyTorch call, with its projections: it cannot be opened.",
-    Reason.SPELLING: "Attention written by hand with a step that the pass does not know.",
+    Reason.PATTERN: "Attention written by hand with a step that the pass does not know.",
     Reason.WEIGHTS: "The attention weights are used elsewhere, so they have to be computed.",
     Reason.WRITTEN: "q, k, v or the mask is overwritten before the attention is complete.",
     Reason.SCALE: "The logits are scaled by a tensor, not by one number.",
@@ -149,7 +149,7 @@ class Padding:
 
 @dataclass(frozen=True)
 class Call:
-    """An attention call as it is written, whatever its spelling.
+    """An attention call as it is written, whatever its pattern.
 
     Attributes:
         node: the node that holds the output.

@@ -206,7 +206,7 @@ def transposed(given: Given) -> Step | None:
 
 
 def is_softmax(node: Node) -> bool:
-    """True for a softmax in any spelling, also in one that cannot be read."""
+    """True for a softmax in any pattern, also in one that cannot be read."""
     return operation(node) in ("softmax", "log_softmax", "softmin")
 
 
@@ -221,4 +221,4 @@ def read_softmax(node: Node) -> tuple[Node, int, Reason | None] | None:
     args.take("_stacklevel")
     if not isinstance(data, Node) or not isinstance(dim, int) or rank <= 0:
         return None
-    return data, dim % rank, None if args.rest_has_defaults else Reason.SPELLING
+    return data, dim % rank, None if args.rest_has_defaults else Reason.PATTERN

@@ -55,42 +55,42 @@ CONSTANTS: Cases = {
     "integers": (of_scores(lambda s: s * torch.full((), 2.7, dtype=torch.int64)), 1),
     "bool": (of_scores(lambda s: s / torch.full((), 2.7, dtype=torch.bool)), 1),
     "rounded away": (
-        of_scores(lambda s: s * torch.full((), 0.3, dtype=torch.int64)), Reason.SPELLING
+        of_scores(lambda s: s * torch.full((), 0.3, dtype=torch.int64)), Reason.PATTERN
     ),
     "new_full": (of_scores(lambda s: s * s.new_full((1,), fill_value=0.7)), 1),
     "full_like": (of_scores(lambda s: s / torch.full_like(s, fill_value=2.0)), 1),
     "fill written": (
         of_scores(lambda s: torch.where(s < 9, s, torch.full_like(s, -1e9).mul_(-1e-9))),
-        Reason.SPELLING,
+        Reason.PATTERN,
     ),
 }  # fmt: skip
 WEIGHTS: Cases = {
-    "number added": (of_weights(lambda w: w + 1e-2), Reason.SPELLING),
-    "number added by function": (of_weights(lambda w: torch.add(1e-2, w)), Reason.SPELLING),
-    "number added in place": (of_weights(lambda w: w.add_(1e-2)), Reason.SPELLING),
-    "tensor added": (of_weights(lambda w: w + torch.full((), 1e-2)), Reason.SPELLING),
-    "times": (of_weights(lambda w: 1.5 * w), Reason.SPELLING),
-    "nan_to_num": (of_weights(lambda w: w.nan_to_num(0.0)), Reason.SPELLING),
-    "clamp": (of_weights(lambda w: w.clamp(min=0.02)), Reason.SPELLING),
-    "round": (of_weights(lambda w: w.round(decimals=1)), Reason.SPELLING),
-    "masked": (of_weights(lambda w: w.masked_fill(w < 0.01, 0.0)), Reason.SPELLING),
+    "number added": (of_weights(lambda w: w + 1e-2), Reason.PATTERN),
+    "number added by function": (of_weights(lambda w: torch.add(1e-2, w)), Reason.PATTERN),
+    "number added in place": (of_weights(lambda w: w.add_(1e-2)), Reason.PATTERN),
+    "tensor added": (of_weights(lambda w: w + torch.full((), 1e-2)), Reason.PATTERN),
+    "times": (of_weights(lambda w: 1.5 * w), Reason.PATTERN),
+    "nan_to_num": (of_weights(lambda w: w.nan_to_num(0.0)), Reason.PATTERN),
+    "clamp": (of_weights(lambda w: w.clamp(min=0.02)), Reason.PATTERN),
+    "round": (of_weights(lambda w: w.round(decimals=1)), Reason.PATTERN),
+    "masked": (of_weights(lambda w: w.masked_fill(w < 0.01, 0.0)), Reason.PATTERN),
     "reshaped": (
         lambda q, k, v, _: scores(q, k).softmax(-1).flatten(0, 1).relu() @ v.flatten(0, 1),
-        Reason.SPELLING,
+        Reason.PATTERN,
     ),
-    "softmax twice": (of_weights(lambda w: w.softmax(-1)), Reason.SPELLING),
-    "cast to integers": (of_weights(lambda w: (w * 9).int().float()), Reason.SPELLING),
-    "log_softmax": (lambda q, k, v, m: scores(q, k).log_softmax(-1).exp() @ v, Reason.SPELLING),
+    "softmax twice": (of_weights(lambda w: w.softmax(-1)), Reason.PATTERN),
+    "cast to integers": (of_weights(lambda w: (w * 9).int().float()), Reason.PATTERN),
+    "log_softmax": (lambda q, k, v, m: scores(q, k).log_softmax(-1).exp() @ v, Reason.PATTERN),
     "with something added": (
         lambda q, k, v, m: torch.baddbmm(
             torch.ones(1, 1, DIM), scores(q, k).softmax(-1).flatten(0, 1), v.flatten(0, 1)
-        ), Reason.SPELLING,
+        ), Reason.PATTERN,
     ),
     "product and something added": (
         lambda q, k, v, m: torch.baddbmm(
             torch.ones(1, 1, DIM),
             torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1), v.flatten(0, 1), alpha=0.5
-        ), Reason.SPELLING,
+        ), Reason.PATTERN,
     ),
     "cloned": (of_weights(lambda w: w.clone(memory_format=torch.contiguous_format)), 1),
 }  # fmt: skip
@@ -105,19 +105,19 @@ ADDED: Cases = {
     ),
     "integers": (lambda q, k, v, m: attend(scores(q, k) + row(m).long() * -9999, v), Reason.MASK),
     "doubled": (lambda q, k, v, m: attend(torch.add(scores(q, k), row(m).float(), alpha=2), v),
-                Reason.SPELLING),
+                Reason.PATTERN),
     "larger": (
-        lambda q, k, v, m: attend(scores(q[:1], k[:1]) + row(m).float(), v), Reason.SPELLING
+        lambda q, k, v, m: attend(scores(q[:1], k[:1]) + row(m).float(), v), Reason.PATTERN
     ),
-    "added to itself": (of_scores(lambda s: s + s), Reason.SPELLING),
-    "times itself": (of_scores(lambda s: s * s), Reason.SPELLING),
+    "added to itself": (of_scores(lambda s: s + s), Reason.PATTERN),
+    "times itself": (of_scores(lambda s: s * s), Reason.PATTERN),
     "float": (lambda q, k, v, m: attend(scores(q, k) + (1 - row(m).float()) * -1e4, v), 1),
 }  # fmt: skip
 CASTS: Cases = {
-    "int32": (of_scores(lambda s: (s * 4).to(torch.int32).float()), Reason.SPELLING),
-    "long": (of_scores(lambda s: s.long().float()), Reason.SPELLING),
-    "bool": (of_scores(lambda s: s.bool().float()), Reason.SPELLING),
-    "type": (of_scores(lambda s: s.type(torch.int16).type_as(s)), Reason.SPELLING),
+    "int32": (of_scores(lambda s: (s * 4).to(torch.int32).float()), Reason.PATTERN),
+    "long": (of_scores(lambda s: s.long().float()), Reason.PATTERN),
+    "bool": (of_scores(lambda s: s.bool().float()), Reason.PATTERN),
+    "type": (of_scores(lambda s: s.type(torch.int16).type_as(s)), Reason.PATTERN),
     "half": (of_scores(lambda s: (9 * s).half().float()), Reason.DTYPE),
     "bfloat16": (of_scores(lambda s: s.to(dtype=torch.bfloat16).to(s)), Reason.DTYPE),
     "float8": (of_scores(lambda s: s.to(torch.float8_e4m3fn).float()), Reason.DTYPE),
@@ -129,20 +129,20 @@ CASTS: Cases = {
     ),
     "double": (of_scores(lambda s: s.double().float()), 1),
     "double softmax": (lambda q, k, v, _: scores(q, k).double().softmax(-1).float() @ v, 1),
-    "complex": (of_scores(lambda s: s.to(torch.complex64).abs()), Reason.SPELLING),
+    "complex": (of_scores(lambda s: s.to(torch.complex64).abs()), Reason.PATTERN),
 }  # fmt: skip
 UNREAD: Cases = {
-    "floor": (of_scores(lambda s: torch.div(s, 0.25, rounding_mode="floor")), Reason.SPELLING),
-    "trunc": (of_scores(lambda s: s.div_(0.25, rounding_mode="trunc")), Reason.SPELLING),
+    "floor": (of_scores(lambda s: torch.div(s, 0.25, rounding_mode="floor")), Reason.PATTERN),
+    "trunc": (of_scores(lambda s: s.div_(0.25, rounding_mode="trunc")), Reason.PATTERN),
     "no rounding": (of_scores(lambda s: s.div(0.25, rounding_mode=None)), 1),
-    "alpha": (of_scores(lambda s: torch.sub(s, 3, alpha=2)), Reason.SPELLING),
-    "floor division": (of_scores(lambda s: s // 0.25), Reason.SPELLING),
-    "divided by scores": (of_scores(lambda s: 1.0 / s), Reason.SPELLING),
-    "from a number": (of_scores(lambda s: 1.0 - s), Reason.SPELLING),
-    "large shift": (of_scores(lambda s: s + 1e6 - 1e6), Reason.SPELLING),
+    "alpha": (of_scores(lambda s: torch.sub(s, 3, alpha=2)), Reason.PATTERN),
+    "floor division": (of_scores(lambda s: s // 0.25), Reason.PATTERN),
+    "divided by scores": (of_scores(lambda s: 1.0 / s), Reason.PATTERN),
+    "from a number": (of_scores(lambda s: 1.0 - s), Reason.PATTERN),
+    "large shift": (of_scores(lambda s: s + 1e6 - 1e6), Reason.PATTERN),
     "small shift": (of_scores(lambda s: s + 1.5 - 1), 1),
-    "infinite": (of_scores(lambda s: s * INF), Reason.SPELLING),
-    "nothing": (of_scores(lambda s: s * 0), Reason.SPELLING),
+    "infinite": (of_scores(lambda s: s * INF), Reason.PATTERN),
+    "nothing": (of_scores(lambda s: s * 0), Reason.PATTERN),
 }  # fmt: skip
 
 
@@ -151,20 +151,20 @@ def filled(value: float, change: Callable[[Tensor], Tensor]) -> Body:
 
 
 FILLS: Cases = {
-    "made small": (filled(-1e4, lambda s: s * 1e-4), Reason.SPELLING),
-    "divided": (filled(-1e9, lambda s: s / 1e8), Reason.SPELLING),
-    "by a tensor": (filled(-1e4, lambda s: s * torch.full((), 0.5)), Reason.SPELLING),
+    "made small": (filled(-1e4, lambda s: s * 1e-4), Reason.PATTERN),
+    "divided": (filled(-1e9, lambda s: s / 1e8), Reason.PATTERN),
+    "by a tensor": (filled(-1e4, lambda s: s * torch.full((), 0.5)), Reason.PATTERN),
     "still low": (filled(-1e9, lambda s: s * 1e-3), 1),
     "made low": (filled(-10.0, lambda s: s * 1e4), 1),
-    "small from the start": (filled(-50.0, lambda s: s), Reason.SPELLING),
-    "turned": (filled(-1e9, lambda s: s * -1), Reason.SPELLING),
-    "turned to infinity": (filled(-INF, lambda s: -1.0 * s), Reason.SPELLING),
+    "small from the start": (filled(-50.0, lambda s: s), Reason.PATTERN),
+    "turned": (filled(-1e9, lambda s: s * -1), Reason.PATTERN),
+    "turned to infinity": (filled(-INF, lambda s: -1.0 * s), Reason.PATTERN),
     "turned twice": (filled(-1e9, lambda s: s * -0.5 / -0.5), 1),
     "infinite": (filled(-INF, lambda s: s * 1e-4), 1),
     "where": (
-        lambda q, k, v, m: attend(torch.where(row(m), scores(q, k), -1e4) / 64, v), Reason.SPELLING
+        lambda q, k, v, m: attend(torch.where(row(m), scores(q, k), -1e4) / 64, v), Reason.PATTERN
     ),
-    "not a number": (filled(math.nan, lambda s: s), Reason.SPELLING),
+    "not a number": (filled(math.nan, lambda s: s), Reason.PATTERN),
 }  # fmt: skip
 
 
@@ -300,10 +300,10 @@ BROADCAST: Cases = {
     "one value head": (lambda q, k, v, m: attend(scores(q, k), v[:, :1]), Reason.LAYOUT),
     "linear": (
         lambda q, k, v, m: F.linear(F.linear(q[0, 0], k[0, 0]).softmax(-1), v[0, 0].mT),
-        Reason.SPELLING,
+        Reason.PATTERN,
     ),
-    "inner": (lambda q, k, v, m: attend(torch.inner(q[0, 0], k[0, 0]), v[0, 0]), Reason.SPELLING),
-    "ranks": (lambda q, k, v, m: attend(q @ k[0].mT, v[0]), Reason.SPELLING),
+    "inner": (lambda q, k, v, m: attend(torch.inner(q[0, 0], k[0, 0]), v[0, 0]), Reason.PATTERN),
+    "ranks": (lambda q, k, v, m: attend(q @ k[0].mT, v[0]), Reason.PATTERN),
     "one query head": (lambda q, k, v, m: attend(scores(q[:, :1], k), v), Reason.LAYOUT),
 }  # fmt: skip
 

@@ -43,24 +43,24 @@ def out_of_scores(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
 
 
 OUT: Cases = {
-    "product": (into(lambda s, v, o, m: torch.matmul(s.softmax(-1), v, out=o)), Reason.SPELLING),
+    "product": (into(lambda s, v, o, m: torch.matmul(s.softmax(-1), v, out=o)), Reason.PATTERN),
     "bmm": (
         into(lambda s, v, o, m: torch.bmm(
             s.softmax(-1).flatten(0, 1), v.flatten(0, 1), out=o.view(-1, TOKENS, DIM)
         )),
-        Reason.SPELLING,
+        Reason.PATTERN,
     ),
-    "first product": (out_of_scores, Reason.SPELLING),
-    "scale": (of_scores(lambda s: torch.mul(s, 0.5, out=torch.empty_like(s))), Reason.SPELLING),
+    "first product": (out_of_scores, Reason.PATTERN),
+    "scale": (of_scores(lambda s: torch.mul(s, 0.5, out=torch.empty_like(s))), Reason.PATTERN),
     "softmax": (
         lambda q, k, v, _: torch.softmax(
             scores(q, k), -1, out=torch.empty(BATCH, HEADS, TOKENS, TOKENS)
         ) @ v,
-        Reason.SPELLING,
+        Reason.PATTERN,
     ),
     "mask": (
         of_scores(lambda s: torch.add(s, s[:1, :1, :1] * 0, out=torch.empty_like(s))),
-        Reason.SPELLING,
+        Reason.PATTERN,
     ),
 }  # fmt: skip
 
@@ -127,15 +127,15 @@ def into_mask(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
 
 SCORES: Cases = {
     "transposed": (
-        statement(lambda s: s.mT.masked_fill_(torch.arange(TOKENS) < 20, -INF)), Reason.SPELLING
+        statement(lambda s: s.mT.masked_fill_(torch.arange(TOKENS) < 20, -INF)), Reason.PATTERN
     ),
-    "part": (statement(lambda s: s[..., :30].mul_(3.0)), Reason.SPELLING),
-    "ravel": (statement(lambda s: s.ravel().mul_(0.5)), Reason.SPELLING),
-    "foreach": (statement(lambda s: torch._foreach_mul_([s], 0.5)), Reason.SPELLING),
-    "custom operator": (statement(halve), Reason.SPELLING),
-    "set": (statement(lambda s: s.data.fill_(0.25)), Reason.SPELLING),
-    "transposed in place": (statement(lambda s: s.transpose_(2, 3)), Reason.SPELLING),
-    "into the mask": (into_mask, Reason.SPELLING),
+    "part": (statement(lambda s: s[..., :30].mul_(3.0)), Reason.PATTERN),
+    "ravel": (statement(lambda s: s.ravel().mul_(0.5)), Reason.PATTERN),
+    "foreach": (statement(lambda s: torch._foreach_mul_([s], 0.5)), Reason.PATTERN),
+    "custom operator": (statement(halve), Reason.PATTERN),
+    "set": (statement(lambda s: s.data.fill_(0.25)), Reason.PATTERN),
+    "transposed in place": (statement(lambda s: s.transpose_(2, 3)), Reason.PATTERN),
+    "into the mask": (into_mask, Reason.PATTERN),
     "whole": (statement(lambda s: s.mul_(0.5)), 1),
 }  # fmt: skip
 

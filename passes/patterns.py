@@ -1,9 +1,9 @@
-"""How people write attention by hand: one entry for each spelling of a step.
+"""How people write attention by hand: one entry for each pattern of a step.
 
 Hand-written attention is a product of queries and keys, some steps on its scores, a softmax, some
 steps on the weights, and a product with the values. Each of these is written in several ways, and
 every way can meet every other, so an entry describes one step and not a whole attention. To teach
-the pass a new spelling, add a function that reads it off a node and an entry with an example, a
+the pass a new pattern, add a function that reads it off a node and an entry with an example, a
 whole attention that contains it; the example is its test.
 """
 
@@ -33,13 +33,13 @@ Reader = TypeVar("Reader", ProductReader, StepReader)
 
 
 @dataclass(frozen=True)
-class Spelling(Generic[Reader]):
+class Pattern(Generic[Reader]):
     """One way to write a step.
 
     Attributes:
         name: in words.
         read: takes a node's arguments, by name; None if the node is not written so.
-        example: attention of q, k, v (B, H, N, D) that contains the spelling.
+        example: attention of q, k, v (B, H, N, D) that contains the pattern.
     """
 
     name: str
@@ -53,7 +53,7 @@ def read_product(node: Node) -> Product | None:
         args = arguments(node)
         product = read(node, args) if args is not None else None
         if args is not None and product is not None:
-            left_out = None if args.rest_has_defaults else Reason.SPELLING
+            left_out = None if args.rest_has_defaults else Reason.PATTERN
             return replace(product, reason=product.reason or left_out)
     return None
 
@@ -65,7 +65,7 @@ def read_step(node: Node, scores: Node, flow: Dataflow) -> Step | None:
         step = read(Given(node, scores, args, flow)) if args is not None else None
         if args is not None and step is not None:
             known = args.rest_has_defaults and keeps_shape(node, scores, step)
-            return step if known else replace(step, reason=step.reason or Reason.SPELLING)
+            return step if known else replace(step, reason=step.reason or Reason.PATTERN)
     return None
 
 
@@ -165,25 +165,25 @@ def _keys_by_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights.transpose(-2, -1) @ v
 
 
-PRODUCTS: tuple[Spelling[ProductReader], ...] = (
-    Spelling("matmul, mm, bmm, @", products.matmul, _operators),
-    Spelling("einsum", products.einsum, _einsums),
-    Spelling("einsum, one key head", products.einsum, _one_key_head),
-    Spelling("baddbmm", products.baddbmm, _with_baddbmm),
-    Spelling("baddbmm with a mask", products.baddbmm, _with_added_baddbmm),
+PRODUCTS: tuple[Pattern[ProductReader], ...] = (
+    Pattern("matmul, mm, bmm, @", products.matmul, _operators),
+    Pattern("einsum", products.einsum, _einsums),
+    Pattern("einsum, one key head", products.einsum, _one_key_head),
+    Pattern("baddbmm", products.baddbmm, _with_baddbmm),
+    Pattern("baddbmm with a mask", products.baddbmm, _with_added_baddbmm),
 )
-STEPS: tuple[Spelling[StepReader], ...] = (
-    Spelling("divided or multiplied by a number", steps.scale, _divided),
-    Spelling("scaled in place", steps.scale, _scaled_in_place),
-    Spelling("scaled and masked by statements", steps.scale, _scaled_by_statement),
-    Spelling("q and k scaled before", steps.scale, _scaled_on_both),
-    Spelling("mask added", steps.added_mask, _with_added_mask),
-    Spelling("masked_fill", steps.masked_fill, _with_masked_fill),
-    Spelling("where", steps.where, _with_where),
-    Spelling("cast, copy", steps.same_values, _in_float32),
-    Spelling("dropout that is off", steps.dropout, _in_float32),
-    Spelling("weights transposed", steps.transposed, _channels_first),
-    Spelling("keys by queries", steps.transposed, _keys_by_queries),
+STEPS: tuple[Pattern[StepReader], ...] = (
+    Pattern("divided or multiplied by a number", steps.scale, _divided),
+    Pattern("scaled in place", steps.scale, _scaled_in_place),
+    Pattern("scaled and masked by statements", steps.scale, _scaled_by_statement),
+    Pattern("q and k scaled before", steps.scale, _scaled_on_both),
+    Pattern("mask added", steps.added_mask, _with_added_mask),
+    Pattern("masked_fill", steps.masked_fill, _with_masked_fill),
+    Pattern("where", steps.where, _with_where),
+    Pattern("cast, copy", steps.same_values, _in_float32),
+    Pattern("dropout that is off", steps.dropout, _in_float32),
+    Pattern("weights transposed", steps.transposed, _channels_first),
+    Pattern("keys by queries", steps.transposed, _keys_by_queries),
 )
-_READ_PRODUCT = tuple(dict.fromkeys(spelling.read for spelling in PRODUCTS))
-_READ_STEP = tuple(dict.fromkeys(spelling.read for spelling in STEPS))
+_READ_PRODUCT = tuple(dict.fromkeys(pattern.read for pattern in PRODUCTS))
+_READ_STEP = tuple(dict.fromkeys(pattern.read for pattern in STEPS))
