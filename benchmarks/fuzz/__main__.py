@@ -20,7 +20,7 @@ from rich.progress import track
 
 from benchmarks.fuzz.case import draw
 from benchmarks.fuzz.judge import judge
-from benchmarks.fuzz.survey import Survey, run
+from benchmarks.fuzz.survey import BAD, Survey, run
 from benchmarks.provenance import provenance
 
 
@@ -49,6 +49,9 @@ def main() -> int:
     outcomes = run(given.seed, indices, given.jobs, focus)
     for outcome in track(outcomes, "graphs", given.graphs, console=progress):
         survey.add(outcome)
+        if outcome.verdict.outcome in BAD:
+            verdict = outcome.verdict
+            progress.print(f"{verdict.outcome} {given.seed}:{outcome.index}", verdict.detail)
     console = Console(width=110)
     for table in survey.tables():
         console.print(table)
@@ -56,8 +59,6 @@ def main() -> int:
     for failure in survey.failures[: given.show]:
         case = draw(given.seed, failure.index, focus)
         print(f"\n# {failure.verdict.outcome}: {failure.verdict.detail}\n{case.source}")
-    for failure in survey.failures:
-        print(f"{failure.verdict.outcome} {given.seed}:{failure.index} {failure.verdict.detail}")
     print({key: record[key] for key in ("tried", "outcomes", "plain_attentions",
                                         "plain_attentions_rewritten")})  # fmt: skip
     if given.out is not None:

@@ -27,8 +27,8 @@ from svg_ear_compile.passes import (
     handwritten,
     mask,
     memory,
+    patterns,
     site,
-    spellings,
     steps,
     symbolic,
 )
@@ -75,8 +75,8 @@ def test_a_case_is_always_the_same_and_another_one_is_another() -> None:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_the_pass_stands_a_few_hundred_graphs(part: int) -> None:
-    failures, invalid, graphs = [], 0, range(part, 2 * len(STRATA), PARTS)
+def test_the_pass_stands_a_graph_of_every_disturbance(part: int) -> None:
+    failures, invalid, graphs = [], 0, range(part, len(STRATA), PARTS)
     for index in graphs:
         case = draw(20, index)
         verdict = judge(case)
@@ -84,7 +84,7 @@ def test_the_pass_stands_a_few_hundred_graphs(part: int) -> None:
         if verdict.outcome in BAD:
             failures.append(f"{verdict.outcome}: {verdict.detail}\n{case.source}")
     assert not failures, "\n\n".join(failures)
-    assert invalid <= len(graphs) // 20
+    assert invalid <= len(graphs) // 8
 
 
 def _numbers_are_never_written(monkey: Monkey) -> None:
@@ -108,7 +108,7 @@ def _numbers_may_be_added_to_weights(monkey: Monkey) -> None:
 
 def _other_arguments_do_not_matter(monkey: Monkey) -> None:
     monkey.setattr(arguments.Arguments, "rest_has_defaults", property(lambda _: True))
-    monkey.setattr(handwritten, "_step", spellings.read_step)
+    monkey.setattr(handwritten, "_step", patterns.read_step)
 
 
 def _an_added_bool_is_padding(monkey: Monkey) -> None:
@@ -129,7 +129,7 @@ def _casts_to_integers_count_as_nothing(monkey: Monkey) -> None:
         return steps.Step() if given.args.take("self") in (None, given.scores) else None
 
     cast = steps.operation
-    monkey.setattr(spellings, "_READ_STEP", (any_cast, *spellings._READ_STEP))
+    monkey.setattr(patterns, "_READ_STEP", (any_cast, *patterns._READ_STEP))
     monkey.setattr(handwritten, "_reason_of_dtypes", lambda _: None)
 
 
@@ -161,8 +161,8 @@ def _only_positional_arguments_are_known(monkey: Monkey) -> None:
         assert node.args or "input" not in node.kwargs, "tuple index out of range"
         return found(node)
 
-    found = spellings.arguments
-    monkey.setattr(spellings, "arguments", positional)
+    found = patterns.arguments
+    monkey.setattr(patterns, "arguments", positional)
 
 
 def _repeated_masks_keep_their_batch(monkey: Monkey) -> None:
