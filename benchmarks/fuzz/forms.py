@@ -170,7 +170,7 @@ FORMS: dict[str, Form] = {
     "sum_of_products": Form("bhnd", "bhqk", (
         "s = (q[:, :, :, None] * k[:, :, None]).sum(-1)",
         "s = torch.sum(q.unsqueeze(3) * k.unsqueeze(2), dim=-1)",
-    ), ("o = (w[..., None] * v[:, :, None]).sum(3)", "o = w @ v"), expect="reason", weight=0.6),
+    ), ("o = (w[..., None] * v[:, :, None]).sum(3)", "o = w @ v"), expect="equal", weight=0.6),  # as large as no video allows: not looked for
     "tensordot": Form("nd", "qk", ("s = torch.tensordot(q, k, dims=([1], [1]))",),
                       ("o = torch.tensordot(w, v, dims=1)",), heads="none", expect="reason",
                       weight=0.6),
