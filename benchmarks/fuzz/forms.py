@@ -167,10 +167,11 @@ FORMS: dict[str, Form] = {
         "s = torch.baddbmm(input=q[:, :, :1], batch1=q, batch2=k.mT, beta=2, alpha=0.3)",
         "s = q[:, :, :1].expand(-1, -1, m).clone().baddbmm_(q, k.mT, alpha=0.3)",
     ), _BMM_OUT, expect="equal", weight=0.8),
+    # Of memory that no video allows: the pass need not know it for attention.
     "sum_of_products": Form("bhnd", "bhqk", (
         "s = (q[:, :, :, None] * k[:, :, None]).sum(-1)",
         "s = torch.sum(q.unsqueeze(3) * k.unsqueeze(2), dim=-1)",
-    ), ("o = (w[..., None] * v[:, :, None]).sum(3)", "o = w @ v"), expect="equal", weight=0.6),  # as large as no video allows: not looked for
+    ), ("o = (w[..., None] * v[:, :, None]).sum(3)", "o = w @ v"), expect="equal", weight=0.6),
     "tensordot": Form("nd", "qk", ("s = torch.tensordot(q, k, dims=([1], [1]))",),
                       ("o = torch.tensordot(w, v, dims=1)",), heads="none", expect="reason",
                       weight=0.6),
