@@ -137,7 +137,7 @@ def _sparse(
     for call in source.calls(request):
         if call.plan.is_dense or request.dense_only:
             return None
-        rows = call.rows
+        rows = slice(None) if call.rows is None else call.rows
         served = registry if call.captured is None else call.captured
         result = served.sparse_attention(
             q[rows], k[rows], v[rows], call.plan,

@@ -23,6 +23,7 @@ from benchmarks.provenance import provenance
 from benchmarks.tuning.recorded import record
 from benchmarks.video_dit.data import TRAIN_SHAPE
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
+from svg_ear_compile.kernels.registry import sparse_attention
 
 DENSITIES = (0.05, 0.1, 0.2, 0.4)
 FORMS: tuple[Compensation, ...] = get_args(Compensation)
