@@ -26,8 +26,8 @@ from benchmarks.fidelity.grid import OURS
 from benchmarks.fidelity.record import read
 from benchmarks.fidelity.report import markdown_table
 from benchmarks.fidelity.times import WAN
+from svg_ear_compile.passes.patterns import PRODUCTS, STEPS
 from svg_ear_compile.passes.site import Reason
-from svg_ear_compile.passes.spellings import PRODUCTS, STEPS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

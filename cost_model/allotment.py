@@ -139,10 +139,11 @@ class Allotment:
 
     def density(self, layers: Layers) -> float:
         """Mean share of the attention area computed exactly."""
-        return math.fsum(
+        total = math.fsum(
             self._areas[layer] * statistics.fmean(choice.density for choice in choices)
             for layer, choices in layers.items()
         )
+        return min(total, 1.0)  # rounding
 
     def layer_error(self, layer: str, phase: int, choice: Choice) -> float:
         """Error of the model's output with one layer alone as chosen."""

@@ -104,8 +104,6 @@ def decide(
         flops, moved: FLOPs of the rest of the graph, and bytes that its nodes put out.
         settings: the wish.
     """
-    if settings.budget_problem is not None:
-        return [_dense(settings.budget_problem) for _ in sites]
     if settings.budget is not None:
         return [_by_budget(site, settings.budget, settings) for site in sites]
     if settings.target_speedup is not None:

@@ -302,7 +302,8 @@ class _Tuning:
         """Milliseconds of a forward: what the compiler alone was measured to take, less the saving
         that is predicted, times the share of it that a forward was seen to gain."""
         saved = allotment.dense_ms - allotment.attention_ms(layers)
-        return self.plain_ms - self.saving * saved
+        # Times of a device that was never calibrated are off by factors: no forward takes nothing.
+        return max(self.plain_ms - self.saving * saved, 0.01 * self.plain_ms)
 
     def _solved(self, allotment: Allotment) -> tuple[Layers, list[float]]:
         """A solution for the wish and its error in every call, corrected by what was measured."""
