@@ -333,17 +333,17 @@ def fill(pages: Mapping[Path, str], made: Mapping[str, Table]) -> dict[Path, str
     """
     placed: list[str] = []
 
-    def table(marked: re.Match[str], folder: Path) -> str:
-        name = marked["name"]
-        if name not in made:
-            raise ValueError(f"no table is called {name!r}, there are {', '.join(made)}")
-        placed.append(name)
-        return f"<!-- {name} -->\n{made[name](folder)}\n<!-- /{name} -->"
+    def page(path: Path, text: str) -> str:
+        def table(marked: re.Match[str]) -> str:
+            name = marked["name"]
+            if name not in made:
+                raise ValueError(f"no table is called {name!r}, there are {', '.join(made)}")
+            placed.append(name)
+            return f"<!-- {name} -->\n{made[name](path.parent)}\n<!-- /{name} -->"
 
-    filled = {
-        path: _MARKED.sub(lambda marked, folder=path.parent: table(marked, folder), text)
-        for path, text in pages.items()
-    }
+        return _MARKED.sub(table, text)
+
+    filled = {path: page(path, text) for path, text in pages.items()}
     for name in made:
         if placed.count(name) != 1:
             raise ValueError(

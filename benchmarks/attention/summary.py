@@ -42,12 +42,14 @@ def summary_table(record: dict[str, Any]) -> str:
     lines = []
     for form, name in _FORMS.items():
         rates = [
-            row and f"{row['attend_over_dense_rate']:.2f}"
+            f"{row['attend_over_dense_rate']:.2f}" if row else None
             for row in (wan(form, density) for density in _DENSITIES)
         ]
         lines.append((f"Wan 14B, {name}: useful rate of the attend stage over dense", pair(rates)))
     others = [
-        row and f"{row['other_stages_over_dense']:.1%}{_reused(row, _reused_other_stages, '.1%')}"
+        f"{row['other_stages_over_dense']:.1%}{_reused(row, _reused_other_stages, '.1%')}"
+        if row
+        else None
         for row in (wan("centroid", d) for d in _DENSITIES)
     ]
     what = "Wan 14B, centroid form: all stages but attend, fraction of the dense time"
@@ -56,7 +58,7 @@ def summary_table(record: dict[str, Any]) -> str:
         for form, name in _FORMS.items():
             rows = [found.get((shape, PAPERS_CLUSTERS, form, density)) for density in _DENSITIES]
             speedups = [
-                row and f"{row['speedup']:.2f}x{_reused(row, reused_speedup, '.2f', 'x')}"
+                f"{row['speedup']:.2f}x{_reused(row, reused_speedup, '.2f', 'x')}" if row else None
                 for row in rows
             ]
             lines.append((f"{model}, {name}: whole operator over dense", pair(speedups)))
