@@ -15,6 +15,7 @@ from torch import Tensor
 
 from svg_ear_compile.kernels import registry
 from svg_ear_compile.kernels.clusters import Result, stratified_jitter
+from svg_ear_compile.kernels.cpu import CPU
 from svg_ear_compile.kernels.gpu import captured_graphs
 from svg_ear_compile.kernels.gpu.captured_graphs import CapturedGraphs
 from svg_ear_compile.kernels.plan import AttentionPlan
