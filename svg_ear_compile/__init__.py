@@ -4,12 +4,13 @@
 
 Nothing has to be imported for that line. `bind` tells a compiled model's layers and denoising steps
 apart, `explain` lists every attention and what was decided, `calibrate` measures a device, `tune` a
-model.
+model, `compare` shows what a setting does to one's own clips.
 """
 
 from svg_ear_compile.backend import svg_ear
 from svg_ear_compile.binding import Binding, bind
 from svg_ear_compile.calibrating import calibrate
+from svg_ear_compile.compare import compare
 from svg_ear_compile.cost_model.budget import Budget
 from svg_ear_compile.explain import Explanation, explain
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -27,6 +28,7 @@ __all__ = [
     "TuningSettings",
     "bind",
     "calibrate",
+    "compare",
     "explain",
     "record_calls",
     "svg_ear",

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from svg_ear_compile import cost_commands
+from svg_ear_compile.compare import command as compare_command
 from svg_ear_compile.explain import explain
 
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.set_defaults(run=_explain)
     cost_commands.add(commands, _load)
+    compare_command.add(commands, _load)
     given = parser.parse_args(argv)
     try:
         given.run(given)
