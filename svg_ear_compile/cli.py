@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from svg_ear_compile import cost_commands
+from svg_ear_compile import bench, cost_commands
 from svg_ear_compile.compare import command as compare_command
 from svg_ear_compile.explain import explain
 
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.set_defaults(run=_explain)
     cost_commands.add(commands, _load)
     compare_command.add(commands, _load)
+    bench.add(commands)
     given = parser.parse_args(argv)
     try:
         given.run(given)

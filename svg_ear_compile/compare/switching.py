@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from svg_ear_compile.binding import bind
+import svg_ear_compile
 from svg_ear_compile.compare.setting import Setting
 
 
@@ -46,7 +46,7 @@ def compiled_for(
         if dense:
             yield lambda: None
             return
-        with bind(*modules.values(), dense_steps=setting.dense_steps) as binding:
+        with svg_ear_compile.bind(*modules.values(), dense_steps=setting.dense_steps) as binding:
 
             def density() -> float | None:
                 reached = [r.density for r in binding.report() if r.density is not None]
