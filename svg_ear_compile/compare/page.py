@@ -191,7 +191,7 @@ def _decibels(value: float) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.1f}" if math.isfinite(value) else ("equal" if value > 0 else "–")
+    return f"{value:+.1f}" if math.isfinite(value) else ("+∞" if value > 0 else "−∞")
 
 
 def _rule(found: Comparison) -> str:

@@ -19,7 +19,7 @@ from svg_ear_compile.compare.folder import Folder
 from svg_ear_compile.compare.page import page_of
 from svg_ear_compile.compare.pipeline import Generated, Pipeline
 from svg_ear_compile.compare.setting import DENSE, Setting
-from svg_ear_compile.compare.switching import compiled_for, has_repeated_blocks
+from svg_ear_compile.compare.switching import Compiled, compiled_for, has_repeated_blocks
 from svg_ear_compile.cost_model.device import describe
 
 Progress = Callable[[str, int, int], None]
@@ -99,18 +99,19 @@ class _Generations:
         """Generate and keep the clips of a setting that are not `there`."""
         missing = [key for key in self.keys if key not in there]
         found = {}
-        with compiled_for(self.pipeline.modules, setting) as density:
+        with compiled_for(self.pipeline.modules, setting) as compiled:
             # Not counted: it compiles, fills caches, and shows whether the picture repeats.
-            repeat = self._generate(setting, missing[0], "compiling")
+            repeat = self._generate(compiled, setting, missing[0], "compiling")
             self._check_room(repeat, len(missing))
             for key in missing:
-                made = self._generate(setting, key, f"seed {key[1]}")
+                made = self._generate(compiled, setting, key, f"seed {key[1]}")
+                self._say(f"{setting.name}, comparing frames")
                 clip = Clip(
                     made.frames,
                     made.seconds,
                     made.compiled,
                     made.peak_bytes,
-                    density(),
+                    compiled.density(),
                     figures_of(made.frames, dense[key].frames) if dense else None,
                     psnr(made.frames, repeat.frames) if key == missing[0] else None,
                 )
@@ -119,7 +120,8 @@ class _Generations:
                 self._say(setting.name)
         return found
 
-    def _generate(self, setting: Setting, key: Key, what: str) -> Generated:
+    def _generate(self, compiled: Compiled, setting: Setting, key: Key, what: str) -> Generated:
+        compiled.start()
         self._say(f"{setting.name}, {what}")
 
         def on_step(step: int) -> None:

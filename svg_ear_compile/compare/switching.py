@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,17 +13,33 @@ from torch._dynamo.eval_frame import OptimizedModule
 import svg_ear_compile
 from svg_ear_compile.compare.setting import Setting
 
+if TYPE_CHECKING:
+    from svg_ear_compile import Binding
+
+
+class Compiled:
+    """Models compiled for one setting; `binding` is None for the dense one."""
+
+    def __init__(self, binding: Binding | None) -> None:
+        self._binding = binding
+
+    def start(self) -> None:
+        """Forget the last generation: one of a single step does not end by itself."""
+        if self._binding is not None:
+            self._binding.reset()
+
+    def density(self) -> float | None:
+        """Mean over the layers that ran sparse in the last generation, None if none did."""
+        layers = [] if self._binding is None else self._binding.report()
+        reached = [layer.density for layer in layers if layer.density is not None]
+        return sum(reached) / len(reached) if reached else None
+
 
 @contextmanager
-def compiled_for(
-    modules: Mapping[str, nn.Module], setting: Setting
-) -> Iterator[Callable[[], float | None]]:
+def compiled_for(modules: Mapping[str, nn.Module], setting: Setting) -> Iterator[Compiled]:
     """Compile `modules` in place for `setting` inside the with block.
 
     Repeated blocks are compiled one by one where the class names them, the whole model otherwise.
-    Yields a function that tells the mean density of the layers that ran sparse in the last
-    generation: None if none did.
-
     Raises:
         ValueError: a model is compiled already, or has no timestep argument.
     """
@@ -44,15 +61,10 @@ def compiled_for(
             else:
                 module.compile(**how)
         if dense:
-            yield lambda: None
+            yield Compiled(None)
             return
         with svg_ear_compile.bind(*modules.values(), dense_steps=setting.dense_steps) as binding:
-
-            def density() -> float | None:
-                reached = [r.density for r in binding.report() if r.density is not None]
-                return sum(reached) / len(reached) if reached else None
-
-            yield density
+            yield Compiled(binding)
     finally:
         for module in modules.values():
             for inner in module.modules():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -96,6 +97,23 @@ def test_every_setting_sees_the_same_prompts_and_seeds_after_one_that_does_not_c
     assert [done for _, done, _ in heard] == sorted(done for _, done, _ in heard)
     assert all(c.figures.psnr == math.inf for c in found.clips["density 0.2"].values())
     assert found.recommended.setting is DENSE
+
+
+def test_no_generation_sees_what_another_one_remembered(tmp_path, monkeypatch):
+    resets = []
+
+    class Binding:
+        def reset(self):
+            resets.append(None)
+
+        def report(self):
+            return []
+
+    monkeypatch.setattr(svg_ear_compile, "bind", lambda *models, **given: nullcontext(Binding()))
+    pipeline = Plain()
+    compared(pipeline, tmp_path)
+    # Dense ones remember nothing.
+    assert len(resets) == len(pipeline.calls) - 5
 
 
 def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path):
