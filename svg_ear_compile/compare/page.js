@@ -7,6 +7,8 @@
   const DASHES = ["", "7 4", "2 3", "9 3 2 3"];
   const stage = at("stage");
   const canvases = [at("canvas-left"), at("canvas-right")];
+  // Small clips are drawn larger, so that the wipe's line stays thin on them.
+  const scale = Math.max(1, Math.ceil(640 / layout.width));
   const state = {
     clip: 0, left: 0, right: data.recommended || Math.min(1, names.length - 1),
     view: "side", frame: 0, playing: false, speed: 1, divider: 0.5,
@@ -41,7 +43,9 @@
     const left = Math.round(from * layout.width);
     const width = Math.round(to * layout.width) - left;
     if (width > 0) {
-      canvas.getContext("2d").drawImage(image, x + left, y, width, layout.height, left, 0, width, layout.height);
+      const pen = canvas.getContext("2d");
+      pen.imageSmoothingQuality = "high";
+      pen.drawImage(image, x + left, y, width, layout.height, scale * left, 0, scale * width, scale * layout.height);
     }
   }
 
@@ -51,16 +55,15 @@
       paint(left, entry(state.left).sheets, 0, state.divider);
       paint(left, entry(state.right).sheets, state.divider, 1);
       const pen = left.getContext("2d");
-      const line = Math.max(1, layout.width / 320);
       pen.fillStyle = "#fff";
-      pen.fillRect(state.divider * layout.width - line / 2, 0, line, layout.height);
+      pen.fillRect(state.divider * left.width - 1, 0, 2, left.height);
     } else if (state.view === "difference") {
       paint(left, entry(state.left).sheets, 0, 1);
       const differences = entry(state.right).differences;
       if (differences.length) {
         paint(right, differences, 0, 1);
       } else {
-        right.getContext("2d").clearRect(0, 0, layout.width, layout.height);
+        right.getContext("2d").clearRect(0, 0, right.width, right.height);
       }
     } else {
       paint(left, entry(state.left).sheets, 0, 1);
@@ -292,8 +295,8 @@
   document.body.classList.toggle("tall", layout.height > layout.width);
   stage.style.setProperty("--ratio", layout.width / layout.height);
   for (const canvas of canvases) {
-    canvas.width = layout.width;
-    canvas.height = layout.height;
+    canvas.width = scale * layout.width;
+    canvas.height = scale * layout.height;
   }
   // `#clip=2&right=3&view=wipe&frame=7` opens the page there.
   const wanted = new URLSearchParams(location.hash.slice(1));
