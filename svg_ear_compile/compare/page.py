@@ -195,31 +195,33 @@ def _signed(value: float) -> str:
 
 
 def _rule(found: Comparison) -> str:
-    repeats = {s.name: _repeat(found, s) for s in found.all_settings}
-    exact = all(math.isinf(value) for value in repeats.values() if value is not None)
-    noise = (
-        "The same prompt and seed gave the same frames, bit for bit, in every setting."
-        if exact
-        else "The same prompt and seed, generated twice, differ by "
-        + ", ".join(
-            f"{v:.1f} dB ({escape(name)})"
-            for name, v in repeats.items()
-            if v is not None and math.isfinite(v)
-        )
-        + ": smaller differences mean nothing."
-    )
     return (
         "<p>The recommended setting is the fastest whose every clip has a PSNR of "
         f"{found.floor_db:g} dB or more against the dense clip of the same prompt and seed, if it "
         "is faster than dense by more than the noise.</p>"
         f"<p>Noise of the seconds: {100 * found.time_noise:.1f} % (range of the dense generations "
-        f"over their median, {100 * LEAST_NOISE:g} % at least). {noise}</p>"
+        f"over their median, {100 * LEAST_NOISE:g} % at least). {_repeats(found)}</p>"
     )
 
 
-def _repeat(found: Comparison, setting: Setting) -> float | None:
-    repeats = (clip.repeat_psnr for clip in found.clips[setting.name].values())
-    return min((value for value in repeats if value is not None), default=None)
+def _repeats(found: Comparison) -> str:
+    """A sentence on clips of one prompt and seed that were generated twice, if any were."""
+    known: dict[str, float] = {}
+    for setting in found.all_settings:
+        for clip in found.clips[setting.name].values():
+            if clip.repeat_psnr is not None:
+                known[setting.name] = min(clip.repeat_psnr, known.get(setting.name, math.inf))
+    different = {name: value for name, value in known.items() if math.isfinite(value)}
+    if different:
+        each = ", ".join(f"{value:.1f} dB ({escape(name)})" for name, value in different.items())
+        return (
+            f"The same prompt and seed, generated twice, differ by {each}: smaller differences "
+            "mean nothing."
+        )
+    if known:
+        names = escape(", ".join(known))
+        return f"The same prompt and seed, generated twice, gave equal frames ({names})."
+    return ""
 
 
 def _conditions(found: Comparison) -> str:

@@ -139,6 +139,17 @@ def test_equal_clips_clips_of_one_frame_and_dense_alone_recommended_make_a_page_
     )
 
 
+def test_the_page_says_whether_generations_repeat_only_where_it_is_known():
+    found = made_comparison({"a": 0.01, "b": 0.02}, size=(3, 24, 32))
+    assert "gave equal frames (a, b)." in page_of(found)  # dense was generated once
+    object.__setattr__(found.clips["b"][0, 0], "repeat_psnr", 41.25)
+    assert "differ by 41.2 dB (b): smaller" in page_of(found)
+    for clips in found.clips.values():
+        for clip in clips.values():
+            object.__setattr__(clip, "repeat_psnr", None)
+    assert "generated twice" not in page_of(found)
+
+
 def test_a_page_keeps_to_its_size_with_smaller_pictures_and_then_fewer_clips():
     found = made_comparison({"a": 0.05}, seeds=(0, 1, 2, 3), size=(2, 360, 640))
     full = page_of(found)
