@@ -4,7 +4,7 @@
 
 Nothing has to be imported for that line. `bind` tells a compiled model's layers and denoising steps
 apart, `explain` lists every attention and what was decided, `calibrate` measures a device, `tune` a
-model.
+model, `compare` shows what a setting does to one's own clips.
 """
 
 import warnings
@@ -13,6 +13,7 @@ import torch
 
 from svg_ear_compile.backend import svg_ear
 from svg_ear_compile.calibrating import calibrate
+from svg_ear_compile.compare import compare
 from svg_ear_compile.cost_model.budget import Budget
 from svg_ear_compile.explain import Explanation, explain
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "bind",
     "calibrate",
+    "compare",
     "explain",
     "record_calls",
     "svg_ear",

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 
-from svg_ear_compile import __version__, cost_commands
+from svg_ear_compile import __version__, bench, cost_commands
+from svg_ear_compile.compare import command as compare_command
 from svg_ear_compile.explain import explain
 from svg_ear_compile.kernels.checked import InvalidValueError, printable, shown
 from svg_ear_compile.made_models import model_and_inputs
@@ -85,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_explain)
     cost_commands.add(commands)
+    compare_command.add(commands)
+    bench.add(commands)
     return parser
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -23,7 +23,7 @@ def model_and_inputs(path: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         ValueError: `path` names no callable, or it returns something else.
         ImportError: the module is not found.
     """
-    found = _made(path)
+    found = callable_of(path, "--model")()
     wanted = f"{path} must return (model, args) or (model, args, kwargs)"
     if not isinstance(found, tuple) or len(found) not in (2, 3):
         raise InvalidValueError(f"{wanted}, not {_described(found)}")
@@ -41,7 +41,7 @@ def model_and_calls(path: str) -> tuple[nn.Module, list[ModelCall]]:
         ValueError: `path` names no callable, or it returns something else.
         ImportError: the module is not found.
     """
-    found = _made(path)
+    found = callable_of(path, "--model")()
     wanted = f"{path} must return (model, calls), calls being a list of inputs"
     if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], Sequence):
         raise InvalidValueError(f"{wanted}, not {_described(found)}")
@@ -68,15 +68,25 @@ def _inputs(args: object, kwargs: object, wanted: str) -> _Inputs:
     return tuple(args), dict(kwargs)
 
 
-def _made(path: str) -> object:
+def callable_of(path: str, option: str) -> Callable[[], Any]:
+    """What MODULE:CALLABLE names.
+
+    Args:
+        path: as it was given.
+        option: of the command line that it was given to.
+
+    Raises:
+        ValueError: it names no callable.
+        ImportError: the module is not found.
+    """
     module, _, name = path.partition(":")
     if not re.fullmatch(r"\w+(\.\w+)*", module) or not name.isidentifier():
-        raise InvalidValueError(f"--model must be MODULE:CALLABLE, got {shown(path)}")
+        raise InvalidValueError(f"{option} must be MODULE:CALLABLE, got {shown(path)}")
     sys.path.insert(0, "")
     make = getattr(importlib.import_module(module), name, None)
     if not callable(make):
         raise InvalidValueError(f"the module {module} has no callable {name!r}")
-    return make()
+    return make
 
 
 def _described(found: object) -> str:

@@ -13,11 +13,12 @@ import torch
 from attention_cases import random_mask, random_qkv
 from torch import Tensor
 
-from svg_ear_compile.kernels import cpu
-from svg_ear_compile.kernels.gpu import attention, captured_graphs
+from svg_ear_compile.kernels import registry
+from svg_ear_compile.kernels.clusters import Result, stratified_jitter
+from svg_ear_compile.kernels.cpu import CPU
+from svg_ear_compile.kernels.gpu import captured_graphs
 from svg_ear_compile.kernels.gpu.captured_graphs import CapturedGraphs
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.reference import Result, stratified_jitter
 
 PLAN = AttentionPlan(density=0.2, q_clusters=7, k_clusters=19)
 
@@ -39,10 +40,10 @@ def test_a_captured_call_is_the_call(layout: str, masked: bool, dim: int) -> Non
         q, k, v = random_qkv(seed, 1, (4, 2), (701, 701), dim, torch.bfloat16, "cuda", layout)
         if masked:
             settings["attn_mask"] = random_mask(seed, (True, False), (1, 2), 701, "cuda")
-        cold = attention.sparse_attention(q, k, v, PLAN, **settings)
+        cold = registry.sparse_attention(q, k, v, PLAN, **settings)
         warm = (cold.queries.centroids, cold.keys.centroids)
         for centroids in (None, warm):
-            wanted = attention.sparse_attention(q, k, v, PLAN, centroids=centroids, **settings)
+            wanted = registry.sparse_attention(q, k, v, PLAN, centroids=centroids, **settings)
             got = graphs.sparse_attention(q, k, v, PLAN, centroids=centroids, **settings)
             calls.append((got, wanted))
     assert graphs.count == 2
@@ -101,7 +102,7 @@ def test_kinds_share_their_memory_and_not_their_results() -> None:
     first = next(bytes_ for bytes_ in held if bytes_)
     assert held[-1] < 2 * first
     for plan, warm, blocks, got in found:
-        wanted = attention.sparse_attention(q, k, v, plan, centroids=warm, blocks=blocks)
+        wanted = registry.sparse_attention(q, k, v, plan, centroids=warm, blocks=blocks)
         for mine, other in zip(tensors_of(got), tensors_of(wanted), strict=True):
             assert torch.equal(mine, other)
     graphs.clear()
@@ -167,7 +168,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Stream:
     """Stand-ins for CUDA around the CPU's form: what is captured, held and freed is the same."""
     stream = Stream()
     monkeypatch.setattr(captured_graphs, "is_worth_while", lambda q: True)
-    monkeypatch.setattr(attention, "sparse_attention", cpu.sparse_attention)
+    monkeypatch.setattr(registry, "sparse_attention", CPU.sparse_attention)
     for name, stand_in in (
         ("CUDAGraph", Graph), ("Stream", Stream), ("current_stream", lambda device: stream),
         ("mem_get_info", lambda device: (1 << 40, 1 << 40)), ("graph_pool_handle", object),
@@ -214,12 +215,12 @@ def test_no_memory_to_capture_costs_no_result(
         calls.append(args)
         if len(calls) == 3:  # the capture
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-        return cpu.sparse_attention(*args, **kwargs)
+        return CPU.sparse_attention(*args, **kwargs)
 
     def invalidated(self: Graph) -> None:
         raise RuntimeError("the capture was invalidated")
 
-    monkeypatch.setattr(attention, "sparse_attention", short_of_memory)
+    monkeypatch.setattr(registry, "sparse_attention", short_of_memory)
     if end_fails:
         monkeypatch.setattr(Graph, "capture_end", invalidated)
     with caplog.at_level(logging.WARNING, "svg_ear_compile"):
