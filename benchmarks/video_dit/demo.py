@@ -82,7 +82,7 @@ def run_demo(settings: DemoSettings, weights: Path, out: Path, console: Console)
             def show(step: int, seconds: float, task: Any = task) -> None:
                 progress.update(task, completed=step + 1, last=f"{seconds:.2f} s/step")
 
-            # A model of its own for each run: a binding stays on the model it was given.
+            # A model of its own for each run: a session stays on the model that it was bound to.
             runs.append(generate_run(settings, load(), compensation, show))
 
     dense, *sparse = runs
@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, help="9 or 27 frames: 2,304 or 6,912 tokens")
     parser.add_argument("--steps", type=int, help="denoising steps")
     parser.add_argument("--dense-steps", type=int, help="leading steps that stay dense")
-    parser.add_argument("--density", type=float, help="share of attention computed exactly")
+    parser.add_argument("--density", type=float, help="fraction of attention computed exactly")
     parser.add_argument("--seed", type=int, help="seed of the noise")
     parser.add_argument("--label", choices=LABELS, help="what the clip shows")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance, 1 for none")

@@ -34,8 +34,8 @@ class DemoSettings:
     """What is generated, and how much of its attention stays exact.
 
     ``shape`` is (frames, height, width); of ``steps`` denoising steps the first ``dense_steps``
-    are dense in every run; ``density`` is the share of the attention area that the others compute
-    exactly; ``compensations`` has one sparse run for each entry.
+    are dense in every run; ``density`` is the fraction of the attention area that the others
+    compute exactly; ``compensations`` has one sparse run for each entry.
     """
 
     device: str
@@ -137,9 +137,9 @@ def generate_run(
     Raises:
         RuntimeError: the clip has values that are not finite.
     """
-    # Every run traces and compiles anew; Inductor's caches on disk still spare later runs a part.
+    # Every run traces and compiles; Inductor's caches on disk still spare later runs a part.
     torch.compiler.reset()
-    binding = None
+    session = None
     if compensation is None:
         title = "dense"
         compiled = torch.compile(model, backend="inductor")
@@ -147,7 +147,7 @@ def generate_run(
         title = TITLES[compensation]
         options = sparse_options(settings, model.config.patch, compensation)
         compiled = torch.compile(model, backend="svg_ear", options=options)
-        binding = svg_ear_compile.bind(compiled, dense_steps=settings.dense_steps)
+        session = svg_ear_compile.bind(compiled, dense_steps=settings.dense_steps)
 
     seconds: list[float] = []
 
@@ -171,9 +171,9 @@ def generate_run(
         raise RuntimeError(f"the clip of the run {title!r} is not finite")
     layers = (
         ()
-        if binding is None
+        if session is None
         else tuple(
-            LayerDensity(layer.path, layer.density, layer.identity) for layer in binding.report()
+            LayerDensity(layer.path, layer.density, layer.identity) for layer in session.report()
         )
     )
     return Run(title, compensation, frames, tuple(seconds), layers)
