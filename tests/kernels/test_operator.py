@@ -8,19 +8,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from types import ModuleType
 from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import CPU, CUDA, FORMS, LAYOUTS, SEEDS, Form, random_mask, random_qkv
+from attention_cases import FORMS, LAYOUTS, SEEDS, Form, random_mask, random_qkv
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from svg_ear_compile.kernels import op
+from svg_ear_compile.kernels import op, registry
 from svg_ear_compile.kernels.call import (
     UNBOUND,
     AttentionCall,
@@ -341,22 +340,16 @@ def test_a_few_heads_at_a_time_give_the_same_bits(
         assert torch.equal(getattr(together, name), getattr(apart, name))
 
 
-def module_of(device: str) -> ModuleType:
-    return (CUDA if device == "cuda" else CPU).module
-
-
 @DEVICES
 def test_a_call_starts_from_what_its_source_gives(device: str) -> None:
     q, k, v = qkv(device)
-    first = module_of(device).sparse_attention(q, k, v, PLAN)
+    first = registry.sparse_attention(q, k, v, PLAN)
     centroids = (first.queries.centroids, first.keys.centroids)
     for blocks in (None, first.blocks):
         source = Always(AttentionCall(PLAN, centroids=centroids, blocks=blocks))
         with calls_from(source):
             found, _ = attention(q, k, v, plan=DENSE.encode(), site="s", layer_owner="to_q")
-        wanted = module_of(device).sparse_attention(
-            q, k, v, PLAN, centroids=centroids, blocks=blocks
-        )
+        wanted = registry.sparse_attention(q, k, v, PLAN, centroids=centroids, blocks=blocks)
         assert torch.equal(found, wanted.out)
         (result,) = source.results
         assert torch.equal(result.exact, wanted.exact)
