@@ -19,7 +19,7 @@ from svg_ear_compile.cost_model import json_record
 from svg_ear_compile.cost_model.device import Device
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 
-VERSION = 1
+VERSION = 2
 
 SCALED_WITHIN = 2.0
 """A budget is scaled to token counts up to this factor away from its own: cluster counts grow in
@@ -96,7 +96,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Performance:
     """What a budget was predicted to do and what was then measured, or None where it was not.
 
     Attributes:
@@ -160,12 +160,12 @@ class Budget:
         fingerprint: the model.
         tokens: tokens of its attention, text included.
         device: what its times hold for.
-        wish: what was asked for, e.g. ``"target_speedup 2"``.
-        verdict: ``"tuned"``, or ``"uniform"`` where tuning was not better than one density for
+        objective: objective of the tuning, e.g. ``"target_speedup 2"``.
+        outcome: ``"tuned"``, or ``"uniform"`` where tuning was not better than one density for
             all, with the reason in `note`.
         schedule: see `Schedule`.
         layers: layer path to one choice for each phase of the schedule.
-        predicted, measured: see `Outcome`.
+        predicted, measured: see `Performance`.
         uniform: what one density for all was measured to do at the same time.
         frontier: other budgets on the way from dense to sparse.
         note: anything that a reader should know.
@@ -175,13 +175,13 @@ class Budget:
     fingerprint: Fingerprint
     tokens: int
     device: Device
-    wish: str
-    verdict: str
+    objective: str
+    outcome: str
     schedule: Schedule
     layers: dict[str, tuple[Choice, ...]]
-    predicted: Outcome = Outcome()
-    measured: Outcome = Outcome()
-    uniform: Outcome = Outcome()
+    predicted: Performance = Performance()
+    measured: Performance = Performance()
+    uniform: Performance = Performance()
     frontier: tuple[Point, ...] = field(default=(), repr=False)
     note: str = ""
 
@@ -253,8 +253,7 @@ def check(budget: Budget) -> Budget:
         ValueError: the format is another one, a number is out of range, or a layer has not one
             choice for each phase; the message says which.
     """
-    if budget.version != VERSION:
-        raise ValueError(f"its format has version {budget.version}; this package reads {VERSION}")
+    _check_version(budget.version)
     if budget.tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {budget.tokens}")
     schedule = budget.schedule
@@ -278,6 +277,13 @@ def check(budget: Budget) -> Budget:
     return budget
 
 
+def _check_version(version: int) -> None:
+    if version != VERSION:
+        raise ValueError(
+            f"its format has version {version}; this package reads {VERSION}: tune it again"
+        )
+
+
 def schema() -> dict[str, Any]:
     """JSON Schema of a budget file."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | json_record.schema(Budget)
@@ -295,8 +301,11 @@ def load(path: Path) -> Budget:
         OSError: it cannot be read.
         ValueError: it is broken; the message names the file and what is wrong in it.
     """
-    found = json_record.read(Budget, path)
     try:
-        return check(found)
-    except ValueError as error:
+        data = json.loads(path.read_text())
+        # The version comes first: a budget of another version may have other fields.
+        if isinstance(data, dict) and type(data.get("version")) is int:
+            _check_version(data["version"])
+        return check(json_record.decode(Budget, data))
+    except ValueError as error:  # json and unicode errors are ValueErrors too
         raise ValueError(f"{path}: {error}") from error

@@ -9,7 +9,7 @@ import torch
 from svg_ear_compile.cost_model import calibrate as measuring
 from svg_ear_compile.cost_model import calibration as keeping
 from svg_ear_compile.cost_model.calibration import Calibration
-from svg_ear_compile.deciding import calibration_of
+from svg_ear_compile.policy import calibration_of
 
 
 def calibrate(

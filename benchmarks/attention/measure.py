@@ -29,7 +29,7 @@ STAGES = STAGE_OF_KERNEL | {
     "moment_kernel": "means",
     "aim_kernel": "means",
 }
-STAGE_NAMES = ("assign", "means", "sort", "probe", "route", "attend", "correction")
+STAGE_NAMES = ("assign", "means", "sort", "score", "route", "attend", "correction")
 _SAMPLED_ROWS = 48
 
 

@@ -19,7 +19,7 @@ _COLOURS = {
     "assign": "#1f77b4",
     "means": "#6baed6",
     "sort": "#c6dbef",
-    "probe": "#9467bd",
+    "score": "#9467bd",
     "route": "#8c564b",
     "attend": "#d9622b",
     "correction": "#2ca02c",
@@ -27,7 +27,7 @@ _COLOURS = {
 # Stages of the cost model that a measured stage carries out.
 _AMOUNTS = {
     "assign": ("cluster",),
-    "probe": ("probe",),
+    "score": ("score",),
     "route": ("route",),
     "attend": ("attend",),
     "correction": ("correction",),

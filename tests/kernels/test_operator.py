@@ -252,7 +252,7 @@ def test_density_zero_routes_nothing_and_text_keeps_its_keys(form: Form) -> None
     q, k, v = qkv(form.device, (2, 2), (61, 61), torch.float16)
     plan = AttentionPlan(density=0.0, q_clusters=3, k_clusters=7)
     found = form(q, k, v, plan, text=(4, 2), return_lse=True)
-    assert not found.exact.any()
+    assert not found.block_mask.any()
     dense = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
     for text in (slice(0, 4), slice(59, 61)):
         rows_close(found.out[:, :, text], dense[:, :, text], form, torch.float16)
@@ -283,7 +283,7 @@ def check_nearly_coherent_blocks(form: Form, seed: int) -> None:
     start = (q[:, :, :1].float(), centers.to(form.device))
     found = form(q, k, v, plan, centroids=start)
     assert torch.equal(found.keys.labels[0, 0].cpu().long(), labels)
-    assert found.exact[0, 0, 0].tolist() == [False, False, False, True, True, True]
+    assert found.block_mask[0, 0, 0].tolist() == [False, False, False, True, True, True]
 
 
 @EVERY_FORM
@@ -293,7 +293,7 @@ def test_same_inputs_give_the_same_bits(form: Form) -> None:
     second = form(q, k, v, PLAN, return_lse=True)
     assert torch.equal(first.out, second.out)
     assert torch.equal(first.lse, second.lse)
-    assert torch.equal(first.exact, second.exact)
+    assert torch.equal(first.block_mask, second.block_mask)
 
 
 @pytest.mark.parametrize("compensation", get_args(Compensation))
