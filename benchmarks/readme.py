@@ -23,8 +23,8 @@ from benchmarks.fidelity.grid import OURS
 from benchmarks.fidelity.record import read
 from benchmarks.fidelity.report import readme_table
 from benchmarks.fidelity.times import WAN
+from svg_ear_compile.passes.patterns import PRODUCTS, STEPS
 from svg_ear_compile.passes.site import Reason
-from svg_ear_compile.passes.spellings import PRODUCTS, STEPS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -63,8 +63,8 @@ def models_table(zoo: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def spellings_list() -> str:
-    """Every spelling of hand-written attention that the pass reads."""
+def patterns_list() -> str:
+    """Every pattern of hand-written attention that the pass reads."""
     products, steps = ("; ".join(s.name for s in part) for part in (PRODUCTS, STEPS))
     return f"Products: {products}. Steps between them: {steps}."
 
@@ -251,7 +251,7 @@ def main() -> int:
     tables = {
         "reasons": reasons_table(),
         "models": models_table(json.loads(ZOO.read_text())),
-        "spellings": spellings_list(),
+        "patterns": patterns_list(),
         "attention": attention_table(json.loads(ATTENTION.read_text()))
         if measured
         else NOT_MEASURED,

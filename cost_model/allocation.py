@@ -140,10 +140,11 @@ class AllocationProblem:
 
     def density(self, allocation: Allocation) -> float:
         """Mean fraction of the attention area computed exactly."""
-        return math.fsum(
+        total = math.fsum(
             self._areas[layer] * statistics.fmean(choice.density for choice in choices)
             for layer, choices in allocation.items()
         )
+        return min(total, 1.0)  # rounding
 
     def layer_error(self, layer: str, phase: int, choice: Choice) -> float:
         """Error of the model's output with this choice for one layer, all others dense."""

@@ -13,13 +13,25 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from svg_ear_compile.cost_model import json_record
 from svg_ear_compile.cost_model.device import Device
+from svg_ear_compile.kernels.checked import (
+    Count,
+    Fraction,
+    InvalidValueError,
+    NotNegative,
+    Range,
+    Size,
+    printable,
+    shown,
+)
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 
 VERSION = 2
+
+Timestep = Annotated[float, Range(-1e9, 1e9)]
 
 SCALED_WITHIN = 2.0
 """A budget is scaled to token counts up to this factor away from its own: cluster counts grow in
@@ -37,11 +49,11 @@ class Choice:
         threshold: smallest `rho` computed exactly; where given, it routes instead of the density.
     """
 
-    density: float
-    q_clusters: int | None = None
-    k_clusters: int | None = None
+    density: Fraction
+    q_clusters: Size | None = None
+    k_clusters: Size | None = None
     compensation: Compensation = AttentionPlan.compensation
-    threshold: float | None = None
+    threshold: NotNegative | None = None
 
     def plan(self, base: AttentionPlan) -> AttentionPlan:
         """`base` (iterations, seed, score) with this choice in it."""
@@ -77,9 +89,9 @@ class Schedule:
         ascending: the timestep rises from noise to video.
     """
 
-    dense_steps: int = 0
-    phase_starts: tuple[float, ...] = ()
-    dense_from: float | None = None
+    dense_steps: Count = 0
+    phase_starts: tuple[Timestep, ...] = ()
+    dense_from: Timestep | None = None
     ascending: bool = False
 
     def phase(self, timestep: float) -> int | None:
@@ -106,18 +118,18 @@ class Performance:
         density: mean share of the attention area computed exactly.
     """
 
-    error: float | None = None
-    ms: float | None = None
-    speedup: float | None = None
-    density: float | None = None
+    error: NotNegative | None = None
+    ms: NotNegative | None = None
+    speedup: NotNegative | None = None
+    density: Fraction | None = None
 
 
 @dataclass(frozen=True)
 class Point:
     """A budget that was not chosen: milliseconds of a forward and predicted error."""
 
-    ms: float
-    error: float
+    ms: NotNegative
+    error: NotNegative
 
 
 @dataclass(frozen=True)
@@ -171,12 +183,12 @@ class Budget:
         note: anything that a reader should know.
     """
 
-    version: int
+    version: Count
     fingerprint: Fingerprint
-    tokens: int
+    tokens: Size
     device: Device
     objective: str
-    outcome: str
+    outcome: Literal["tuned", "uniform"]
     schedule: Schedule
     layers: dict[str, tuple[Choice, ...]]
     predicted: Performance = Performance()
@@ -214,7 +226,7 @@ class Budget:
             return self
         factor = tokens / self.tokens
         if not 1 / SCALED_WITHIN <= factor <= SCALED_WITHIN:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the budget was made for {self.tokens:,} tokens and is good from "
                 f"{math.ceil(self.tokens / SCALED_WITHIN):,} to "
                 f"{math.floor(self.tokens * SCALED_WITHIN):,}, not for {tokens:,}"
@@ -239,48 +251,42 @@ class Budget:
         """Raise a ValueError that says in what another model differs from the budget's."""
         mine = self.fingerprint
         if mine.model != other.model:
-            raise ValueError(f"the budget is for {mine.model}, not for {other.model}")
+            raise InvalidValueError(
+                printable(f"the budget is for {mine.model}, not for {other.model}")
+            )
         for name in ("parameters", "config"):
             if getattr(mine, name) != getattr(other, name):
                 what = {"parameters": "parameters of other shapes", "config": "another config"}
-                raise ValueError(f"the budget is for a {mine.model} with {what[name]}")
+                raise InvalidValueError(f"the budget is for a {mine.model} with {what[name]}")
 
 
 def check(budget: Budget) -> Budget:
-    """The budget itself if its parts fit together.
+    """The budget itself if its fields are in their ranges and fit together.
 
     Raises:
-        ValueError: the format is another one, a number is out of range, or a layer has not one
-            choice for each phase; the message says which.
+        ValueError: the format is another one, a field is of the wrong type or out of its range, or
+            a layer has not one choice for each phase; the message says which.
     """
     _check_version(budget.version)
-    if budget.tokens < 1:
-        raise ValueError(f"tokens must be at least 1, got {budget.tokens}")
+    json_record.check(budget)
     schedule = budget.schedule
-    if schedule.dense_steps < 0:
-        raise ValueError(f"schedule.dense_steps must not be negative, got {schedule.dense_steps}")
     starts = schedule.phase_starts if schedule.ascending else schedule.phase_starts[::-1]
     if list(starts) != sorted(set(starts)):
-        raise ValueError("schedule.phase_starts must run from noise to video")
+        raise InvalidValueError("schedule.phase_starts must run from noise to video")
     if not budget.layers:
-        raise ValueError("layers is empty")
+        raise InvalidValueError("layers is empty")
     for path, choices in budget.layers.items():
         if len(choices) != schedule.phases:
-            raise ValueError(
-                f"layers[{path!r}] has {len(choices)} choices for {schedule.phases} phases"
+            raise InvalidValueError(
+                f"layers[{shown(path)}] has {len(choices)} choices for {schedule.phases} phases"
             )
-        for choice in choices:
-            try:
-                choice.plan(AttentionPlan())
-            except ValueError as error:
-                raise ValueError(f"layers[{path!r}]: {error}") from error
     return budget
 
 
 def _check_version(version: int) -> None:
     if version != VERSION:
-        raise ValueError(
-            f"its format has version {version}; this package reads {VERSION}: tune it again"
+        raise InvalidValueError(
+            f"its format has version {shown(version)}; this package reads {VERSION}: tune it again"
         )
 
 
@@ -301,11 +307,9 @@ def load(path: Path) -> Budget:
         OSError: it cannot be read.
         ValueError: it is broken; the message names the file and what is wrong in it.
     """
-    try:
-        data = json.loads(path.read_text())
+    with json_record.naming(path):
+        data = json_record.parse(json_record.read_bytes(path))
         # The version comes first: a budget of another version may have other fields.
         if isinstance(data, dict) and type(data.get("version")) is int:
             _check_version(data["version"])
         return check(json_record.decode(Budget, data))
-    except ValueError as error:  # json and unicode errors are ValueErrors too
-        raise ValueError(f"{path}: {error}") from error

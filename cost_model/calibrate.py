@@ -40,8 +40,8 @@ from svg_ear_compile.cost_model.timing import (
     fastest_dense_ms,
     measure_roofs,
 )
-from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.registry import captured_attention, sparse_attention
 
 SECONDS = 55.0
 """Time that measuring may take. Most kernels are compiled before, which does not count. A class
@@ -156,9 +156,7 @@ def measure(
     """
     clock = Clock(q.device)
     batch, heads, tokens, head_dim = q.shape
-    sparse_attention = sparse_form(clock.on_gpu)
-    # Other calls' recordings could leave no room for this one's, and it would be timed without.
-    _forget_recordings(q.device)
+    sparse_attention = captured_attention(q.device)
     cold = sparse_attention(q, k, v, plan, text=(0, text))
     warm = (cold.queries.centroids, cold.keys.centroids)
 
@@ -192,7 +190,7 @@ def calibrate(
     seconds: float = SECONDS,
     on_sample: Callable[[str, float], None] | None = None,
 ) -> Calibration:
-    """Measure a device. Recorded calls of this process (`kernels.gpu.replay`) are forgotten.
+    """Measure a device.
 
     Args:
         device: CUDA or CPU.
@@ -238,7 +236,6 @@ def calibrate(
                 break
             samples.append(measure(*tensors, plan, dense, fitted=fitted))
     host_ms = _host_ms(device, workload) if device.type == "cuda" else 0.0
-    _forget_recordings(device)
     return Calibration(
         VERSION,
         "measured",
@@ -276,14 +273,7 @@ def _compile(device: torch.device, dtype: str, head_dim: int) -> None:
     """
     tensors = _small(device, dtype, head_dim)
     for plan in _PLANS:
-        sparse_form(True)(*tensors, plan)
-
-
-def _forget_recordings(device: torch.device) -> None:
-    if device.type == "cuda":
-        from svg_ear_compile.kernels.gpu import replay
-
-        replay.forget()
+        sparse_attention(*tensors, plan)
 
 
 def _small(device: torch.device, dtype: str, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,7 +283,7 @@ def _small(device: torch.device, dtype: str, head_dim: int) -> tuple[Tensor, Ten
 def _host_ms(device: torch.device, workload: _Workload) -> float:
     """Milliseconds of a warm call so small that the host takes all of the time."""
     tensors = _small(device, *workload.classes[0])
-    call, plan = sparse_form(True), AttentionPlan(density=0.5)
+    call, plan = captured_attention(device), AttentionPlan(density=0.5)
     cold = call(*tensors, plan)
     warm = (cold.queries.centroids, cold.keys.centroids)
     return Clock(device).ms(lambda: call(*tensors, plan, centroids=warm), 7)

@@ -6,22 +6,41 @@ Kept as versioned JSON: measured on this machine (the user's cache folder), reco
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import logging
 import math
 import os
-from dataclasses import dataclass, field, replace
+import re
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from svg_ear_compile.cost_model import json_record
 from svg_ear_compile.cost_model.device import Device
-from svg_ear_compile.cost_model.stages import ELEMENT_SIZES, Amount
+from svg_ear_compile.cost_model.stages import ELEMENT_SIZES, STAGES, Amount
+from svg_ear_compile.kernels.checked import (
+    Count,
+    Fraction,
+    InvalidValueError,
+    NotNegative,
+    Range,
+    Size,
+    printable,
+    shown,
+)
 
 log = logging.getLogger(__name__)
 
 VERSION = 6
 RECORDED = Path(__file__).with_name("recorded")
 Origin = Literal["measured", "recorded", "guess"]
+
+# Wide enough for any device; what lies outside is no measurement.
+Rate = Annotated[float, Range(1e-6, 1e9)]
+Milliseconds = Annotated[float, Range(0.0, 1e9)]
+Times = Annotated[float, Range(0.0, 1e6)]
 
 
 @dataclass(frozen=True)
@@ -34,18 +53,18 @@ class Roofs:
         launch_ms: milliseconds from one small operator to the next.
     """
 
-    flops: dict[str, float]
-    bandwidth: float
-    launch_ms: float
+    flops: dict[str, Rate]
+    bandwidth: Rate
+    launch_ms: Milliseconds
 
 
 @dataclass(frozen=True)
 class Efficiency:
     """How many times what the roofs allow a stage takes: for operations, bytes and launches."""
 
-    flops: float
-    bytes: float
-    launches: float
+    flops: Times
+    bytes: Times
+    launches: Times
 
 
 @dataclass(frozen=True)
@@ -61,20 +80,20 @@ class Sample:
         fitted: whether the coefficients were fitted to it; the others test them.
     """
 
-    tokens: int
-    heads: int
-    head_dim: int
+    tokens: Size
+    heads: Size
+    head_dim: Size
     dtype: str
-    density: float
+    density: Fraction
     compensation: str
-    q_clusters: int
-    k_clusters: int
-    dense_ms: float
-    op_ms: float
-    stages_ms: dict[str, float]
+    q_clusters: Size
+    k_clusters: Size
+    dense_ms: Milliseconds
+    op_ms: Milliseconds
+    stages_ms: dict[str, Milliseconds]
     fitted: bool
-    batch: int = 1
-    text: int = 0
+    batch: Size = 1
+    text: Count = 0
 
 
 @dataclass(frozen=True)
@@ -93,13 +112,13 @@ class Calibration:
         samples: what was measured.
     """
 
-    version: int
+    version: Count
     origin: Origin
     device: Device
     roofs: Roofs
-    host_ms: float
+    host_ms: Milliseconds
     stages: dict[str, dict[str, Efficiency]]
-    seconds: float = 0.0
+    seconds: NotNegative = 0.0
     samples: tuple[Sample, ...] = field(default=(), repr=False)
 
     @property
@@ -142,49 +161,122 @@ def ideal_ms(amount: Amount, roofs: Roofs, dtype: str) -> tuple[float, float, fl
     )
 
 
+def check(calibration: Calibration) -> Calibration:
+    """The calibration itself if times can be predicted with it.
+
+    Raises:
+        ValueError: its format is another one, a field is of the wrong type or out of its range, or
+            a stage is missing or takes no time; the message says which.
+    """
+    if calibration.version != VERSION:
+        raise InvalidValueError(
+            f"its format has version {shown(calibration.version)}; this package reads {VERSION}"
+        )
+    json_record.check(calibration)
+    if not calibration.roofs.flops or not calibration.stages:
+        raise InvalidValueError("roofs.flops or stages is empty")
+    for name, stages in calibration.stages.items():
+        dtype, _, dim = name.partition("/")
+        if dtype not in ELEMENT_SIZES or not re.fullmatch("[1-9][0-9]{0,3}", dim):
+            raise InvalidValueError(f"stages has {shown(name)}, which is no class of call")
+        for stage in (*STAGES[calibration.device.kind], "dense"):
+            if stage not in stages:
+                raise InvalidValueError(f"stages[{shown(name)}] has no {stage!r}")
+        dense = stages["dense"]
+        if dense.flops + dense.bytes + dense.launches == 0.0:
+            raise InvalidValueError(f"stages[{shown(name)}]: dense attention takes no time")
+    return calibration
+
+
 def cache_folder() -> Path:
-    """The user's folder of calibrations; it need not exist."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "svg_ear_compile" / "calibrations"
+    """The user's folder of calibrations; it need not exist.
+
+    Raises:
+        RuntimeError: the user has no home, as in a container under a bare user number.
+    """
+    # The standard of these folders has relative ones ignored.
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (
+        (Path(base) if os.path.isabs(base) else Path.home() / ".cache")
+        / "svg_ear_compile"
+        / "calibrations"
+    )
+
+
+def file_of(device: Device) -> Path:
+    """The file that `save` writes, in a folder that is made for the user alone if need be.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    try:
+        folder = cache_folder()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"no cache folder: {error}; set XDG_CACHE_HOME") from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / f"{device.key}.json"
+    json_record.check_writable(path)
+    return path
 
 
 def save(calibration: Calibration) -> Path:
-    """Put a calibration into the cache, closed to other users; returns its file."""
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    path = folder / f"{calibration.device.key}.json"
-    json_record.write(path, calibration)
+    """Put a calibration into the cache, with a seal that damage breaks; returns its file.
+
+    Raises:
+        OSError: the cache cannot be written.
+        ValueError: see `check`.
+    """
+    data = asdict(check(calibration))
+    path = file_of(calibration.device)
+    json_record.write(path, {**data, "seal": _seal(data)})
     return path
 
 
 def load(device: Device) -> Calibration:
     """The best that is known of a device: measured here, recorded elsewhere, or a guess.
 
-    A file that cannot be used is reported in the log and passed over.
+    A file that cannot be used is reported in the log, once, and passed over.
     """
-    cached = cache_folder() / f"{device.key}.json"
-    if cached.exists():
-        found = _read(cached)
+    try:
+        cached = cache_folder() / f"{device.key}.json"
+    except RuntimeError as error:
+        _passed_over(str(error))
+    else:
+        found = _read(cached, sealed=True)
         if found is not None and found.device == device:
             return found
     for path in sorted(RECORDED.glob("*.json")):
-        found = _read(path)
+        found = _read(path, sealed=False)
         if found is not None and found.device.name == device.name:
             return replace(found, origin="recorded")
     return guess(device)
 
 
-def _read(path: Path) -> Calibration | None:
+def _read(path: Path, sealed: bool) -> Calibration | None:
+    """What `save` wrote, or None; a copy of it that a person may have edited needs no seal."""
     try:
-        found = json_record.read(Calibration, path)
-    except (OSError, ValueError) as error:
-        log.warning("calibration passed over: %s", error)
+        with json_record.naming(path):
+            data = json_record.parse(json_record.read_bytes(path))
+            seal = data.pop("seal", None) if isinstance(data, dict) else None
+            found = check(json_record.decode(Calibration, data))
+            if sealed and seal != _seal(data):
+                raise InvalidValueError("its seal is broken: the file is not as it was written")
+            return found
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    if found.version == VERSION:
-        return found
-    log.warning("calibration passed over: %s has version %s, not %s", path, found.version, VERSION)
-    return None
+    except (OSError, ValueError) as error:
+        _passed_over(str(error))
+        return None
+
+
+def _seal(data: object) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _passed_over(problem: str) -> None:
+    log.warning("calibration passed over: %s", printable(problem))
 
 
 # Conservative on purpose: an early sparse site that turns out slower is worse than a late one. The

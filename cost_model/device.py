@@ -9,10 +9,12 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from svg_ear_compile import kernels
+from svg_ear_compile.kernels.checked import InvalidValueError, shown
 from svg_ear_compile.kernels.gpu.launch import architecture
 
 
@@ -24,13 +26,13 @@ class Device:
         kind: ``"cuda"`` or ``"cpu"``.
         name: of the GPU; of a CPU its model, vector width and number of threads in use.
         torch: version of torch.
-        triton: version of Triton, "" on a CPU, where it does not run.
+        triton: version of Triton, "" where it is not installed and on a CPU, where it does not run.
         kernels: digest of this package's kernels: other kernels have other times.
         architecture: of a GPU, e.g. ``"sm_90"``: it decides which tiles the kernels take. Budgets
             that are older than this field have "".
     """
 
-    kind: str
+    kind: Literal["cuda", "cpu"]
     name: str
     torch: str
     triton: str
@@ -48,19 +50,39 @@ def describe(device: torch.device | str) -> Device:
     """The facts of a device that this process can run on.
 
     Raises:
-        ValueError: there are no kernels for devices of that type.
+        ValueError: there is no such device here, or there are no kernels for devices of that type.
     """
-    device = torch.device(device)
+    found = _device(device)
+    if found.type == "cuda":
+        return Device(
+            "cuda", torch.cuda.get_device_name(found), torch.__version__, _triton_version(),
+            kernels_digest(), architecture(found),
+        )  # fmt: skip
+    vectors = torch.backends.cpu.get_cpu_capability()
+    name = f"{_cpu_model()} {vectors} {torch.get_num_threads()} threads"
+    return Device("cpu", name, torch.__version__, "", kernels_digest())
+
+
+def _device(given: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(given)
+    except (RuntimeError, ValueError, TypeError) as error:  # torch raises all of them
+        raise InvalidValueError(f"{shown(given)} is no device; try cuda, cuda:1 or cpu") from error
+    if device.type not in ("cuda", "cpu"):
+        raise InvalidValueError(f"there are no kernels for a device of type {device.type!r}")
     if device.type == "cuda":
-        name, triton = torch.cuda.get_device_name(device), importlib.metadata.version("triton")
-    elif device.type == "cpu":
-        vectors = torch.backends.cpu.get_cpu_capability()
-        name, triton = f"{_cpu_model()} {vectors} {torch.get_num_threads()} threads", ""
-    else:
-        raise ValueError(f"there are no kernels for a device of type {device.type!r}")
-    return Device(
-        device.type, name, torch.__version__, triton, kernels_digest(), architecture(device)
-    )
+        # Also false where torch is built without CUDA, in which case to count would raise.
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise InvalidValueError(f"there is no device {str(device)!r}: torch sees {count} GPUs")
+    return device
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # under another name, as in AMD's builds
+        return ""
 
 
 @functools.cache
@@ -74,9 +96,11 @@ def kernels_digest() -> str:
 
 @functools.cache
 def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # `platform.processor` is empty on most Linux systems
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
+    try:  # `platform.processor` is empty on most Linux systems
+        cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        cpuinfo = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    if found:
+        return found[1].strip()
     return platform.processor() or platform.machine()

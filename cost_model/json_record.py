@@ -1,86 +1,209 @@
-"""Frozen dataclasses as JSON, read back strictly, and the JSON Schema that says how.
+"""Every JSON file that we read or write, and the dataclasses that say what stands in it.
 
-For files that a user may edit or hand us: every wrong field is named, nothing is executed.
+For files that a user may edit or hand us, or that another process may have damaged. One reader
+takes them all: regular files of bounded size, UTF-8, bounded nesting, no key twice, finite numbers,
+and then the fields, types and ranges that the annotations of a dataclass allow. What is refused is
+refused in one printable sentence that names the file and the field; nothing is executed.
+
+(The general readers that fit, pydantic and msgspec, take the last of two equal keys and do not look
+at the file itself; what they would save is `_decode`, half of this file.)
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-import tempfile
+import secrets
+import stat
 import types
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from svg_ear_compile.kernels.plan import REMOVED
+from svg_ear_compile.kernels.checked import (
+    InvalidTypeError,
+    InvalidValueError,
+    checked,
+    field_kinds,
+    printable,
+    shown,
+)
 
 Record = TypeVar("Record")
 
-_NAMES = {str: "a string", int: "a whole number", float: "a finite number", bool: "true or false"}
+MOST_BYTES = 4 << 20
+"""Of a file: a budget of a thousand layers in ten phases has half of that."""
+MOST_LEVELS = 32
+MOST_DIGITS = 20
+
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+# Brackets become +1 and -1, everything else goes.
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """What a regular file holds; never waits for another process.
+
+    Args:
+        path: of the file.
+        most: bytes that it may have.
+
+    Raises:
+        OSError: it cannot be opened or read.
+        ValueError: it is no regular file, or too large.
+    """
+    # A pipe without a writer would keep an ordinary open waiting.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    handle = os.open(path, flags)
+    try:
+        check_regular(handle)
+        with open(handle, "rb", closefd=False) as file:
+            data = file.read(most + 1)
+    finally:
+        os.close(handle)
+    if len(data) > most:
+        raise InvalidValueError(f"it is larger than {most >> 20} MiB")
+    return data
+
+
+def check_regular(handle: int) -> None:
+    """Raise a ValueError unless an open file is a regular one."""
+    kind = stat.S_IFMT(os.fstat(handle).st_mode)
+    if kind != stat.S_IFREG:
+        raise InvalidValueError(f"it is {_KINDS.get(kind, 'a device')}, not a file")
+
+
+def parse(data: bytes) -> Any:
+    """Plain data from JSON.
+
+    Raises:
+        ValueError: it is not JSON in UTF-8, is nested too deep, has a key twice in one object, a
+            number that is not finite, or a whole number of more than 20 digits.
+    """
+    if _levels(data) > MOST_LEVELS:
+        raise InvalidValueError(f"it is nested deeper than {MOST_LEVELS} levels")
+    try:
+        return _DECODER.decode(data.decode())
+    except InvalidValueError:
+        raise
+    except UnicodeDecodeError as error:
+        raise InvalidValueError(f"byte {error.start} is not UTF-8") from error
+    except ValueError as error:
+        raise InvalidValueError(f"it is not JSON: {error}") from error
+
+
+def _levels(data: bytes) -> int:
+    """Depth of nesting, without the recursion that a parser needs for it."""
+    # Without its escapes, what lies between an odd and an even quotation mark is a string.
+    plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    outside = b"".join(plain.split(b'"')[::2])
+    steps = array("b", outside.translate(_STEPS, _NO_BRACKETS))
+    return max(itertools.accumulate(steps), default=0)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise InvalidValueError(f"the key {shown(twice)} stands twice in one object")
+    return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise InvalidValueError(f"a whole number has {len(digits):,} digits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise InvalidValueError(f"a number is too large: {shown(digits)}")
+    return value
+
+
+def _no_constant(name: str) -> float:
+    raise InvalidValueError(f"{name} is not a finite number")
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_int=_whole, parse_float=_finite, parse_constant=_no_constant
+)
 
 
 def decode(kind: type[Record], data: object, where: str = "") -> Record:
-    """An instance of the dataclass `kind` from parsed JSON.
+    """An instance of the dataclass `kind` from parsed JSON, or from such an instance.
 
     Raises:
-        ValueError: a field is missing, unknown or of the wrong type; the message says which.
+        ValueError: a field is missing, unknown, of the wrong type or out of its range; the message
+            says which.
     """
-    found: Record = _decode(kind, data, where)
+    try:
+        found: Record = _decode(kind, data, where)
+    except InvalidTypeError as error:
+        raise InvalidValueError(str(error)) from error
     return found
+
+
+def check(record: Record) -> Record:
+    """The record itself if `decode` would take what `write` makes of it; see there."""
+    decode(type(record), record)
+    return record
 
 
 def _decode(kind: Any, data: object, where: str) -> Any:
     if is_dataclass(kind):
-        return _decode_record(kind, data, where)  # type: ignore[arg-type]
+        return _decode_record(kind, data, where)
     origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        (inner,) = (a for a in arguments if a is not type(None))
-        return None if data is None else _decode(inner, data, where)
-    if origin is Literal:
-        if isinstance(data, str) and data in REMOVED:
-            raise ValueError(f"{where}: {REMOVED[data]}")
-        if data not in arguments:
-            raise ValueError(f"{where} must be one of {arguments}, got {data!r}")
-        return data
     if origin is tuple:
-        if not isinstance(data, list):
-            raise ValueError(f"{where} must be a list, got {data!r:.60}")
+        if not isinstance(data, (list, tuple)):
+            raise InvalidValueError(f"{where} must be a list, got {shown(data)}")
         return tuple(_decode(arguments[0], x, f"{where}[{i}]") for i, x in enumerate(data))
     if origin is dict:
         if not isinstance(data, dict):
-            raise ValueError(f"{where} must be an object, got {data!r:.60}")
-        return {key: _decode(arguments[1], x, f"{where}[{key!r}]") for key, x in data.items()}
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        data = float(data)
-    wrong_bool = isinstance(data, bool) and kind is not bool
-    if wrong_bool or not isinstance(data, kind) or (kind is float and not math.isfinite(data)):
-        raise ValueError(f"{where} must be {_NAMES[kind]}, got {data!r:.60}")
-    return data
+            raise InvalidValueError(f"{where} must be an object, got {shown(data)}")
+        return {
+            checked(f"a key of {where}", key, str): _decode(
+                arguments[1], x, f"{where}[{shown(key)}]"
+            )
+            for key, x in data.items()
+        }
+    return checked(where, data, kind)
 
 
-def _decode_record(kind: type[Any], data: object, where: str) -> Any:
+def _decode_record(kind: Any, data: object, where: str) -> Any:
+    if isinstance(data, kind):
+        data = {field.name: getattr(data, field.name) for field in fields(data)}
     if not isinstance(data, dict):
-        raise ValueError(f"{where or 'the file'} must be an object, got {data!r:.60}")
-    hints, dot = get_type_hints(kind), f"{where}." if where else ""
+        raise InvalidValueError(f"{where or 'the file'} must be an object, got {shown(data)}")
+    hints, dot = field_kinds(kind), f"{where}." if where else ""
     known = {f.name: f for f in fields(kind)}
     for name in data:
         if name not in known:
-            raise ValueError(f"{dot}{name} is not known; {kind.__name__} has {', '.join(known)}")
+            raise InvalidValueError(
+                f"{dot}{shown(name)} is not known; {kind.__name__} has {', '.join(known)}"
+            )
     given = {}
     for name, field in known.items():
         if name in data:
             given[name] = _decode(hints[name], data[name], dot + name)
         elif field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"{dot}{name} is missing")
+            raise InvalidValueError(f"{dot}{name} is missing")
     return kind(**given)
 
 
 def schema(kind: Any) -> dict[str, Any]:
     """JSON Schema of what `decode` takes for `kind`."""
     if is_dataclass(kind):
-        hints = get_type_hints(kind)
+        record: Any = kind
+        hints = field_kinds(record)
         required = [
             f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING
         ]
@@ -94,6 +217,9 @@ def schema(kind: Any) -> dict[str, Any]:
     if origin in (Union, types.UnionType):
         (inner,) = (a for a in arguments if a is not type(None))
         return {"anyOf": [schema(inner), {"type": "null"}]}
+    if origin is Annotated:
+        inner, limit = arguments
+        return schema(inner) | {"minimum": limit.least, "maximum": limit.most}
     if origin is Literal:
         return {"enum": list(arguments)}
     if origin is tuple:
@@ -104,17 +230,46 @@ def schema(kind: Any) -> dict[str, Any]:
 
 
 def write(path: Path, record: Any) -> None:
-    """Write a dataclass as JSON; a reader sees the old file or the new one, never a part."""
-    text = json.dumps(asdict(record), indent=1, allow_nan=False) + "\n"
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a dataclass, or plain data, as JSON.
+
+    A reader sees the old file or the new one, never a part. A symbolic link is replaced and not
+    followed; who may read the file is for the umask to say.
+    """
+    data = asdict(record) if is_dataclass(record) and not isinstance(record, type) else record
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    part = _new_beside(path)
     try:
-        with os.fdopen(handle, "w") as file:
+        with part.open("w", encoding="ascii") as file:
             file.write(text)
-        os.chmod(part, 0o644)  # a temporary file is the owner's alone; these are made to be shared
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Raise an OSError unless `write` could put a file there; for what takes long to make."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a file")
+    _new_beside(path).unlink()
+
+
+def _new_beside(path: Path) -> Path:
+    """A new, empty file in the folder of another one."""
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    return part
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the name of a file before what a ValueError says of its content, all of it printable."""
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidValueError(printable(f"{path}: {error}")) from error
 
 
 def read(kind: type[Record], path: Path) -> Record:
@@ -124,7 +279,5 @@ def read(kind: type[Record], path: Path) -> Record:
         OSError: the file cannot be read.
         ValueError: it is not JSON, or not that of `kind`; the message names the file and the field.
     """
-    try:
-        return decode(kind, json.loads(path.read_text()))
-    except ValueError as error:  # json and unicode errors are ValueErrors too
-        raise ValueError(f"{path}: {error}") from error
+    with naming(path):
+        return decode(kind, parse(read_bytes(path)))

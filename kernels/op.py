@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svg_ear_compile.kernels import state
-from svg_ear_compile.kernels.clusters import Result
-from svg_ear_compile.kernels.form import sparse_form
+from svg_ear_compile.kernels import registry
+from svg_ear_compile.kernels.call import CallRequest, active_source
+from svg_ear_compile.kernels.device_guard import on_device
 from svg_ear_compile.kernels.plan import HEAD_DIMS, AttentionPlan
-from svg_ear_compile.kernels.state import Call, Memory
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ROWS_AT_A_TIME = 1024
@@ -35,6 +34,7 @@ def attention(
     *,
     plan: str = "{}",
     site: str = "",
+    layer_owner: str = "",
     scale: float | None = None,
     text_prefix: int = 0,
     text_suffix: int = 0,
@@ -50,13 +50,15 @@ def attention(
             results of `key_padding` for it, any mask that PyTorch's attention takes: what is no
             padding makes the call dense.
         padding_rows: (B|1, H_kv|1, N_q|1, 1) bool, queries that take part; the others give 0.
-        layer: any parameter of the layer that makes q; its identity tells layers apart.
+        layer: any parameter or buffer of the layer; its identity tells layers apart.
         padding_keys, padding_proven: see `kernels.padding.key_padding`.
         plan: `AttentionPlan.encode` of the plan.
         site: name of the call in its graph.
+        layer_owner: path of the module that `layer` belongs to, relative to what was compiled.
         scale: logit scale, 1/sqrt(D) by default.
         text_prefix, text_suffix: tokens at the start and the end of both sequences that are text:
-            their keys are exact for every query, their queries attend to every key.
+            their keys are exact for every query, their queries attend to every key. A sequence of
+            no more tokens makes the call dense.
         averages_empty_rows: a row whose keys are all masked gives the mean of all values, as a mask
             that fills in a large negative number does, instead of 0.
         return_lse: also return the log-sum-exp.
@@ -68,35 +70,30 @@ def attention(
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype or device; the message names it.
     """
-    proof = (padding_keys, padding_rows, padding_proven)
     key_mask = attn_mask if padding_proven is None else padding_keys
     check_arguments(q, k, v, key_mask, text_prefix, text_suffix)
-    check_proof(attn_mask, *proof)
-    call = state.resolve(layer, site, AttentionPlan.decode(plan))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    text = (text_prefix, text_suffix)
-    video_q, video_k = q.shape[2] - sum(text), k.shape[2] - sum(text)
+    check_proof(attn_mask, padding_keys, padding_rows, padding_proven)
+    compiled, text = AttentionPlan.decode(plan), (text_prefix, text_suffix)
+    shortest = min(q.shape[2], k.shape[2]) - sum(text)
     is_padding = padding_proven is None or bool(padding_proven)
-    short = min(video_q, video_k) < max(1, call.plan.min_tokens)
-    if call.plan.is_dense or short or q.numel() == 0 or not is_padding:
-        if call.memory is not None:
-            call.memory.skip()
-        out, lse = dense_attention(q, k, v, attn_mask, scale, return_lse)
-        if padding_rows is not None and padding_proven is None:
-            _leave_out(out, lse, padding_rows)
-        if averages_empty_rows and attn_mask is not None:
-            _average_empty_rows(out, v, attn_mask, padding_rows)
-        return out, lse
-    terms = _Terms(scale, text, return_lse)
-    if call.stacked and q.shape[0] == call.batch:
-        out, lse = _by_branch(q, k, v, key_mask, call, terms)
-    else:
-        result = _remembering(q, k, v, key_mask, call.plan, call.memory, call.leader, terms)
-        out, lse = result.out, result.lse
-    if padding_rows is not None:
-        _leave_out(out, lse, padding_rows)
-    if averages_empty_rows and key_mask is not None:
-        _average_empty_rows(out, v, key_mask, padding_rows)
+    request = CallRequest(
+        layer, layer_owner, site, compiled, tuple(q.shape), tuple(k.shape), text, q.device,
+        dense_only=shortest < max(1, compiled.min_tokens) or q.numel() == 0 or not is_padding,
+    )  # fmt: skip
+    terms = _Terms(q.shape[-1] ** -0.5 if scale is None else scale, text, return_lse)
+    with on_device(q.device):
+        sparse = _sparse(q, k, v, key_mask, request, terms)
+        if sparse is None:
+            out, lse = dense_attention(q, k, v, attn_mask, terms.scale, return_lse)
+            # A mask whose padding was read off the graph is one of keys: its rows come apart.
+            rows = padding_rows if padding_proven is None else None
+            mask = attn_mask
+        else:
+            (out, lse), rows, mask = sparse, padding_rows, key_mask
+        if rows is not None:
+            _leave_out(out, lse, rows)
+        if averages_empty_rows and mask is not None:
+            _average_empty_rows(out, v, mask, padding_rows)
     return out, lse
 
 
@@ -113,6 +110,7 @@ def _(
     *,
     plan: str = "{}",
     site: str = "",
+    layer_owner: str = "",
     scale: float | None = None,
     text_prefix: int = 0,
     text_suffix: int = 0,
@@ -123,74 +121,39 @@ def _(
 
 
 class _Terms(NamedTuple):
-    """What all branches of a call have in common; see `attention`."""
+    """What all parts of a call have in common; see `attention`."""
 
     scale: float
     text: tuple[int, int]
     return_lse: bool
 
 
-def _by_branch(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call, terms: _Terms
-) -> tuple[Tensor, Tensor]:
-    """The branches stacked along the batch one after the other, led by the first."""
-    memories = (call.memory, *call.stacked)
-    out, lse = torch.empty_like(q), _empty_lse(q, terms.return_lse)
-    count = len(memories)
-    masks = (mask,) * count if mask is None or mask.shape[0] == 1 else mask.chunk(count)
-    leader = call.leader
-    for place, memory in enumerate(memories):
-        its_q, its_k, its_v = (x.chunk(count)[place] for x in (q, k, v))
-        result = _remembering(its_q, its_k, its_v, masks[place], call.plan, memory, leader, terms)
-        leader = leader or memory
-        out.chunk(count)[place].copy_(result.out)
+def _sparse(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, request: CallRequest, terms: _Terms
+) -> tuple[Tensor, Tensor] | None:
+    """Output and log-sum-exp as the active source says, None where it or the call says dense."""
+    source = active_source()
+    parts: tuple[Tensor, Tensor] | None = None
+    for call in source.calls(request):
+        if call.plan.is_dense or request.dense_only:
+            return None
+        rows = slice(None) if call.rows is None else call.rows
+        served = registry if call.captured is None else call.captured
+        result = served.sparse_attention(
+            q[rows], k[rows], v[rows], call.plan,
+            attn_mask=mask if mask is None or mask.shape[0] == 1 else mask[rows],
+            scale=terms.scale, text=terms.text, centroids=call.centroids, blocks=call.blocks,
+            return_lse=terms.return_lse,
+        )  # fmt: skip
+        source.finished(call, result)
+        if call.rows is None:
+            return result.out, result.lse
+        if parts is None:
+            parts = torch.empty_like(q), _empty_lse(q, terms.return_lse)
+        parts[0][rows].copy_(result.out)
         if terms.return_lse:
-            lse.chunk(count)[place].copy_(result.lse)
-    return out, lse
-
-
-def _remembering(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    plan: AttentionPlan,
-    memory: Memory | None,
-    leader: Memory | None,
-    terms: _Terms,
-) -> Result:
-    """Sparse attention of one branch with what it, or the branch that leads it, remembers."""
-    video_q, video_k = (x.shape[2] - sum(terms.text) for x in (q, k))
-    q_clusters, k_clusters = plan.clusters(video_q, video_k)
-    shapes = (*q.shape[:2], q_clusters, q.shape[3]), (*k.shape[:2], k_clusters, k.shape[3])
-    warm, blocks = None, None
-    if leader is not None:
-        warm = leader.warm_start(*shapes, q.device)
-        blocks = leader.blocks_of(plan, q.shape[2], k.shape[2]) if warm else None
-    led = blocks is not None
-    if memory is not None and not led:
-        warm = memory.warm_start(*shapes, q.device)
-        blocks = memory.lasting_blocks(plan, q.shape[2], k.shape[2]) if warm else None
-    result = sparse_form(q.is_cuda)(
-        q,
-        k,
-        v,
-        plan,
-        attn_mask=mask,
-        scale=terms.scale,
-        text=terms.text,
-        centroids=warm,
-        blocks=blocks,
-        return_lse=terms.return_lse,
-    )
-    if memory is not None:
-        pairs = q.shape[0] * q.shape[1] * video_q * video_k
-        if led:
-            memory.count(result, pairs, taken_over=True)
-        else:
-            taken_over = blocks is not None
-            memory.remember(result, plan, pairs, warm=warm is not None, taken_over=taken_over)
-    return result
+            parts[1][rows].copy_(result.lse)
+    return parts
 
 
 def dense_attention(
@@ -288,11 +251,6 @@ def check_arguments(
     for name, length in (("text_prefix", text_prefix), ("text_suffix", text_suffix)):
         if length < 0:
             raise ValueError(f"{name} must not be negative, got {length}")
-    if text_prefix + text_suffix > min(q.shape[2], k.shape[2]):
-        raise ValueError(
-            f"text_prefix + text_suffix is {text_prefix + text_suffix}, more than the shorter "
-            f"sequence of {min(q.shape[2], k.shape[2])} tokens"
-        )
     if attn_mask is not None:
         if attn_mask.dtype != torch.bool:
             raise TypeError(f"attn_mask must be bool, got {attn_mask.dtype}")

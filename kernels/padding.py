@@ -9,18 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 NEGLIGIBLE = -9000.0
 """A bias from here on leaves a key out: models write -10000 (-9984 in bfloat16), and e^-9000 is 0
 in every dtype next to any other key."""
 
 _ROWS_AT_A_TIME = 4096
-
-_Proof = tuple[Tensor, Tensor, Tensor]
-# Blocks that are compiled one by one get the same mask object one after the other. Kept as long as
-# the mask lives, valid as long as its version counter stands.
-_PROOFS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @torch.library.custom_op(
@@ -30,7 +24,13 @@ def key_padding(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Take a mask apart into keys and queries that take part, if that is all it says.
 
     ``mask[b, h, i, t] == rows[b, h, i] and keys[b, h, t]`` is what padding of keys and of queries
-    makes. Waits for the device, except for a mask that was proven before and not written since.
+    makes. Waits for the device.
+
+    Nothing is remembered from call to call. A tensor tells of no write through `.data`, NumPy or a
+    replayed CUDA graph, so a remembered proof could be that of other values, and to compare values
+    with remembered ones waits as long as to prove them. The layers of one graph share a call;
+    blocks that are compiled one by one prove once each, which is a wait and three reads of the mask
+    beside attention that takes milliseconds.
 
     Args:
         mask: (B|1, H|1, N_q|1, N_k) bool, True takes part, or float, added to the logits: 0 takes
@@ -41,24 +41,6 @@ def key_padding(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keys (B|1, H|1, 1, N_k) bool, rows (B|1, H|1, N_q|1, 1) bool, and proven, () bool on the
         CPU; keys and rows mean nothing where it is False.
     """
-    counted = not mask.is_inference()  # inference tensors have no version counter
-    if counted and mask in _PROOFS:
-        version, proof = _PROOFS[mask]
-        if version == mask._version:
-            return _copies(proof)
-    proof = _prove(mask)
-    if counted:
-        _PROOFS[mask] = (mask._version, proof)
-    return _copies(proof)
-
-
-def _copies(proof: _Proof) -> _Proof:
-    """An operator's outputs are its caller's to overwrite."""
-    keys, rows, proven = proof
-    return keys.clone(), rows.clone(), proven.clone()
-
-
-def _prove(mask: Tensor) -> _Proof:
     additive = mask.dtype != torch.bool
     keys = torch.zeros_like(mask[..., :1, :], dtype=torch.bool)
     rows = torch.zeros_like(mask[..., :1], dtype=torch.bool)

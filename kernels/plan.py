@@ -10,21 +10,25 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Annotated, Literal
+
+from svg_ear_compile.kernels.checked import (
+    Count,
+    Fraction,
+    InvalidValueError,
+    NotNegative,
+    Range,
+    Size,
+    check_fields,
+    shown,
+)
 
 Routing = Literal["density", "top_p", "threshold"]
 Compensation = Literal["gaussian", "centroid"]
 ClusterMetric = Literal["logits", "euclidean"]
-
-_TUNE_AGAIN = "a budget that names it has to be tuned again"
-REMOVED = {
-    "first_order": f'compensation "first_order" was replaced by "gaussian": {_TUNE_AGAIN}',
-    "second_order": f'compensation "second_order" was replaced by "gaussian": {_TUNE_AGAIN}',
-    "cost_exponent": f"cost_exponent was removed, its value is always 1 now: {_TUNE_AGAIN}",
-    "max_error": "max_error needs a tuned budget: "
-    "let `svg-ear tune --max-error` make one and give it as the option budget",
-}
-"""Options, and values of options, of earlier versions, each with the answer to who names it."""
+Iterations = Annotated[int, Range(1, 100)]
+"""Rounds of k-means: its error has stopped falling long before the largest number."""
+Seed = Annotated[int, Range(0, 2**63 - 1)]
 
 HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128, 160, 192, 256)
 """Head dims that the kernels are built for and tested with."""
@@ -85,52 +89,27 @@ class AttentionPlan:
 
     Raises:
         ValueError: a field is out of its range; the message names the field.
+        TypeError: a field is of the wrong type; the message names the field.
     """
 
-    density: float = 0.2
+    density: Fraction = 0.2
     routing: Routing = "density"
-    top_p: float = 0.9
-    min_block_ratio: float = 0.1
-    threshold: float = 1e-3
+    top_p: Fraction = 0.9
+    min_block_ratio: Fraction = 0.1
+    threshold: NotNegative = 1e-3
     compensation: Compensation = "gaussian"
     cluster_metric: ClusterMetric = "logits"
-    q_clusters: int | None = None
-    k_clusters: int | None = None
-    first_iterations: int = 5
-    warm_iterations: int = 1
-    max_drift: float = 0.15
+    q_clusters: Size | None = None
+    k_clusters: Size | None = None
+    first_iterations: Iterations = 5
+    warm_iterations: Iterations = 1
+    max_drift: Fraction = 0.15
     shared_branches: bool = True
-    seed: int = 0
-    min_tokens: int = 0
+    seed: Seed = 0
+    min_tokens: Count = 0
 
     def __post_init__(self) -> None:
-        for name in ("density", "top_p", "min_block_ratio", "max_drift"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
-        if not (self.threshold >= 0.0 and math.isfinite(self.threshold)):
-            raise ValueError(f"threshold must be finite and not negative, got {self.threshold!r}")
-        if self.routing not in get_args(Routing):
-            raise ValueError(f"routing must be one of {get_args(Routing)}, got {self.routing!r}")
-        if self.compensation in REMOVED:
-            raise ValueError(REMOVED[self.compensation])
-        if self.compensation not in get_args(Compensation):
-            raise ValueError(
-                f"compensation must be one of {get_args(Compensation)}, got {self.compensation!r}"
-            )
-        if self.cluster_metric not in get_args(ClusterMetric):
-            raise ValueError(
-                f"cluster_metric must be one of {get_args(ClusterMetric)}, "
-                f"got {self.cluster_metric!r}"
-            )
-        for name in ("q_clusters", "k_clusters"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}")
-        if self.min_tokens < 0:
-            raise ValueError(f"min_tokens must not be negative, got {self.min_tokens!r}")
-        for name in ("first_iterations", "warm_iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        check_fields(self)
 
     def encode(self) -> str:
         """JSON of the fields that differ from the defaults, keys in field order."""
@@ -143,12 +122,17 @@ class AttentionPlan:
         """The plan that `encode` wrote.
 
         Raises:
-            ValueError: `text` is not a JSON object of plan fields.
+            ValueError, TypeError: `text` is not a JSON object of plan fields.
         """
-        given = json.loads(text)
         known = {f.name for f in fields(AttentionPlan)}
+        try:
+            given = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InvalidValueError(f"plan must be JSON, got {shown(text)}") from error
         if not isinstance(given, dict) or not given.keys() <= known:
-            raise ValueError(f"plan must be a JSON object with keys among {sorted(known)}: {text}")
+            raise InvalidValueError(
+                f"plan must be a JSON object with keys among {sorted(known)}, got {shown(text)}"
+            )
         return AttentionPlan(**given)
 
     @property

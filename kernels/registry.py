@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -173,6 +174,18 @@ def choose(q: Tensor, k: Tensor, v: Tensor, name: str | None = None) -> Implemen
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, **more: Any) -> Result:
     """`Implementation.sparse_attention` of the implementation that serves the call."""
     return choose(q, k, v).sparse_attention(q, k, v, plan, **more)
+
+
+def captured_attention(device: torch.device) -> Callable[..., Result]:
+    """`sparse_attention`; on a GPU with captured graphs of its own, as the calls of a session have.
+
+    For measurements: what is captured is held as long as the returned function is.
+    """
+    if device.type != "cuda":
+        return sparse_attention
+    from svg_ear_compile.kernels.gpu.captured_graphs import CapturedGraphs
+
+    return CapturedGraphs().sparse_attention
 
 
 @functools.lru_cache(maxsize=256)

@@ -6,48 +6,19 @@ ancestor of the query it becomes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import networkx as nx
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
-from svg_ear_compile.passes.operation import CASTS, CONVOLUTIONS, LINEAR, VIEWS, operation
+from svg_ear_compile.passes.effects import Effects
+from svg_ear_compile.passes.memory import storages
+from svg_ear_compile.passes.operation import CONVOLUTIONS, LINEAR, operation
 
 # A tensor's size says nothing of what it holds.
 _SIZES = frozenset({"size", "shape", "sym_size", "numel", "sym_numel", "dim", "stride"})
-
-
-def _viewed(node: Node) -> Node | None:
-    """The tensor of which the node is a view, or None where it has memory of its own."""
-    name = operation(node)
-    viewed = node.args[0] if node.args else node.kwargs.get("input")
-    if not isinstance(viewed, Node):
-        return None
-    if name in VIEWS or (name.endswith("_") and not name.endswith("__")):
-        return viewed
-    if name in CASTS:
-        before, after = (n.meta.get("example_value") for n in (viewed, node))
-        if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
-            same = before.dtype == after.dtype and before.device == after.device
-            if same and (name != "contiguous" or before.is_contiguous()):
-                return viewed
-    return None
-
-
-def written(node: Node) -> list[Node]:
-    """The tensors that the node writes into."""
-    found: list[object] = [node.kwargs.get("out")]
-    name = operation(node)
-    if (name.endswith("_") and not name.endswith("__")) or name == "setitem":
-        found += node.args[:1] or [node.kwargs.get("input")]
-    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
-    if schema is not None and schema.is_mutable:
-        for position, argument in enumerate(schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = node.args[position] if position < len(node.args) else None
-                found.append(node.kwargs.get(argument.name, given))
-    return list(dict.fromkeys(n for n in found if isinstance(n, Node)))
 
 
 class Dataflow:
@@ -57,44 +28,99 @@ class Dataflow:
         graph: edges from every node to the nodes that read its data; a write in place reaches all
             later readers of the written memory. Child graphs (branches, checkpoints) are part of
             it: what a call hands to its child is the child's input.
-        position: place of each node in the order of its own graph.
+        position: place of each node in the order of execution; a child graph's nodes come right
+            before the call that runs them.
     """
 
     def __init__(self, gm: GraphModule) -> None:
         self.graph = nx.DiGraph()
         self.position: dict[Node, int] = {}
-        self._memory: dict[Node, Node] = {}
-        self._writers: dict[Node, list[Node]] = {}
+        self._effects = Effects()
+        self._memory: dict[Node, frozenset[int]] = {}
+        self._one_memory = nx.utils.UnionFind()  # storages that a call and its child call otherwise
+        self._written: dict[Node, list[Node]] = {}
+        self._writers: dict[int, list[Node]] = {}
+        self._add(gm)
         for module in gm.modules():
             if isinstance(module, GraphModule):
                 self._add(module)
 
     def _add(self, gm: GraphModule) -> None:
-        for place, node in enumerate(gm.graph.nodes):
-            self.position[node] = place
+        if next(iter(gm.graph.nodes)) in self.graph:
+            return
+        for node in gm.graph.nodes:
             self.graph.add_node(node)
-            viewed = _viewed(node)
-            self._memory[node] = node if viewed is None else self._memory[viewed]
+            self._memory[node] = self._storages(node)
+            children = _children(gm, node)
+            for child in children:
+                self._enter(node, child)
+            self.position[node] = len(self.position)
             for source in () if operation(node) in _SIZES else node.all_input_nodes:
                 self.graph.add_edge(source, node)
                 # Earlier writers reach the last one: a writer reads what it writes into.
                 self.graph.add_edges_from((w, node) for w in self._writers_of(source)[-1:])
-            for target in written(node):
-                self._writers.setdefault(self._memory[target], []).append(node)
-            for child in _children(gm, node):
-                self._join(node, child)
+            targets = self._effects.written(node)
+            for child in children:
+                targets = targets + self._leave(node, child)
+            self._written[node] = targets
+            for storage in self._memory_of(targets):
+                self._writers.setdefault(storage, []).append(node)
 
-    def _join(self, call: Node, child: GraphModule) -> None:
-        """Operands come last among the arguments of whatever calls a child graph."""
-        inputs = [n for n in child.graph.nodes if n.op == "placeholder"]
-        handed = [n for n in call.all_input_nodes if n.op != "get_attr" or _is_tensor(n)]
+    def _storages(self, node: Node) -> frozenset[int]:
+        if "example_value" in node.meta:
+            return storages(node.meta["example_value"])
+        # Nothing is known of its value: it may lie in any memory that it was given.
+        return frozenset().union(*(self._memory[n] for n in node.all_input_nodes))
+
+    def _memory_of(self, nodes: Iterable[Node]) -> set[int]:
+        """The memory of the nodes, under one name where a call and its child have two."""
+        return {self._one_memory[storage] for node in nodes for storage in self._memory[node]}
+
+    def _enter(self, call: Node, child: GraphModule) -> None:
+        """What the call hands over is the child's input. Inputs come last among its arguments."""
+        inputs, handed = _inputs(child), _handed(call)
+        self._add(child)
         for source, inside in zip(reversed(handed), reversed(inputs), strict=False):
             self.graph.add_edge(source, inside)
+            self._join(self._memory[source], self._memory[inside])
+
+    def _leave(self, call: Node, child: GraphModule) -> list[Node]:
+        """What the child returns is the call's result; returns what it wrote into."""
         (output,) = child.graph.find_nodes(op="output")
         self.graph.add_edge(output, call)
+        self._join(self._memory[call], *(self._memory[n] for n in output.all_input_nodes))
+        pairs = zip(reversed(_handed(call)), reversed(_inputs(child)), strict=False)
+        return [source for source, inside in pairs if self._writers_of(inside)]
+
+    def _join(self, *memories: frozenset[int]) -> None:
+        every = frozenset().union(*memories)
+        if every:
+            self._one_memory.union(*every)
+            # Writers are kept under the name that the joined memory has now.
+            writers = [w for s in every for w in self._writers.pop(s, ())]
+            if writers:
+                unique = sorted(dict.fromkeys(writers), key=self.position.__getitem__)
+                self._writers[self._one_memory[next(iter(every))]] = unique
 
     def _writers_of(self, tensor: Node) -> list[Node]:
-        return self._writers.get(self._memory[tensor], [])
+        memory = self._memory_of([tensor])
+        found = [w for storage in memory for w in self._writers.get(storage, ())]
+        if len(memory) == 1:
+            return found
+        return sorted(dict.fromkeys(found), key=self.position.__getitem__)
+
+    def written(self, node: Node) -> list[Node]:
+        """The tensors that the node writes into."""
+        return self._written[node]
+
+    def is_ever_written(self, tensor: Node) -> bool:
+        """True if anything in the graph writes into the memory of `tensor`."""
+        return bool(self._writers_of(tensor))
+
+    def sharing(self, node: Node) -> list[Node]:
+        """Every node whose tensor lies in memory of the node's."""
+        memory = self._memory_of([node])
+        return [other for other in self.position if memory & self._memory_of([other])]
 
     def sources(self, node: Node) -> Iterator[Node]:
         """The nodes whose data the node reads."""
@@ -137,6 +163,16 @@ def _children(gm: GraphModule, node: Node) -> list[GraphModule]:
     names = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
     found = [getattr(gm, name, None) for name in names if isinstance(name, str) and "." not in name]
     return [child for child in found if isinstance(child, GraphModule)]
+
+
+def _inputs(child: GraphModule) -> list[Node]:
+    return list(child.graph.find_nodes(op="placeholder"))
+
+
+def _handed(call: Node) -> list[Node]:
+    """The call's arguments without the child graphs, one for each time that it is handed over."""
+    leaves = (n for n in tree_leaves((call.args, call.kwargs)) if isinstance(n, Node))
+    return [n for n in leaves if n.op != "get_attr" or _is_tensor(n)]
 
 
 def _is_tensor(node: Node) -> bool:

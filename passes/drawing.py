@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from svg_ear_compile.passes.dataflow import Dataflow, projected_input
-from svg_ear_compile.passes.operation import VIEWS, operation
+from svg_ear_compile.passes.operation import REARRANGEMENTS, operation
 from svg_ear_compile.passes.site import AttentionSite
 from svg_ear_compile.passes.symbolic import hints_of
 
@@ -99,7 +99,7 @@ def _kind(node: Node, steps: set[Node]) -> Kind:
         return "input"
     if projected_input(node) is not None:
         return "projection"
-    return "view" if operation(node) in VIEWS else "other"
+    return "view" if operation(node) in REARRANGEMENTS else "other"
 
 
 def draw(path: Path, title: str, before: Surroundings, after: Surroundings) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -18,10 +19,11 @@ from svg_ear_compile.passes.folding import folds, role_in_clip
 from svg_ear_compile.passes.handwritten import read_handwritten
 from svg_ear_compile.passes.mask import judge_mask
 from svg_ear_compile.passes.media import carries_media
-from svg_ear_compile.passes.operation import operation
+from svg_ear_compile.passes.memory import is_plain
 from svg_ear_compile.passes.role import TokenSources, projected
 from svg_ear_compile.passes.sdpa import LEAF_TARGETS, SDPA_TARGETS, read_flex, read_leaf, read_sdpa
 from svg_ear_compile.passes.site import AttentionSite, Call, Padding, Reason, Role, Size, TextSpan
+from svg_ear_compile.passes.steps import is_softmax
 from svg_ear_compile.passes.symbolic import hint
 from svg_ear_compile.passes.text import TextSpans
 
@@ -33,7 +35,9 @@ def find_sites(gm: GraphModule) -> list[AttentionSite]:
     flow = Dataflow(gm)
     calls = [call for node in _nodes(gm) if (call := _read(node, flow)) is not None]
     attention = {node for call in calls for node in call.steps}
-    describe = _Describer(flow, TextSpans(flow, attention), folds(flow), carries_media(flow))
+    describe = _Describer(
+        flow, TextSpans(flow, attention), folds(flow), carries_media(flow), _is_transformed(gm)
+    )
     seen: Counter[str] = Counter()
     sites = []
     for call in calls:
@@ -50,6 +54,16 @@ def _nodes(gm: GraphModule) -> Iterator[Node]:
             yield from module.graph.nodes
 
 
+def _is_transformed(gm: GraphModule) -> bool:
+    """True if torch.func or forward-mode AD follows the tensors around the graph, or AD within it.
+
+    Within the graph, tensors of torch.func show what they are; dual tensors do not.
+    """
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(getattr(node.target, "__name__", "") == "_enter_dual_level" for node in _nodes(gm))
+
+
 def _may_be_attention(node: Node) -> bool:
     if node.op == "call_function" and (
         node.target in SDPA_TARGETS
@@ -57,7 +71,7 @@ def _may_be_attention(node: Node) -> bool:
         or node.target is torch.ops.higher_order.flex_attention
     ):
         return True
-    return operation(node) == "softmax"
+    return is_softmax(node)
 
 
 def _read(node: Node, flow: Dataflow) -> Call | None:
@@ -75,6 +89,7 @@ class _Describer:
     texts: TextSpans
     parts: dict[Node, int]
     media: dict[Node, bool]
+    transformed: bool
 
     def __call__(self, call: Call, layer: str, name: str) -> AttentionSite:
         flow = self.flow
@@ -93,6 +108,14 @@ class _Describer:
         dtype = _computed_in(call)
         padding = None
         reason = call.reason or _reason_to_leave(call, role, dtype)
+        if any(
+            operand.node in first.all_input_nodes
+            and flow.is_written_between(operand.node, first, last)
+            for operand in (call.q, call.k, call.v)
+        ):  # the rewritten call reads its operands where the last step does
+            reason = reason or Reason.WRITTEN
+        if self.transformed:
+            reason = Reason.TENSOR_TYPE
         if reason is None and not sources.values_are_of_the_keys:
             reason = Reason.VALUES
         if reason is None and of_q and not any(self.media[source] for source in of_q):
@@ -109,7 +132,7 @@ class _Describer:
             name=name,
             call=call,
             layer=layer,
-            layer_parameter=_layer_parameter(flow, call.q.node, first),
+            layer_parameter=_layer_parameter(flow, call.q.node, first, call.node),
             role=Role.JOINT if role is Role.SELF and text != TextSpan() else role,
             text=text,
             q_shape=q_shape,
@@ -132,6 +155,11 @@ def _reason_to_leave(call: Call, role: Role, dtype: torch.dtype | None) -> Reaso
         return Reason.CAUSAL
     if call.dropout_p != 0.0:
         return Reason.DROPOUT
+    values = [operand.node.meta.get("example_value") for operand in (call.q, call.k, call.v)]
+    if not all(is_plain(value) for value in (*values, call.node.meta.get("example_value"))):
+        return Reason.TENSOR_TYPE
+    if call.node.meta["example_value"].requires_grad:
+        return Reason.GRADIENTS
     shapes = [operand.sizes() for operand in (call.q, call.k, call.v)]
     if any(shape is None for shape in shapes):
         return Reason.LAYOUT
@@ -147,6 +175,8 @@ def _reason_to_leave(call: Call, role: Role, dtype: torch.dtype | None) -> Reaso
         return Reason.PREFIX
     if role in (Role.SPATIAL, Role.TEMPORAL):
         return Reason.PART_OF_CLIP
+    if k[3] != q[3]:
+        return Reason.LAYOUT
     return None if _fit(q, k, v) else Reason.LAYOUT
 
 
@@ -162,40 +192,77 @@ def _fit(q: tuple[Size, ...], k: tuple[Size, ...], v: tuple[Size, ...]) -> bool:
 
 def layer_path(node: Node) -> str:
     """Path of the innermost module that made the node, e.g. "blocks.3.attn1"; "" for a function."""
+    return _module_path(_innermost(node))
+
+
+def owner_path(parameter: Node) -> str:
+    """Path of the module that owns a parameter or buffer of the graph, written as `layer_path`."""
+    return _module_path(_source(parameter)).rpartition(".")[0]
+
+
+def _innermost(node: Node) -> str:
     stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = list(stack.values())[-1][0]
-    path = re.sub(r"^[LG]\['[^']*'\]", "", path)
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _source(node: Node) -> str:
+    """How Python reaches a tensor of the graph."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return str(node.target)  # an attribute of the graph module, of exported models
+    return str(source.name() if callable(source.name) else source.name)
+
+
+def _root(path: str) -> str:
+    """The variable that a path starts from, "" for one that says none."""
+    found = re.match(r"[LG]\['[^']*'\]", path)
+    return found.group() if found else ""
+
+
+def _module_path(path: str) -> str:
+    path = path.removeprefix(_root(path))
     names = re.findall(r"\['([^']+)'\]|\[(\d+)\]|\.?([^.\[\]]+)", path)
     parts = ".".join(name for match in names for name in match if name)
     # How Python reaches a module whose forward a hook has wrapped.
     parts = re.sub(
         r"forward(\.func\.__closure__\.\d+\.cell_contents\.forward)?\.__self__", "", parts
     )
-    kept = (p for p in parts.split(".") if p not in ("", "_modules", "__dict__", "_orig_mod"))
-    return ".".join(kept)
+    wrapping = ("", "_modules", "__dict__", "_orig_mod", "_parameters", "_buffers")
+    return ".".join(part for part in parts.split(".") if part not in wrapping)
 
 
-def _layer_parameter(flow: Dataflow, q: Node, reader: Node) -> Node | None:
-    """A parameter from which q descends: its identity tells layers of one graph apart.
+def _layer_parameter(flow: Dataflow, q: Node, reader: Node, call: Node) -> Node | None:
+    """A parameter or buffer inside of the module that attends: it tells layers of one graph apart.
 
-    The nearest projection's is the layer's own; a norm's on the way may be shared by all layers.
+    One outside proves nothing: data of an earlier layer reaches q, too. The nearest projection's is
+    taken first; a norm's on the way may be shared by all layers, whose session then goes by order.
     """
+    inside = _inside(_innermost(call), call)
     for node in flow.backward(q, lambda n: projected_input(n) is not None, reader):
         if projected_input(node) is not None:
             for source in node.all_input_nodes:
-                if _is_plain_parameter(source) and source.graph is q.graph:
+                if source in inside:
                     return source
-    for node in flow.backward(q, _is_plain_parameter, reader):
-        if _is_plain_parameter(node) and node.graph is q.graph:
-            return node
-    return None
+    near = [n for n in flow.backward(q, lambda n: n in inside, reader) if n in inside]
+    return next(iter([*near, *inside]), None)
 
 
-def _is_plain_parameter(node: Node) -> bool:
-    """A Parameter that any operator takes: quantised subclasses refuse those unknown to them."""
-    if node.op not in ("placeholder", "get_attr"):
-        return False
+def _inside(layer: str, call: Node) -> list[Node]:
+    """Parameters, then buffers, inside of the module at this path, in the graph of its call."""
+    path, root = _module_path(layer), _root(layer)
+    found = []
+    for node in call.graph.nodes:
+        if node.op in ("placeholder", "get_attr") and _is_plain_state(node):
+            # Exported models say no variable; of another one, the same path is another module.
+            same = root == "" or _root(_source(node)) in ("", root)
+            if same and f"{owner_path(node)}.".startswith(f"{path}." if path else ""):
+                found.append(node)
+    return sorted(found, key=lambda n: not isinstance(n.meta["example_value"], torch.nn.Parameter))
+
+
+def _is_plain_state(node: Node) -> bool:
+    """A parameter or buffer that any operator takes: subclasses refuse those unknown to them."""
     value = node.meta.get("example_value")
-    return isinstance(value, torch.nn.Parameter) and not is_traceable_wrapper_subclass(value)
+    if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value):
+        return False
+    return isinstance(value, torch.nn.Parameter) or "_buffers" in _source(node)

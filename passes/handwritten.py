@@ -7,26 +7,27 @@ the letter under the softmax is the one that the second product contracts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from string import ascii_letters
-from typing import TypeVar
 
 import torch
 from torch.fx import Node
 
+from svg_ear_compile.kernels.padding import NEGLIGIBLE
 from svg_ear_compile.passes.dataflow import Dataflow
+from svg_ear_compile.passes.memory import is_plain, is_same_view
 from svg_ear_compile.passes.operation import operation
-from svg_ear_compile.passes.site import Call, Mask, Operand, Reason
-from svg_ear_compile.passes.spellings import PRODUCTS, STEPS, Product, Step, softmax_dim
+from svg_ear_compile.passes.patterns import read_product, read_step
+from svg_ear_compile.passes.products import Product, is_product
+from svg_ear_compile.passes.site import Call, EmptyRow, Mask, Operand, Reason
+from svg_ear_compile.passes.steps import Step, read_softmax
+from svg_ear_compile.passes.symbolic import expression
 
-# Longer than any spelling seen; bounds the walk on graphs that are no attention.
+# Longer than any pattern seen; bounds the walk on graphs that are no attention.
 _MAX_STEPS = 12
-_READ_PRODUCT = tuple(dict.fromkeys(spelling.read for spelling in PRODUCTS))
-_READ_STEP = tuple(dict.fromkeys(spelling.read for spelling in STEPS))
 _UPCASTS = frozenset({"to", "_to_copy", "float", "type"})
-
-_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -45,27 +46,48 @@ class _Reading:
     letters: str
     scale: float = 1.0
     masks: list[Mask] = field(default_factory=list)
+    fill: float = -math.inf  # the logit of a key that a mask leaves out, scaled since
     reason: Reason | None = None  # why it has to stay as it is
 
-    def take(self, step: Step) -> None:
+    def take(self, step: Step, node: Node) -> None:
         if step.order is not None:
             self.letters = "".join(self.letters[d] for d in step.order)
-        reason = step.reason
-        if self.masks and step.factor != 1.0:
-            # A mask is scaled with the scores it was added to. -inf and its like stay what they
-            # are, unless their sign turns.
-            fills = all(m.tensor.node.meta["example_value"].dtype == torch.bool for m in self.masks)
-            reason = reason or (None if fills and step.factor > 0 else Reason.SPELLING)
-        self.scale *= step.factor
+        self._leave(step.reason)
+        self._scale(step.factor)
         tensor = step.added or step.mask
         if tensor is not None:
             value = tensor.meta.get("example_value")
             rank = value.dim() if isinstance(value, torch.Tensor) else 0
             if rank > len(self.letters) or self.masks:
-                reason = reason or Reason.MASK
+                self._leave(Reason.MASK)
             aligned = self.letters[max(0, len(self.letters) - rank) :] if rank else ""
-            self.masks.append(Mask(Operand(tensor, aligned), step.inverted, step.finite_fill))
+            added = step.added is not None
+            self.masks.append(Mask(Operand(tensor, aligned), step.inverted, added=added))
+            self.fill = step.fill
+        dtype = _dtype(node)
+        if dtype is not None:  # the lowest float32 is -inf in float16
+            self.fill = float(torch.tensor(self.fill, dtype=torch.float64).to(dtype))
+
+    def _scale(self, factor: float) -> None:
+        # A mask is scaled with the scores it was added to or filled into.
+        if factor != 1.0 and any(m.added for m in self.masks):
+            self._leave(Reason.PATTERN)
+        self.scale *= factor
+        self.fill *= factor
+
+    def _leave(self, reason: Reason | None) -> None:
         self.reason = self.reason or reason
+
+    def done(self) -> Mask | None:
+        """The mask, once all steps have been taken."""
+        if not self.masks:
+            return None
+        if self.masks[0].added:
+            return self.masks[0]
+        if not self.fill <= NEGLIGIBLE:  # a key that is left out would still take part
+            self._leave(Reason.PATTERN)
+        empty_row = EmptyRow.MEAN if math.isfinite(self.fill) else EmptyRow.NAN
+        return replace(self.masks[0], empty_row=empty_row)
 
 
 def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
@@ -73,48 +95,36 @@ def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
 
     The call has a reason where it is attention that must stay as it is.
     """
-    dim = softmax_dim(softmax)
-    data = softmax.args[0] if softmax.args else softmax.kwargs.get("input")
-    if dim is None or not isinstance(data, Node):
-        return None
-    after = _descend(softmax)
-    if after is None:
-        return None
-    weight_steps, out = after
-    before = _climb(data, softmax, flow)
-    if before is None:
-        return _unknown_spelling(softmax, out, flow)
-    product_node, score_steps = before
-    product = _product(product_node)
+    read = read_softmax(softmax)
+    after = _descend(softmax, flow) if read is not None else None
+    before = _climb(read[0], softmax, flow) if read is not None else None
+    if read is None or after is None or before is None:
+        return _unknown_step(softmax, flow)
+    _, dim, reason = read
+    (weight_steps, out), (product_node, score_steps) = after, before
+    product, value_product = read_product(product_node), read_product(out)
     assert product is not None
+    assert value_product is not None
+    # Whatever a product with the values does besides is a step on the output.
+    alone = value_product.factor == 1.0 and value_product.added is None
+    reasons = (
+        product.reason, reason, value_product.reason, None if alone else Reason.PATTERN
+    )  # fmt: skip
     reading = _Reading(product.out_dims, product.factor)
     if product.added is not None:
-        reading.take(Step(added=product.added))
+        reading.take(Step(added=product.added), product_node)
     for taken in score_steps:
-        reading.take(taken.step)
+        reading.take(taken.step, taken.node)
     normalised = reading.letters[dim]
     for taken in weight_steps:
-        reading.take(taken.step)
+        reading.take(taken.step, taken.node)
+    reading.reason = next((r for r in reasons if r is not None), reading.reason)
     weights = weight_steps[-1].node if weight_steps else softmax
-    value_product = _product(out)
-    assert value_product is not None
     operands = _operands(product, value_product, weights, reading.letters, normalised)
     if operands is None:
         return None
     nodes = [product_node, *(t.node for t in score_steps), softmax, *(t.node for t in weight_steps)]
     return _call(flow, operands, [*nodes, out], reading)
-
-
-def _product(node: Node) -> Product | None:
-    return _first(read(node) for read in _READ_PRODUCT)
-
-
-def _step(node: Node, source: Node) -> Step | None:
-    return _first(read(node, source) for read in _READ_STEP)
-
-
-def _first(found: Iterator[_Found | None]) -> _Found | None:
-    return next((x for x in found if x is not None), None)
 
 
 def _climb(
@@ -124,29 +134,40 @@ def _climb(
     # A step may be a statement whose result nobody names: `scores.masked_fill_(...)`.
     writers = [w for w in flow.writes_before(node, reader) if flow.is_before(node, w)]
     if writers:
-        node = writers[-1]
-    if _product(node) is not None:
+        writer = writers[-1]
+        # Written through a view of another shape, the scores are not what the step returns.
+        if not all(is_same_view(node, target) for target in (writer, *flow.written(writer))):
+            return None
+        node = writer
+    if read_product(node) is not None:
         return node, []
     if depth == _MAX_STEPS:
         return None
     for source in node.all_input_nodes:
-        step = _step(node, source)
+        step = _step(node, source, flow)
         found = _climb(source, node, flow, depth + 1) if step is not None else None
         if step is not None and found is not None:
             return found[0], [*found[1], _Taken(node, source, step)]
     return None
 
 
-def _descend(node: Node, depth: int = 0) -> tuple[list[_Taken], Node] | None:
+def _step(node: Node, source: Node, flow: Dataflow) -> Step | None:
+    """The step that a node is; one that writes into anything but the scores is none."""
+    if any(target is not source for target in flow.written(node)):
+        return None
+    return read_step(node, source, flow)
+
+
+def _descend(node: Node, flow: Dataflow, depth: int = 0) -> tuple[list[_Taken], Node] | None:
     """The steps from the softmax to a product that takes its weights, and that product."""
     for user in node.users:
-        product = _product(user)
-        if product is not None and node in (product.left, product.right):
+        product = read_product(user)
+        if product is not None and (node is product.left) != (node is product.right):
             return [], user
-        step = _step(user, node)
+        step = _step(user, node, flow)
         if step is None or not step.keeps_weights or depth == _MAX_STEPS:
             continue
-        found = _descend(user, depth + 1)
+        found = _descend(user, flow, depth + 1)
         if found is not None:
             return [_Taken(user, node, step), *found[0]], found[1]
     return None
@@ -195,8 +216,6 @@ def _operands(
     value_channels = set(v.dims) - set(letters)
     if normalised not in v.dims or normalised in out or len(value_channels) != 1:
         return None
-    if value_product.factor != 1.0 or value_product.added is not None:
-        return None
     (channel,), (value_channel,) = contracted, value_channels
     # Where all heads share the keys, theirs is another letter that only q has; queries come last.
     own = [x for x in product.out_dims if x in q.dims and x not in k.dims and x not in v.dims]
@@ -230,17 +249,21 @@ def _call(
     def named(operand: Operand, names: dict[str, str]) -> Operand:
         return Operand(operand.node, "".join(names[letter] for letter in operand.dims))
 
-    masks = [Mask(named(m.tensor, pairs), m.inverted, m.finite_fill) for m in reading.masks]
+    mask = reading.done()
+    if mask is not None:
+        mask = replace(mask, tensor=named(mask.tensor, pairs))
+    tensors = [m.tensor for m in reading.masks]
     q, k, v = (named(found.q, tokens), named(found.k, keys), named(found.v, keys))
     out_dims = "".join(tokens[letter] for letter in found.out_dims)
     steps = tuple(sorted(nodes, key=flow.position.__getitem__))
     reason = reading.reason
-    reason = reason or _reason_to_leave(flow, steps, [q, k, v, *(m.tensor for m in masks)])
+    reason = reason or _reason_to_leave(flow, steps, [q, k, v, *tensors])
+    reason = reason or _reason_of_dtypes(steps)
     if _dtype(q.node) != _dtype(v.node):
         q, k = (_before_upcast(operand, v.node, flow, steps) for operand in (q, k))
     return Call(
         node=nodes[-1], steps=steps, q=q, k=k, v=v, out_dims=out_dims,
-        mask=masks[0] if masks else None, scale=reading.scale, reason=reason,
+        mask=mask, scale=reading.scale, reason=reason,
     )  # fmt: skip
 
 
@@ -248,17 +271,41 @@ def _reason_to_leave(
     flow: Dataflow, steps: tuple[Node, ...], operands: list[Operand]
 ) -> Reason | None:
     inside, out = set(steps), steps[-1]
+    kept = {operand.node for operand in operands}
+
+    def goes_too(user: Node) -> bool:
+        """True if nothing but the steps reads the user: `full_like(scores)` beside a fill."""
+        made_for_steps = set(user.users) <= inside and user not in kept
+        return user in inside or (
+            made_for_steps and not flow.written(user) and not user.is_impure()
+        )
+
     for node in steps[:-1]:
-        if not set(node.users) <= inside:
+        if not all(map(goes_too, node.users)):
             return Reason.WEIGHTS
         if not set(flow.writes_before(node, out)) <= inside:
-            return Reason.SPELLING
+            return Reason.PATTERN
+        if flow.written(node) and not set(flow.sharing(node)) <= inside:
+            return Reason.WRITTEN
     for operand in operands:
         readers = [n for n in steps if operand.node in n.all_input_nodes]
         first = min(readers, key=flow.position.__getitem__, default=out)
         if flow.is_written_between(operand.node, first, out):
             return Reason.WRITTEN
     return None
+
+
+def _reason_of_dtypes(steps: tuple[Node, ...]) -> Reason | None:
+    """Why the dtypes on the way matter: scores that are rounded more than attention rounds."""
+    out = _dtype(steps[-1])
+    return Reason.DTYPE if any(_is_narrower(_dtype(node), out) for node in steps) else None
+
+
+def _is_narrower(dtype: torch.dtype | None, other: torch.dtype | None) -> bool:
+    if dtype is None or other is None or not (dtype.is_floating_point and other.is_floating_point):
+        return True
+    one, two = torch.finfo(dtype), torch.finfo(other)
+    return one.eps > two.eps or one.max < two.max
 
 
 def _before_upcast(
@@ -268,13 +315,23 @@ def _before_upcast(
 
     The kernels accumulate in float32 whatever they are given.
     """
-    node = operand.node
-    source = node.args[0] if node.args else None
-    if operation(node) not in _UPCASTS or not isinstance(source, Node):
+    node, dims = operand.node, operand.dims
+    source = _first_input(node)
+    turn = read_step(node, source, flow) if source is not None else None
+    if source is not None and turn is not None and turn.order is not None and turn.reason is None:
+        letters = dict(zip(turn.order, dims, strict=True))
+        node, dims = source, "".join(letters[d] for d in range(len(dims)))
+        source = _first_input(node)
+    if operation(node) not in _UPCASTS or source is None:
         return operand
     if _dtype(source) != _dtype(value) or flow.is_written_between(source, node, steps[-1]):
         return operand
-    return Operand(source, operand.dims)
+    return Operand(source, dims)
+
+
+def _first_input(node: Node) -> Node | None:
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    return first if isinstance(first, Node) else None
 
 
 def _dtype(node: Node) -> torch.dtype | None:
@@ -282,29 +339,36 @@ def _dtype(node: Node) -> torch.dtype | None:
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 
-def _unknown_spelling(softmax: Node, out: Node, flow: Dataflow) -> Call | None:
-    """A softmax between two products, with a step before it that has no spelling."""
-    product = _nearby(softmax, flow, lambda n: _product(n) is not None)
-    read = _product(product) if product is not None else None
-    value_product = _product(out)
-    if product is None or read is None or value_product is None:
+def _unknown_step(softmax: Node, flow: Dataflow) -> Call | None:
+    """A softmax between two products, with a step or a product that nothing reads."""
+    before = _nearby(softmax, flow.sources, of_its_size=True)
+    after = _nearby(softmax, lambda node: node.users)
+    if before is None or after is None:
         return None
-    q, k, v = (Operand(node, "") for node in (read.left, read.right, value_product.right))
-    return Call(out, (product, softmax, out), q, k, v, reason=Reason.SPELLING)
+    operands = [Operand(node, "") for node in before.all_input_nodes]
+    values = [Operand(node, "") for node in after.all_input_nodes]
+    steps = (before, softmax, after)
+    return Call(after, steps, operands[0], operands[-1], values[-1], reason=Reason.PATTERN)
 
 
-def _nearby(start: Node, flow: Dataflow, wanted: Callable[[Node], bool]) -> Node | None:
-    """The nearest such node from which data of the shape of `start` reaches it, or None."""
-    value = start.meta.get("example_value")
-    shape = value.shape if isinstance(value, torch.Tensor) else None
-
-    def other_shape(node: Node) -> bool:
-        found = node.meta.get("example_value")
-        return not isinstance(found, torch.Tensor) or found.shape != shape
-
-    for place, node in enumerate(flow.backward(start, lambda n: wanted(n) or other_shape(n))):
-        if node is not start and wanted(node) and not other_shape(node):
-            return node
-        if place > 4 * _MAX_STEPS:
-            break
+def _nearby(
+    start: Node,
+    neighbours: Callable[[Node], Iterable[Node]],
+    of_its_size: bool = False,
+) -> Node | None:
+    """The nearest product that tensors of as many elements as `start` has lead to, or None."""
+    size, queue, seen = _numel(start), [start], {start}
+    for node in queue:
+        for other in neighbours(node):
+            if is_product(other) and (not of_its_size or _numel(other) == size):
+                return other
+            if other not in seen and _numel(other) == size and len(seen) < 4 * _MAX_STEPS:
+                seen.add(other)
+                queue.append(other)
     return None
+
+
+def _numel(node: Node) -> object:
+    """Number of elements as an expression, None for what is no tensor."""
+    value = node.meta.get("example_value")
+    return expression(value.numel()) if is_plain(value) else None

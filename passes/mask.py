@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch.fx import Node
 
+from svg_ear_compile.passes.arguments import Arguments, arguments
 from svg_ear_compile.passes.dataflow import Dataflow, projected_input
-from svg_ear_compile.passes.operation import CASTS, COPIES, operation
+from svg_ear_compile.passes.memory import is_plain
+from svg_ear_compile.passes.operation import CASTS, operation
 from svg_ear_compile.passes.site import Call, Operand, Padding, Reason, Size
 from svg_ear_compile.passes.symbolic import hint, hints_of
 
@@ -31,8 +35,8 @@ def judge_mask(
     if not isinstance(value, torch.Tensor) or sizes is None:
         return Reason.MASK
     is_bool = value.dtype == torch.bool
-    if not (is_bool or value.dtype.is_floating_point) or (mask.inverted and not is_bool):
-        return Reason.MASK
+    if mask.added == is_bool or not (is_bool or value.dtype.is_floating_point):
+        return Reason.MASK  # a bool that is added counts as 0 or 1, a number to fill by as nothing
     batch, heads, rows, keys = (hint(size) for size in sizes)
     fits = (
         batch in (1, hint(q_shape[0]))
@@ -45,63 +49,99 @@ def judge_mask(
     if is_bool and rows == 1:
         return Padding(keys=(mask.tensor,))
     if is_bool and not mask.inverted:
-        padding = _factors(flow, mask.tensor, call.node)
+        extents = (hint(q_shape[0]), hint(k_shape[1]), hint(q_shape[2]), hint(k_shape[2]))
+        padding = _factors(flow, mask.tensor, call.node, dict(zip("bhqk", extents, strict=True)))
         if padding is not None:
             return padding
-    if rows != 1 and _is_positional(flow, mask.tensor.node):
+    if rows != 1 and _is_positional(flow, mask.tensor.node, call.node):
         return Reason.CAUSAL
-    return Reason.MASK if _is_learned(flow, mask.tensor.node) else None
+    return Reason.MASK if _is_learned(flow, mask.tensor.node, call.node) else None
 
 
-def _factors(flow: Dataflow, mask: Operand, reader: Node) -> Padding | None:
-    """A square mask as padding of keys and of queries, as far as the graph shows it."""
+def _factors(
+    flow: Dataflow, mask: Operand, reader: Node, fits: Mapping[str, int | None]
+) -> Padding | None:
+    """A square mask as padding of keys and of queries, as far as the graph shows it.
+
+    Args:
+        mask: a bool mask, its dimensions aligned with the last ones of the logits'.
+        reader: the call that reads it.
+        fits: what extents other than 1 the call's dimensions have, by letter.
+    """
     node, dims = mask.node, mask.dims
+    value = node.meta.get("example_value")
     shape = hints_of(node)
-    if len(shape) != len(dims) or flow.writes_before(node, reader):
+    if not is_plain(value) or value.dtype != torch.bool or len(shape) != len(dims):
         return None
-    extents = dict(zip(dims, shape, strict=True))
-    if extents.get("q", 1) == 1:
+    if flow.writes_before(node, reader):
+        return None
+    extents = {**dict.fromkeys("bhqk", 1), **dict(zip(dims, shape, strict=True))}
+    if any(extents[letter] not in (1, fits[letter]) for letter in "bh"):
+        return None
+    if extents["q"] == 1 and extents["k"] == fits["k"]:
         return Padding(keys=(mask,))
-    if extents.get("k", 1) == 1:
+    if extents["k"] == 1 and extents["q"] == fits["q"]:
         return Padding(rows=(mask,))
-    name = operation(node)
-    sources = [source for source in node.args if isinstance(source, Node)]
-    if name in ("repeat", "expand", "expand_as") or name in CASTS | COPIES:
-        value = sources[0].meta.get("example_value")
-        exact = isinstance(value, torch.Tensor) and not value.dtype.is_floating_point
-        return _factors(flow, Operand(sources[0], dims), reader) if exact else None
-    if name in ("transpose", "mT") and (swapped := _transposed_dims(node, dims)) is not None:
-        return _factors(flow, Operand(sources[0], swapped), reader)
-    if name == "logical_and" and len(sources) == 2:
-        found = [_factors(flow, Operand(source, dims), reader) for source in sources]
-        if any(padding is None for padding in found):
-            return None
-        parts = [padding for padding in found if padding is not None]
-        return Padding(*(tuple(sum((getattr(p, f) for p in parts), ())) for f in ("keys", "rows")))
-    return None
-
-
-def _transposed_dims(node: Node, dims: str) -> str | None:
-    """Letters of the operand of a transpose whose result has `dims`."""
-    first, second = (-2, -1) if operation(node) == "mT" else node.args[1:3]
-    if not isinstance(first, int) or not isinstance(second, int):
+    name, args = operation(node), arguments(node)
+    if args is None:
         return None
-    letters = list(dims)
-    letters[first], letters[second] = letters[second], letters[first]
-    return "".join(letters)
+    parts = []
+    for source, letters in _parts(node, name, args, dims):
+        found = _factors(flow, Operand(source, letters), reader, fits)
+        if found is None:
+            return None
+        parts.append(found)
+    if not parts:
+        return None
+    return Padding(*(tuple(sum((getattr(p, f) for p in parts), ())) for f in ("keys", "rows")))
 
 
-def _is_positional(flow: Dataflow, mask: Node) -> bool:
+def _parts(node: Node, name: str, args: Arguments, dims: str) -> list[tuple[Node, str]]:
+    """Masks whose conjunction the node is, each with its letters; [] where that is not known."""
+    first = args.take("self")
+    if not isinstance(first, Node):
+        return []
+    rank = len(hints_of(first))
+    if name == "logical_and":
+        other = args.take("other")
+        if not isinstance(other, Node) or not args.rest_has_defaults:
+            return []
+        return [(m, _last(dims, len(hints_of(m)))) for m in (first, other)]
+    if name in ("expand", "expand_as", "repeat"):
+        args.take_all(except_for="out")
+        # Only what has extent 1 is repeated: more would be put one after the other.
+        pairs = zip(reversed(hints_of(first)), reversed(hints_of(node)), strict=False)
+        repeats = all(before in (1, after) for before, after in pairs)
+        return [(first, _last(dims, rank))] if repeats else []
+    if name in CASTS | {"clone", "detach"}:
+        args.take_all(except_for="out")
+        return [(first, dims)] if rank == len(dims) else []
+    if name in ("transpose", "mT"):
+        swapped = (-2, -1) if name == "mT" else (args.take("dim0"), args.take("dim1"))
+        if not all(isinstance(d, int) for d in swapped) or not args.rest_has_defaults:
+            return []
+        letters = list(dims)
+        one, two = swapped
+        letters[one], letters[two] = letters[two], letters[one]
+        return [(first, "".join(letters))]
+    return []
+
+
+def _last(letters: str, count: int) -> str:
+    return letters[len(letters) - count :]
+
+
+def _is_positional(flow: Dataflow, mask: Node, reader: Node) -> bool:
     """True if positions of queries and keys are compared on the way to the mask.
 
     Causal and windowed masks are made so; padding compares a position with a length.
     """
-    for node in flow.backward(mask, lambda n: projected_input(n) is not None):
+    for node in flow.backward(mask, lambda n: projected_input(n) is not None, reader):
         name = operation(node)
         if name in _TRIANGLES:
             return True
         if name in _COMPARISONS:
-            sides = [a for a in node.args[:2] if isinstance(a, Node)]
+            sides = node.all_input_nodes
             if len(sides) == 2 and all(_counts(flow, side) for side in sides):
                 return True
     return False
@@ -114,10 +154,10 @@ def _counts(flow: Dataflow, node: Node) -> bool:
     )
 
 
-def _is_learned(flow: Dataflow, mask: Node) -> bool:
+def _is_learned(flow: Dataflow, mask: Node, reader: Node) -> bool:
     """True if a parameter or a projection reaches the mask: a bias, not padding."""
     return any(
         projected_input(node) is not None
         or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
-        for node in flow.backward(mask, lambda n: projected_input(n) is not None)
+        for node in flow.backward(mask, lambda n: projected_input(n) is not None, reader)
     )

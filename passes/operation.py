@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 
 import torch
@@ -63,22 +64,45 @@ def _name_of(target: object) -> str:
         space, _, name = target._qualified_op_name.partition("::")
         return _common(name) if space == "aten" else ""
     name = getattr(target, "__name__", "")
-    if any(getattr(space, name, None) is target for space in _SPACES):
-        return _common(name)
+    plain = name.removeprefix("special_")  # torch.special.softmax is called "special_softmax"
+    if any(getattr(space, n, None) is target for space in _SPACES for n in (name, plain)):
+        return _common(plain)
     if getattr(operator, name, None) is target:
         return _IN_PLACE_OPERATORS.get(name) or _common(name.rstrip("_"))
     return ""
 
 
+def is_builtin(target: object) -> bool:
+    """True for a function of PyTorch's or Python's that is not itself written in Python."""
+    return _name_of(target) != "" and not inspect.isfunction(target)
+
+
+@functools.lru_cache(maxsize=4096)
+def aten_overloads(name: str) -> tuple[torch._ops.OpOverload, ...]:
+    """ATen's overloads of an operation that have results of their own (no `out=`), in order."""
+    in_place = name.endswith("_") and not name.endswith("__")
+    plain = name[:-1] if in_place else name
+    spelled = {plain, *(n for n, common in _SYNONYMS.items() if common == plain)}
+    found = []
+    for each in sorted(spelled, key=lambda n: n != plain):
+        packet = getattr(torch.ops.aten, each + "_" * in_place, None)
+        if isinstance(packet, torch._ops.OpOverloadPacket):
+            found += [getattr(packet, overload) for overload in packet.overloads()]
+    return tuple(o for o in found if not any(a.is_out for a in o._schema.arguments))
+
+
 def _common(name: str) -> str:
+    if name.startswith("__") and name.endswith("__"):  # q.__matmul__(k)
+        operator_name = name.strip("_")
+        return _IN_PLACE_OPERATORS.get(operator_name) or _common(operator_name)
     in_place = name.endswith("_") and not name.endswith("__")
     plain = name[:-1] if in_place else name
     return _SYNONYMS.get(plain, plain) + ("_" if in_place else "")
 
 
-# Results share memory with the first argument: a write into one is seen by readers of the other.
+# The same elements under another shape, or some of them: what a token-by-token walk passes.
 # fmt: off
-VIEWS = frozenset({
+REARRANGEMENTS = frozenset({
     "view", "reshape", "transpose", "permute", "unflatten", "flatten", "unsqueeze", "squeeze",
     "expand", "narrow", "select", "chunk", "split", "split_with_sizes", "unbind", "movedim",
     "view_as", "reshape_as", "expand_as", "t", "getitem", "slice", "tensor_split", "_unsafe_view",

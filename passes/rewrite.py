@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 # Importing them registers torch.ops.svg_ear.attention and torch.ops.svg_ear.key_padding.
 import svg_ear_compile.kernels.op
 import svg_ear_compile.kernels.padding  # noqa: F401
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.passes.dataflow import Dataflow, written
-from svg_ear_compile.passes.site import AttentionSite, Mask, Operand, TokenCount
+from svg_ear_compile.passes.dataflow import Dataflow
+from svg_ear_compile.passes.effects import Effects
+from svg_ear_compile.passes.find import owner_path
+from svg_ear_compile.passes.memory import fake_mode_of
+from svg_ear_compile.passes.site import AttentionSite, EmptyRow, Mask, Operand, TokenCount
+from svg_ear_compile.passes.symbolic import hint, is_same
 
 _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "example_value")
@@ -24,10 +32,14 @@ def rewrite(gm: GraphModule, planned: Sequence[tuple[AttentionSite, AttentionPla
 
     Position matters: what q, k and v hold may be written in place by earlier nodes that are no
     ancestors of theirs. Every other node stays as it was; nodes that only the replaced calls read
-    are removed. Checks and recompiles every graph.
+    are removed. The new output has shape, dtype and strides of the old one: later views of it were
+    traced against them. Checks and recompiles every graph.
 
     Returns:
         The nodes that now hold the outputs.
+
+    Raises:
+        RuntimeError: an output would be another than the traced one; the graph is left in between.
     """
     rewriter = _Rewriter(Dataflow(gm) if any(s.prove_mask for s, _ in planned) else None)
     made = [rewriter.rewrite(site, plan) for site, plan in planned]
@@ -40,50 +52,74 @@ def rewrite(gm: GraphModule, planned: Sequence[tuple[AttentionSite, AttentionPla
 
 
 class _Rewriter:
-    """Rewrites the sites of one graph module; layers that share a mask share its proof."""
+    """Rewrites the sites of one graph module; layers that share a mask share its proof.
+
+    Sites name nodes of the graph as it was found. `replaced` says which node holds the output of a
+    call that was rewritten since: every node of a site is looked up there before it is used.
+    """
 
     def __init__(self, flow: Dataflow | None) -> None:
         self.flow = flow
+        self.effects = Effects()
+        self.replaced: dict[Node, Node] = {}
         self.proofs: dict[tuple[Mask, Graph], tuple[Node, tuple[Node, ...]]] = {}
 
     def rewrite(self, site: AttentionSite, plan: AttentionPlan) -> Node:
         call, old = site.call, site.call.node
-        graph = old.graph
+        graph, last = old.graph, old.prev
         with graph.inserting_before(old):
             prefix, suffix = (
-                _count(graph, parts) for parts in (site.text.prefix, site.text.suffix)
+                self._count(graph, parts) for parts in (site.text.prefix, site.text.suffix)
             )
             # Autocast knows PyTorch's attention, not ours: the casts it would make are made here.
-            q, k, v = (_tensor(graph, operand, site.dtype) for operand in (call.q, call.k, call.v))
+            q, k, v = (
+                self._tensor(graph, operand, site.dtype) for operand in (call.q, call.k, call.v)
+            )
             mask: tuple[Node | None, ...] = (None,)
             if call.mask is not None:
                 padding = site.padding
                 mask = self._proven(site, call.mask) if padding is None else (
-                    _conjunction(graph, padding.keys, call.mask.inverted), None,
-                    _conjunction(graph, padding.rows, False),
+                    self._conjunction(graph, padding.keys, call.mask.inverted), None,
+                    self._conjunction(graph, padding.rows, False),
                 )  # fmt: skip
+            scale = self._now(call.scale) if isinstance(call.scale, Node) else call.scale
             done = graph.call_function(
                 torch.ops.svg_ear.attention.default,
                 (q, k, v, mask[0], site.layer_parameter, *mask[1:]),
                 {
                     "plan": plan.encode(),
                     "site": site.name,
-                    "scale": call.scale,
+                    "layer_owner": owner_path(site.layer_parameter) if site.layer_parameter else "",
+                    "scale": scale,
                     "text_prefix": prefix,
                     "text_suffix": suffix,
-                    "averages_empty_rows": call.mask is not None and call.mask.finite_fill,
+                    "averages_empty_rows": (
+                        call.mask is not None and call.mask.empty_row is EmptyRow.MEAN
+                    ),
                 },
             )
             out = graph.call_function(operator.getitem, (done, 0))
-            out = _as_written(graph, out, call.out_dims)
+            if call.mask is not None and call.mask.empty_row is EmptyRow.NAN:
+                out = _without_empty_rows(graph, out, mask[0], mask[2] if site.padding else None)
+            out = _in_dims(graph, out, call.out_dims)
+            _run_on_fakes(last, old)
+            last = out
+            out = _in_strides_of(graph, out, old)
+            _run_on_fakes(last, old)
+        _check(site, out, old)
         for key in _KEPT_META:
             if key in old.meta:
                 out.meta[key] = old.meta[key]
                 if key != "example_value":
                     done.meta[key] = old.meta[key]
         old.replace_all_uses_with(out)
-        _remove(list(call.steps))
+        self.replaced[old] = out
+        self._remove(list(call.steps))
         return out
+
+    def _now(self, node: Node) -> Node:
+        """The node that holds what `node` held when the sites were found."""
+        return self.replaced.get(node, node)
 
     def _proven(self, site: AttentionSite, mask: Mask) -> tuple[Node, ...]:
         """The mask as (B|1, H|1, N_q|1, N_k) and what its values prove."""
@@ -92,39 +128,69 @@ class _Rewriter:
         known = self.proofs.get((mask, graph))
         if known is not None and not self.flow.is_written_between(mask.tensor.node, known[0], old):
             return known[1]
-        kept = _conjunction(graph, (mask.tensor,), mask.inverted)
+        kept = self._conjunction(graph, (mask.tensor,), mask.inverted)
         assert kept is not None
         proof = graph.call_function(torch.ops.svg_ear.key_padding.default, (kept,))
         found = (kept, *(graph.call_function(operator.getitem, (proof, i)) for i in range(3)))
         self.proofs[mask, graph] = (old, found)
         return found
 
+    def _conjunction(self, graph: Graph, masks: tuple[Operand, ...], inverted: bool) -> Node | None:
+        """The masks in order, with True for what all of them let take part; None for no mask."""
+        found: Node | None = None
+        for mask in masks:
+            node = self._in_order(graph, mask, "bhqk")
+            if inverted:
+                node = graph.call_function(torch.logical_not, (node,))
+            elif mask.node.meta["example_value"].dtype in _INTEGERS:
+                node = graph.call_method("bool", (node,))
+            found = node if found is None else graph.call_function(torch.logical_and, (found, node))
+        return found
 
-def _conjunction(graph: Graph, masks: tuple[Operand, ...], inverted: bool) -> Node | None:
-    """The masks in order, with True for what all of them let take part; None for no mask."""
-    found: Node | None = None
-    for mask in masks:
-        node = _in_order(graph, mask, "bhqk")
-        if inverted:
-            node = graph.call_function(torch.logical_not, (node,))
-        elif mask.node.meta["example_value"].dtype in _INTEGERS:
-            node = graph.call_method("bool", (node,))
-        found = node if found is None else graph.call_function(torch.logical_and, (found, node))
-    return found
+    def _in_order(self, graph: Graph, operand: Operand, order: str) -> Node:
+        """A view of the operand with these dimensions."""
+        node, dims = self._now(operand.node), operand.dims
+        for letter in order:
+            if letter not in dims:
+                node, dims = graph.call_method("unsqueeze", (node, 0)), letter + dims
+        if dims != order:
+            node = graph.call_method("permute", (node, [dims.index(letter) for letter in order]))
+        return node
+
+    def _tensor(self, graph: Graph, operand: Operand, dtype: torch.dtype | None) -> Node:
+        node = self._in_order(graph, operand, "bhnd")
+        same = operand.node.meta["example_value"].dtype == dtype
+        return node if same else graph.call_method("to", (node, dtype))
+
+    def _count(self, graph: Graph, parts: tuple[int | TokenCount, ...]) -> int | Node:
+        total: int | Node = sum(part for part in parts if isinstance(part, int))
+        for part in parts:
+            if isinstance(part, TokenCount):
+                sized = (self._now(part.node), part.dim)
+                size = graph.call_function(torch.ops.aten.sym_size.int, sized)
+                total = graph.call_function(operator.add, (total, size)) if total else size
+        return total
+
+    def _remove(self, steps: list[Node]) -> None:
+        """Erase the steps, and whatever made their inputs and is read by nothing else."""
+        replaced, erased, waiting = set(steps), set(), steps
+        while waiting:
+            node = waiting.pop()
+            dead = node.op in ("call_function", "call_method", "get_attr") and not node.users
+            if node in erased or not dead or not (node in replaced or self._is_pure(node)):
+                continue
+            inputs = node.all_input_nodes
+            node.graph.erase_node(node)
+            erased.add(node)
+            waiting = [n for n in inputs if n not in waiting] + waiting
+
+    def _is_pure(self, node: Node) -> bool:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return False
+        return not self.effects.written(node) and not node.is_impure()
 
 
-def _in_order(graph: Graph, operand: Operand, order: str) -> Node:
-    """A view of the operand with these dimensions."""
-    node, dims = operand.node, operand.dims
-    for letter in order:
-        if letter not in dims:
-            node, dims = graph.call_method("unsqueeze", (node, 0)), letter + dims
-    if dims != order:
-        node = graph.call_method("permute", (node, [dims.index(letter) for letter in order]))
-    return node
-
-
-def _as_written(graph: Graph, out: Node, dims: str) -> Node:
+def _in_dims(graph: Graph, out: Node, dims: str) -> Node:
     """A view of the operator's output (B, H, N, D) with the dimensions that the call had."""
     order = "".join(letter for letter in "bhnd" if letter not in dims) + dims
     if order != "bhnd":
@@ -134,34 +200,65 @@ def _as_written(graph: Graph, out: Node, dims: str) -> Node:
     return out
 
 
-def _count(graph: Graph, parts: tuple[int | TokenCount, ...]) -> int | Node:
-    total: int | Node = sum(part for part in parts if isinstance(part, int))
-    for part in parts:
-        if isinstance(part, TokenCount):
-            size = graph.call_function(torch.ops.aten.sym_size.int, (part.node, part.dim))
-            total = graph.call_function(operator.add, (total, size)) if total else size
-    return total
+def _without_empty_rows(graph: Graph, out: Node, kept: Node | None, rows: Node | None) -> Node:
+    """The output with NaN in rows that have no key, as a softmax of nothing but -inf gives."""
+    if kept is not None:
+        some = graph.call_function(torch.any, (kept, -1), {"keepdim": True})
+        rows = some if rows is None else graph.call_function(torch.logical_and, (some, rows))
+    empty = graph.call_function(torch.logical_not, (rows,))
+    return graph.call_method("masked_fill", (out, empty, float("nan")))
 
 
-def _tensor(graph: Graph, operand: Operand, dtype: torch.dtype | None) -> Node:
-    node = _in_order(graph, operand, "bhnd")
-    same = operand.node.meta["example_value"].dtype == dtype
-    return node if same else graph.call_method("to", (node, dtype))
+def _run_on_fakes(after: Node, end: Node) -> None:
+    """Give every new node between these two the fake value that it has."""
+    node = after.next
+    while node is not end:
+        values = {n: n.meta.get("example_value") for n in node.all_input_nodes}
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+        target: Any = node.target
+        mode = fake_mode_of(*values.values())
+        with mode or contextlib.nullcontext(), torch.no_grad():
+            if node.op == "call_method":
+                node.meta["example_value"] = getattr(args[0], target)(*args[1:], **kwargs)
+            else:
+                node.meta["example_value"] = target(*args, **kwargs)
+        node = node.next
 
 
-def _remove(steps: list[Node]) -> None:
-    """Erase the steps, and whatever made their inputs and is read by nothing else."""
-    replaced, erased, waiting = set(steps), set(), steps
-    while waiting:
-        node = waiting.pop()
-        dead = node.op in ("call_function", "call_method", "get_attr") and not node.users
-        if node in erased or not dead or not (node in replaced or _is_pure(node)):
-            continue
-        inputs = node.all_input_nodes
-        node.graph.erase_node(node)
-        erased.add(node)
-        waiting = [n for n in inputs if n not in waiting] + waiting
+def _in_strides_of(graph: Graph, out: Node, old: Node) -> Node:
+    """The output in the memory order that the old one had; itself if it has that already."""
+    wanted = old.meta["example_value"]
+    if _same_strides(out.meta["example_value"], wanted):
+        return out
+    order = sorted(range(wanted.dim()), key=lambda d: -(hint(wanted.stride(d)) or 0))
+    if order == sorted(order):
+        return graph.call_method("contiguous", (out,))
+    moved = graph.call_method("permute", (out, order))
+    moved = graph.call_method("contiguous", (moved,))
+    return graph.call_method("permute", (moved, [order.index(d) for d in range(wanted.dim())]))
 
 
-def _is_pure(node: Node) -> bool:
-    return not written(node) and not node.is_impure()
+def _same_strides(one: Tensor, other: Tensor) -> bool:
+    """True if the strides agree; one of extent 1 steps nowhere."""
+    rows = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return all(hint(size) == 1 or is_same(first, second) for size, first, second in rows)
+
+
+def _check(site: AttentionSite, out: Node, old: Node) -> None:
+    """Raise a RuntimeError unless the new output looks as the old one did."""
+    made, wanted = out.meta["example_value"], old.meta["example_value"]
+    same = (
+        made.dim() == wanted.dim()
+        and all(map(is_same, made.shape, wanted.shape))
+        and made.dtype == wanted.dtype
+        and made.device == wanted.device
+        and _same_strides(made, wanted)
+    )
+    if not same:
+        raise RuntimeError(
+            f"attention {site.name!r} would return {_look(made)} instead of {_look(wanted)}"
+        )
+
+
+def _look(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tuple(tensor.stride())} {tensor.dtype} {tensor.device}"

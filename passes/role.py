@@ -8,7 +8,7 @@ import math
 from torch.fx import Node
 
 from svg_ear_compile.passes.dataflow import Dataflow, projected_input
-from svg_ear_compile.passes.operation import CASTS, COPIES, VIEWS, operation
+from svg_ear_compile.passes.operation import CASTS, COPIES, REARRANGEMENTS, operation
 from svg_ear_compile.passes.site import Role
 from svg_ear_compile.passes.symbolic import hints_of
 
@@ -90,7 +90,9 @@ def _tokens(node: Node) -> Node:
         if source is None:
             first = node.args[0] if node.args else node.kwargs.get("input")
             name = operation(node)
-            reshaped = name in VIEWS and isinstance(first, Node) and _numel(first) == _numel(node)
+            reshaped = (
+                name in REARRANGEMENTS and isinstance(first, Node) and _numel(first) == _numel(node)
+            )
             if isinstance(first, Node) and (name in CASTS | COPIES or reshaped):
                 source = first
         if source is None:

@@ -69,7 +69,9 @@ def count_sdpa(gm: GraphModule) -> int:
 
 def _mask(node: Node, dims: str) -> Mask:
     pairs = dims.replace("nd", "qk")
-    return Mask(Operand(node, pairs[max(0, len(pairs) - _rank(node)) :]))
+    value = node.meta.get("example_value")
+    added = not isinstance(value, torch.Tensor) or value.dtype != torch.bool
+    return Mask(Operand(node, pairs[max(0, len(pairs) - _rank(node)) :]), added=added)
 
 
 def _rank(node: Node) -> int:

@@ -8,7 +8,8 @@ from enum import Enum
 import torch
 from torch.fx import Node
 
-Size = int | torch.SymInt
+from svg_ear_compile.passes.memory import is_plain
+from svg_ear_compile.passes.symbolic import Size, hint
 
 
 class Role(str, Enum):
@@ -37,15 +38,17 @@ class Reason(str, Enum):
     MASK = "mask"
     FLEX = "flex"
     LEAF = "leaf"
-    SPELLING = "spelling"
+    PATTERN = "pattern"
     WEIGHTS = "weights"
     WRITTEN = "written"
     SCALE = "scale"
     HEAD_DIM = "head_dim"
     DTYPE = "dtype"
+    TENSOR_TYPE = "tensor_type"
     LAYOUT = "layout"
     SHORT = "short"
     BUDGET = "budget"
+    FAULT = "fault"
 
     @property
     def sentence(self) -> str:
@@ -65,16 +68,30 @@ _SENTENCES = {
     Reason.MASK: "The mask is a learned bias, one of several, or of no shape that padding has.",
     Reason.FLEX: "flex_attention with a mask or score function of its own is sparse already.",
     Reason.LEAF: "Attention inside one PyTorch call, with its projections: it cannot be opened.",
-    Reason.SPELLING: "Attention written by hand with a step that the pass does not know.",
+    Reason.PATTERN: "Attention written by hand with a step that the pass does not know.",
     Reason.WEIGHTS: "The attention weights are used elsewhere, so they have to be computed.",
     Reason.WRITTEN: "q, k, v or the mask is overwritten before the attention is complete.",
     Reason.SCALE: "The logits are scaled by a tensor, not by one number.",
     Reason.HEAD_DIM: "The kernels are not built for this head dim, or values are of another one.",
     Reason.DTYPE: "The kernels take float16, bfloat16 and float32, the same for q, k and v.",
+    Reason.TENSOR_TYPE: "A nested, sparse, quantised or wrapped tensor, or one in a transform.",
     Reason.LAYOUT: "q, k, v are not (batch, heads, tokens, head dim) with matching heads.",
     Reason.SHORT: "Too few tokens: clustering would cost more than it saves.",
     Reason.BUDGET: "The wish or the budget is served best with this call dense.",
+    Reason.FAULT: "The pass failed on this graph, which is a fault of ours; the log names it.",
 }
+
+
+class EmptyRow(str, Enum):
+    """The output of a query that is left no key: PyTorch's attention gives 0.
+
+    A softmax of nothing but a large negative number is even, so the row is the mean of all values;
+    one of nothing but -inf is NaN.
+    """
+
+    ZERO = "zero"
+    MEAN = "mean"
+    NAN = "nan"
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,7 @@ class Operand:
     def sizes(self, order: str = "bhnd") -> tuple[Size, ...] | None:
         """Extents in that order of letters, as traced; None if the node is no such tensor."""
         value = self.node.meta.get("example_value")
-        if not isinstance(value, torch.Tensor) or value.dim() != len(self.dims):
+        if not is_plain(value) or value.dim() != len(self.dims):
             return None
         return tuple(
             value.shape[self.dims.index(letter)] if letter in self.dims else 1 for letter in order
@@ -107,13 +124,14 @@ class Mask:
     Attributes:
         tensor: its tensor, dims over "bhqk".
         inverted: True in a bool mask leaves a key out instead of keeping it.
-        finite_fill: a key that is left out gets a large negative logit instead of its own, not
-            -inf: a row without any key is the mean of all values.
+        empty_row: what a row without any key gives.
+        added: it is added to the logits, also where it is no float.
     """
 
     tensor: Operand
     inverted: bool = False
-    finite_fill: bool = False
+    empty_row: EmptyRow = EmptyRow.ZERO
+    added: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +149,7 @@ class Padding:
 
 @dataclass(frozen=True)
 class Call:
-    """An attention call as it is written, whatever its spelling.
+    """An attention call as it is written, whatever its pattern.
 
     Attributes:
         node: the node that holds the output.
@@ -167,8 +185,7 @@ class TokenCount:
     @property
     def traced(self) -> int | None:
         """The number while tracing, None where even that is not known."""
-        size = self.node.meta["example_value"].shape[self.dim]
-        return size if isinstance(size, int) else size.node.hint
+        return hint(self.node.meta["example_value"].shape[self.dim])
 
 
 @dataclass(frozen=True)

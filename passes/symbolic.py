@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.sym_node import SymNode
 
-from svg_ear_compile.passes.site import Size
+Size = int | torch.SymInt
 
 
 def hint(size: Size | None) -> int | None:
-    """The traced value of a size; None where it is known at run time only."""
+    """The traced value of a size; None where it is known at run time only.
+
+    The ragged size of a nested tensor has no value at all.
+    """
     if size is None or isinstance(size, int):
         return size
-    value = size.node.hint
-    return None if value is None else int(value)
+    value = size.node.hint if isinstance(size.node, SymNode) else None
+    return value if isinstance(value, int) else None
 
 
 def is_same(size: Size, other: Size) -> bool:
     """True if two sizes are one number or one expression; guards nothing."""
     if isinstance(size, int) or isinstance(other, int):
         return hint(size) == hint(other) is not None
-    return size.node.expr == other.node.expr or hint(size) == hint(other) is not None
+    return expression(size) == expression(other) or hint(size) == hint(other) is not None
+
+
+def expression(size: Size) -> object:
+    """What stands for the size in comparisons: equal for one number or one expression."""
+    if isinstance(size, int):
+        return size
+    return size.node.expr if isinstance(size.node, SymNode) else size.node
 
 
 def shape_of(node: Node) -> tuple[Size, ...] | None:

@@ -11,7 +11,7 @@ from torch.fx import Node
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.site import Size, TextSpan, TokenCount
-from svg_ear_compile.passes.symbolic import hint, hints_of, is_same, shape_of
+from svg_ear_compile.passes.symbolic import expression, hint, hints_of, is_same, shape_of
 
 _CONSTANTS = frozenset({"zeros", "new_zeros", "zeros_like", "ones", "new_ones", "full", "new_full"})
 
@@ -68,7 +68,7 @@ class TextSpans:
 
 
 def _key(tokens: Size) -> object:
-    return tokens if isinstance(tokens, int) else tokens.node.expr
+    return expression(tokens)
 
 
 def _concatenated(node: Node) -> tuple[Size, TextSpan] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 import torch.compiler.config
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
 from svg_ear_compile.planning import rewrite_graph
 from svg_ear_compile.settings import Settings
@@ -44,7 +44,7 @@ def svg_ear(
         ValueError, TypeError: see `Settings.parse`.
     """
     settings = Settings.parse(options, mode)
-    if needs_gradients(gm, example_inputs):
+    if needs_gradients(gm):
         _warn_of_gradients()
         return _inductor(gm, example_inputs, settings)
     report = rewrite_graph(gm, settings)
@@ -68,12 +68,16 @@ def _inductor(
     return compiled
 
 
-def needs_gradients(gm: GraphModule, example_inputs: Sequence[Any]) -> bool:
-    """True if autograd would record this graph."""
-    tensors = (x for x in example_inputs if isinstance(x, torch.Tensor))
-    return torch.is_grad_enabled() and any(
-        x.requires_grad for x in itertools.chain(tensors, gm.parameters())
-    )
+def needs_gradients(gm: GraphModule) -> bool:
+    """True if an output of the graph requires gradients.
+
+    Whether they are recorded where the graph is called does not say it: the model may switch them
+    off inside of the graph.
+    """
+    (output,) = gm.graph.find_nodes(op="output")
+    made = (node for node in output.all_input_nodes if node.op != "placeholder")
+    values = (node.meta.get("example_value") for node in made)
+    return any(x.requires_grad for x in tree_leaves(tuple(values)) if isinstance(x, torch.Tensor))
 
 
 @functools.cache

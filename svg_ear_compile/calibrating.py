@@ -9,6 +9,8 @@ import torch
 from svg_ear_compile.cost_model import calibrate as measuring
 from svg_ear_compile.cost_model import calibration as keeping
 from svg_ear_compile.cost_model.calibration import Calibration
+from svg_ear_compile.cost_model.device import describe
+from svg_ear_compile.kernels.device_guard import on_device
 from svg_ear_compile.policy import calibration_of
 
 
@@ -22,10 +24,13 @@ def calibrate(
         on_sample: hears what was measured, and the share of the time that has passed.
 
     Raises:
-        ValueError: there are no kernels for such a device.
+        ValueError: there is no such device here, or there are no kernels for it.
+        OSError: the cache cannot be written; said before anything is measured.
         ImportError: scipy, part of the extra ``tune``, is missing.
     """
-    found = measuring.calibrate(device, on_sample=on_sample)
+    keeping.file_of(describe(device))
+    with on_device(torch.device(device)):
+        found = measuring.calibrate(device, on_sample=on_sample)
     keeping.save(found)
     calibration_of.cache_clear()
     return found

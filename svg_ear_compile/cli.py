@@ -4,24 +4,68 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
 
-from svg_ear_compile import __version__, cost_commands
+from svg_ear_compile import __version__, bench, cost_commands
+from svg_ear_compile.compare import command as compare_command
 from svg_ear_compile.explain import explain
+from svg_ear_compile.kernels.checked import InvalidValueError, printable, shown
+from svg_ear_compile.made_models import model_and_inputs
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InvalidValueError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code (2 for wrong arguments)."""
-    parser = argparse.ArgumentParser(prog="svg-ear", description=__doc__)
+    """Run a subcommand; returns the exit code: 2 for a mistake, 130 for Ctrl-C."""
+    # Read beforehand: the arguments themselves may be what is wrong.
+    given = list(sys.argv[1:] if argv is None else argv)
+    with_traceback = "--traceback" in given
+    try:
+        parsed = _parser().parse_args([text for text in given if text != "--traceback"])
+        parsed.run(parsed)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        again = "; the same command goes on where it stopped" if "tune" in given[:2] else ""
+        print(f"svg-ear: interrupted{again}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever was reading has gone, `head` for one
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if with_traceback:
+            traceback.print_exc()
+        print(f"svg-ear: {_sentence(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _sentence(error: Exception) -> str:
+    """One printable line that says what went wrong."""
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    if text and isinstance(error, (ValueError, TypeError, OSError, ImportError)):
+        return printable(text)
+    # From the user's model, or a fault of ours: either has to be found.
+    return printable(f"{type(error).__name__}: {text} (--traceback shows where)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="svg-ear", description=__doc__)
     about = f"svg-ear {__version__}, torch {torch.__version__}"
     parser.add_argument("--version", action="version", version=about)
-    commands = parser.add_subparsers(required=True)
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     about = "list every attention of a model: layer, role, shape, plan and why"
     command = commands.add_parser("explain", help=about, description=about)
     command.add_argument(
@@ -41,45 +85,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--draw", metavar="FOLDER", help="also draw each kind of site before and after"
     )
     command.set_defaults(run=_explain)
-    cost_commands.add(commands, _load)
-    given = parser.parse_args(argv)
-    try:
-        given.run(given)
-    except (ValueError, TypeError, ImportError, AttributeError, OSError) as error:
-        print(f"svg-ear: {error}", file=sys.stderr)
-        return 2
-    return 0
+    cost_commands.add(commands)
+    compare_command.add(commands)
+    bench.add(commands)
+    return parser
 
 
 def _explain(given: argparse.Namespace) -> None:
-    options = dict(_option(text) for text in given.option)
-    if given.budget is not None:
-        options["budget"] = given.budget
-    model, args, *rest = _load(given.model)()
-    inputs = rest[0] if rest else {}
-    found = explain(model, *args, options=options, draw_to=given.draw, **inputs)
+    options: dict[str, Any] = {}
+    budget = [] if given.budget is None else [("budget", given.budget)]
+    for key, value in [*map(_option, given.option), *budget]:
+        if key in options:
+            raise InvalidValueError(f"the option {shown(key)} is given twice")
+        options[key] = value
+    model, args, kwargs = model_and_inputs(given.model)
+    found = explain(model, *args, options=options, draw_to=given.draw, **kwargs)
     if given.json:
         print(found.to_json())
     else:
         Console(width=None if sys.stdout.isatty() else 160).print(found.table())
 
 
-def _load(path: str) -> Any:
-    module, colon, name = path.partition(":")
-    if not colon:
-        raise ValueError(f"--model must be MODULE:CALLABLE, got {path!r}")
-    sys.path.insert(0, "")
-    return getattr(importlib.import_module(module), name)
-
-
 def _option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"--option must be KEY=VALUE, got {text!r}")
+        raise InvalidValueError(f"--option must be KEY=VALUE, got {shown(text)}")
     try:
         return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return key, value  # a word
 
 
 if __name__ == "__main__":

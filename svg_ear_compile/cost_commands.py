@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import statistics
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -26,19 +27,32 @@ from rich.table import Table
 from svg_ear_compile.calibrating import calibrate
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import calibration as calibrations
+from svg_ear_compile.cost_model import json_record
 from svg_ear_compile.cost_model.budget import Budget, Performance
 from svg_ear_compile.cost_model.calibrate import compare
 from svg_ear_compile.cost_model.calibration import Calibration
 from svg_ear_compile.cost_model.device import describe
-from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.recording import ModelCall
+from svg_ear_compile.kernels.checked import (
+    LARGEST,
+    InvalidValueError,
+    Range,
+    checked,
+    printable,
+    shown,
+)
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
+from svg_ear_compile.made_models import model_and_calls, model_and_inputs
+from svg_ear_compile.terminal import plain
 from svg_ear_compile.tuning import Cost, TuningSettings, tune
 
+Read = TypeVar("Read")
+
+PICTURES = ("png", "svg", "pdf", "jpg", "webp")
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def add(commands: Any, load: Callable[[str], Any]) -> None:
-    """Add the commands to the sub-parsers; `load` imports a MODULE:CALLABLE."""
+def add(commands: Any) -> None:
+    """Add the commands to the sub-parsers."""
     about = "measure this device, in under a minute, and remember it"
     command = commands.add_parser("calibrate", help=about, description=about)
     command.add_argument("--device", default=_DEVICE, help=f"default: {_DEVICE}")
@@ -54,29 +68,36 @@ def add(commands: Any, load: Callable[[str], Any]) -> None:
         "argument tuples, or of (args, kwargs) pairs",
     )
     wish = command.add_mutually_exclusive_group(required=True)
-    wish.add_argument("--target-speedup", type=float, help="of one sparse forward over Inductor's")
-    wish.add_argument("--max-error", type=float, help="relative RMS of the model's output")
-    wish.add_argument("--density", type=float, help="mean share of the area computed exactly")
+    wish.add_argument(
+        "--target-speedup", type=_finite, help="of one sparse forward over Inductor's"
+    )
+    wish.add_argument("--max-error", type=_finite, help="relative RMS of the model's output")
+    wish.add_argument("--density", type=_finite, help="mean share of the area computed exactly")
     command.add_argument("--out", type=Path, required=True, help="budget file to write")
-    command.add_argument("--densities", default="0.05,0.1,0.2,0.4", help="tried in each layer")
+    command.add_argument(
+        "--densities", type=_densities, default="0.05,0.1,0.2,0.4", help="tried in each layer"
+    )
     command.add_argument(
         "--clusters",
+        type=_cluster_sizes,
         default="default",
         help="mean cluster sizes that are tried, e.g. default,256x64 (queries x keys)",
     )
     command.add_argument(
-        "--forms", default=AttentionPlan.compensation, help="e.g. gaussian,centroid"
+        "--forms", type=_forms, default=AttentionPlan.compensation, help="e.g. gaussian,centroid"
     )
-    command.add_argument("--phases", type=int, default=1, help="parts of the denoising")
-    command.add_argument("--dense-steps", type=int, default=0, help="leading dense steps")
-    command.add_argument("--dense-from", type=float, help="timestep from which the end is dense")
+    command.add_argument(
+        "--phases", type=_number(1, 1000), default=1, help="parts of the denoising"
+    )
+    command.add_argument("--dense-steps", type=_number(0), default=0, help="leading dense steps")
+    command.add_argument("--dense-from", type=_finite, help="timestep from which the end is dense")
     command.add_argument("--thresholds", action="store_true", help="route by threshold")
     command.add_argument("--timestep", help="name of the model's timestep argument")
     command.add_argument(
         "--ascending", action="store_true", help="timesteps rise towards the video"
     )
     command.add_argument("--eager", action="store_true", help="without Inductor: a quick look")
-    command.set_defaults(run=lambda given: _tune(given, load))
+    command.set_defaults(run=_tune)
 
     about = "draw a budget, its frontier, predicted against measured times, or a block map"
     command = commands.add_parser("plot", help=about, description=about)
@@ -85,10 +106,56 @@ def add(commands: Any, load: Callable[[str], Any]) -> None:
     command.add_argument("--device", default=_DEVICE, help="whose calibration, for times")
     command.add_argument("--model", metavar="MODULE:CALLABLE", help="as for explain, for blocks")
     command.add_argument("--layer", help="layer path, for blocks; the first by default")
-    command.add_argument("--head", type=int, default=0, help="for blocks")
-    command.add_argument("--density", type=float, default=0.2, help="for blocks")
+    command.add_argument("--head", type=_number(0), default=0, help="for blocks")
+    command.add_argument("--density", type=_finite, default=0.2, help="for blocks")
     command.add_argument("--out", type=Path, required=True, help="picture to write, e.g. a .png")
-    command.set_defaults(run=lambda given: _plot(given, load))
+    command.set_defaults(run=_plot)
+
+
+def _finite(text: str) -> float:
+    return _as_type(lambda: float(checked("a number", float(text), float)), "a finite number")
+
+
+def _number(least: int, most: int = LARGEST) -> Callable[[str], int]:
+    """A type of argument: whole numbers of a range."""
+
+    def read(text: str) -> int:
+        kind = Annotated[int, Range(least, most)]
+        words = f"a whole number from {least} to {most}"
+        return _as_type(lambda: int(checked("a number", int(text), kind)), words)
+
+    return read
+
+
+def _densities(text: str) -> tuple[float, ...]:
+    return tuple(_finite(part) for part in text.split(","))
+
+
+def _forms(text: str) -> tuple[Compensation, ...]:
+    return _as_type(
+        lambda: tuple(checked("", part, Compensation) for part in text.split(",")),
+        f"some of {', '.join(get_args(Compensation))}",
+    )
+
+
+def _cluster_sizes(text: str) -> tuple[tuple[int, int] | None, ...]:
+    """Mean queries and keys per cluster, None for the default."""
+    found: list[tuple[int, int] | None] = []
+    for part in text.split(","):
+        pair = re.fullmatch("([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", part)
+        if pair is None and part != "default":
+            raise argparse.ArgumentTypeError(
+                f"takes default or QUERIESxKEYS, each at least 1, got {shown(part)}"
+            )
+        found.append(None if pair is None else (int(pair[1]), int(pair[2])))
+    return tuple(found)
+
+
+def _as_type(read: Callable[[], Read], words: str) -> Read:
+    try:
+        return read()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"takes {words}") from error
 
 
 def _calibrate(given: argparse.Namespace) -> None:
@@ -102,14 +169,16 @@ def _calibrate(given: argparse.Namespace) -> None:
 
         found = calibrate(given.device, on_sample=show)
     console.print(_calibration_table(found))
-    console.print(f"kept in {calibrations.cache_folder()}", soft_wrap=True)
+    console.print(plain(f"kept in {calibrations.cache_folder()}"), soft_wrap=True)
 
 
 def _calibration_table(found: Calibration) -> Table:
     tested = [c for c in compare(found, found.samples) if not c.sample.fitted]
-    table = Table(title=found.device.name, caption=f"{found.seconds:.0f} s", show_header=False)
+    table = Table(
+        title=plain(found.device.name), caption=f"{found.seconds:.0f} s", show_header=False
+    )
     for dtype, rate in found.roofs.flops.items():
-        table.add_row(f"matrix product, {dtype}", f"{rate:.3g} TFLOP/s")
+        table.add_row(plain(f"matrix product, {dtype}"), f"{rate:.3g} TFLOP/s")
     table.add_row("copy", f"{found.roofs.bandwidth:.3g} GB/s")
     table.add_row("small operator", f"{1e3 * found.roofs.launch_ms:.2g} µs")
     if tested:
@@ -121,17 +190,22 @@ def _calibration_table(found: Calibration) -> Table:
     return table
 
 
-def _tune(given: argparse.Namespace, load: Callable[[str], Any]) -> None:
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+def _tune(given: argparse.Namespace) -> None:
+    if given.out.suffix == ".journal":
+        raise InvalidValueError(
+            "--out must not end in .journal, the ending of what it writes beside"
+        )
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    json_record.check_writable(given.out)
+    ranks, rank = (_environment(name) for name in ("WORLD_SIZE", "LOCAL_RANK"))
     if ranks > 1:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(rank)
         # Single numbers are exchanged, and rank 0 may measure for hours while the others wait.
         dist.init_process_group("gloo", timeout=timedelta(days=2))
     try:
-        found = _tuned(given, load)
+        found = _tuned(given)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            given.out.parent.mkdir(parents=True, exist_ok=True)
             budgets.save(found, given.out)
             Console().print(budget_table(found))
     finally:
@@ -139,8 +213,16 @@ def _tune(given: argparse.Namespace, load: Callable[[str], Any]) -> None:
             dist.destroy_process_group()
 
 
-def _tuned(given: argparse.Namespace, load: Callable[[str], Any]) -> Budget:
-    model, calls = load(given.model)()
+def _environment(name: str) -> int:
+    """A number that torchrun sets, 0 where it is not set."""
+    text = os.environ.get(name, "0")
+    if not re.fullmatch("[0-9]{1,6}", text):
+        raise InvalidValueError(f"{name} must be a number, got {shown(text)}")
+    return int(text)
+
+
+def _tuned(given: argparse.Namespace) -> Budget:
+    model, calls = model_and_calls(given.model)
     console = Console(quiet=dist.is_initialized() and dist.get_rank() > 0)
     columns = (
         TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(),
@@ -163,7 +245,7 @@ def _tuned(given: argparse.Namespace, load: Callable[[str], Any]) -> Budget:
 
         return tune(
             model,
-            [_call(call) for call in calls],
+            calls,
             target_speedup=given.target_speedup,
             max_error=given.max_error,
             density=given.density,
@@ -175,18 +257,10 @@ def _tuned(given: argparse.Namespace, load: Callable[[str], Any]) -> Budget:
 
 
 def _settings(given: argparse.Namespace) -> TuningSettings:
-    def sizes(text: str) -> tuple[int, int] | None:
-        if text == "default":
-            return None
-        queries, cross, keys = text.partition("x")
-        if not cross:
-            raise ValueError(f"--clusters takes default or QUERIESxKEYS, got {text!r}")
-        return int(queries), int(keys)
-
     return TuningSettings(
-        densities=tuple(float(d) for d in given.densities.split(",")),
-        cluster_sizes=tuple(sizes(text) for text in given.clusters.split(",")),
-        forms=tuple(given.forms.split(",")),
+        densities=given.densities,
+        cluster_sizes=given.clusters,
+        forms=given.forms,
         phases=given.phases,
         dense_steps=given.dense_steps,
         dense_from=given.dense_from,
@@ -197,28 +271,20 @@ def _settings(given: argparse.Namespace) -> TuningSettings:
     )
 
 
-def _call(given: Any) -> ModelCall:
-    if isinstance(given, ModelCall):
-        return given
-    if len(given) == 2 and isinstance(given[0], (tuple, list)) and isinstance(given[1], dict):
-        return ModelCall(tuple(given[0]), given[1])
-    return ModelCall(tuple(given))
-
-
 def budget_table(found: Budget) -> Table:
     """Choices by layer and phase, and what they were predicted and measured to do."""
     outcomes = {"predicted": found.predicted, "measured": found.measured, "uniform": found.uniform}
     lines = [f"{name}: {_performance(outcome)}" for name, outcome in outcomes.items()]
     table = Table(
-        title=f"{found.objective}: {found.outcome}",
-        caption="\n".join([*lines, found.note]),
+        title=plain(f"{found.objective}: {found.outcome}"),
+        caption=plain(*lines, found.note),
         caption_justify="left",
     )
     table.add_column("layer")
     for phase in range(found.schedule.phases):
         table.add_column(f"phase {phase + 1}" if found.schedule.phases > 1 else "choice")
     for layer, choices in found.layers.items():
-        table.add_row(layer, *(_words(choice) for choice in choices))
+        table.add_row(plain(layer), *(_words(choice) for choice in choices))
     return table
 
 
@@ -242,24 +308,25 @@ def _performance(found: Performance) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in known.items() if value is not None)
 
 
-def _plot(given: argparse.Namespace, load: Callable[[str], Any]) -> None:
+def _plot(given: argparse.Namespace) -> None:
     from svg_ear_compile import plots
 
+    if given.out.suffix[1:] not in PICTURES:
+        raise InvalidValueError(f"--out must end in one of {', '.join(PICTURES)}")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     if given.what in ("budget", "frontier"):
         if given.budget is None:
-            raise ValueError(f"plot {given.what} needs --budget FILE")
+            raise InvalidValueError(f"plot {given.what} needs --budget FILE")
         draw = plots.budget if given.what == "budget" else plots.frontier
         draw(budgets.load(given.budget), given.out)
     elif given.what == "times":
         found = calibrations.load(describe(given.device))
         if not found.samples:
-            raise ValueError(f"{given.device} was not measured: run svg-ear calibrate first")
+            raise InvalidValueError(f"{given.device} was not measured: run svg-ear calibrate first")
         plots.times(compare(found, found.samples), found.device.name, given.out)
     else:
         if given.model is None:
-            raise ValueError("plot blocks needs --model MODULE:CALLABLE")
-        model, args, *rest = load(given.model)()
-        kwargs = rest[0] if rest else {}
+            raise InvalidValueError("plot blocks needs --model MODULE:CALLABLE")
+        model, args, kwargs = model_and_inputs(given.model)
         plots.blocks(model, args, kwargs, given.layer, given.head, given.density, given.out)
-    print(given.out)
+    print(printable(str(given.out)))

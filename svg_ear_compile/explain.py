@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
+from svg_ear_compile.kernels.checked import printable
 from svg_ear_compile.passes.drawing import (
     Surroundings,
     draw,
@@ -27,6 +30,7 @@ from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.passes.sdpa import SDPA_TARGETS, count_sdpa
 from svg_ear_compile.planning import GraphReport, SiteReport, rewrite_graph
 from svg_ear_compile.settings import Settings
+from svg_ear_compile.terminal import plain
 from svg_ear_compile.tracing import run_once
 
 
@@ -80,7 +84,7 @@ class Explanation:
         sparse = sum(graph.sparse for graph in self.graphs)
         table = Table(
             title=f"{len(self.sites)} attention calls, {len(self.graphs)} graphs, {sparse} sparse",
-            caption=self._notes() or None,
+            caption=plain(*self._notes()),
             caption_justify="left",
         )
         columns = ("layer", "role", "B × H × N_q × N_k × D", "text", "plan", "error", "why")
@@ -90,18 +94,14 @@ class Explanation:
             shape = " × ".join("?" if size is None else str(size) for size in site.shape) or "?"
             before, after = ("?" if count is None else count for count in site.text)
             text = "" if site.text == (0, 0) else f"{before} + {after}"
-            table.add_row(
-                site.site or "(function)",
-                site.role,
-                shape,
-                text,
-                _plan(site),
-                _error(site),
+            row = (
+                site.site or "(function)", site.role, shape, text, _plan(site), _error(site),
                 _why(site),
-            )
+            )  # fmt: skip
+            table.add_row(*map(plain, row))
         return table
 
-    def _notes(self) -> str:
+    def _notes(self) -> list[str]:
         lines = []
         expected = [site.expected for site in self.sites if site.expected is not None]
         if expected:
@@ -118,7 +118,7 @@ class Explanation:
         for found in self.breaks:
             lines.append(f"Graph break, {found.count} times: {found.reason}")
             lines += [f"  {hint}" for hint in found.hints[:1]]
-        return "\n".join(lines)
+        return lines
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=140)
@@ -165,6 +165,10 @@ def explain(
         args, kwargs: its inputs.
         options: see `Settings.parse`.
         draw_to: folder for pictures of the sparse sites before and after, one for each kind.
+
+    Raises:
+        ValueError, TypeError: see `Settings.parse`; or the budget is for another model.
+        OSError: the folder cannot be written.
     """
     settings = Settings.parse(options)
     graphs: list[GraphReport] = []
@@ -191,7 +195,10 @@ def explain(
         return target(*args, **kwargs)
 
     before = Counter(counters["graph_break"])
-    run_once(model, args, kwargs, record)
+    try:
+        run_once(model, args, kwargs, record)
+    except BackendCompilerFailed as error:  # Dynamo's wrapping hides what was raised above
+        raise error.inner_exception from None
     breaks = [_break(*item) for item in (Counter(counters["graph_break"]) - before).items()]
     unseen = 0
     if breaks:
@@ -213,7 +220,10 @@ def _draw(
         if rewritten.outline not in drawn:
             drawn.add(rewritten.outline)
             title = name or "(function)"
-            draw(folder / f"{len(drawn):02d}-{title}.svg", title, before[name], rewritten)
+            # Keys of a ModuleDict may hold anything, slashes among it; dollars are formulas.
+            file = re.sub(r"[^\w.()#-]+", "_", title)[:100]
+            picture = folder / f"{len(drawn):02d}-{file}.svg"
+            draw(picture, printable(title).replace("$", r"\$"), before[name], rewritten)
 
 
 class _CountingSDPA(TorchFunctionMode):

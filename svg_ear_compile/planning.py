@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch.fx import GraphModule
 
 from svg_ear_compile.cost_model.stages import AttentionShape
+from svg_ear_compile.foreign_budget import refuse_foreign
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.passes.rewrite import rewrite
@@ -16,6 +19,8 @@ from svg_ear_compile.passes.symbolic import hint
 from svg_ear_compile.passes.workload import RestOfModel, rest_of_model
 from svg_ear_compile.policy import Decision, Expectation, SiteFacts, decide
 from svg_ear_compile.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,22 +110,63 @@ def _facts(site: AttentionSite) -> SiteFacts:
 
 
 def rewrite_graph(gm: GraphModule, settings: Settings) -> GraphReport:
-    """Find, plan and rewrite every site of a graph in place; report each."""
+    """Find, plan and rewrite every site of a graph in place; report each.
+
+    A graph on which the pass fails stays as it was, with a warning: a fault of ours must not keep a
+    model from running.
+
+    Raises:
+        ValueError: the settings have the budget of another model.
+    """
     rest = rest_of_model(gm)
-    sites = [_with_given_text(found, settings) for found in find_sites(gm)]
+    try:
+        found = find_sites(gm)
+    except Exception as fault:  # whatever it is, Inductor can still compile the graph
+        _warn_of(fault)
+        return GraphReport([], rest)
+    if settings.budget is not None:
+        refuse_foreign(settings.budget, found)
+    sites = [_with_given_text(site, settings) for site in found]
     decided = decide_sites(sites, rest, settings)
     plans = [plan_site(*pair, settings) for pair in zip(sites, decided, strict=True)]
-    report = GraphReport([_report(*row) for row in zip(sites, decided, plans, strict=True)], rest)
+    notes = [_text_note(site, settings) for site in found]
     planned = [(s, plan) for s, plan in zip(sites, plans, strict=True) if plan is not None]
     if planned:
-        rewrite(gm, planned)
-    return report
+        untouched = {module: copy.deepcopy(module.graph) for module in _graph_modules(gm)}
+        try:
+            rewrite(gm, planned)
+        except Exception as fault:  # as above
+            _warn_of(fault)
+            for module, graph in untouched.items():
+                module.graph = graph
+            decided = [
+                Reason.FAULT if plan is not None else decision
+                for decision, plan in zip(decided, plans, strict=True)
+            ]
+            plans = [None] * len(sites)
+    rows = zip(sites, decided, plans, notes, strict=True)
+    return GraphReport([_report(*row) for row in rows], rest)
+
+
+def _graph_modules(gm: GraphModule) -> list[GraphModule]:
+    return [module for module in gm.modules() if isinstance(module, GraphModule)]
+
+
+def _warn_of(fault: Exception) -> None:
+    log.warning(
+        "svg_ear failed on a graph, which stays dense and is compiled by Inductor alone. Please "
+        "report this: %s: %s",
+        type(fault).__name__,
+        fault,
+        exc_info=fault,
+    )
 
 
 def _with_given_text(site: AttentionSite, settings: Settings) -> AttentionSite:
-    prefix, suffix = settings.text_prefix, settings.text_suffix
-    if (prefix is None and suffix is None) or site.reason is not None:
+    """The site with the text that the options give, if they leave it video tokens."""
+    if site.reason is not None or not _text_fits(site, settings):
         return site
+    prefix, suffix = settings.text_prefix, settings.text_suffix
     return replace(
         site,
         text=TextSpan(
@@ -130,8 +176,22 @@ def _with_given_text(site: AttentionSite, settings: Settings) -> AttentionSite:
     )
 
 
+def _text_fits(site: AttentionSite, settings: Settings) -> bool:
+    tokens = [hint(shape[2]) for shape in (site.q_shape, site.k_shape)]
+    given = (settings.text_prefix, settings.text_suffix)
+    traced = site.text.traced
+    text = sum((t or 0) if g is None else g for g, t in zip(given, traced, strict=True))
+    return given == (None, None) or all(text < n for n in tokens if n is not None)
+
+
+def _text_note(site: AttentionSite, settings: Settings) -> str:
+    if site.reason is not None or _text_fits(site, settings):
+        return ""
+    return " The text_prefix and text_suffix that are given leave it no video token: ignored here."
+
+
 def _report(
-    site: AttentionSite, decided: Decision | Reason, plan: AttentionPlan | None
+    site: AttentionSite, decided: Decision | Reason, plan: AttentionPlan | None, note: str
 ) -> SiteReport:
     q, k = ([hint(size) for size in shape] for shape in (site.q_shape, site.k_shape))
     text = site.text.traced
@@ -151,7 +211,7 @@ def _report(
         plan=plan,
         clusters=clusters,
         reason=reason if plan is None else None,
-        sentence="; ".join([*(f"sparse {when}" for when in conditions), decided.sentence]),
+        sentence="; ".join([*(f"sparse {when}" for when in conditions), decided.sentence]) + note,
         bound_by=site.layer_parameter.name if site.layer_parameter else None,
         conditions=conditions,
         expected=None if isinstance(decided, Reason) else decided.expected,

@@ -105,8 +105,6 @@ def decide(
         flops, moved: FLOPs of the graph outside attention, and bytes of the outputs of its nodes.
         settings: settings of the compilation.
     """
-    if settings.budget_problem is not None:
-        return [_dense(settings.budget_problem) for _ in sites]
     if settings.budget is not None:
         return [_by_budget(site, settings.budget, settings) for site in sites]
     if settings.target_speedup is not None:

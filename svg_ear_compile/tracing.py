@@ -5,9 +5,17 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+
+_RUNS_ONCE: ContextVar[bool] = ContextVar("svg_ear_runs_once", default=False)
+
+
+def runs_once() -> bool:
+    """Whether a model is being run by `run_once` here."""
+    return _RUNS_ONCE.get()
 
 
 def run_once(
@@ -35,5 +43,9 @@ def run_once(
     unlimited = torch._dynamo.config.patch(
         recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize
     )
-    with torch.no_grad(), unlimited:
-        return torch.compile(fresh, backend=backend)(*args, **kwargs)
+    token = _RUNS_ONCE.set(True)
+    try:
+        with torch.no_grad(), unlimited:
+            return torch.compile(fresh, backend=backend)(*args, **kwargs)
+    finally:
+        _RUNS_ONCE.reset(token)

@@ -15,16 +15,16 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from svg_ear_compile.backend import svg_ear
-from svg_ear_compile.binding import bind
 from svg_ear_compile.cost_model.budget import Budget
 from svg_ear_compile.planning import rewrite_graph
 from svg_ear_compile.recording import ModelCall
+from svg_ear_compile.session import bind
 from svg_ear_compile.settings import Settings
 
 REPEATS = 5  # of a timing, fewer where forwards are slow
 PATIENCE_S = 60.0  # for one timing
 
-# Every call that could be sparse is put under the binding's control, however short.
+# Every call that could be sparse is put under the session's control, however short.
 _OPTIONS: dict[str, Any] = {"density": 0.5, "min_tokens": 1}
 
 
@@ -49,18 +49,18 @@ class TrialRuns:
         self.calls = list(calls)
         self.references: list[Tensor] = []
         self._compiled, self._plain = _compiled(model, compiler)
-        self._binding = bind(self._compiled, timestep=timestep, ascending=ascending)
-        self.timesteps = [self._binding.timestep_of(call.args, call.kwargs) for call in calls]
+        self._session = bind(self._compiled, timestep=timestep, ascending=ascending)
+        self.timesteps = [self._session.timestep_of(call.args, call.kwargs) for call in calls]
         leaves = tree_leaves((calls[0].args, dict(calls[0].kwargs)))
         self.device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
 
     def close(self) -> None:
         """Release the model, which is then as it was before."""
-        self._binding.unbind()
+        self._session.close()
 
     def measure_references(self, dense: Budget, on_call: Callable[[int], None]) -> float:
         """Store the dense outputs of all calls; returns the seconds of a forward once compiled."""
-        self._binding.use(dense)
+        self._session.use(dense)
         self._output(0)
         seconds = []
         for call in range(len(self.calls)):
@@ -76,7 +76,7 @@ class TrialRuns:
         Raises:
             ValueError: the error is not finite.
         """
-        self._binding.use(budget)
+        self._session.use(budget)
         reference = self.references[call]
         found = float((self._output(call) - reference).norm() / reference.norm())
         if not math.isfinite(found):
@@ -130,10 +130,10 @@ class TrialRuns:
             model = self._compiled
             # Later timesteps may belong to the next phase: all phases get the same choices.
             layers = {layer: (c[phase],) * len(c) for layer, c in budget.layers.items()}
-            self._binding.use(dataclasses.replace(budget, layers=layers))
+            self._session.use(dataclasses.replace(budget, layers=layers))
         found = []
         for turn in range(3):
-            args, kwargs = self._binding.later(call.args, call.kwargs, 0.01 * turn)
+            args, kwargs = self._session.later(call.args, call.kwargs, 0.01 * turn)
             self._synchronize()
             began = time.perf_counter()
             model(*args, **kwargs)
@@ -143,7 +143,7 @@ class TrialRuns:
 
     def _output(self, call: int) -> Tensor:
         """(elements,) float32, all floating-point tensors of the output of a call, concatenated."""
-        self._binding.reset()
+        self._session.reset()
         output = self._compiled(*self.calls[call].args, **self.calls[call].kwargs)
         leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
         return torch.cat([leaf.float().flatten() for leaf in leaves])
@@ -154,7 +154,7 @@ class TrialRuns:
 
 
 def _compiled(model: nn.Module, compiler: str) -> tuple[Any, Any]:
-    """The model compiled with every site under the binding's control, and without any site."""
+    """The model compiled with every site under the session's control, and without any site."""
     if compiler == "inductor":
         return (
             torch.compile(model, backend=svg_ear, options=_OPTIONS),

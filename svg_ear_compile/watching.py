@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 
 from svg_ear_compile.kernels.clusters import Result
-from svg_ear_compile.kernels.form import sparse_form
+from svg_ear_compile.kernels.device_guard import on_device
 from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.registry import sparse_attention
 from svg_ear_compile.planning import rewrite_graph
 from svg_ear_compile.settings import Settings
 from svg_ear_compile.tracing import run_once
@@ -41,16 +42,17 @@ class SeenCall:
     attn_mask: Tensor | None
 
     def sparse(self, plan: AttentionPlan) -> Result:
-        """The call under a plan, clustered afresh."""
-        return sparse_form(self.q.is_cuda)(
-            self.q,
-            self.k,
-            self.v,
-            plan,
-            attn_mask=self.attn_mask,
-            scale=self.scale,
-            text=self.text,
-        )
+        """The call under a plan, cold."""
+        with on_device(self.q.device):
+            return sparse_attention(
+                self.q,
+                self.k,
+                self.v,
+                plan,
+                attn_mask=self.attn_mask,
+                scale=self.scale,
+                text=self.text,
+            )
 
     def error(self, result: Result) -> float:
         """Relative L2 distance of a result from dense attention."""
@@ -66,10 +68,11 @@ class _Watcher(Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = super().call_function(target, args, kwargs)
         if target is torch.ops.svg_ear.attention.default:
-            q, k, v, mask, _layer, *proof = args
-            if proof:  # keys, rows, whether they are all that the mask says
-                mask = proof[0]
-            if not proof or bool(proof[2]):
+            q, k, v, mask = args[:4]
+            keys, _rows, proven = (*args[5:], None, None, None)[:3]
+            if proven is not None:
+                mask = keys
+            if proven is None or bool(proven):
                 layer, scale = kwargs["site"].partition("#")[0], kwargs["scale"]
                 scale = q.shape[3] ** -0.5 if scale is None else scale
                 text = (kwargs["text_prefix"], kwargs["text_suffix"])

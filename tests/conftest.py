@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,23 @@ settings.register_profile(
 )
 settings.register_profile("dev", deadline=None, max_examples=60)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+class _Faults(logging.Handler):
+    """Raises what the pass has failed with: the net under it must not hide faults from tests."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1] is not None:
+            raise record.exc_info[1]
+
+
+@pytest.fixture(autouse=True)
+def _no_fault_is_caught(request: pytest.FixtureRequest) -> Iterator[None]:
+    log, faults = logging.getLogger("svg_ear_compile.planning"), _Faults()
+    if request.node.get_closest_marker("faults") is None:
+        log.addHandler(faults)
+    yield
+    log.removeHandler(faults)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,8 +17,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from benchmarks.attention.gate import GATE, relative_error
 from benchmarks.attention.inputs import Inputs, exact_pairs
 from svg_ear_compile.kernels.clusters import Result
-from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.registry import sparse_attention
 
 TILE = 128
 
@@ -69,7 +69,7 @@ def flex_row(
     """
     q, k, v = inputs.q, inputs.k, inputs.v
     tokens, dim = q.shape[2:]
-    result = sparse_form(q.is_cuda)(q, k, v, plan, text=(0, inputs.text))
+    result = sparse_attention(q, k, v, plan, text=(0, inputs.text))
     q_order = result.queries.labels.argsort(dim=-1, stable=True)
     k_order = result.keys.labels.argsort(dim=-1, stable=True)
 

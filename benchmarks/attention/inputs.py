@@ -10,15 +10,15 @@ from torch import Tensor
 from benchmarks.attention.data import video_like
 from benchmarks.tuning.recorded import record
 from benchmarks.video_dit.data import TRAIN_SHAPE
+from svg_ear_compile import bench
 from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 # name: (B, H, video tokens, text tokens, D)
 MODEL_SHAPES = {
-    "wan14b-720p": (1, 40, 75600, 0, 128),
-    "hunyuan-720p": (1, 24, 118800, 256, 128),
-    "wan1.3b-480p": (1, 12, 32760, 0, 128),
-    "cogvideox-5b": (2, 48, 17550, 226, 64),
+    name: (shape.batch, shape.heads, shape.video, shape.text, shape.head_dim)
+    for name, shape in bench.SHAPES.items()
+    if name != "short"
 }
 # The longest with few heads: dense attention alone would take minutes.
 SWEEP = {

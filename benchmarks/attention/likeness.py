@@ -22,8 +22,8 @@ from benchmarks.attention.gate import relative_error
 from benchmarks.provenance import provenance
 from benchmarks.tuning.recorded import record
 from benchmarks.video_dit.data import TRAIN_SHAPE
-from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
+from svg_ear_compile.kernels.registry import sparse_attention
 
 DENSITIES = (0.05, 0.1, 0.2, 0.4)
 FORMS: tuple[Compensation, ...] = get_args(Compensation)
@@ -33,10 +33,9 @@ _STEPS, _WANTED, _LAYERS = 24, (8, 16), (1, 4, 7)
 def curve(q: Tensor, k: Tensor, v: Tensor, form: Compensation) -> list[float]:
     """Relative L2 error of attention at each of `DENSITIES`; q, k, v (1, H, N, D)."""
     dense = F.scaled_dot_product_attention(q, k, v)
-    attend = sparse_form(q.is_cuda)
     return [
-        relative_error(attend(q, k, v, AttentionPlan(density=d, compensation=form)).out, dense)
-        for d in DENSITIES
+        relative_error(sparse_attention(q, k, v, plan).out, dense)
+        for plan in (AttentionPlan(density=d, compensation=form) for d in DENSITIES)
     ]
 
 

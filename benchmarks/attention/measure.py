@@ -18,8 +18,8 @@ from benchmarks.attention.inputs import Inputs, exact_pairs, plan_of
 from svg_ear_compile.cost_model.calibrate import STAGE_OF_KERNEL
 from svg_ear_compile.cost_model.timing import backend_takes, busy_kernels_ms, busy_ms
 from svg_ear_compile.kernels.clusters import Result
-from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.registry import captured_attention
 
 FUSED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 # Kernels by stage, those of clustering one by one; whatever else runs sorts tokens by cluster.
@@ -132,7 +132,7 @@ def _measure_plan(
 ) -> dict[str, Any]:  # fmt: skip
     q, k, v, text = inputs.q, inputs.k, inputs.v, (0, inputs.text)
     batch, heads, tokens, dim = q.shape
-    sparse_attention = sparse_form(q.is_cuda)
+    sparse_attention = captured_attention(q.device)
     cold = sparse_attention(q, k, v, plan, text=text)
     warm = (cold.queries.centroids, cold.keys.centroids)
 
@@ -189,10 +189,7 @@ def _gate(inputs: Inputs, plan: AttentionPlan, result: Result) -> float:
 
 
 def _extra_bytes(call: Callable[[], Result], q: Tensor) -> int:
-    """Peak bytes of calls beyond their output and what was held before, a recording included."""
-    from svg_ear_compile.kernels.gpu import replay
-
-    replay.forget()
+    """Peak bytes of calls beyond their output and what was held before; with captured graphs."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     for _ in range(3):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.attention.inputs import PAPERS_CLUSTERS
-from svg_ear_compile.kernels.plan import REMOVED
+from svg_ear_compile.kernels.removed import REMOVED
 
 Row = dict[str, Any]
 _DENSITIES = (0.2, 0.1)

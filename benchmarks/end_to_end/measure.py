@@ -59,11 +59,11 @@ def _is_nested(event: Any) -> bool:
 def watched_clusters(device: str) -> Iterator[list[dict[str, list[float]]]]:
     """Collect mean and deviation of the cluster sizes of every sparse call in the with block."""
     if device == "cuda":
-        from svg_ear_compile.kernels.gpu import replay as form
+        from svg_ear_compile.kernels.gpu.captured_graphs import CapturedGraphs as form
     else:
         from svg_ear_compile.kernels import cpu as form
     found: list[dict[str, list[float]]] = []
-    sparse = form.sparse_attention
+    sparse = form.sparse_attention  # of a class or of a module: a plain function of either
 
     def watched(*args: Any, **kwargs: Any) -> Result:
         result: Result = sparse(*args, **kwargs)
@@ -95,7 +95,7 @@ def forward(
         options = {**options, "max_drift": 0.0}
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     compiled = torch.compile(model, backend=backend, options=options or None)
-    binding = svg_ear_compile.bind(compiled) if backend == "svg_ear" else None
+    session = svg_ear_compile.bind(compiled) if backend == "svg_ear" else None
     timesteps = iter(range(1000, 0, -1))
 
     def call() -> Tensor:
@@ -120,7 +120,7 @@ def forward(
         "weights_bytes": weights,
         "peak_bytes": peak,
         "finite": bool(out.isfinite().all()),
-        "densities": [layer.density for layer in binding.report()] if binding else [],
+        "densities": [layer.density for layer in session.report()] if session else [],
         "clusters": clusters,
     }
 
@@ -147,9 +147,9 @@ def generation(
     for run_steps, run_dense in ((3, 1), (steps, dense_steps)):
         torch.compiler.reset()
         model.compile_repeated_blocks(backend=backend, options=options or None, fullgraph=True)
-        binding = None
+        session = None
         if backend == "svg_ear":
-            binding = svg_ear_compile.bind(model, dense_steps=run_dense)
+            session = svg_ear_compile.bind(model, dense_steps=run_dense)
 
         def run(steps: int = run_steps) -> None:
             nonlocal latents
@@ -157,9 +157,9 @@ def generation(
 
         seconds.append(seconds_of(run, device))
         shares = []
-        if binding is not None:
-            shares = [layer.taken_over for layer in binding.report()]
-            binding.unbind()
+        if session is not None:
+            shares = [layer.reused_fraction for layer in session.report()]
+            session.close()
     return {
         "backend": backend,
         "options": options,

@@ -110,7 +110,7 @@ class Clips:
             **scores,
             "attention_error": self.subject.attention_error(cell),
             "density_reached": remembered.density,
-            "taken_over": remembered.taken_over,
+            "taken_over": remembered.reused,
         }
         seconds = time.perf_counter() - began
         self.longest[cell.rule] = max(seconds, self.longest.get(cell.rule, 0.0))

@@ -8,7 +8,7 @@ descriptions: SVG2 is arXiv 2505.18875, SVG-EAR arXiv 2603.08982.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from benchmarks.fidelity import head, orders
 from benchmarks.fidelity.head import Head, heads_of
-from svg_ear_compile.kernels import op, reference, state
+from svg_ear_compile.kernels import op, reference
+from svg_ear_compile.kernels.call import AttentionCall, CallRequest, calls_from
 from svg_ear_compile.kernels.plan import AttentionPlan, ClusterMetric, Compensation
-from svg_ear_compile.kernels.state import Call, Memory
+from svg_ear_compile.kernels.reference import Result
+from svg_ear_compile.memory import Memory, RememberedCall, calls_by_branch
 
 ByHead = Callable[[Head, float], tuple[Tensor, Tensor]]
 """Of a head and a density: output (N, D) and exact blocks (Qc, Kc)."""
@@ -116,7 +118,7 @@ RULES = {
 
 @dataclass
 class Remembered:
-    """What one generation remembers, call site by call site: resolves the operator's calls too.
+    """What one generation remembers, call site by call site: a source of the operator's calls.
 
     Attributes:
         memories: by site, of the first branch and of the second.
@@ -128,11 +130,21 @@ class Remembered:
     branches: int = 1
     batch: int = 0
 
-    def resolve(self, layer: Tensor | None, site: str, plan: AttentionPlan) -> Call:
-        """See `kernels.state.Resolver`."""
-        first, second = self.memories.setdefault(site, (Memory(), Memory()))
-        shared = self.branches == 2 and plan.shared_branches
-        return Call(plan, first, None, (second,) if shared else (), self.batch)
+    def of_site(self, site: str) -> tuple[Memory, Memory]:
+        """What a site remembers of the first branch and of the second."""
+        return self.memories.setdefault(site, (Memory(), Memory()))
+
+    def calls(self, request: CallRequest) -> Iterator[AttentionCall]:
+        """See `kernels.call.CallSource`."""
+        shared = self.branches == 2 and request.plan.shared_branches
+        split = shared and request.q_shape[0] == self.batch
+        memories = self.of_site(request.site)[: 2 if split else 1]
+        yield from calls_by_branch(request, request.plan, memories)
+
+    def finished(self, call: AttentionCall, result: Result) -> None:
+        """See `kernels.call.CallSource`."""
+        assert isinstance(call, RememberedCall)
+        call.finished(result)
 
     def _used(self) -> list[Memory]:
         return [memory for pair in self.memories.values() for memory in pair if memory.pairs]
@@ -144,10 +156,10 @@ class Remembered:
         return sum(found) / len(found) if found else None
 
     @property
-    def taken_over(self) -> float:
-        """Share of the sparse calls that took over their blocks."""
+    def reused(self) -> float:
+        """Fraction of the sparse calls that reused their blocks."""
         memories = self._used()
-        return sum(m.taken_over for m in memories) / max(1, sum(m.calls for m in memories))
+        return sum(m.reused for m in memories) / max(1, sum(m.calls for m in memories))
 
 
 def attention(
@@ -184,14 +196,12 @@ def attention(
     )
     if chosen.compensation is not None:
         plan = replace(plan, compensation=chosen.compensation)
-        with state.active(remembered):
+        with calls_from(remembered):
             out, _ = op.attention(q, k, v, plan=plan.encode(), site=site, text_suffix=text)
         return out
     if chosen.by_head is None:
         return uniform_attention(q, k, v, plan.density, text)
-    memory = remembered.resolve(None, site, plan).memory
-    assert memory is not None
-    return attend_by_head(q, k, v, chosen.by_head, plan, text, memory)
+    return attend_by_head(q, k, v, chosen.by_head, plan, text, remembered.of_site(site)[0])
 
 
 def attend_by_head(

@@ -20,8 +20,8 @@ from benchmarks.tuning.recorded import Recording, record
 from benchmarks.video_dit.demo import SHAPES
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.kernels.clusters import Result
-from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
+from svg_ear_compile.kernels.registry import sparse_attention
 
 DENSITIES = (0.05, 0.1, 0.2, 0.4)
 CLUSTER_SIZES = ((256, 64), (128, 64), (128, 128), (64, 32))
@@ -46,7 +46,7 @@ class Row:
 
 def sparse(found: Recording, plan: AttentionPlan) -> Result:
     """The call under a plan, cold."""
-    return sparse_form(found.q.is_cuda)(found.q, found.k, found.v, plan)
+    return sparse_attention(found.q, found.k, found.v, plan)
 
 
 def measure(found: Recording, seed: int) -> list[Row]:

@@ -2,9 +2,9 @@
 
 The same noise goes through the same model under Inductor, under ``svg_ear`` with the paper's
 compensation and under ``svg_ear`` with its own. Writes an animation and a contact sheet of all
-three, and every number as JSON. What it shows is fidelity and what was rewritten: at the 2,304
-tokens that suit a CPU, sparse attention is not meant to be faster, and the seconds are printed as
-measured.
+three, every number as JSON, and the page of ``svg-ear compare``. What it shows is fidelity and what
+was rewritten: at the 2,304 tokens that suit a CPU, sparse attention is not meant to be faster, and
+the seconds are printed as measured.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ import argparse
 import json
 import math
 import platform
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-import svg_ear_compile
 from benchmarks.video_dit.compare import (
     FrameScores,
     ShownClip,
@@ -35,173 +32,24 @@ from benchmarks.video_dit.compare import (
     write_contact_sheet,
 )
 from benchmarks.video_dit.data import DEMO_SHAPE, LABELS, TRAIN_SHAPE
+from benchmarks.video_dit.demo_runs import (
+    CAMERA,
+    TITLES,
+    DemoSettings,
+    Run,
+    explain_rewrite,
+    generate_run,
+    sparse_options,
+)
 from benchmarks.video_dit.model import VideoDiT
-from benchmarks.video_dit.sample import generate
+from svg_ear_compile.compare.comparison import Clip, Comparison
+from svg_ear_compile.compare.figures import figures_of
+from svg_ear_compile.compare.frames import frames_of
+from svg_ear_compile.compare.page import page_of
+from svg_ear_compile.compare.setting import DENSE, Setting
 
 WEIGHTS = Path(__file__).with_name("weights")
 SHAPES = {"short": DEMO_SHAPE, "long": TRAIN_SHAPE}
-TITLES = {"centroid": "paper's rule", "gaussian": "svg_ear"}
-
-# pan right, drift up, zoom in, turn a little; no cut-out. Everything in the picture moves, so no
-# frame is a copy of another.
-_CAMERA = (0.7, -0.3, 0.6, 0.35, 0.0)
-
-# Below the backend's own limit, where dense attention is cheaper: the demo is about fidelity.
-_MIN_TOKENS = 1024
-
-# Half the backend's own cluster sizes, which suit tens of thousands of tokens and a GPU's tiles:
-# a clip this short would be cut into so few blocks that each mixes several things.
-_QUERIES_PER_CLUSTER, _KEYS_PER_CLUSTER = 64, 32
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """What is generated, and how much of its attention stays exact.
-
-    ``shape`` is (frames, height, width); of ``steps`` denoising steps the first ``dense_steps``
-    are dense in every run; ``density`` is the share of the attention area that the others compute
-    exactly; ``compensations`` has one sparse run for each entry.
-    """
-
-    device: str
-    shape: tuple[int, int, int]
-    steps: int
-    dense_steps: int
-    density: float = 0.2
-    label: int = LABELS.index("astronaut")
-    seed: int = 0
-    guidance: float = 2.0
-    compensations: tuple[str, ...] = ("centroid", "gaussian")
-
-    @classmethod
-    def for_device(cls, device: str) -> DemoSettings:
-        """A clip of 2,304 tokens on a CPU, one of 6,912 tokens with more steps on a GPU."""
-        if device.startswith("cuda"):
-            return cls(device, TRAIN_SHAPE, steps=24, dense_steps=5)
-        return cls(device, DEMO_SHAPE, steps=16, dense_steps=4)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights: bfloat16 on a GPU, float32 on a CPU."""
-        return torch.bfloat16 if self.device.startswith("cuda") else torch.float32
-
-
-@dataclass(frozen=True)
-class LayerDensity:
-    """One rewritten attention: its layer, the density its last call reached, how it was told."""
-
-    path: str
-    density: float | None
-    identity: str
-
-
-@dataclass(frozen=True)
-class Run:
-    """One generation: its clip ``(T, H, W, 3)``, the seconds of each step, its rewritten layers.
-
-    ``compensation`` is None for the dense run.
-    """
-
-    title: str
-    compensation: str | None
-    frames: torch.Tensor
-    step_seconds: tuple[float, ...]
-    layers: tuple[LayerDensity, ...] = ()
-
-    def median_seconds(self, dense_steps: int) -> float:
-        """Median over the steps that are sparse in a sparse run, without the one that compiles."""
-        steady = self.step_seconds[max(dense_steps, 1) :]
-        return statistics.median(steady or self.step_seconds)
-
-    def mean_density(self) -> float | None:
-        """Mean over the layers that reached one, None for a dense run."""
-        reached = [layer.density for layer in self.layers if layer.density is not None]
-        return sum(reached) / len(reached) if reached else None
-
-
-def sparse_options(settings: DemoSettings, patch: int, compensation: str) -> dict[str, Any]:
-    """The backend's options for one sparse run of a model with patches of ``patch`` pixels."""
-    frames, height, width = settings.shape
-    tokens = frames * (height // patch) * (width // patch)
-    options = {
-        "density": settings.density,
-        "min_tokens": _MIN_TOKENS,
-        "q_clusters": math.ceil(tokens / _QUERIES_PER_CLUSTER),
-        "k_clusters": math.ceil(tokens / _KEYS_PER_CLUSTER),
-        "compensation": compensation,
-    }
-    if compensation == "centroid":
-        # The paper's rule with the paper's clusters, every branch's and step's own.
-        options |= {"cluster_metric": "euclidean", "warm_iterations": 2}
-        options |= {"max_drift": 0.0, "shared_branches": False}
-    return options
-
-
-def explain_rewrite(settings: DemoSettings, model: VideoDiT) -> str:
-    """The table of every attention in ``model`` and what the backend plans for it."""
-    device = settings.device
-    explanation = svg_ear_compile.explain(
-        model,
-        torch.zeros(1, 3, *settings.shape, device=device),
-        torch.full((1,), 500.0, device=device),
-        torch.tensor([settings.label], device=device),
-        torch.tensor([_CAMERA], device=device),
-        options=sparse_options(settings, model.config.patch, settings.compensations[-1]),
-    )
-    return str(explanation)
-
-
-def generate_run(
-    settings: DemoSettings,
-    model: VideoDiT,
-    compensation: str | None,
-    on_step: Callable[[int, float], None],
-) -> Run:
-    """Compile ``model`` and generate the clip: dense if ``compensation`` is None.
-
-    Raises:
-        RuntimeError: the clip has values that are not finite.
-    """
-    # Every run traces and compiles anew; Inductor's caches on disk still spare later runs a part.
-    torch.compiler.reset()
-    binding = None
-    if compensation is None:
-        title = "dense"
-        compiled = torch.compile(model, backend="inductor")
-    else:
-        title = TITLES[compensation]
-        options = sparse_options(settings, model.config.patch, compensation)
-        compiled = torch.compile(model, backend="svg_ear", options=options)
-        binding = svg_ear_compile.bind(compiled, dense_steps=settings.dense_steps)
-
-    seconds: list[float] = []
-
-    def keep_time(step: int, duration: float) -> None:
-        seconds.append(duration)
-        on_step(step, duration)
-
-    frames = generate(
-        compiled,
-        label=settings.label,
-        camera=_CAMERA,
-        seed=settings.seed,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        shape=settings.shape,
-        device=settings.device,
-        dtype=settings.dtype,
-        on_step=keep_time,
-    )
-    if not frames.isfinite().all():
-        raise RuntimeError(f"the clip of the run {title!r} is not finite")
-    layers = (
-        ()
-        if binding is None
-        else tuple(
-            LayerDensity(layer.path, layer.density, layer.identity) for layer in binding.report()
-        )
-    )
-    return Run(title, compensation, frames, tuple(seconds), layers)
 
 
 def run_demo(settings: DemoSettings, weights: Path, out: Path, console: Console) -> dict[str, Any]:
@@ -243,13 +91,12 @@ def run_demo(settings: DemoSettings, weights: Path, out: Path, console: Console)
     record = make_record(settings, runs, scores, total, explained)
     (out / "demo.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     write_pictures(settings, runs, scores, out)
+    page = out / "index.html"
+    page.write_text(page_of(comparison_of(settings, runs, load().config.patch, page)))
     print_results(settings, runs, scores, console)
-    console.print(
-        f"{total:.0f} s in all. Wrote "
-        + ", ".join(
-            str(out / name) for name in ("side_by_side.gif", "contact_sheet.png", "demo.json")
-        )
-    )
+    names = ("side_by_side.gif", "contact_sheet.png", "demo.json")
+    console.print(f"{total:.0f} s in all. Wrote " + ", ".join(str(out / name) for name in names))
+    console.print(f"Open {page} in a browser", soft_wrap=True)
     return record
 
 
@@ -266,7 +113,7 @@ def make_record(
     """
     frames, height, width = settings.shape
     return {
-        "settings": {**asdict(settings), "label": LABELS[settings.label], "camera": _CAMERA},
+        "settings": {**asdict(settings), "label": LABELS[settings.label], "camera": CAMERA},
         "device": device_name(settings.device),
         "threads": torch.get_num_threads(),
         "versions": {
@@ -294,6 +141,33 @@ def make_record(
             for run, score in zip(runs, [None, *scores], strict=True)
         ],
     }
+
+
+def comparison_of(settings: DemoSettings, runs: list[Run], patch: int, page: Path) -> Comparison:
+    """The runs, the dense one first, as what ``svg-ear compare`` shows on its page."""
+    key = (0, settings.seed)
+    dense = frames_of(runs[0].frames)
+    clips: dict[str, dict[tuple[int, int], Clip]] = {}
+    sparse = []
+    for run in runs:
+        frames = frames_of(run.frames)
+        seconds = settings.steps * run.median_seconds(settings.dense_steps)
+        if run.compensation is None:
+            clips[DENSE.name] = {key: Clip(frames, seconds)}
+            continue
+        options = sparse_options(settings, patch, run.compensation)
+        sparse.append(Setting(run.title, options, settings.dense_steps))
+        figures = figures_of(frames, dense)
+        clips[run.title] = {key: Clip(frames, seconds, density=run.mean_density(), figures=figures)}
+    conditions = (
+        ("device", device_name(settings.device)),
+        ("torch", torch.__version__),
+        ("seconds", f"{settings.steps} × the median step after the {settings.dense_steps} dense"),
+    )
+    return Comparison(
+        (LABELS[settings.label],), (settings.seed,), tuple(sparse), clips, {"transformer": False},
+        conditions, fps=9.0, page=page,
+    )  # fmt: skip
 
 
 def write_pictures(

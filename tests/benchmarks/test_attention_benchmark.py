@@ -13,8 +13,8 @@ from benchmarks.attention.data import video_like
 from benchmarks.attention.flex import TILE, covering_tiles
 from benchmarks.attention.inputs import RECORDED, Inputs, exact_pairs, inputs_of
 from benchmarks.attention.plots import write_plots
-from svg_ear_compile.kernels.form import sparse_form
 from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.registry import sparse_attention
 
 
 def tiny(text: int = 0) -> Inputs:
@@ -40,14 +40,13 @@ def test_rows_of_a_shape(text: int) -> None:
 
 
 def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    form = sparse_form(False)
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
-        result = form(*args, **kwargs)
+        result = sparse_attention(*args, **kwargs)
         result.out.mul_(1.05)
         return result
 
-    monkeypatch.setattr(measure, "sparse_form", lambda on_gpu: wrong)
+    monkeypatch.setattr(measure, "captured_attention", lambda device: wrong)
     said: list[str] = []
     (row,) = measure.measure_shape(tiny(), [0.3], ["centroid"], ["default"], 2, False, said.append)
     assert row["gate"] == pytest.approx(0.05, rel=0.1)
@@ -58,7 +57,7 @@ def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_cover_holds_every_exact_pair_and_no_needless_tile() -> None:
     inputs = tiny(text=5)
     plan = AttentionPlan(density=0.2, q_clusters=6, k_clusters=11)
-    result = sparse_form(False)(inputs.q, inputs.k, inputs.v, plan, text=(0, 5))
+    result = sparse_attention(inputs.q, inputs.k, inputs.v, plan, text=(0, 5))
     labels = [c.labels.sort(dim=-1, stable=True).values for c in (result.queries, result.keys)]
     tiles = covering_tiles(result, *labels)
     exact = torch.nn.functional.pad(result.block_mask, (0, 1, 0, 1), value=True)

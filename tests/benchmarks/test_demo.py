@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from benchmarks.video_dit import demo
+from benchmarks.video_dit import demo, demo_runs
 from benchmarks.video_dit.compare import (
     FrameScores,
     ShownClip,
@@ -27,8 +27,8 @@ def random_clip(seed=0, shape=(5, 24, 32)):
 
 
 def finite_run(title="svg_ear", compensation="gaussian", seed=1, density=0.2):
-    layers = (demo.LayerDensity("blocks.0.attn", density, "parameter"),)
-    return demo.Run(
+    layers = (demo_runs.LayerDensity("blocks.0.attn", density, "parameter"),)
+    return demo_runs.Run(
         title,
         compensation,
         random_clip(seed),
@@ -110,7 +110,7 @@ def test_animation_runs_to_the_last_frame_and_back(tmp_path):
 
 
 def test_record_is_strict_json_with_every_number():
-    settings = demo.DemoSettings("cpu", (5, 24, 32), steps=4, dense_steps=1)
+    settings = demo_runs.DemoSettings("cpu", (5, 24, 32), steps=4, dense_steps=1)
     dense = finite_run("dense", None, seed=0)
     runs = [dense, finite_run(seed=0), finite_run(seed=1, density=None)]
     scores = [score_frames(run.frames, dense.frames) for run in runs[1:]]
@@ -143,7 +143,7 @@ def test_record_is_strict_json_with_every_number():
 
 
 def test_printed_tables_name_every_frame_layer_and_run():
-    settings = demo.DemoSettings("cpu", (5, 24, 32), steps=4, dense_steps=1)
+    settings = demo_runs.DemoSettings("cpu", (5, 24, 32), steps=4, dense_steps=1)
     runs = [finite_run("dense", None), finite_run("paper's rule", "centroid"), finite_run()]
     scores = [FrameScores((31.25,) * 5, (0.9,) * 5), FrameScores((math.inf,) * 5, (1.0,) * 5)]
     text = io.StringIO()
@@ -198,8 +198,8 @@ def test_whole_demo_on_a_tiny_model(tmp_path, monkeypatch):
             if not parameter.any():
                 parameter.normal_(std=0.1)
     model.save(tmp_path / "weights")
-    monkeypatch.setattr(demo, "_MIN_TOKENS", 64)
-    settings = demo.DemoSettings(
+    monkeypatch.setattr(demo_runs, "_MIN_TOKENS", 64)
+    settings = demo_runs.DemoSettings(
         "cpu", (3, 48, 48), steps=3, dense_steps=1, compensations=("gaussian",)
     )
     text = io.StringIO()
@@ -217,3 +217,8 @@ def test_whole_demo_on_a_tiny_model(tmp_path, monkeypatch):
         with Image.open(out / name) as image:
             image.verify()
     assert "blocks.1" in text.getvalue()
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/webp") == 3  # two clips and one difference
+    assert "svg_ear" in page
+    assert "astronaut" in page
+    assert str(out / "index.html") in text.getvalue().splitlines()[-1]

@@ -25,7 +25,7 @@ from benchmarks.fidelity.times import WAN, measure_times
 from benchmarks.video_dit.zoo import MODELS
 from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.state import Memory
+from svg_ear_compile.memory import Memory
 
 PLAN = AttentionPlan(density=0.3, q_clusters=5, k_clusters=11, first_iterations=3)
 TEXTS = pytest.mark.parametrize("text", [0, 7])

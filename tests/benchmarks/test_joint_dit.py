@@ -94,10 +94,10 @@ def test_the_backend_takes_it_for_joint_and_keeps_its_text_exact(
         assert site.plan is not None
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="svg_ear", fullgraph=True, options=options)
-    with svg_ear_compile.bind(compiled) as binding:
+    with svg_ear_compile.bind(compiled) as session:
         found = compiled(*arguments)
         # What a budget is made for must be what a running model is asked for.
-        assert [layer.path for layer in binding.report()] == [site.layer for site in sites]
+        assert [layer.path for layer in session.report()] == [site.layer for site in sites]
 
     def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         plan = AttentionPlan(density=0.3, q_clusters=4, k_clusters=9)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import stat
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,15 @@ from hypothesis import strategies as st
 
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import json_record
-from svg_ear_compile.cost_model.budget import Budget, Choice, Point, Schedule, fingerprint
+from svg_ear_compile.cost_model.budget import (
+    Budget,
+    Choice,
+    Performance,
+    Point,
+    Schedule,
+    fingerprint,
+)
+from svg_ear_compile.kernels.checked import InvalidValueError
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 SHAPES = {"blocks.0.attn.to_q.weight": (64, 64), "blocks.0.attn.to_q.bias": (64,)}
@@ -138,13 +149,20 @@ def test_another_model_is_told(other: budgets.Fingerprint, message: str) -> None
         ({"tokens": 0}, "tokens must be at least 1"),
         ({"layers": {}}, "layers is empty"),
         ({"layers": {"a": (Choice(0.1),)}}, "1 choices for 2 phases"),
-        ({"layers": {"a": (Choice(0.1), Choice(1.7))}}, r"layers\['a'\]: density must be in"),
+        ({"layers": {"a": (Choice(0.1), Choice(1.7))}}, r"layers\['a'\]\[1\].density must be in"),
         (
             {"layers": {"a": (Choice(0.1, q_clusters=0), Choice(1.0))}},
             "q_clusters must be at least",
         ),
         ({"schedule": Schedule(phase_starts=(1.0, 2.0))}, "phase_starts must run"),
         ({"schedule": Schedule(-1, (1.0,))}, "dense_steps must not be negative"),
+        ({"layers": {"a": (Choice(17.0), Choice(1.0))}}, "density must be in"),
+        ({"predicted": Performance(error=-5.0)}, "predicted.error must not be negative"),
+        ({"uniform": Performance(density=1.5)}, "uniform.density must be in"),
+        ({"frontier": (Point(1.0, 0.1), Point(-1.0, 0.1))}, r"frontier\[1\].ms must not be"),
+        ({"outcome": "splendid"}, "outcome must be one of"),
+        ({"tokens": 10**12}, "tokens must be at most"),
+        ({"schedule": Schedule(phase_starts=(1e300,))}, "must be at most"),
     ],
 )
 def test_a_budget_whose_parts_do_not_fit_is_refused(
@@ -185,3 +203,98 @@ def test_a_budget_of_a_form_that_is_gone_has_to_be_tuned_again(form: str, tmp_pa
     path.write_text(json.dumps(dataclasses.asdict(BUDGET)).replace('"gaussian"', f'"{form}"'))
     with pytest.raises(ValueError, match=f'"{form}" was replaced by "gaussian": .* tuned again'):
         budgets.load(path)
+
+
+TEXT = json.dumps(dataclasses.asdict(BUDGET))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TEXT.replace('"tokens": 1000', '"tokens": ' + str(10**400)), "401 digits"),
+        (TEXT.replace('"tokens": 1000', '"tokens": ' + "9" * 5000), "5,000 digits"),
+        (TEXT.replace("500.0", "1e999"), "too large: '1e999'"),
+        (TEXT.replace("500.0", "NaN"), "NaN is not a finite"),
+        (TEXT.replace("500.0", "-Infinity"), "-Infinity is not a finite"),
+        (TEXT.replace('"note"', '"objective": "", "note"'), "the key 'objective' stands twice"),
+        (TEXT.replace('"blocks.1.attn"', '"blocks.0.attn"'), "'blocks.0.attn' stands twice"),
+        (TEXT.replace("500.0", "[" * 1000 + "]" * 1000), "nested deeper"),
+        ("[" * 100_000, "nested deeper"),
+        ('{"a":' * 100_000, "nested deeper"),
+        ('"' + '\\"' * 400_000, "not JSON"),
+        (TEXT.replace('"tuned"', "true"), "outcome must be str, got True"),
+        (TEXT.replace('"note"', '"\x1b[31mnote"'), "not JSON"),
+        (TEXT.replace('"note"', r'"\u001b[31mnote"'), r"'\x1b[31mnote' is not known"),
+        (TEXT.replace('"note"', r'"\ud800"'), r"'\ud800' is not known"),
+        ("\ufeff" + TEXT, "not JSON"),
+        ("", "not JSON"),
+        ("{}", "version is missing"),
+        (
+            TEXT.replace('"version": 2', '"version": 1').replace('"objective"', '"wish"'),
+            "version 1; this package reads 2: tune it again",
+        ),
+    ],
+)
+def test_nonsense_in_a_file_is_one_printable_sentence(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "budget\n.json"
+    path.write_text(text, encoding="utf-8")
+    began = time.perf_counter()
+    with pytest.raises(InvalidValueError) as caught:
+        budgets.load(path)
+    assert time.perf_counter() - began < 1
+    said = str(caught.value)
+    assert message in said
+    assert said.isprintable()
+    assert len(said) < 400 + len(str(path))
+
+
+@pytest.mark.parametrize("depth", [31, 32, 33])
+@pytest.mark.parametrize("inside", ["0", r'"[\"[[\\"', '"\\\\"', '"}}}"'])
+def test_nesting_is_counted_outside_of_strings(depth: int, inside: str) -> None:
+    text = "[" * depth + inside + "]" * depth
+    if depth > json_record.MOST_LEVELS:
+        with pytest.raises(InvalidValueError, match="nested deeper"):
+            json_record.parse(text.encode())
+    else:
+        assert json_record.parse(text.encode()) == json.loads(text)
+
+
+def test_only_regular_files_of_some_size_are_read(tmp_path: Path) -> None:
+    pipe, folder, large = tmp_path / "pipe", tmp_path / "folder", tmp_path / "large"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    with large.open("wb") as file:
+        file.truncate(100 << 20)
+    began = time.perf_counter()
+    for path, message in ((pipe, "a pipe"), (folder, "a folder"), (large, "larger than 4 MiB")):
+        with pytest.raises(InvalidValueError, match=message):
+            budgets.load(path)
+    with pytest.raises(InvalidValueError, match="a device"):
+        budgets.load(Path("/dev/zero"))
+    with pytest.raises(FileNotFoundError):
+        budgets.load(tmp_path / "nowhere")
+    assert time.perf_counter() - began < 1
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644)])
+def test_the_umask_says_who_may_read_a_budget(umask: int, mode: int, tmp_path: Path) -> None:
+    path, other = tmp_path / "budget.json", tmp_path / "other"
+    other.write_text("mine")
+    other.chmod(0o600)
+    path.symlink_to(other)
+    before = os.umask(umask)
+    try:
+        budgets.save(BUDGET, path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.lstat().st_mode) == mode
+    assert (other.read_text(), stat.S_IMODE(other.stat().st_mode)) == ("mine", 0o600)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["budget.json", "other"]
+
+
+def test_a_budget_made_in_python_is_checked_like_a_file() -> None:
+    for change in ({"layers": 3}, {"tokens": "many"}, {"device": {}}, {"layers": {3: ()}}):
+        with pytest.raises(InvalidValueError):
+            budgets.check(dataclasses.replace(BUDGET, **change))  # type: ignore[arg-type]

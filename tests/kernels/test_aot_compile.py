@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -41,6 +42,9 @@ ACCEPTED_SPILLS = {
     "value_correction_kernel": 16, "moment_kernel": 32, "tile_align_kernel": 16,
     "cluster_mean_kernel": 40,
 }  # fmt: skip
+
+# What one release of Triton spills beyond that: version and architecture.
+ACCEPTED_OF_TRITON = {("3.8", "gfx942"): {"trim_kernel": 20}}
 
 # Bytes of spilled registers of a thread that are known and accepted elsewhere: float32 products run
 # on the CUDA cores and exist for correctness, and a head dim above 128 fills the registers of every
@@ -105,6 +109,14 @@ def described(report: dict[str, Any]) -> str:
     )
 
 
+def accepted_spills(arch: int | str) -> dict[str, int]:
+    """Kernel: spills that are accepted in 16 bits up to head dim 128."""
+    if arch == 90:
+        return MEASURED_SPILLS
+    version = ".".join(importlib.metadata.version("triton").split(".")[:2])
+    return ACCEPTED_SPILLS | ACCEPTED_OF_TRITON.get((version, str(arch)), {})
+
+
 @TARGETS
 def test_every_kernel_is_compiled(reports, target) -> None:
     kernels = {report["kernel"] for report in reports[target]}
@@ -126,7 +138,7 @@ def test_no_spills_up_to_head_dim_128_but_the_measured(reports, target) -> None:
         for r in reports[target]
         if r["job"]["dtype"] == "bfloat16" and r["job"]["head_dim"] <= 128
     ]
-    accepted = MEASURED_SPILLS if target[1] == 90 else ACCEPTED_SPILLS
+    accepted = accepted_spills(target[1])
     spilling = [described(r) for r in narrow if r["spilled"] > accepted.get(r["kernel"], 0)]
     assert len(narrow) > 10
     assert not spilling, "\n".join(spilling)

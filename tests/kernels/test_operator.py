@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import ModuleType
 from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import CUDA, FORMS, LAYOUTS, SEEDS, Form, random_mask, random_qkv
+from attention_cases import CPU, CUDA, FORMS, LAYOUTS, SEEDS, Form, random_mask, random_qkv
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from svg_ear_compile.kernels import op, state
+from svg_ear_compile.kernels import op
+from svg_ear_compile.kernels.call import (
+    UNBOUND,
+    AttentionCall,
+    CallRequest,
+    active_source,
+    calls_from,
+)
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
+from svg_ear_compile.kernels.reference import Result
 
 attention = torch.ops.svg_ear.attention
 PLAN = AttentionPlan(density=0.3, q_clusters=3, k_clusters=7, first_iterations=2)
@@ -79,7 +92,7 @@ def wrong(**changed: Any) -> dict[str, Any]:
             "q",
         ),
         (wrong(text_prefix=-1), ValueError, "text_prefix"),
-        (wrong(text_suffix=46), ValueError, "text_suffix"),
+        (wrong(text_suffix=-46), ValueError, "text_suffix"),
         (wrong(attn_mask=torch.zeros(2, 1, 1, 45)), TypeError, "attn_mask"),
         (wrong(attn_mask=torch.ones(2, 1, 61, 45, dtype=torch.bool)), ValueError, "attn_mask"),
         (wrong(attn_mask=torch.ones(2, 4, 1, 45, dtype=torch.bool)), ValueError, "attn_mask"),
@@ -95,7 +108,17 @@ def test_wrong_arguments_are_named(
     }
     with pytest.raises(error, match=rf"\b{named}\b") as caught:
         op.check_arguments(**check)
-    assert str(caught.value).startswith((named, "text_prefix + text_suffix"))
+    assert str(caught.value).startswith(named)
+
+
+@pytest.mark.parametrize(("prefix", "suffix"), [(45, 0), (0, 46), (30, 30), (2**31 - 1, 2**31 - 1)])
+def test_text_longer_than_the_sequence_is_dense_and_no_error(prefix: int, suffix: int) -> None:
+    q, k, v = torch.randn(3, 1, 2, 45, 32)
+    out, lse = op.attention(
+        q, k, v, plan="{}", text_prefix=prefix, text_suffix=suffix, return_lse=True
+    )
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    assert lse.isfinite().all()
 
 
 def test_wrong_arguments_are_refused_by_the_operator() -> None:
@@ -146,8 +169,8 @@ def test_density_one_is_bitwise_sdpa_whatever_is_remembered(
     q, k, v = qkv(device, (4, 4), (61, 45), torch.float16, layout, seed)
     mask = random_mask(seed, (True, False), (2, 4), 45, device) if masked else None
     wanted = F.scaled_dot_product_attention(q, k, v, mask, scale=32**-0.5)
-    memory = state.Memory(torch.full((2, 4, 1, 32), 9.0), torch.full((2, 4, 1, 32), 9.0))
-    with state.active(Always(DENSE, memory)):
+    remembered = torch.full((2, 4, 1, 32), 9.0)
+    with calls_from(Always(AttentionCall(DENSE, centroids=(remembered, remembered)))):
         found, _ = attention(q, k, v, mask, plan=PLAN.encode())
     assert torch.equal(found, wanted)
     assert torch.equal(attention(q, k, v, mask, plan=DENSE.encode())[0], wanted)
@@ -166,15 +189,20 @@ def test_density_one_log_sum_exp(device: str, seed: int, masked: bool) -> None:
 
 
 class Always:
-    """A resolver that gives every call the same plan and memory, and records whom it was asked."""
+    """A source that answers every request alike, and keeps what it was asked and what came out."""
 
-    def __init__(self, plan: AttentionPlan, memory: state.Memory | None = None) -> None:
-        self.call = state.Call(plan, memory)
-        self.layers: list[Tensor | None] = []
+    def __init__(self, *calls: AttentionCall) -> None:
+        self.answer = calls
+        self.requests: list[CallRequest] = []
+        self.results: list[Result] = []
 
-    def resolve(self, layer: Tensor | None, site: str, plan: AttentionPlan) -> state.Call:
-        self.layers.append(layer)
-        return self.call
+    def calls(self, request: CallRequest) -> Iterator[AttentionCall]:
+        self.requests.append(request)
+        yield from self.answer
+
+    def finished(self, call: AttentionCall, result: Result) -> None:
+        assert call in self.answer
+        self.results.append(result)
 
 
 def rows_close(found: Tensor, wanted: Tensor, form: Form, dtype: torch.dtype) -> None:
@@ -313,65 +341,143 @@ def test_a_few_heads_at_a_time_give_the_same_bits(
         assert torch.equal(getattr(together, name), getattr(apart, name))
 
 
-@DEVICES
-def test_memory_starts_the_next_call_and_reports_its_density(device: str) -> None:
-    q, k, v = qkv(device)
-    memory = state.Memory()
-    assert memory.density is None
-    plan = replace(PLAN, max_drift=0.0, shared_branches=False)
-    with state.active(Always(plan, memory)):
-        attention(q, k, v)
-        remembered = (memory.q_centroids.clone(), memory.k_centroids.clone())
-        warm, _ = attention(q, k, v)
-    module = CUDA.module if device == "cuda" else FORMS[0].values[0].module
-    wanted = module.sparse_attention(q, k, v, plan, centroids=remembered)
-    assert torch.equal(warm, wanted.out)
-    density = (wanted.row_area.double() * wanted.queries.sizes).sum() / (2 * 4 * 61 * 45)
-    assert memory.density == pytest.approx(density.item())
-    assert memory.nbytes() == 4 * 32 * 2 * (4 * 3 + 2 * 7) + 8
+def module_of(device: str) -> ModuleType:
+    return (CUDA if device == "cuda" else CPU).module
 
 
 @DEVICES
-def test_memory_of_another_shape_starts_cold(device: str) -> None:
+def test_a_call_starts_from_what_its_source_gives(device: str) -> None:
     q, k, v = qkv(device)
-    cold, _ = attention(q, k, v, plan=PLAN.encode())
-    memory = state.Memory(
-        torch.ones(2, 4, 5, 32, device=device), torch.ones(2, 2, 7, 32, device=device)
-    )
-    with state.active(Always(PLAN, memory)):
-        found, _ = attention(q, k, v)
-    assert torch.equal(found, cold)
-    assert memory.q_centroids.shape == (2, 4, 3, 32)
-    assert memory.warm_start((2, 4, 3, 32), (2, 2, 7, 32), q.device) is not None
-    assert memory.warm_start((2, 4, 3, 32), (2, 2, 7, 32), torch.device("meta")) is None
+    first = module_of(device).sparse_attention(q, k, v, PLAN)
+    centroids = (first.queries.centroids, first.keys.centroids)
+    for blocks in (None, first.blocks):
+        source = Always(AttentionCall(PLAN, centroids=centroids, blocks=blocks))
+        with calls_from(source):
+            found, _ = attention(q, k, v, plan=DENSE.encode(), site="s", layer_owner="to_q")
+        wanted = module_of(device).sparse_attention(
+            q, k, v, PLAN, centroids=centroids, blocks=blocks
+        )
+        assert torch.equal(found, wanted.out)
+        (result,) = source.results
+        assert torch.equal(result.block_mask, wanted.block_mask)
+        (request,) = source.requests
+        assert (request.plan, request.site, request.layer_owner) == (DENSE, "s", "to_q")
+        assert (request.q_shape, request.k_shape) == (tuple(q.shape), tuple(k.shape))
+        assert request.device == q.device
 
 
-def test_nothing_is_remembered_outside_of_a_resolver() -> None:
+@DEVICES
+@pytest.mark.parametrize("masked", ["no", "alike", "each"])
+def test_a_batch_is_carried_out_in_the_parts_that_its_source_says(device: str, masked: str) -> None:
+    q, k, v = qkv(device)
+    mask = None
+    if masked != "no":
+        mask = random_mask(0, (masked == "each", False), (2, 2), 45, device)
+    parts = (slice(0, 1), slice(1, 2))
+    plans = (PLAN, replace(PLAN, density=0.6))
+    source = Always(*(AttentionCall(plan, rows) for plan, rows in zip(plans, parts, strict=True)))
+    with calls_from(source):
+        out, lse = attention(q, k, v, mask, return_lse=True)
+    assert len(source.results) == 2
+    for rows, plan in zip(parts, plans, strict=True):
+        mine = mask if mask is None or masked == "alike" else mask[rows]
+        wanted = attention(q[rows], k[rows], v[rows], mine, plan=plan.encode(), return_lse=True)
+        assert torch.equal(out[rows], wanted[0])
+        assert torch.equal(lse[rows], wanted[1])
+
+
+def test_a_source_hears_where_a_call_can_only_be_dense() -> None:
+    q, k, v = qkv()
+    source = Always(AttentionCall(PLAN))
+    with calls_from(source):
+        found, _ = attention(q, k, v, plan=replace(PLAN, min_tokens=46).encode())
+        attention(q, k, v, plan=replace(PLAN, min_tokens=45).encode())
+        attention(q, k, v, text_prefix=45)
+    assert [request.dense_only for request in source.requests] == [True, False, True]
+    assert len(source.results) == 1
+    assert torch.equal(found, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+
+
+def test_nothing_is_remembered_without_a_source() -> None:
     q, k, v = qkv()
     first, _ = attention(q, k, v, plan=PLAN.encode())
     second, _ = attention(q, k, v, plan=PLAN.encode())
     assert torch.equal(first, second)
 
 
-def leave_early(resolver: Always) -> None:
-    with state.active(resolver):
-        assert state.resolve(None, "", PLAN).plan == resolver.call.plan
+def leave_early(source: Always) -> None:
+    with calls_from(source):
+        assert active_source() is source
         raise RuntimeError("left early")
 
 
-def test_resolvers_nest() -> None:
-    outer, inner = Always(PLAN), Always(DENSE)
-    compiled = AttentionPlan(density=0.7)
-    with state.active(outer):
-        assert state.resolve(None, "", compiled).plan == PLAN
+def test_sources_nest() -> None:
+    outer, inner = Always(AttentionCall(PLAN)), Always(AttentionCall(DENSE))
+    with calls_from(outer):
+        assert active_source() is outer
         with pytest.raises(RuntimeError, match="left early"):
             leave_early(inner)
-        assert state.resolve(None, "", compiled).plan == PLAN
-    assert state.resolve(None, "", compiled).plan == compiled
+        assert active_source() is outer
+    assert active_source() is UNBOUND
+
+
+def test_a_source_is_not_active_in_other_threads_and_stays_with_its_coroutine() -> None:
+    source = Always(AttentionCall(PLAN))
+    seen: list[object] = []
+    with calls_from(source):
+        thread = threading.Thread(target=lambda: seen.append(active_source()))
+        thread.start()
+        thread.join()
+    assert seen == [UNBOUND]
+
+    async def inside(source: Always) -> None:
+        with calls_from(source):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                assert active_source() is source
+
+    async def both() -> None:
+        await asyncio.gather(inside(source), inside(Always()))
+
+    asyncio.run(both())
+    assert active_source() is UNBOUND
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_device_of_a_call_is_that_of_its_tensors() -> None:
+    here = [t.to("cuda:0") for t in qkv()]
+    there = [t.to("cuda:1") for t in here]
+    with torch.cuda.device(0):
+        wanted, _ = attention(*here, plan=PLAN.encode())
+        found, _ = attention(*there, plan=PLAN.encode())
+    assert found.device == there[0].device
+    assert torch.equal(found.cpu(), wanted.cpu())
+
+
+def test_the_device_of_a_call_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+
+    @contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    class Watching(Always):
+        def calls(self, request: CallRequest) -> Iterator[AttentionCall]:
+            assert current == [request.device]
+            yield from super().calls(request)
+
+    monkeypatch.setattr(op, "on_device", guard)
+    source = Watching(AttentionCall(PLAN))
+    with calls_from(source):
+        attention(*qkv())
+    assert len(source.results) == 1
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_the_resolver_sees_the_parameter_itself(backend: str) -> None:
+def test_the_source_sees_the_parameter_itself(backend: str) -> None:
     plan = PLAN.encode()
 
     class Layer(torch.nn.Module):
@@ -385,16 +491,16 @@ def test_the_resolver_sees_the_parameter_itself(backend: str) -> None:
 
     layer = Layer()
     x = torch.randn(1, 2, 45, 32)
-    resolver = Always(PLAN)
+    source = Always(AttentionCall(PLAN))
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
-    with torch.no_grad(), state.active(resolver):
+    with torch.no_grad(), calls_from(source):
         found = compiled(x)
         layer.weight.data = torch.randn(32, 32)
         compiled(x)
         wanted = layer(x)
         torch.testing.assert_close(compiled(x), wanted, rtol=1e-4, atol=1e-4)
-    assert len(resolver.layers) == 4
-    assert all(seen is layer.weight for seen in resolver.layers)
+    assert len(source.requests) == 4
+    assert all(request.layer is layer.weight for request in source.requests)
     assert not torch.equal(found, wanted)
 
 

@@ -1,4 +1,4 @@
-"""Writes attention in random spellings, and things that merely look like attention."""
+"""Writes attention in random patterns, and things that merely look like attention."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Written:
 
 
 def written() -> st.SearchStrategy[Written]:
-    """Attention in a random spelling."""
+    """Attention in a random pattern."""
     return st.builds(
         Written,
         product=st.sampled_from(PRODUCTS),
@@ -54,7 +54,7 @@ def written() -> st.SearchStrategy[Written]:
 
 
 def near_misses() -> st.SearchStrategy[Written]:
-    """What looks like attention in a random spelling and is not, or must not be replaced."""
+    """What looks like attention in a random pattern and is not, or must not be replaced."""
     return st.builds(
         Written,
         product=st.sampled_from(("operator", "matmul", "einsum", "method")),

@@ -1,4 +1,4 @@
-"""Every spelling is found, means what it says, and is left alone where a detail is another."""
+"""Every pattern is found, means what it says, and is left alone where a detail is another."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 from traced_graphs import ALL_BLOCKS, Rewriting, graphs_of, run_rewritten, sites_of
 
 from svg_ear_compile.passes.find import find_sites
+from svg_ear_compile.passes.patterns import PRODUCTS, STEPS, Example
 from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.site import Reason
-from svg_ear_compile.passes.spellings import PRODUCTS, STEPS, Example
 
 HEADS, TOKENS, DIM = 2, 61, 32
-SPELLINGS = [pytest.param(s.example, id=s.name) for s in (*PRODUCTS, *STEPS)]
+PATTERNS = [pytest.param(s.example, id=s.name) for s in (*PRODUCTS, *STEPS)]
 
 
 def qkv(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,8 +23,8 @@ def qkv(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-@pytest.mark.parametrize("example", SPELLINGS)
-def test_a_spelling_is_found_and_rewritten_to_the_same_numbers(example: Example) -> None:
+@pytest.mark.parametrize("example", PATTERNS)
+def test_a_pattern_is_found_and_rewritten_to_the_same_numbers(example: Example) -> None:
     given, backend = qkv(), Rewriting()
     (site,) = sites_of(example, *given)
     assert site.reason is None
@@ -33,8 +33,8 @@ def test_a_spelling_is_found_and_rewritten_to_the_same_numbers(example: Example)
     torch.testing.assert_close(out, example(*given), atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("example", SPELLINGS)
-def test_nothing_of_a_spelling_is_left_in_the_graph(example: Example) -> None:
+@pytest.mark.parametrize("example", PATTERNS)
+def test_nothing_of_a_pattern_is_left_in_the_graph(example: Example) -> None:
     (gm,) = graphs_of(example, *qkv())
     (site,) = find_sites(gm)
     rewrite(gm, [(site, ALL_BLOCKS)])
@@ -81,9 +81,9 @@ def of_channels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     [
         (with_dropout, Reason.DROPOUT),
         (with_temperature, Reason.SCALE),
-        (with_clamp, Reason.SPELLING),
+        (with_clamp, Reason.PATTERN),
         (with_two_masks, Reason.MASK),
-        (with_turned_fill, Reason.SPELLING),
+        (with_turned_fill, Reason.PATTERN),
         (in_five_dimensions, Reason.LAYOUT),
         (of_channels, Reason.HEAD_DIM),
     ],

@@ -1,4 +1,4 @@
-"""Attention in random spellings is found and kept; what merely looks like it is not touched."""
+"""Attention in random patterns is found and kept; what merely looks like it is not touched."""
 
 from __future__ import annotations
 

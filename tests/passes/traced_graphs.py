@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.passes.rewrite import rewrite
-from svg_ear_compile.passes.site import AttentionSite
+from svg_ear_compile.passes.site import AttentionSite, Reason
 
 ALL_BLOCKS = AttentionPlan(density=0.999999)
 """Takes the sparse path and computes every block exactly."""
@@ -40,18 +40,23 @@ def sites_of(fn: Callable[..., Any], *args: Any) -> list[AttentionSite]:
 
 
 class Rewriting:
-    """A backend that rewrites every site that has no reason to stay dense, then runs AOT eager."""
+    """A backend that rewrites every site that has no reason to stay dense, then runs AOT eager,
+    or the graph itself."""
 
-    def __init__(self, plan: AttentionPlan = ALL_BLOCKS) -> None:
+    def __init__(self, plan: AttentionPlan = ALL_BLOCKS, aot: bool = True) -> None:
         self.plan = plan
+        self.aot = aot
         self.calls = 0
         self.rewritten = 0
+        self.reasons: list[Reason] = []
 
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self.calls += 1
-        planned = [(site, self.plan) for site in find_sites(gm) if site.reason is None]
+        sites = find_sites(gm)
+        self.reasons += [site.reason for site in sites if site.reason is not None]
+        planned = [(site, self.plan) for site in sites if site.reason is None]
         self.rewritten += len(rewrite(gm, planned))
-        return aot_eager(gm, example_inputs)
+        return aot_eager(gm, example_inputs) if self.aot else gm.forward
 
 
 def run_rewritten(

@@ -167,12 +167,12 @@ def test_gradients_leave_the_graph_unchanged_with_one_warning(
 def test_steady_state_does_not_recompile(compiled_graphs: list[GraphModule]) -> None:
     model, (x, _) = stack()
     compiled = torch.compile(model, backend="svg_ear", fullgraph=True, options=OPTIONS)
-    with torch.no_grad(), svg_ear_compile.bind(compiled, dense_steps=1) as binding:
+    with torch.no_grad(), svg_ear_compile.bind(compiled, dense_steps=1) as session:
         compiled(x, torch.tensor([900.0]))
         with torch.compiler.set_stance("fail_on_recompile"):
             for timestep in (900.0, 700.0, 400.0, 1000.0):
                 compiled(x, torch.tensor([timestep]))
-        assert [layer.path for layer in binding.report()] == ["blocks.0", "blocks.1"]
+        assert [layer.path for layer in session.report()] == ["blocks.0", "blocks.1"]
     assert len(compiled_graphs) == 1
 
 
@@ -180,9 +180,9 @@ def test_identical_blocks_share_one_backend_call(compiled_graphs: list[GraphModu
     model, inputs = stack()
     for block in model.blocks:
         block.compile(backend="svg_ear", fullgraph=True, options=OPTIONS)
-    with torch.no_grad(), svg_ear_compile.bind(model, budget={"blocks.1": 1.0}) as binding:
+    with torch.no_grad(), svg_ear_compile.bind(model, budget={"blocks.1": 1.0}) as session:
         model(*inputs)
-        densities = {layer.path: layer.density for layer in binding.report()}
+        densities = {layer.path: layer.density for layer in session.report()}
     assert len(compiled_graphs) == 1
     assert densities["blocks.0"] is not None
     assert densities["blocks.1"] is None  # its budget says dense
@@ -226,12 +226,12 @@ def test_cuda_graphs_leave_the_operator_out_and_the_results_alone() -> None:
         torch._dynamo.reset()
         options = {**OPTIONS, "mode": mode}
         compiled = torch.compile(model, backend="svg_ear", fullgraph=True, options=options)
-        with torch.no_grad(), svg_ear_compile.bind(compiled) as binding:
+        with torch.no_grad(), svg_ear_compile.bind(compiled) as session:
             steps = [
                 compiled(x, torch.tensor([t], device="cuda", dtype=x.dtype)).clone()
                 for t in (1000.0, 800.0, 600.0, 400.0, 200.0)
             ]
-            assert all(layer.density is not None for layer in binding.report())
+            assert all(layer.density is not None for layer in session.report())
         outs[mode] = torch.stack(steps)
     assert outs["default"].isfinite().all()
     torch.testing.assert_close(outs["reduce-overhead"], outs["default"], rtol=2e-2, atol=2e-2)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from made_budgets import budget_for
+from session_models import Heard
 from transformer_models import TOKENS, stack
 
 from svg_ear_compile import bind
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model.budget import Choice, Schedule
-from svg_ear_compile.kernels import state
-from svg_ear_compile.kernels.state import Call
+from svg_ear_compile.kernels import op
 
 LAYERS = {
     "blocks.0": (Choice(0.5, 4, 8), Choice(0.2, 3, 6, "centroid")),
@@ -25,15 +25,9 @@ SCHEDULE = Schedule(dense_steps=1, phase_starts=(500.0,), dense_from=100.0)
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    seen: list[Call] = []
-    resolve = state.resolve
-
-    def record(*args: Any) -> Call:
-        seen.append(resolve(*args))
-        return seen[-1]
-
-    monkeypatch.setattr(state, "resolve", record)
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    seen: list[Any] = []
+    monkeypatch.setattr(op, "active_source", lambda: Heard(seen))
     torch._dynamo.reset()
     return seen
 
@@ -57,17 +51,17 @@ def run(model: Any, x: torch.Tensor, timestep: float) -> torch.Tensor:
         return model(x, torch.tensor([timestep]))
 
 
-def taken(calls: list[Call]) -> list[float]:
+def taken(calls: list[Any]) -> list[float]:
     found = [call.plan.density for call in calls]
     calls.clear()
     return found
 
 
-def test_layers_follow_their_choices_from_noise_to_video(calls: list[Call], tmp_path: Path) -> None:
+def test_layers_follow_their_choices_from_noise_to_video(calls: list[Any], tmp_path: Path) -> None:
     inner, model, x = compiled()
     path = tmp_path / "budget.json"
     budgets.save(budget_for(inner, LAYERS, TOKENS, SCHEDULE), path)
-    with bind(model, budget=path) as binding:
+    with bind(model, budget=path) as session:
         for timestep, wanted in (
             (1000.0, [1.0, 1.0]),  # the leading dense step
             (900.0, [0.5, 1.0]),
@@ -80,7 +74,7 @@ def test_layers_follow_their_choices_from_noise_to_video(calls: list[Call], tmp_
             if timestep == 400.0:
                 assert (plans[0].q_clusters, plans[0].compensation) == (3, "centroid")
                 assert (plans[1].routing, plans[1].threshold) == ("threshold", 1e-3)
-        assert [layer.path for layer in binding.report()] == ["blocks.0", "blocks.1"]
+        assert [layer.path for layer in session.report()] == ["blocks.0", "blocks.1"]
 
 
 def test_a_budget_for_another_model_is_refused_when_it_is_bound() -> None:
@@ -105,7 +99,7 @@ def test_one_budget_for_each_model() -> None:
 
 
 def test_layers_that_the_budget_does_not_know_keep_the_compiled_plan(
-    calls: list[Call], caplog: pytest.LogCaptureFixture
+    calls: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     inner, model, x = compiled()
     with bind(model, budget=budget_for(inner, {"blocks.1": (Choice(0.2),)}, TOKENS)):
@@ -120,11 +114,11 @@ def test_layers_that_the_budget_does_not_know_keep_the_compiled_plan(
 @pytest.mark.parametrize("timestep", [torch.tensor([800.0]), torch.tensor([800]), 800])
 def test_a_later_step_continues_the_generation(timestep: Any) -> None:
     _, model, x = compiled()
-    with bind(model) as binding:
-        args, kwargs = binding.later((x,), {"timestep": timestep}, 0.01)
-        assert binding.timestep_of(args, kwargs) < 800
+    with bind(model) as session:
+        args, kwargs = session.later((x,), {"timestep": timestep}, 0.01)
+        assert session.timestep_of(args, kwargs) < 800
         run(model, x, 800.0)
         with torch.no_grad():
             later = args[1] if len(args) > 1 else kwargs["timestep"]
             model(x, torch.as_tensor(later).float().reshape(1))
-        assert binding.step == 1
+        assert session.step == 1

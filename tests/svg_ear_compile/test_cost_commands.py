@@ -10,12 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformer_models
+from made_budgets import budget_for
 from PIL import Image
+from rich.console import Console
 
 from svg_ear_compile import trial_runs
 from svg_ear_compile.cli import main
+from svg_ear_compile.cost_commands import budget_table
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import calibrate as measuring
+from svg_ear_compile.cost_model.budget import Choice
 from svg_ear_compile.cost_model.calibrate import _Workload
 from svg_ear_compile.policy import calibration_of
 
@@ -70,11 +75,25 @@ def test_tune_then_explain_and_plot(tmp_path: Path, capsys: pytest.CaptureFixtur
         picture = tmp_path / f"{what}.png"
         assert main(["plot", what, "--budget", str(out), "--out", str(picture)]) == 0
         assert drawn(picture)
-    # The stack that is explained has other parameters, but this is told by `bind`; its layers are.
     capsys.readouterr()
-    assert main(["explain", *MODEL, "--budget", str(out), "--json"]) == 0
+    explained = ["explain", "--model", "transformer_models:explained_tuned_stack"]
+    assert main([*explained, "--budget", str(out), "--json"]) == 0
     (graph,) = json.loads(capsys.readouterr().out)["graphs"]
-    assert [site["layer"] for site in graph["sites"]] == ["blocks.0", "blocks.1"]
+    assert [site["layer"] for site in graph["sites"]] == ["blocks.0", "blocks.1", "blocks.2"]
+    # The other stack has layers of the same names.
+    assert main(["explain", *MODEL, "--budget", str(out)]) == 2
+    assert "parameters of other shapes" in capsys.readouterr().err
+
+
+def test_a_budget_of_odd_names_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = transformer_models.odd_stack()
+    layers = {"[red]a\x1b[31m\nb": (Choice(0.2),)}
+    found = budget_for(model, layers, 100, note="[/nothing] \x1b]0;title\x07")
+    Console(width=100).print(budget_table(found))
+    out = capsys.readouterr().out
+    assert r"[red]a\x1b[31m\nb" in out
+    assert r"[/nothing] \x1b]0;title\x07" in out
+    assert all(line.isprintable() for line in out.splitlines())
 
 
 def test_one_heads_blocks_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,10 +139,37 @@ def test_two_ranks_make_the_budget_that_one_makes(tmp_path: Path) -> None:
         (["tune", "--model", "nowhere", "--density", "0.2", "--out", "x"], "MODULE:CALLABLE"),
         ([*TUNE, "--out", "x", "--densities", "2"], "densities must be in (0, 1)"),
         ([*TUNE, "--out", "x", "--clusters", "12"], "QUERIESxKEYS"),
-        (["plot", "budget", "--out", "x"], "needs --budget"),
-        (["plot", "frontier", "--budget", "/nowhere.json", "--out", "x"], "/nowhere.json"),
-        (["plot", "blocks", "--out", "x"], "needs --model"),
+        (["plot", "budget", "--out", "x.png"], "needs --budget"),
+        (["plot", "frontier", "--budget", "/nowhere.json", "--out", "x.png"], "/nowhere.json"),
+        (["plot", "blocks", "--out", "x.png"], "needs --model"),
         (["calibrate", "--device", "meta"], "'meta'"),
+        (["calibrate", "--device", "toaster"], "'toaster' is no device"),
+        (["calibrate", "--device", "cuda:99"], "no device 'cuda:99'"),
+        (["calibrate", "--devise", "cpu"], "unrecognized arguments"),
+        (["plot", "times", "--device", "x\x1b[31m", "--out", "x.png"], r"'x\x1b[31m' is no device"),
+        ([*TUNE, "--out", "x", "--clusters", "0x0"], "each at least 1, got '0x0'"),
+        ([*TUNE, "--out", "x", "--clusters", "8x-8"], "got '8x-8'"),
+        ([*TUNE, "--out", "x", "--clusters", "8x8,"], "got ''"),
+        ([*TUNE, "--out", "x", "--clusters", "9" * 5000 + "x1"], "QUERIESxKEYS"),
+        ([*TUNE, "--out", "x", "--densities", "nan"], "takes a finite number"),
+        ([*TUNE, "--out", "x", "--densities", "0.1,,"], "takes a finite number"),
+        ([*TUNE, "--out", "x", "--forms", "cubic"], "takes some of gaussian"),
+        ([*TUNE, "--out", "x", "--phases", "0"], "takes a whole number from 1"),
+        ([*TUNE, "--out", "x", "--phases", "9" * 5000], "takes a whole number from 1"),
+        ([*TUNE, "--out", "x", "--dense-from", "inf"], "takes a finite number"),
+        ([*TUNE, "--out", "x.journal"], "must not end in .journal"),
+        ([*TUNE, "--out", "."], "is a folder"),
+        ([*TUNE, "--out", "/dev/null/x"], "/dev/null"),
+        ([*TUNE, "--out", "x", "--max-error", "0.1"], "not allowed with"),
+        (["tune", "--out", "x"], "required"),
+        (["plot", "pie", "--out", "x.png"], "invalid choice"),
+        (["plot", "budget", "--out", "x.exe"], "must end in one of png"),
+        (["plot", "blocks", *MODEL, "--head", "-1", "--out", "x.png"], "from 0"),
+        (
+            ["tune", "--model", "transformer_models:wrong_pair", "--density", "0.2", "--out", "x"],
+            "must return (model, calls)",
+        ),
+        ([], "required"),
     ],
 )
 def test_wrong_arguments_say_what_is_wrong(
@@ -136,4 +182,7 @@ def test_wrong_arguments_say_what_is_wrong(
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert said.strip().isprintable()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformer_models
 from made_budgets import budget_for
 from transformer_models import TOKENS, stack, wan
 
@@ -19,6 +20,7 @@ from svg_ear_compile.cost_model.budget import Choice, Schedule
 from svg_ear_compile.cost_model.calibration import Calibration, Efficiency, guess
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.cost_model.stages import STAGES, AttentionShape
+from svg_ear_compile.kernels.checked import InvalidValueError
 from svg_ear_compile.policy import SiteFacts, calibration_of, decide
 from svg_ear_compile.settings import Settings
 
@@ -146,21 +148,49 @@ def test_a_block_that_serves_all_layers_takes_the_densest_of_them() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"version": 1}', None])
-def test_a_broken_budget_file_compiles_dense(
-    text: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_budget_file_that_is_broken_is_one_sentence(text: str | None, tmp_path: Path) -> None:
     path = tmp_path / "budget.json"
     if text is not None:
         path.write_text(text)
     model, inputs = stack()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="svg_ear", options={"budget": str(path)})
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(*inputs), model(*inputs))
-    assert "the budget cannot be used, attention stays dense" in caplog.text
-    assert str(path) in caplog.text
-    found = explain(model, *inputs, options={"budget": str(path)})
-    assert "the budget cannot be used" in found.sites[0].sentence
+    with (
+        torch.no_grad(),
+        pytest.raises(Exception, match=r"the budget cannot be used: .*budget\.json"),
+    ):
+        compiled(*inputs)
+    with pytest.raises(InvalidValueError, match=r"the budget cannot be used: .*budget\.json"):
+        explain(model, *inputs, options={"budget": str(path)})
+
+
+def test_the_budget_of_another_model_with_such_layers_is_refused() -> None:
+    model, inputs = stack()
+    foreign = budget_for(transformer_models.Stack(3), {"blocks.0": (Choice(0.1),)}, TOKENS)
+    for_other_class = dataclasses.replace(
+        foreign, fingerprint=dataclasses.replace(foreign.fingerprint, model="Wan")
+    )
+    for budget, message in ((foreign, "of other shapes"), (for_other_class, "is for Wan, not for")):
+        torch._dynamo.reset()
+        options = {"budget": budget}
+        compiled = torch.compile(model, backend="svg_ear", options=options)
+        with torch.no_grad(), pytest.raises(Exception, match=message):
+            compiled(*inputs)
+        with pytest.raises(Exception, match=message):
+            explain(model, *inputs, options=options)
+        # A block does not show whose it is.
+        (site,) = explain(model.blocks[0], inputs[0], options=options).sites
+        assert site.layer == ""
+
+
+def test_text_that_leaves_no_video_is_ignored_with_a_reason() -> None:
+    model, inputs = stack()
+    options = {"density": 0.3, "min_tokens": 1, "text_prefix": 100}
+    for more, ignored in ((0, False), (27, False), (28, True), (2**31 - 101, True)):
+        sites = explain(model, *inputs, options=options | {"text_suffix": more}).sites
+        for site in sites:
+            assert site.text == ((0, 0) if ignored else (100, more))
+            assert ("leave it no video token: ignored here" in site.sentence) == ignored
 
 
 def test_a_budget_file_is_read(tmp_path: Path) -> None:

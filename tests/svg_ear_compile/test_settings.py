@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from svg_ear_compile.kernels.checked import InvalidTypeError, InvalidValueError
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.settings import Settings
 
@@ -68,10 +73,89 @@ def test_every_plan_field_is_an_option() -> None:
         ({"q_clusters": True}, None, TypeError, "q_clusters must be int"),
         ({"cost_exponent": 0.5}, None, ValueError, "is always 1 now: .* tuned again"),
         ({"compensation": "first_order"}, None, ValueError, 'replaced by "gaussian": .* again'),
+        ({3: 0.1}, None, TypeError, "named by strings, got 3"),
+        ({("density",): 0.1}, None, TypeError, "named by strings, got a tuple"),
+        ({b"density": 0.1}, None, TypeError, "named by strings"),
+        ([("density", 0.1)], None, TypeError, "options must be a dict, got a list"),
+        ({}, ["default"], TypeError, "mode must be str or None, got a list"),
+        ({"mode": {}}, None, TypeError, "mode must be str or None, got a dict"),
+        ({"density": 10**400}, None, ValueError, "density must be finite, got a whole number"),
+        ({"density": 10**5000}, None, ValueError, "density must be finite"),
+        ({"density": float("nan")}, None, ValueError, "density must be finite"),
+        ({"density": [0.1]}, None, TypeError, "density must be float, got a list"),
+        ({"target_speedup": 10**400}, None, ValueError, "target_speedup must be finite"),
+        ({"seed": 2**64}, None, ValueError, "seed must be at most"),
+        ({"seed": -1}, None, ValueError, "seed must not be negative"),
+        ({"first_iterations": 10**9}, None, ValueError, "first_iterations must be at most 100"),
+        ({"warm_iterations": 0}, None, ValueError, "warm_iterations must be at least 1"),
+        ({"text_prefix": -1}, None, ValueError, "text_prefix must not be negative"),
+        ({"text_suffix": 2**63}, None, ValueError, "text_suffix must be at most"),
+        ({"q_clusters": 2**40}, None, ValueError, "q_clusters must be at most"),
+        ({"compensation": ["gaussian"]}, None, TypeError, "compensation must be str"),
+        ({"x" * 10**6: 1}, None, ValueError, "unknown option 'xxx"),
+        ({}, "x" * 10**6, ValueError, "unknown mode 'xxx"),
+        ({"\x1b[31mdensity": 1}, None, ValueError, r"\\x1b"),
+        ({"max_autotune": 10**5000}, None, TypeError, "max_autotune must be bool"),
+        ({"budget": 3}, None, TypeError, "budget must be a path or a Budget, got 3"),
+        ({"budget": "nowhere.json"}, None, ValueError, "the budget cannot be used: .*nowhere"),
+        ({"budget": "a\0b"}, None, ValueError, "the budget cannot be used"),
+        ({"budget": "/"}, None, ValueError, "it is a folder"),
     ],
 )
 def test_wrong_options_are_named(
-    options: dict[str, object], mode: str | None, error: type[Exception], message: str
+    options: Any, mode: Any, error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=message):
+    began = time.perf_counter()
+    with pytest.raises(error, match=message) as caught:
         Settings.parse(options, mode)
+    assert isinstance(caught.value, (InvalidValueError, InvalidTypeError))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+    assert time.perf_counter() - began < 1
+
+
+class Unfriendly:
+    """Raises whatever is done to it."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("repr")
+
+    __str__ = __eq__ = __hash__ = __bool__ = __float__ = __index__ = __repr__  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("key", [*Settings.__dataclass_fields__, "density", "mode", "seed"])
+def test_foreign_values_are_refused_by_their_type(key: str) -> None:
+    if key in ("plan", "inductor"):
+        return
+    with pytest.raises(InvalidTypeError, match="got an Unfriendly"):
+        Settings.parse({key: Unfriendly()})
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["density", "seed", "q_clusters", "min_tokens", "top_p", "routing", "mode"])
+        | st.text(max_size=9),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.text(max_size=9)
+        | st.lists(st.none()),
+        max_size=3,
+    )
+)
+def test_any_options_are_settings_or_one_sentence(options: dict[str, Any]) -> None:
+    said = ""
+    try:
+        found = Settings.parse(options)
+    except (InvalidValueError, InvalidTypeError) as error:
+        said = str(error)
+    else:
+        assert AttentionPlan.decode(found.plan.encode()) == found.plan
+    assert said.isprintable()
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"density": 17}', '{"x": 1}', "[" * 10**5, '"a"'])
+def test_an_encoded_plan_is_checked_too(text: str) -> None:
+    with pytest.raises((InvalidValueError, InvalidTypeError)):
+        AttentionPlan.decode(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,33 @@ def test_a_journal_keeps_apart_what_differs(tmp_path: Path) -> None:
     assert all(
         json.loads(line) for line in (tmp_path / "journal.1").read_text().split("\n") if line
     )
+
+
+def test_a_journal_reads_its_own_sound_lines_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a[b]*.journal"
+    with Journal(path, ["a"]) as first:
+        first.add("x", 1.0)
+        first.add("y", 2.0)
+    with Journal(path, ["a"], rank=2) as second:
+        second.add("z", 3.0)
+    lines = path.read_bytes().splitlines()
+    (y,) = (line for line in lines if b'"y"' in line)
+    spoiled = [y.replace(b"2.0", b"3.0"), y.replace(b'"y"', b'"w"'), b"\xff\xfe", b"[" * 10**5]
+    path.write_bytes(b"\n".join([*spoiled, *lines]))
+    # A neighbour's files: none of them is of a rank.
+    for name in (b"a[b]*.journal.bak", b"a[b]*.journal\xff", b"axb.journal", b"a[b]*.journal.01"):
+        (tmp_path / os.fsdecode(name)).write_bytes(y.replace(b'"y"', b'"n"'))
+    (tmp_path / "a[b]*.journal.3").mkdir()
+    os.mkfifo(tmp_path / "a[b]*.journal.4")
+    with Journal(path, ["a"]) as found:
+        assert found.finished == {"x": 1.0, "y": 2.0, "z": 3.0}
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_journal_that_cannot_be_kept_is_refused(make: Any, tmp_path: Path) -> None:
+    make(tmp_path / "journal")
+    with pytest.raises((OSError, ValueError), match="journal"), Journal(tmp_path / "journal", []):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -89,3 +89,48 @@ def tuned_stack() -> tuple[nn.Module, list[tuple[Any, ...]]]:
         for timestep in (900.0, 700.0, 300.0, 100.0)
     ]
     return model, calls
+
+
+def explained_tuned_stack() -> tuple[nn.Module, tuple[Any, ...]]:
+    """What is tuned, as `svg-ear explain --model` calls it."""
+    model, calls = tuned_stack()
+    return model, calls[0]
+
+
+def odd_stack() -> tuple[nn.Module, tuple[Any, ...]]:
+    """Blocks whose keys are a path, markup, a formula and a control character at once."""
+    _, inputs = stack()
+    return Values().eval(), inputs
+
+
+class Values(nn.Module):
+    """Blocks in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict({"/up/[bold]x[/bold]$\\frac{\x1b[31m": Block()})
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        for block in self.blocks.values():
+            x = block(x)
+        return x * (1 + timestep.view(-1, 1, 1) / 1000)
+
+
+def wrong_pair() -> tuple[int, int]:
+    """No model."""
+    return 3, 4
+
+
+def wrong_inputs() -> tuple[nn.Module, int]:
+    """A model without inputs."""
+    return Stack(), 4
+
+
+def raising() -> None:
+    """Fails."""
+    raise ZeroDivisionError("first line\nsecond line")
+
+
+def interrupted() -> None:
+    """As if Ctrl-C were pressed."""
+    raise KeyboardInterrupt

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
 from svg_ear_compile import explain, svg_ear
-from svg_ear_compile.kernels import state
-from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.call import AttentionCall, CallRequest, calls_from
+from svg_ear_compile.kernels.reference import Result
 from svg_ear_compile.planning import rewrite_graph
 from svg_ear_compile.settings import Settings
 
@@ -108,8 +108,10 @@ class AtDensity:
     def __init__(self, density: float) -> None:
         self.density = density
 
-    def resolve(self, layer: Tensor | None, site: str, plan: AttentionPlan) -> state.Call:
-        return state.Call(replace(plan, density=self.density))
+    def calls(self, request: CallRequest) -> Iterator[AttentionCall]:
+        yield AttentionCall(replace(request.plan, density=self.density))
+
+    def finished(self, call: AttentionCall, result: Result) -> None: ...
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -118,7 +120,7 @@ def test_the_rewritten_model_is_the_model(family: Family) -> None:
     found = compiled(family, backend)
     outputs = {}
     for density in (1.0, 0.999999, 0.3):
-        with state.active(AtDensity(density)):
+        with calls_from(AtDensity(density)):
             outputs[density] = found()
     wanted = compiled(family, plain)()
     distances = [((out - wanted).norm() / wanted.norm()).item() for out in outputs.values()]
@@ -138,6 +140,6 @@ def test_a_model_that_breaks_is_rewritten_graph_by_graph(name: str) -> None:
     backend, plain = Counting(family, options(family)), Counting(family, None)
     found = compiled(family, backend, breaks=True)
     wanted = compiled(family, plain, breaks=True)()
-    with state.active(AtDensity(0.999999)):
+    with calls_from(AtDensity(0.999999)):
         torch.testing.assert_close(found(), wanted, rtol=1e-4, atol=1e-4)
     assert backend.calls <= plain.calls

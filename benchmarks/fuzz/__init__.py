@@ -1,0 +1,1 @@
+"""Fuzzers: random graphs (`python -m benchmarks.fuzz`) and random inputs (`.inputs`)."""

@@ -1,0 +1,224 @@
+"""Reads a step between the two products off a node: what it does to scores or weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from svg_ear_compile.passes.arguments import Arguments, arguments
+from svg_ear_compile.passes.dataflow import Dataflow
+from svg_ear_compile.passes.operation import CASTS, operation
+from svg_ear_compile.passes.site import Reason
+from svg_ear_compile.passes.symbolic import is_same
+
+_LARGEST_SHIFT = 30.0
+"""A larger number added to every logit rounds them: what eager computes then is another thing."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step does to scores or weights.
+
+    Attributes:
+        factor: they are multiplied by this number.
+        shift: this number is added to them.
+        added: a mask added to them.
+        mask: a bool mask that leaves keys out.
+        inverted: True in `mask` leaves a key out.
+        fill: the logit of a key that is left out.
+        order: dimensions are permuted so.
+        reason: why attention with this step has to stay as it is, or None.
+    """
+
+    factor: float = 1.0
+    shift: float = 0.0
+    added: Node | None = None
+    mask: Node | None = None
+    inverted: bool = False
+    fill: float = -math.inf
+    order: tuple[int, ...] | None = None
+    reason: Reason | None = None
+
+    @property
+    def keeps_weights(self) -> bool:
+        """True if weights may pass it, not only scores."""
+        return replace(self, order=None, reason=None) == Step()
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a reader of a step is given.
+
+    Attributes:
+        node: the node that it reads.
+        scores: the input that carries the scores or weights.
+        args: the node's arguments; what the reader leaves must have its default.
+        flow: the graph's dataflow.
+    """
+
+    node: Node
+    scores: Node
+    args: Arguments
+    flow: Dataflow
+
+
+def keeps_shape(node: Node, scores: Node, step: Step) -> bool:
+    """True if a step only permutes: a factor or a mask that is larger repeats the scores."""
+    before, after = (n.meta.get("example_value") for n in (scores, node))
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    order = step.order or range(before.dim())
+    return before.dim() == after.dim() and all(
+        is_same(before.shape[d], size) for d, size in zip(order, after.shape, strict=True)
+    )
+
+
+def _rank(node: Node) -> int:
+    value = node.meta.get("example_value")
+    return value.dim() if isinstance(value, Tensor) else -1
+
+
+def _number(value: object, flow: Dataflow) -> float | None:
+    """A number, also where it was made into a constant tensor first that nothing writes into."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    name = {"tensor": "data", "scalar_tensor": "s"}.get(operation(value), "fill_value") if (
+        isinstance(value, Node) and operation(value) in _NUMBERS
+    ) else None  # fmt: skip
+    args = arguments(value) if isinstance(value, Node) and name is not None else None
+    if args is None or name is None or not isinstance(value, Node):
+        return None
+    made, number = value.meta.get("example_value"), args.take(name)
+    plain = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if not plain or not isinstance(made, Tensor) or flow.is_ever_written(value):
+        return None
+    return float(torch.tensor(number).to(made.dtype))  # as the tensor holds it
+
+
+_NUMBERS = frozenset({"full", "full_like", "new_full", "scalar_tensor", "tensor"})
+
+
+def scale(given: Given) -> Step | None:
+    name = operation(given.node).rstrip("_")
+    if name not in ("mul", "div"):
+        return None
+    first, second = given.args.take("self"), given.args.take("other")
+    if first is second or (name == "div" and first is not given.scores):
+        return None
+    factor = _number(second if first is given.scores else first, given.flow)
+    if factor is None:
+        return Step(reason=Reason.SCALE)
+    if factor == 0 or not math.isfinite(factor):
+        return None
+    return Step(factor=factor if name == "mul" else 1.0 / factor)
+
+
+def added_mask(given: Given) -> Step | None:
+    name = operation(given.node).rstrip("_")
+    if name not in ("add", "sub"):
+        return None
+    first, second = given.args.take("self"), given.args.take("other")
+    other = second if first is given.scores else first
+    if first is second or (name == "sub" and first is not given.scores):
+        return None
+    number = _number(other, given.flow)
+    if number is not None:
+        return Step(shift=number) if abs(number) <= _LARGEST_SHIFT else None
+    is_tensor = isinstance(other, Node) and _rank(other) >= 0
+    return Step(added=other) if is_tensor and name == "add" else None
+
+
+def _fill(given: Given, mask: object, inverted: bool, value: object) -> Step | None:
+    number = _number(value, given.flow)
+    if not isinstance(mask, Node) or mask is given.scores or number is None:
+        return None
+    return Step(mask=mask, inverted=inverted, fill=number)
+
+
+def masked_fill(given: Given) -> Step | None:
+    if operation(given.node).rstrip("_") != "masked_fill":
+        return None
+    if given.args.take("self") is not given.scores:
+        return None
+    return _fill(given, given.args.take("mask"), True, given.args.take("value"))
+
+
+def where(given: Given) -> Step | None:
+    if operation(given.node) != "where":
+        return None
+    condition, kept, other = (given.args.take(name) for name in ("condition", "self", "other"))
+    if kept is given.scores and other is not given.scores:
+        return _fill(given, condition, False, other)
+    return _fill(given, condition, True, kept) if other is given.scores else None
+
+
+def dropout(given: Given) -> Step | None:
+    if operation(given.node).rstrip("_") != "dropout":
+        return None
+    if given.args.take("self") is not given.scores:
+        return None
+    given.args.take("inplace")
+    probability, training = given.args.take("p"), given.args.take("training", "train")
+    off = training is False or probability == 0.0
+    return Step(reason=None if off else Reason.DROPOUT)
+
+
+def same_values(given: Given) -> Step | None:
+    """A cast between floats or a copy: whatever else it is told concerns memory alone."""
+    if operation(given.node) not in CASTS | _ALIASES:
+        return None
+    if given.args.take("self") is not given.scores:
+        return None
+    before, after = (n.meta.get("example_value") for n in (given.scores, given.node))
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return None
+    if not after.dtype.is_floating_point or before.device != after.device:
+        return None
+    given.args.take_all(except_for="out")
+    return Step()
+
+
+_ALIASES = frozenset({"clone", "detach", "alias", "lift_fresh", "data"})
+
+
+def transposed(given: Given) -> Step | None:
+    name, rank = operation(given.node), _rank(given.scores)
+    if name not in ("transpose", "permute", "mT") or given.args.take("self") is not given.scores:
+        return None
+    order = list(range(rank))
+    if name == "transpose":
+        first, second = given.args.take("dim0"), given.args.take("dim1")
+        if not isinstance(first, int) or not isinstance(second, int):
+            return None
+        order[first], order[second] = order[second], order[first]
+    elif name == "permute":
+        dims = given.args.take("dims")
+        if not isinstance(dims, (list, tuple)) or not all(isinstance(d, int) for d in dims):
+            return None
+        order = [d % rank for d in dims]
+    else:
+        order[-2:] = order[:-3:-1]
+    return Step(order=tuple(order)) if sorted(order) == list(range(rank)) else None
+
+
+def is_softmax(node: Node) -> bool:
+    """True for a softmax in any pattern, also in one that cannot be read."""
+    return operation(node) in ("softmax", "log_softmax", "softmin")
+
+
+def read_softmax(node: Node) -> tuple[Node, int, Reason | None] | None:
+    """What a softmax takes, its dimension from the front, why it has to stay; None if unknown."""
+    args, rank = arguments(node), _rank(node)
+    if operation(node) != "softmax" or args is None:
+        return None
+    data, dim = args.take("self"), args.take("dim")
+    args.take("dtype")  # the result says it
+    args.take("half_to_float")
+    args.take("_stacklevel")
+    if not isinstance(data, Node) or not isinstance(dim, int) or rank <= 0:
+        return None
+    return data, dim % rank, None if args.rest_has_defaults else Reason.PATTERN

@@ -1,0 +1,92 @@
+"""One setting of a comparison: the backend's options, and how many leading steps stay dense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from svg_ear_compile.settings import Settings
+
+DENSE_NAME = "dense"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one series of generations runs with.
+
+    Attributes:
+        name: unique within a comparison.
+        options: of ``torch.compile(..., backend="svg_ear", options=...)``; None for the dense
+            reference, which Inductor compiles.
+        dense_steps: leading denoising steps with dense attention.
+    """
+
+    name: str
+    options: Mapping[str, Any] | None = field(default_factory=dict)
+    dense_steps: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The setting as plain JSON values."""
+        options = None if self.options is None else dict(self.options)
+        return {"name": self.name, "options": options, "dense_steps": self.dense_steps}
+
+    def code(self, modules: Mapping[str, bool]) -> str:
+        """The lines that select this setting for a pipeline called ``pipe``.
+
+        `modules` maps the names of the pipeline's models to whether their repeated blocks are
+        compiled one by one.
+        """
+        if self.options is None:
+            return "# Dense attention: leave the pipeline as it is."
+        lines = ["import svg_ear_compile"]
+        for name, by_block in modules.items():
+            call = "compile_repeated_blocks" if by_block else "compile"
+            options = f", options={dict(self.options)!r}" if self.options else ""
+            lines.append(f'pipe.{name}.{call}(backend="svg_ear"{options})')
+        models = ", ".join(f"pipe.{name}" for name in modules)
+        steps = f", dense_steps={self.dense_steps}" if self.dense_steps else ""
+        return "\n".join([*lines, f"svg_ear_compile.bind({models}{steps})"])
+
+
+DENSE = Setting(DENSE_NAME, None)
+
+
+def settings_of(
+    densities: Sequence[float], settings: Sequence[Mapping[str, Any]], dense_steps: int
+) -> tuple[Setting, ...]:
+    """The settings of a comparison, checked before anything is generated.
+
+    Raises:
+        ValueError, TypeError: no setting, two of one name, or what the backend would refuse.
+    """
+    given: list[Mapping[str, Any]] = [{"density": density} for density in densities]
+    given += settings
+    if not given:
+        raise ValueError("nothing to compare: give densities or settings")
+    for each in given:
+        if not isinstance(each, Mapping) or not all(isinstance(key, str) for key in each):
+            raise TypeError(f"a setting must map names of options to values, got {each!r:.80}")
+    # What all settings share tells none from another.
+    shared = [key for key in given[0] if all(key in s and s[key] == given[0][key] for s in given)]
+    found = [_setting(each, dense_steps, shared if len(given) > 1 else []) for each in given]
+    names = [DENSE_NAME, *(setting.name for setting in found)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two settings are called {name!r}: give them names of their own")
+    return tuple(found)
+
+
+def _setting(given: Mapping[str, Any], dense_steps: int, shared: Sequence[str]) -> Setting:
+    options = dict(given)
+    steps = options.pop("dense_steps", dense_steps)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"dense_steps must be a whole number from 0, got {steps!r}")
+    name = options.pop("name", None)
+    if name is None:
+        told = {key: value for key, value in given.items() if key not in shared}
+        name = ", ".join(f"{key} {value}" for key, value in told.items()) or "defaults"
+    if not isinstance(name, str) or not name.strip():
+        raise TypeError(f"the name of a setting must be text, got {name!r:.80}")
+    Settings.parse(options)
+    return Setting(name.strip(), options, steps)

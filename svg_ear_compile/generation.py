@@ -1,0 +1,307 @@
+"""One stream of generations: its clock, its guidance branches, and what its layers remember.
+
+It is the source of every attention call made during a forward of its models.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from svg_ear_compile.clock import Clock, RestartWatch, is_noisier
+from svg_ear_compile.guidance import MAX_BRANCHES, Branches, Guidance, Latents
+from svg_ear_compile.kernels.call import AttentionCall, CallRequest, calls_from
+from svg_ear_compile.kernels.clusters import Result
+from svg_ear_compile.layer_plans import LayerPlans, at_density
+from svg_ear_compile.layers import BoundModel, Identity, LayerReport
+from svg_ear_compile.memory import Memory, RememberedCall, calls_by_branch
+
+if TYPE_CHECKING:
+    from svg_ear_compile.kernels.gpu.captured_graphs import CapturedGraphs
+
+_ENTERED: ContextVar[tuple[Generation, ...]] = ContextVar("svg_ear_generations", default=())
+
+
+@dataclass(frozen=True)
+class Held:
+    """Device memory that a session holds.
+
+    Attributes:
+        generation: name of the generation that it belongs to.
+        what: ``"centroids and block masks"``, ``"latents"`` or ``"captured graphs"``.
+        nbytes: how much, in bytes.
+    """
+
+    generation: str
+    what: str
+    nbytes: int
+
+
+@dataclass
+class _Layer:
+    identity: Identity = "order"
+    index: int = 0
+    # By site, forward at its step, and place among the branches that one forward carries.
+    memories: dict[tuple[str, int, int], Memory] = field(default_factory=dict)
+    branches: set[tuple[int, int]] = field(default_factory=set)
+    last_sparse: Memory | None = None
+
+
+@dataclass
+class _State:
+    """Everything that ends with a generation."""
+
+    clock: Clock
+    branches: Branches
+    latents: dict[int, tuple[object, ...]] = field(default_factory=dict)  # kind, by model
+    layers: dict[tuple[int, str], _Layer] = field(default_factory=dict)  # by model and path
+    thread: int | None = None  # that started it
+
+
+@dataclass
+class _Forward:
+    """The forward under way.
+
+    Attributes:
+        index: place among the forwards of its model at this timestep.
+        reference: index of the reference branch, where this is another branch.
+        in_batch: branches along its batch.
+        batch: of its latents.
+        thread: that runs it.
+        calls: calls so far, by site.
+        order: layer path to position.
+    """
+
+    model: int
+    index: int
+    timestep: float
+    dense: bool
+    reference: int | None
+    in_batch: int
+    batch: int
+    thread: int
+    calls: Counter[str] = field(default_factory=Counter)
+    order: dict[str, int] = field(default_factory=dict)
+
+
+class Generation:
+    """A named stream of generations; made by `Session.generation`, a context manager.
+
+    Forwards inside of the with block belong to it. In a generator function enter it around each
+    forward, not around a ``yield``: until it goes on, whoever runs then would be inside, too.
+    """
+
+    def __init__(
+        self, name: str, models: Sequence[BoundModel], plans: LayerPlans, guidance: Guidance
+    ) -> None:
+        self.name = name
+        self._models = models
+        self._plans = plans
+        self._guidance = guidance
+        self._restarts = RestartWatch()
+        self._captured: CapturedGraphs | None = None
+        self._running = threading.RLock()
+        self._forward: _Forward | None = None
+        self._state = self._fresh()
+
+    def _fresh(self) -> _State:
+        return _State(Clock(), Branches(self._guidance))
+
+    def __enter__(self) -> Generation:
+        entered = _ENTERED.get()
+        other = next((g for g in entered if g._plans is self._plans and g is not self), None)
+        if other is not None:
+            raise RuntimeError(
+                f"generation {other.name!r} is entered: leave it before {self.name!r} is. In a "
+                "generator function, enter a generation around each forward"
+            )
+        _ENTERED.set((*entered, self))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        entered = list(_ENTERED.get())
+        entered.remove(self)
+        _ENTERED.set(tuple(entered))
+
+    @property
+    def step(self) -> int | None:
+        """Index of the current denoising step, None before the first."""
+        clock = self._state.clock
+        return None if clock.timestep is None else clock.step
+
+    def reset(self) -> None:
+        """Forget what is remembered: the next forward starts a new generation."""
+        self._state = self._fresh()
+
+    def clear_cache(self) -> None:
+        """Free all device memory: `reset`, and the captured graphs."""
+        self.reset()
+        if self._captured is not None:
+            self._captured.clear()
+        self._captured = None
+
+    def held(self) -> list[Held]:
+        """All device memory held, by what it is for."""
+        memories = (m for layer in self._state.layers.values() for m in layer.memories.values())
+        latents = self._state.branches.references.values()
+        return [
+            Held(self.name, "centroids and block masks", sum(m.nbytes() for m in memories)),
+            Held(self.name, "latents", sum(kept.nbytes() for kept in latents)),
+            Held(self.name, "captured graphs", self._captured.nbytes if self._captured else 0),
+        ]
+
+    def memory_bytes(self) -> int:
+        """Device memory held, in bytes."""
+        return sum(held.nbytes for held in self.held())
+
+    def report(self) -> list[LayerReport]:
+        """The layers seen in the current generation, by model and order; waits for the device."""
+        reports = []
+        for (model, path), layer in self._state.layers.items():
+            memories = layer.memories.values()
+            reports.append(
+                LayerReport(
+                    model,
+                    path,
+                    layer.identity,
+                    layer.index,
+                    len(layer.branches),
+                    None if layer.last_sparse is None else layer.last_sparse.density,
+                    sum(memory.cold for memory in memories),
+                    sum(memory.recomputed for memory in memories),
+                    sum(memory.reused for memory in memories),
+                )
+            )
+        return sorted(reports, key=lambda layer: (layer.model, layer.index))
+
+    @contextmanager
+    def running(
+        self, model: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """Be the source of the attention calls of one forward of a model inside the with block.
+
+        Raises:
+            RuntimeError: another thread runs a forward, or the generation is another thread's.
+            ValueError: the timestep or the declared latents are missing.
+        """
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError(
+                f"generation {self.name!r} runs a forward in another thread: let each thread have "
+                "one of its own, with session.generation(name)"
+            )
+        outer = self._forward
+        try:
+            timestep, latents = self._models[model].read(args, kwargs)
+            self._forward = self._begin(model, timestep, latents)
+            try:
+                with calls_from(self):
+                    yield
+            except BaseException:
+                # What an interrupted forward leaves behind is no step of any generation.
+                self.reset()
+                raise
+        finally:
+            self._forward = outer
+            self._running.release()
+
+    def _begin(self, model: int, timestep: float, latents: Latents) -> _Forward:
+        """Move the clock on to a forward."""
+        thread, ascending = threading.get_ident(), self._plans.ascending
+        state = self._state
+        last = state.clock.timestep
+        if last is not None and is_noisier(timestep, last, ascending):
+            self._restarts.restarted(state.clock, timestep, ascending)
+            self.reset()
+        elif state.thread not in (None, thread):
+            raise RuntimeError(
+                f"generation {self.name!r} was started by another thread: let each thread have one "
+                "of its own, with session.generation(name), or end it with reset()"
+            )
+        elif state.latents.get(model, latents.kind) != latents.kind:
+            self.reset()
+        state = self._state
+        state.thread = thread
+        state.latents[model] = latents.kind
+        if timestep != state.clock.timestep:
+            state.branches.next_step()
+        index = state.clock.tick(model, timestep)
+        dense = self._plans.is_dense_step(model, state.clock.step, timestep)
+        in_batch, reference = 1, None
+        if not dense:  # dense forwards share nothing: they need not wait for a comparison
+            in_batch = state.branches.in_batch(model, latents)
+            reference = state.branches.reference_of(model, index, latents)
+        return _Forward(
+            model, index, timestep, dense, reference, in_batch, latents.batch, thread
+        )  # fmt: skip
+
+    def calls(self, request: CallRequest) -> Iterator[AttentionCall]:
+        """See `kernels.call.CallSource`."""
+        forward = self._forward
+        if forward is None or forward.thread != threading.get_ident():
+            raise RuntimeError(
+                f"generation {self.name!r} runs in another thread than this attention call"
+            )
+        path, identity = self._models[forward.model].locate(
+            request.layer, request.layer_owner, request.site, forward.calls[request.site]
+        )
+        forward.calls[request.site] += 1
+        layer = self._state.layers.setdefault((forward.model, path), _Layer())
+        layer.identity = identity
+        layer.index = forward.order.setdefault(path, len(forward.order))
+        # Frames that were folded into the batch carry no branches.
+        places = forward.in_batch if request.q_shape[0] == forward.batch else 1
+        if request.dense_only or forward.dense:
+            plan = at_density(request.plan, 1.0)
+        else:
+            plan = self._plans.plan(
+                request.plan, forward.model, path, identity, layer.index, forward.timestep
+            )
+        keys = [(request.site, forward.index, place) for place in range(places)]
+        layer.branches.update((min(forward.index, MAX_BRANCHES), place) for place in range(places))
+        if plan.is_dense:
+            for memory in (layer.memories[key] for key in keys if key in layer.memories):
+                memory.skip()
+            yield AttentionCall(plan)
+        elif forward.index >= MAX_BRANCHES:
+            yield RememberedCall(plan, captured=self._graphs(request.device))
+        else:
+            if not plan.shared_branches:
+                keys = keys[:1]
+            memories = [layer.memories.setdefault(key, Memory()) for key in keys]
+            layer.last_sparse = memories[0]
+            step = self._state.clock.step
+            reference = None
+            if plan.shared_branches and forward.reference is not None:
+                reference = layer.memories.get((request.site, forward.reference, 0))
+                if reference is not None and reference.step != step:
+                    reference = None  # its forward left this layer out: a cache of features does
+            for memory in memories:
+                memory.step = step
+            yield from calls_by_branch(
+                request, plan, memories, reference, self._graphs(request.device)
+            )
+
+    def finished(self, call: AttentionCall, result: Result) -> None:
+        """See `kernels.call.CallSource`."""
+        assert isinstance(call, RememberedCall)
+        call.finished(result)
+
+    def _graphs(self, device: torch.device) -> CapturedGraphs | None:
+        """The captured graphs of this generation; there are none but on a GPU."""
+        if device.type == "cuda" and self._captured is None:
+            from svg_ear_compile.kernels.gpu.captured_graphs import CapturedGraphs
+
+            self._captured = CapturedGraphs()
+        return self._captured
+
+
+def entered_generation(plans: LayerPlans) -> Generation | None:
+    """The generation of a session that is entered here, if one is."""
+    return next((g for g in reversed(_ENTERED.get()) if g._plans is plans), None)

@@ -1,0 +1,201 @@
+"""Which forwards, or parts of a batch, are guidance branches of one video.
+
+Branches of one video have the same latents. Where the layout is not declared it is told by the
+values of the latents. They are copied: a pipeline may write every step into one static buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+Layout = Literal["batched", "sequential"]
+
+LATENT_NAMES = ("hidden_states", "latents", "latent_model_input", "noisy_latents", "sample", "x")
+"""Names under which the arguments of a model are searched for its latents, in this order."""
+
+MAX_BRANCHES = 8
+"""Forwards at one timestep that are remembered: guidance branches, and a few other videos. A model
+that is called at one timestep over and over (a benchmark loop) must not fill the device."""
+
+_DETECTED_COUNTS = (2, 3)  # branches that a batch carries
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The latents that a forward was given: one tensor, or a list of one for each video."""
+
+    tensors: tuple[Tensor, ...] = ()
+
+    @property
+    def batch(self) -> int:
+        """Videos, counting every guidance branch."""
+        if len(self.tensors) == 1 and self.tensors[0].dim():
+            return self.tensors[0].shape[0]
+        return max(1, len(self.tensors))
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What stays the same in a generation: the shape of one video and the device."""
+        if not self.tensors:
+            return ()
+        first = self.tensors[0]
+        return (first.shape[1:] if len(self.tensors) == 1 else first.shape, first.device)
+
+    def parts(self, count: int) -> list[Latents]:
+        """The batch cut into equal parts."""
+        size = self.batch // count
+        if len(self.tensors) == 1:
+            return [Latents((part,)) for part in self.tensors[0].split(size)]
+        return [Latents(self.tensors[i * size : (i + 1) * size]) for i in range(count)]
+
+    def equal(self, other: Latents) -> bool:
+        """Whether the values are the same; waits for the device."""
+        return len(self.tensors) == len(other.tensors) > 0 and all(
+            a.device == b.device and torch.equal(a, b)
+            for a, b in zip(self.tensors, other.tensors, strict=True)
+        )
+
+    def copy(self) -> Latents:
+        """The same values, whatever becomes of the tensors."""
+        return Latents(tuple(tensor.detach().clone() for tensor in self.tensors))
+
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+
+def find_latents(given: Mapping[str, Any], name: str | None) -> Latents:
+    """The latents among the arguments of a forward, without its timestep.
+
+    Args:
+        given: argument names to values.
+        name: the declared one. Otherwise the first of `LATENT_NAMES` that holds floating-point
+            tensors, otherwise the floating-point tensor with the most elements.
+
+    Raises:
+        ValueError: the declared argument is missing or holds no tensor.
+    """
+    if name is not None:
+        found = _floats(given.get(name))
+        if not found:
+            raise ValueError(f"the model was called without the latents {name!r}")
+        return Latents(found)
+    for known in LATENT_NAMES:
+        if found := _floats(given.get(known)):
+            return Latents(found)
+    tensors = _floats(list(given.values()))
+    return Latents((max(tensors, key=Tensor.numel),)) if tensors else Latents()
+
+
+def _floats(value: object) -> tuple[Tensor, ...]:
+    return tuple(
+        leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    )
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a model is given its guidance branches.
+
+    Attributes:
+        layout: ``"batched"`` (along the batch, one branch of all videos after the other),
+            ``"sequential"`` (forwards that follow each other), or None to detect both by values.
+        branches: how many branches a declared layout has.
+
+    Raises:
+        ValueError: the layout is unknown, or the branches are fewer than 2, more than
+            `MAX_BRANCHES`, or given without a layout.
+    """
+
+    layout: Layout | None = None
+    branches: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout is not None and self.layout not in get_args(Layout):
+            raise ValueError(
+                f"guidance must be one of {get_args(Layout)} or None, got {self.layout!r}"
+            )
+        if self.branches is None:
+            return
+        if self.layout is None:
+            raise ValueError("branches belongs to a declared guidance layout: give guidance=, too")
+        if not 2 <= self.branches <= MAX_BRANCHES:
+            raise ValueError(f"branches must be in [2, {MAX_BRANCHES}], got {self.branches!r}")
+
+    @property
+    def count(self) -> int:
+        """Branches of a declared layout."""
+        return self.branches or 2
+
+
+@dataclass
+class Branches:
+    """The guidance branches of one generation.
+
+    Attributes:
+        guidance: what was declared.
+        largest: largest batch of each model: a smaller one carries one branch of each video only.
+        references: latents of reference branches at this timestep, by model and forward.
+        stream: CUDA stream that copied those.
+    """
+
+    guidance: Guidance
+    largest: dict[int, int] = field(default_factory=dict)
+    references: dict[tuple[int, int], Latents] = field(default_factory=dict)
+    stream: torch.cuda.Stream | None = None
+
+    def in_batch(self, model: int, latents: Latents) -> int:
+        """Branches along the batch of a forward; waits for the device where it has to detect."""
+        batch = latents.batch
+        self.largest[model] = max(batch, self.largest.get(model, 1))
+        if self.guidance.layout == "sequential":
+            return 1
+        if self.guidance.layout == "batched":
+            count = self.guidance.count
+            return count if batch == self.largest[model] and batch % count == 0 else 1
+        for count in _DETECTED_COUNTS:
+            if batch % count == 0:
+                first, *others = latents.parts(count)
+                if all(first.equal(other) for other in others):
+                    return count
+        return 1
+
+    def reference_of(self, model: int, forward: int, latents: Latents) -> int | None:
+        """The earlier forward at this timestep that is the reference branch of this one.
+
+        None where this one is a reference branch itself. Waits for the device where it has to
+        detect.
+        """
+        if self.guidance.layout == "batched":
+            return None
+        if self.guidance.layout == "sequential":
+            place = forward % self.guidance.count
+            return forward - place if place else None
+        self._hand_over(latents)
+        for (other, reference), kept in self.references.items():
+            if other == model and kept.equal(latents):
+                return reference
+        if forward < MAX_BRANCHES:
+            self.references[model, forward] = latents.copy()
+        return None
+
+    def next_step(self) -> None:
+        """Forget the latents of the step before."""
+        self.references.clear()
+
+    def _hand_over(self, latents: Latents) -> None:
+        """Let the current stream read what another one copied."""
+        devices = {t.device for t in latents.tensors if t.is_cuda}
+        for device in devices:
+            current = torch.cuda.current_stream(device)
+            if self.stream is not None and self.stream != current:
+                current.wait_stream(self.stream)
+                for tensor in (t for kept in self.references.values() for t in kept.tensors):
+                    tensor.record_stream(current)
+            self.stream = current

@@ -1,0 +1,195 @@
+"""Which layer an attention call belongs to.
+
+A graph that is compiled for one block serves all blocks of its class. What tells them apart at run
+time is a parameter or buffer of the layer, whose identity survives compilation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from svg_ear_compile.guidance import Latents, find_latents
+
+Identity = Literal["parameter", "order"]
+
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma")
+"""Names under which the forward of a model is searched for its timestep, in this order."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What a session knows of one layer in the current generation.
+
+    Attributes:
+        model: position of the model among the arguments of `bind`.
+        path: module path of the layer in its model.
+        identity: ``"parameter"`` where a parameter or buffer told the layer, ``"order"`` where only
+            the order of execution did.
+        index: position in the order of first execution within the model's last forward.
+        branches: guidance branches and other videos seen, whether in one batch or in turns.
+        density: density that the last sparse call reached, None if every call was dense.
+        cold: sparse calls that clustered from nothing.
+        recomputed: sparse calls that clustered from the centroids of the step before.
+        reused: sparse calls that reused clusters and block mask, of the step before or of the
+            reference branch.
+    """
+
+    model: int
+    path: str
+    identity: Identity
+    index: int
+    branches: int
+    density: float | None
+    cold: int
+    recomputed: int
+    reused: int
+
+    @property
+    def reused_fraction(self) -> float | None:
+        """Fraction of the sparse calls that reused their blocks, None if every call was dense."""
+        calls = self.cold + self.recomputed + self.reused
+        return self.reused / calls if calls else None
+
+
+class BoundModel:
+    """One bound model: its layers, its timestep argument, its latents.
+
+    Args:
+        module: what is called, compiled or not.
+        timestep: name of its timestep argument, or None to look for one of `TIMESTEP_NAMES`.
+        latents: name of its latents, or None to find them at each call.
+
+    Raises:
+        ValueError: forward has no such argument.
+    """
+
+    def __init__(self, module: nn.Module, timestep: str | None, latents: str | None) -> None:
+        inner = inner_of(module)
+        self.module = module
+        self.paths = {_clean(path) for path, _ in inner.named_modules()}
+        self.owners = _owners(inner)
+        self.ordered: dict[tuple[str, int], str] = {}
+        self.signature = inspect.signature(inner.forward)
+        self.latents = latents
+        parameters = self.signature.parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self.timestep = next(
+            (
+                name
+                for name in (TIMESTEP_NAMES if timestep is None else (timestep,))
+                if name in parameters or (name == timestep and takes_any)
+            ),
+            "",
+        )
+        if not self.timestep:
+            sought = f"none of {TIMESTEP_NAMES}" if timestep is None else f"no {timestep!r}"
+            raise ValueError(
+                f"the forward of {type(inner).__name__} has {sought} among its arguments "
+                f"{tuple(parameters)}; name its timestep argument with bind(..., timestep=...)"
+            )
+        if latents is not None and latents not in parameters and not takes_any:
+            raise ValueError(
+                f"the forward of {type(inner).__name__} has no {latents!r} among its arguments "
+                f"{tuple(parameters)}: latents names the one that holds the noisy video"
+            )
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[float, Latents]:
+        """Timestep (waits for its device) and latents of a forward.
+
+        Raises:
+            ValueError: one of them is missing.
+        """
+        given = dict(self.signature.bind_partial(*args, **kwargs).arguments)
+        for name, parameter in self.signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given |= given.pop(name, {})
+        value = given.pop(self.timestep, None)
+        if value is None:
+            raise ValueError(
+                f"a bound {type(self.module).__name__} was called without {self.timestep!r}"
+            )
+        timestep = float(value.max() if isinstance(value, Tensor) else value)
+        return timestep, find_latents(given, self.latents)
+
+    def later(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], fraction: float
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments whose timestep lies a fraction of itself, at least one unit, further down."""
+        bound = self.signature.bind_partial(*args, **kwargs)
+        given = bound.arguments
+        if self.timestep not in given:  # taken by **kwargs
+            (given,) = (v for v in given.values() if isinstance(v, dict) and self.timestep in v)
+        value = given[self.timestep]
+        integral = isinstance(value, int) or (
+            isinstance(value, Tensor) and not value.is_floating_point()
+        )
+        moved = value - round(100 * fraction) if integral else value * (1 - fraction)
+        given[self.timestep] = moved
+        return bound.args, bound.kwargs
+
+    def locate(
+        self, layer: Tensor | None, owner: str, site: str, call: int
+    ) -> tuple[str, Identity]:
+        """Path of the layer that makes the `call`-th call of `site` in a forward.
+
+        Args:
+            layer: parameter or buffer inside of the layer, or None.
+            owner: path of the module that it belongs to, relative to what was compiled.
+            site: name of the call, relative to the same.
+        """
+        bare = site.partition("#")[0]
+        found = None if layer is None else self.owners.get(layer)
+        if found is not None:
+            root = _without_suffix(found, owner)
+            if root is not None and (path := _joined(root, bare)) in self.paths:
+                self.ordered[site, call] = path
+                return path, "parameter"
+        if (site, call) in self.ordered:
+            return self.ordered[site, call], "order"
+        return (bare if call == 0 and bare in self.paths else f"{site}@{call}"), "order"
+
+
+def inner_of(module: nn.Module) -> nn.Module:
+    """The model itself, of what `torch.compile` made of it."""
+    while isinstance(module, OptimizedModule):
+        module = module._orig_mod
+    return module
+
+
+def _owners(model: nn.Module) -> WeakTensorKeyDictionary:
+    """Parameters and buffers to the path of their module; one that is shared proves nothing."""
+    paths: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+    for path, module in model.named_modules(remove_duplicate=False):
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                paths.setdefault(tensor, set()).add(_clean(path))
+    owners = WeakTensorKeyDictionary()
+    for tensor, found in paths.items():
+        if len(found) == 1:
+            (owners[tensor],) = found
+    return owners
+
+
+def _clean(path: str) -> str:
+    """A module path as it is without compiled blocks in it."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+def _without_suffix(path: str, suffix: str) -> str | None:
+    """The path above `suffix`, None if it does not end so."""
+    if not suffix:
+        return path
+    if path == suffix:
+        return ""
+    return path.removesuffix(f".{suffix}") if path.endswith(f".{suffix}") else None
+
+
+def _joined(root: str, path: str) -> str:
+    return f"{root}.{path}" if root and path else root or path

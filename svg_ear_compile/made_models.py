@@ -1,0 +1,93 @@
+"""MODULE:CALLABLE of the command line: a callable that makes a model and what it is called with."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from svg_ear_compile.kernels.checked import InvalidValueError, shown
+from svg_ear_compile.recording import ModelCall
+
+_Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def model_and_inputs(path: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """What the callable makes for one call: a model or function, arguments, keyword arguments.
+
+    Raises:
+        ValueError: `path` names no callable, or it returns something else.
+        ImportError: the module is not found.
+    """
+    found = callable_of(path, "--model")()
+    wanted = f"{path} must return (model, args) or (model, args, kwargs)"
+    if not isinstance(found, tuple) or len(found) not in (2, 3):
+        raise InvalidValueError(f"{wanted}, not {_described(found)}")
+    model, args, *rest = found
+    if not callable(model):
+        raise InvalidValueError(f"{wanted}; the model cannot be called: it is {shown(model)}")
+    args, kwargs = _inputs(args, rest[0] if rest else {}, wanted)
+    return model, args, kwargs
+
+
+def model_and_calls(path: str) -> tuple[nn.Module, list[ModelCall]]:
+    """What the callable makes for several calls: a module, and inputs for each.
+
+    Raises:
+        ValueError: `path` names no callable, or it returns something else.
+        ImportError: the module is not found.
+    """
+    found = callable_of(path, "--model")()
+    wanted = f"{path} must return (model, calls), calls being a list of inputs"
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], Sequence):
+        raise InvalidValueError(f"{wanted}, not {_described(found)}")
+    model, calls = found
+    if not isinstance(model, nn.Module):
+        raise InvalidValueError(f"{wanted}; the model must be an nn.Module, not {shown(model)}")
+    return model, [_call(call, wanted) for call in calls]
+
+
+def _call(given: object, wanted: str) -> ModelCall:
+    if isinstance(given, ModelCall):
+        return given
+    pair = isinstance(given, Sequence) and len(given) == 2 and isinstance(given[1], Mapping)
+    if pair and isinstance(given[0], (tuple, list)):  # type: ignore[index]
+        return ModelCall(*_inputs(given[0], given[1], wanted))  # type: ignore[index]
+    return ModelCall(*_inputs(given, {}, wanted))
+
+
+def _inputs(args: object, kwargs: object, wanted: str) -> _Inputs:
+    if not isinstance(args, (tuple, list)):
+        raise InvalidValueError(f"{wanted}; args must be a tuple, not {shown(args)}")
+    if not isinstance(kwargs, Mapping) or not all(isinstance(key, str) for key in kwargs):
+        raise InvalidValueError(f"{wanted}; kwargs must be a dict of names, not {shown(kwargs)}")
+    return tuple(args), dict(kwargs)
+
+
+def callable_of(path: str, option: str) -> Callable[[], Any]:
+    """What MODULE:CALLABLE names.
+
+    Args:
+        path: as it was given.
+        option: of the command line that it was given to.
+
+    Raises:
+        ValueError: it names no callable.
+        ImportError: the module is not found.
+    """
+    module, _, name = path.partition(":")
+    if not re.fullmatch(r"\w+(\.\w+)*", module) or not name.isidentifier():
+        raise InvalidValueError(f"{option} must be MODULE:CALLABLE, got {shown(path)}")
+    sys.path.insert(0, "")
+    make = getattr(importlib.import_module(module), name, None)
+    if not callable(make):
+        raise InvalidValueError(f"the module {module} has no callable {name!r}")
+    return make
+
+
+def _described(found: object) -> str:
+    return f"a tuple of {len(found)}" if isinstance(found, tuple) else shown(found)

@@ -1,0 +1,355 @@
+"""`bind`: gives models a session, which knows their layers, their denoising step and their past.
+
+A compiled graph names its attention calls but cannot know these. A graph shared by all blocks
+(regional compilation) does not even know the layer: the operator gets a parameter of the layer, and
+the session knows where each parameter lives. The denoising step is read from the model's own
+timestep argument, so it survives guidance branches, several experts and skipped steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from weakref import WeakSet, WeakValueDictionary
+
+import torch
+from torch import nn
+
+from svg_ear_compile.cost_model import budget as budgets
+from svg_ear_compile.cost_model.budget import Budget
+from svg_ear_compile.generation import Generation, Held, entered_generation
+from svg_ear_compile.guidance import Guidance, Layout
+from svg_ear_compile.layer_plans import LayerPlans
+from svg_ear_compile.layers import BoundModel, LayerReport, inner_of
+from svg_ear_compile.tracing import runs_once
+
+log = logging.getLogger(__name__)
+
+MAX_GENERATIONS = 8
+"""Named generations that a session has at a time: each holds memory of its own."""
+
+DEFAULT = "default"
+"""Name of the generation of forwards outside of any that is entered."""
+
+_OPEN: WeakSet[Session] = WeakSet()
+# Calls by number, because Dynamo hands numbers to `_warn_of_compilation` while it traces.
+_CALLS: WeakValueDictionary[int, _BoundCall] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+class Session:
+    """Bound models and their generations; made by `bind`, a context manager too.
+
+    Forwards belong to the generation that is entered, see `generation`, otherwise to a default one.
+    A generation belongs to the thread that started it: a forward in another thread is refused,
+    unless its timestep jumps back to noise and so starts a new one.
+    """
+
+    def __init__(
+        self,
+        models: tuple[nn.Module, ...],
+        *,
+        dense_steps: int,
+        dense_above_timestep: float | None,
+        dense_layers: int,
+        budget: Mapping[str, float] | Budget | Sequence[Budget] | None,
+        timestep: str | None,
+        ascending: bool,
+        guidance: Guidance,
+        latents: str | None,
+    ) -> None:
+        _check_models(models)
+        self._models = [BoundModel(module, timestep, latents) for module in models]
+        self._plans = LayerPlans(
+            self._models,
+            dense_steps=dense_steps,
+            dense_above_timestep=dense_above_timestep,
+            dense_layers=dense_layers,
+            budget=budget,
+            ascending=ascending,
+        )
+        self._guidance = guidance
+        self._generations: dict[str, Generation] = {}
+        self._calls = [_BoundCall(self, index, module) for index, module in enumerate(models)]
+        for call in self._calls:
+            call.module._compiled_call_impl = call
+        _OPEN.add(self)
+
+    def generation(self, name: str) -> Generation:
+        """The generation of this name, made if there is none: a context manager.
+
+            with session.generation("left"):
+                left = pipe(prompt)
+
+        Several live side by side, each with its own clock, memory and captured graphs.
+
+        Raises:
+            TypeError: the name is no string.
+            ValueError: there are `MAX_GENERATIONS` already.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a generation must be a string, got {name!r}")
+        if name not in self._generations:
+            if len(self._generations) >= MAX_GENERATIONS:
+                raise ValueError(
+                    f"this session has {MAX_GENERATIONS} generations already "
+                    f"({', '.join(self._generations)}): end one with session.end(name)"
+                )
+            self._generations[name] = Generation(name, self._models, self._plans, self._guidance)
+        return self._generations[name]
+
+    def end(self, name: str) -> None:
+        """Drop the generation of this name, and free its memory; one that is not there is fine."""
+        generation = self._generations.pop(name, None)
+        if generation is not None:
+            generation.clear_cache()
+
+    @property
+    def generations(self) -> tuple[str, ...]:
+        """Names of the generations that there are."""
+        return tuple(self._generations)
+
+    def _current(self) -> Generation:
+        return entered_generation(self._plans) or self.generation(DEFAULT)
+
+    def use(self, budget: Budget | Sequence[Budget]) -> None:
+        """Follow tuned budgets from now on, one for each bound model; all generations restart.
+
+        Raises:
+            ValueError: a budget is for another model, or there is not one for each.
+        """
+        self._plans.use(budget)
+        for generation in self._generations.values():
+            generation.reset()
+
+    @property
+    def step(self) -> int | None:
+        """Index of the current denoising step in its generation, None before the first."""
+        return self._current().step
+
+    def timestep_of(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], model: int = 0
+    ) -> float:
+        """The timestep that a bound model is given by such arguments."""
+        return self._models[model].read(args, kwargs)[0]
+
+    def later(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], fraction: float, model: int = 0
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as of a later step of the same generation, to measure a warm forward.
+
+        The timestep moves by `fraction` of itself, towards the video; nothing else changes.
+        """
+        sign = -1.0 if self._plans.ascending else 1.0
+        return self._models[model].later(args, kwargs, sign * fraction)
+
+    def reset(self) -> None:
+        """Forget what the current generation remembers: the next forward starts a new one."""
+        self._current().reset()
+
+    def clear_cache(self) -> None:
+        """Free all device memory of all generations, captured graphs too; each starts anew."""
+        for generation in self._generations.values():
+            generation.clear_cache()
+
+    def close(self) -> None:
+        """Give the models back as they were and free all device memory; the report stays empty."""
+        for call in self._calls:
+            call.restore()
+        self._calls.clear()
+        _OPEN.discard(self)
+        self.clear_cache()
+        self._generations.clear()
+
+    def unbind(self) -> None:
+        """The former name of `close`."""
+        warnings.warn("unbind is called close now", DeprecationWarning, stacklevel=2)
+        self.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def report(self) -> list[LayerReport]:
+        """The layers seen in the current generation, by model and order; waits for the device.
+
+        Warns of models that run past the session, because they were compiled after `bind`.
+        """
+        for call in self._calls:
+            if call.is_bypassed:
+                _warn_of_bypass(call.module)
+        return self._current().report()
+
+    def held(self) -> list[Held]:
+        """All device memory that is held, by generation and what it is for.
+
+        Centroids and block masks: one for each attention call of a model and guidance branch
+        (`guidance.MAX_BRANCHES`). Latents: copies, to tell guidance branches. Captured graphs: at
+        most `captured_graphs.MOST_HELD` a generation.
+        """
+        return [held for generation in self._generations.values() for held in generation.held()]
+
+    def memory_bytes(self) -> int:
+        """Device memory held by all generations, in bytes; see `held`."""
+        return sum(held.nbytes for held in self.held())
+
+
+class _BoundCall:
+    """Stands in for the call of a module, around whatever compiled call it has.
+
+    `nn.Module.__call__` goes through `_compiled_call_impl` before hooks and forward, in eager
+    modules and in what `torch.compile` returns alike. Unlike a forward hook it can guard against
+    a KeyboardInterrupt, and it is never traced with the module's own graph.
+    """
+
+    def __init__(self, session: Session, model: int, module: nn.Module) -> None:
+        self.session = session
+        self.model = model
+        self.module = module
+        self.compiled = module._compiled_call_impl
+        self.call: Callable[..., Any] = self.compiled or module._call_impl
+        self.traced = False
+        self.number = next(_NUMBERS)
+        _CALLS[self.number] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Bound first and compiled afterwards: nothing of the session belongs into the graph. Not
+        # `is_compiling`, which is also true while another thread compiles.
+        if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+            _warn_of_compilation(self.number)
+            return self.call(*args, **kwargs)
+        with self.session._current().running(self.model, args, kwargs):
+            return self.call(*args, **kwargs)
+
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether the module runs without this call: it was compiled after it was bound."""
+        return self.traced or self.module.__dict__.get("_compiled_call_impl") is not self
+
+    def restore(self) -> None:
+        """Give the module its own call back, unless it was compiled in place since."""
+        if self.module.__dict__.get("_compiled_call_impl") is not self:
+            return
+        if self.compiled is None:
+            del self.module._compiled_call_impl
+        else:
+            self.module._compiled_call_impl = self.compiled
+
+
+@torch.compiler.assume_constant_result  # Dynamo runs it while it traces, and leaves no call behind
+def _warn_of_compilation(number: int) -> bool:
+    call = _CALLS.get(number)
+    if call is not None and not call.traced and not runs_once():
+        call.traced = True
+        _warn_of_bypass(call.module)
+    return True
+
+
+def _warn_of_bypass(module: nn.Module) -> None:
+    log.warning(
+        "this %s was compiled after it was bound: its session sees nothing of it, and every "
+        "attention runs as compiled. Compile first, and bind what torch.compile returns",
+        type(inner_of(module)).__name__,
+    )
+
+
+def _check_models(models: tuple[nn.Module, ...]) -> None:
+    if not models:
+        raise ValueError("bind needs at least one model")
+    for module in models:
+        name = type(module).__name__
+        if not isinstance(module, nn.Module):
+            inside = " Bind its transformer." if hasattr(module, "transformer") else ""
+            raise TypeError(f"bind takes modules, got {name}.{inside}")
+        if isinstance(module._compiled_call_impl, _BoundCall):
+            raise ValueError(f"this {name} is bound already: close its session first")
+        if any(inner_of(call.module) is inner_of(module) for s in _OPEN for call in s._calls):
+            raise ValueError(
+                f"this {type(inner_of(module)).__name__} is bound already, once as the model and "
+                "once as what torch.compile returned: close that session first"
+            )
+    if len({id(inner_of(module)) for module in models}) < len(models):
+        raise ValueError("bind got the same model twice")
+
+
+def bind(
+    *models: nn.Module,
+    dense_steps: int = 0,
+    dense_above_timestep: float | None = None,
+    dense_layers: int = 0,
+    budget: Mapping[str, float] | str | Path | Budget | Sequence[Budget] | None = None,
+    timestep: str | None = None,
+    ascending: bool = False,
+    guidance: Layout | None = None,
+    branches: int | None = None,
+    latents: str | None = None,
+) -> Session:
+    """Let models know their layers, their denoising step and what they remember from the last one.
+
+    Bind what is called: the result of ``torch.compile(model)``, or the model whose blocks are
+    compiled, or after ``model.compile()``. A model that is bound and then compiled runs past its
+    session, which warns. Bind after weights are loaded, adapters added and offloading set up:
+    parameters made later are told apart by the order of execution only.
+
+    A generation starts when the timestep jumps back to noise, when the shape of a video or its
+    device changes, after an error inside a forward, and by `Session.reset`, which two generations
+    of a single step need between them. A batch that changes, because guidance is switched on or
+    off, starts none. All memory is dropped at the start, so the same seed gives the same bits. The
+    timestep is the largest value of the timestep argument; reading it, and comparing latents, costs
+    one wait for the device per forward. Steps whose timesteps are equal as the model gets them
+    (rounded to bfloat16, say) count as one. Generations that take turns have names, see
+    `Session.generation`.
+
+    Guidance branches have the same latents, and the first is the reference branch: the others reuse
+    its clusters and block mask, unless the option ``shared_branches`` is off. Other videos at that
+    timestep or in that batch are clustered by themselves.
+
+    Args:
+        models: models that take turns in one generation, such as Wan 2.2's two experts.
+        dense_steps: leading denoising steps with dense attention.
+        dense_above_timestep: dense wherever the timestep is noisier than this one.
+        dense_layers: leading layers, in order of execution, with dense attention.
+        budget: layer path or `fnmatch` pattern to density; a path goes before patterns, and of
+            those the first that matches counts. Replaces the plan's density, so a plan routed by
+            top-p or threshold heeds only 1. Or a tuned budget (a `Budget` or its file; for several
+            models one `Budget` each), which also gives clusters, form and schedule.
+        timestep: name of the timestep argument of forward, by default one of `TIMESTEP_NAMES`.
+        ascending: the timestep rises from noise to video, as in Mochi.
+        guidance: how guidance branches come: ``"batched"`` along the batch, the first branch of
+            all videos, then the next; or ``"sequential"``, as forwards that follow each other at
+            one timestep. By default both are told by the values of the latents.
+        branches: of a declared layout, 2 by default.
+        latents: name of the argument that holds the noisy video. By default the first of
+            `guidance.LATENT_NAMES` that there is, else the largest floating-point tensor.
+
+    Raises:
+        ValueError: forward has no such timestep or latents, the budget names no module or a density
+            outside of [0, 1], its file is broken or is for another model, a count is negative, or a
+            model is given twice or bound already.
+        TypeError: one of the models is not a module, or a count is no integer.
+    """
+    if isinstance(budget, (str, Path)):
+        budget = budgets.load(Path(budget))
+    return Session(
+        models,
+        dense_steps=dense_steps,
+        dense_above_timestep=dense_above_timestep,
+        dense_layers=dense_layers,
+        budget=budget,
+        timestep=timestep,
+        ascending=ascending,
+        guidance=Guidance(guidance, branches),
+        latents=latents,
+    )

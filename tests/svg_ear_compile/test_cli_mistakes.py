@@ -1,0 +1,74 @@
+"""The command `svg-ear explain` under odd names, wrong models and Ctrl-C: one line each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformer_models import TOKENS
+
+from svg_ear_compile.cli import main
+
+
+def explain(model: str, *arguments: str) -> int:
+    return main(["explain", "--model", f"transformer_models:{model}", *arguments])
+
+
+def test_keys_with_paths_markup_and_control_characters_are_shown_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "inside" / "drawings"
+    assert explain("odd_stack", "--option", f"min_tokens={TOKENS}", "--draw", str(folder)) == 0
+    (drawn,) = folder.iterdir()
+    assert drawn.name.isascii()
+    assert drawn.suffix == ".svg"
+    assert [path.name for path in tmp_path.iterdir()] == ["inside"]
+    out = capsys.readouterr().out
+    assert "[bold]x[/bold]" in out
+    assert all(line.isprintable() for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("wrong_pair", (), "the model cannot be called: it is 3"),
+        ("wrong_inputs", (), "args must be a tuple, not 4"),
+        ("raising", (), "ZeroDivisionError: first line (--traceback shows where)"),
+        ("__name__", (), "has no callable '__name__'"),
+        ("a.b", (), "MODULE:CALLABLE"),
+        ("\x1b[31m", (), "MODULE:CALLABLE"),
+        ("explained_stack", ("--option", "a=" + "(" * 5000), "unknown option 'a'"),
+        ("explained_stack", ("--option", "density=0.1", "--option", "density=0.2"), "given twice"),
+        ("explained_stack", ("--option", "budget=x", "--budget", "y"), "given twice"),
+        ("explained_stack", ("--option", "density=" + "9" * 5000), "density must be float"),
+        ("explained_stack", ("--option", "seed=" + "9" * 400), "seed must be at most"),
+        ("explained_stack", ("--option", "density={}"), "density must be float, got a dict"),
+        ("explained_stack", ("--budget", "/nowhere"), "the budget cannot be used"),
+        ("explained_stack", ("--budget", "/"), "it is a folder"),
+        ("explained_stack", ("--draw", "/dev/null/x"), "/dev/null"),
+    ],
+)
+def test_mistakes_are_one_line(
+    model: str, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--option", f"min_tokens={TOKENS}") if "--draw" in arguments else ()
+    assert explain(model, *arguments, *options) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert said.strip().isprintable()
+
+
+def test_the_traceback_is_there_for_who_asks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain("raising", "--traceback") == 2
+    said = capsys.readouterr().err
+    assert "in raising" in said
+    assert said.splitlines()[-1].startswith("svg-ear: ZeroDivisionError")
+
+
+def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert explain("interrupted") == 130
+    assert capsys.readouterr().err == "svg-ear: interrupted\n"
+    tune = ["tune", "--model", "transformer_models:interrupted", "--density", "0.2"]
+    assert main([*tune, "--out", str(tmp_path / "x.json")]) == 130
+    assert "the same command goes on where it stopped" in capsys.readouterr().err
