@@ -29,7 +29,7 @@ from svg_ear_compile.kernels.checked import (
 )
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 
-VERSION = 1
+VERSION = 2
 
 Timestep = Annotated[float, Range(-1e9, 1e9)]
 
@@ -108,7 +108,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Performance:
     """What a budget was predicted to do and what was then measured, or None where it was not.
 
     Attributes:
@@ -172,12 +172,12 @@ class Budget:
         fingerprint: the model.
         tokens: tokens of its attention, text included.
         device: what its times hold for.
-        wish: what was asked for, e.g. ``"target_speedup 2"``.
-        verdict: ``"tuned"``, or ``"uniform"`` where tuning was not better than one density for
+        objective: objective of the tuning, e.g. ``"target_speedup 2"``.
+        outcome: ``"tuned"``, or ``"uniform"`` where tuning was not better than one density for
             all, with the reason in `note`.
         schedule: see `Schedule`.
         layers: layer path to one choice for each phase of the schedule.
-        predicted, measured: see `Outcome`.
+        predicted, measured: see `Performance`.
         uniform: what one density for all was measured to do at the same time.
         frontier: other budgets on the way from dense to sparse.
         note: anything that a reader should know.
@@ -187,13 +187,13 @@ class Budget:
     fingerprint: Fingerprint
     tokens: Size
     device: Device
-    wish: str
-    verdict: Literal["tuned", "uniform"]
+    objective: str
+    outcome: Literal["tuned", "uniform"]
     schedule: Schedule
     layers: dict[str, tuple[Choice, ...]]
-    predicted: Outcome = Outcome()
-    measured: Outcome = Outcome()
-    uniform: Outcome = Outcome()
+    predicted: Performance = Performance()
+    measured: Performance = Performance()
+    uniform: Performance = Performance()
     frontier: tuple[Point, ...] = field(default=(), repr=False)
     note: str = ""
 
@@ -267,10 +267,7 @@ def check(budget: Budget) -> Budget:
         ValueError: the format is another one, a field is of the wrong type or out of its range, or
             a layer has not one choice for each phase; the message says which.
     """
-    if budget.version != VERSION:
-        raise InvalidValueError(
-            f"its format has version {shown(budget.version)}; this package reads {VERSION}"
-        )
+    _check_version(budget.version)
     json_record.check(budget)
     schedule = budget.schedule
     starts = schedule.phase_starts if schedule.ascending else schedule.phase_starts[::-1]
@@ -284,6 +281,13 @@ def check(budget: Budget) -> Budget:
                 f"layers[{shown(path)}] has {len(choices)} choices for {schedule.phases} phases"
             )
     return budget
+
+
+def _check_version(version: int) -> None:
+    if version != VERSION:
+        raise InvalidValueError(
+            f"its format has version {shown(version)}; this package reads {VERSION}: tune it again"
+        )
 
 
 def schema() -> dict[str, Any]:
@@ -303,6 +307,9 @@ def load(path: Path) -> Budget:
         OSError: it cannot be read.
         ValueError: it is broken; the message names the file and what is wrong in it.
     """
-    found = json_record.read(Budget, path)
     with json_record.naming(path):
-        return check(found)
+        data = json_record.parse(json_record.read_bytes(path))
+        # The version comes first: a budget of another version may have other fields.
+        if isinstance(data, dict) and type(data.get("version")) is int:
+            _check_version(data["version"])
+        return check(json_record.decode(Budget, data))

@@ -1,8 +1,9 @@
-"""Measures a device: roofs, dense attention, and every stage of the sparse call, in a minute.
+"""Measurement of a device in a minute: roofs, dense attention, and every stage of a sparse call.
 
-Each class of call (dtype, head dim) is timed over a few lengths, densities, cluster counts and both
-forms; the coefficients of `latency` are fitted to most of them and tested on the rest. Stage times
-of a GPU are read off a profiler of its kernels; on a CPU the whole sparse call is one stage.
+Each class of calls (dtype, head dim) is timed over a few lengths, densities, cluster counts and
+both compensation forms. The coefficients of `latency` are fitted to most of the samples and tested
+on the others. On a GPU, a profiler of its kernels gives the times of the stages; on a CPU the whole
+sparse call is one stage.
 """
 
 from __future__ import annotations
@@ -43,17 +44,17 @@ from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.registry import captured_attention, sparse_attention
 
 SECONDS = 55.0
-"""Time that measuring may take; what is not measured by then is left to the nearest class. Most
-kernels are compiled before."""
+"""Time that measuring may take. Most kernels are compiled before, which does not count. A class
+that is not measured in this time uses the coefficients of the nearest class."""
 
 _LEAST_SAMPLES = 14  # two lengths: enough for the three coefficients of a stage
 
-# Kernels by stage; everything else sorts tokens by cluster, which is clustering.
+# Stage of each kernel; all other kernels belong to clustering.
 STAGE_OF_KERNEL = {
-    "probe_kernel": "probe",
+    "score_kernel": "score",
     "route_kernel": "route",
-    "kv_index_kernel": "route",
-    "kv_list_kernel": "route",
+    "kv_offset_kernel": "route",
+    "kv_indices_kernel": "route",
     "attend_kernel": "attend",
     "attend_wgmma_kernel": "attend",
     "covariance_kernel": "correction",
@@ -64,7 +65,7 @@ STAGE_OF_KERNEL = {
 
 @dataclass(frozen=True)
 class _Workload:
-    """What is measured on one kind of device: classes in order of importance, and lengths."""
+    """Classes to measure on one kind of device, in order of importance, and the lengths."""
 
     classes: tuple[tuple[str, int], ...]
     tokens: tuple[int, ...]
@@ -97,18 +98,18 @@ _PLANS = (
     AttentionPlan(density=0.3),
     AttentionPlan(density=0.2, compensation="centroid"),
 )
-# The lengths that test the fit are measured at densities and cluster sizes of their own.
+# Samples that test the fit have other densities and cluster sizes.
 _HELD_OUT_PLANS = (
     AttentionPlan(density=0.15),
     AttentionPlan(density=0.25, compensation="centroid"),
 )
-# Cluster sizes over the default ones.
+# Cluster sizes as multiples of the default sizes.
 _SIZES, _HELD_OUT_SIZES = (2.0, 0.4), (1.5, 0.6)
 
 
 def stages_ms(clock: Clock, call: Callable[[], object], plan: AttentionPlan) -> dict[str, float]:
     """Milliseconds of a sparse call on a GPU by `STAGES`."""
-    # What a call is known not to run must not be missed in its profile.
+    # Kernels that this call does not run are not expected in its profile.
     known = {
         kernel: stage
         for kernel, stage in STAGE_OF_KERNEL.items()
@@ -119,16 +120,20 @@ def stages_ms(clock: Clock, call: Callable[[], object], plan: AttentionPlan) -> 
 
 
 def by_stage(spent: dict[str, float], stage_of: dict[str, str]) -> dict[str, float]:
-    """Sum milliseconds by kernel into `STAGES`; kernels of no stage are clustering.
+    """Milliseconds by stage, summed over kernels; kernels without a stage count as clustering.
+
+    Args:
+        spent: milliseconds by kernel.
+        stage_of: stage by kernel.
 
     Raises:
-        RuntimeError: a stage has no kernel: their names have changed.
+        RuntimeError: no kernel of a stage was seen, because kernels were renamed.
     """
     missing = set(stage_of.values()) - {stage_of[name] for name in spent if name in stage_of}
     if missing:
         raise RuntimeError(
-            f"the profiler saw nothing of {', '.join(sorted(missing))}: "
-            "what runs has other names than this file knows"
+            f"the profiler saw no kernel of the stages {', '.join(sorted(missing))}: "
+            "STAGE_OF_KERNEL does not have the names of the kernels that run"
         )
     found = dict.fromkeys(STAGES["cuda"], 0.0)
     for name, ms in spent.items():
@@ -140,14 +145,14 @@ def measure(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dense: float, *, text: int = 0,
     fitted: bool = False,
 ) -> Sample:  # fmt: skip
-    """Time one call: the whole sparse call with warm centroids, and its stages.
+    """Time one sparse call with warm centroids, as a whole and by stage.
 
     Args:
         q, k, v: (B, H, N, D), all of one shape.
-        plan: not dense.
-        dense: milliseconds of dense attention on them, see `fastest_dense_ms`.
-        text: text tokens at the end.
-        fitted: what the sample will say of itself.
+        plan: plan that is not dense.
+        dense: milliseconds of dense attention on q, k and v, see `fastest_dense_ms`.
+        text: number of text tokens at the end.
+        fitted: whether coefficients will be fitted to the sample.
     """
     clock = Clock(q.device)
     batch, heads, tokens, head_dim = q.shape
@@ -189,15 +194,16 @@ def calibrate(
 
     Args:
         device: CUDA or CPU.
-        seconds: no further call is measured once this has passed and there is enough to fit to;
-            compiling most of the kernels before does not count.
-        on_sample: hears what was measured, and the share of `seconds` that has passed.
+        seconds: measuring ends after this time, once there are enough samples to fit to. Compiling
+            most of the kernels before does not count.
+        on_sample: gets the description of each measurement, and the fraction of `seconds` that has
+            passed.
 
     Raises:
-        ValueError: there are no kernels for such a device.
+        ValueError: there are no kernels for this kind of device.
         ImportError: scipy, part of the extra ``tune``, is missing.
     """
-    importlib.import_module("scipy.optimize")  # `fit` needs it, after a minute of measuring
+    importlib.import_module("scipy.optimize")  # `fit` needs scipy: fail before a minute is spent
     began = time.perf_counter()
     device = torch.device(device)
     facts, workload = describe(device), _WORKLOADS[device.type]
@@ -211,10 +217,10 @@ def calibrate(
     measuring = time.perf_counter()
 
     def passed(what: str) -> float:
-        share = (time.perf_counter() - measuring) / seconds
+        fraction = (time.perf_counter() - measuring) / seconds
         if on_sample is not None:
-            on_sample(what, min(share, 1.0))
-        return share
+            on_sample(what, min(fraction, 1.0))
+        return fraction
 
     roofs = measure_roofs(device, dtypes, workload.roof_side, workload.copied)
     passed("roofs")
@@ -243,7 +249,7 @@ def calibrate(
 
 
 def _cases(workload: _Workload) -> Iterator[tuple[str, int, int, bool]]:
-    """dtype, head dim, tokens, whether to fit to it; what matters most first."""
+    """dtype, head dim, tokens, whether to fit to the samples; the most important cases first."""
     for dtype, head_dim in workload.classes:
         for tokens in (*workload.tokens, *workload.held_out):
             yield dtype, head_dim, tokens, tokens not in workload.held_out
@@ -261,8 +267,10 @@ def _plans(tokens: int, fitted: bool) -> list[AttentionPlan]:
 
 
 def _compile(device: torch.device, dtype: str, head_dim: int) -> None:
-    """Call every form once, so small that compiling is all it takes; the route kernel is compiled
-    again for larger numbers of clusters."""
+    """Compile the kernels of all plans by small calls.
+
+    The route kernel is compiled again later, for larger numbers of clusters.
+    """
     tensors = _small(device, dtype, head_dim)
     for plan in _PLANS:
         sparse_attention(*tensors, plan)
@@ -273,7 +281,7 @@ def _small(device: torch.device, dtype: str, head_dim: int) -> tuple[Tensor, Ten
 
 
 def _host_ms(device: torch.device, workload: _Workload) -> float:
-    """Milliseconds of a warm call so small that only what the host does is left."""
+    """Milliseconds of a warm call so small that the host takes all of the time."""
     tensors = _small(device, *workload.classes[0])
     call, plan = captured_attention(device), AttentionPlan(density=0.5)
     cold = call(*tensors, plan)
@@ -286,13 +294,17 @@ def fit(
 ) -> dict[str, dict[str, Efficiency]]:
     """Coefficients of every stage and of dense attention, by class of call.
 
-    Non-negative least squares on relative errors; a stage's error counts against the time of its
-    whole call too, so that a stage of no weight is not fitted at the cost of nothing.
+    Non-negative least squares on relative errors. The error of a stage is taken relative to the
+    time of the stage plus a small part of the time of the call, so that stages of very short times
+    do not dominate the fit.
 
     Args:
-        samples: those that are not `fitted` are left out; a class without any is left out too.
-        roofs: of the same device.
-        device: that both were measured on.
+        samples: samples with `Sample.fitted`; others are left out.
+        roofs: roofs of the same device.
+        device: the device.
+
+    Returns:
+        Class to stage to coefficients; classes without samples are missing.
     """
     classes: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -369,7 +381,7 @@ class Comparison:
 
 
 def compare(calibration: Calibration, samples: Iterable[Sample]) -> list[Comparison]:
-    """Predictions for samples of the calibration's own device."""
+    """Predictions for samples that were measured on the device of the calibration."""
     return [
         Comparison(
             sample,

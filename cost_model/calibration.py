@@ -291,7 +291,7 @@ _GUESSES = {
         {
             "dense": Efficiency(1.4, 1.0, 1.0),
             "cluster": Efficiency(3.0, 4.0, 2.0),
-            "probe": Efficiency(16.0, 3.0, 1.0),
+            "score": Efficiency(16.0, 3.0, 1.0),
             "route": Efficiency(1.0, 4.0, 1.0),
             "attend": Efficiency(3.0, 1.5, 1.0),
             "correction": Efficiency(1.0, 2.0, 0.5),

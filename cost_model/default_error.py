@@ -1,11 +1,11 @@
-"""The error of a model that was never calibrated: a curve measured on another model, and said so.
+"""Error of a model that was never tuned, estimated from measurements on another model.
 
-The law is fitted to the attention of one small video DiT (2,304 tokens, 64 channels a head; script
-`benchmarks/tuning/local_error.py`, record `benchmarks/results/cpu/local_error.json`). What an error
-in one layer does to the output of a whole model is that model's median layer
-(`benchmarks/results/cpu/sensitivity.json`). Layers of the same model stray from it by factors of
-two to fifteen, other models may stray more: good for ranking plans, no promise of quality.
-`svg-ear tune` measures.
+The error of an attention output follows a law fitted to the attention of one small video DiT (2,304
+tokens, head dim 64; script `benchmarks/tuning/local_error.py`, record
+`benchmarks/results/cpu/local_error.json`). The error of the model's output follows from it by the
+ratio of that model's median layer (`benchmarks/results/cpu/sensitivity.json`). Layers of the same
+model differ from the median by factors of two to fifteen, and other models may differ more. The
+estimate is good for ranking plans and promises no quality; `svg-ear tune` measures the error.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 BASIS = "default curve of another model, not measured on this one"
 
 SPREAD = math.exp(0.36)
-"""Factor by which single calls stray from the law: their levels and its own residual together."""
+"""Typical factor between the error of one call and the law: differences of level between calls,
+and residuals of the fit, together."""
 
-MODEL_SHARE = 0.095
-"""Relative error of the model's output over that of one layer's attention output."""
+MODEL_ERROR_RATIO = 0.095
+"""Relative error of the model's output over the relative error of the attention output of the one
+layer that is sparse."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ _LAWS: dict[Compensation, _Law] = {
     "gaussian": _Law(-6.54, -0.633, 0.413, 0.347),
     "centroid": _Law(-5.83, -0.600, 0.376, 0.299),
 }
-_LEAST_DENSITY = 0.02  # the law was fitted from 0.05 up; it must not run off to infinity at 0
+_LEAST_DENSITY = 0.02  # the law was fitted from 0.05 on, and would be infinite at 0
 
 
 def attention_error(
@@ -47,9 +49,9 @@ def attention_error(
     """Relative L2 error of one attention output, at most 1.
 
     Args:
-        density: share computed exactly, in [0, 1].
+        density: fraction of the area computed exactly, in [0, 1].
         queries_per_cluster, keys_per_cluster: mean cluster sizes in tokens.
-        form: how the rest is compensated.
+        form: compensation of the skipped blocks.
     """
     if density >= 1.0:
         return 0.0
@@ -67,10 +69,11 @@ def model_error(density: float, plan: AttentionPlan, q_tokens: int, k_tokens: in
     """Relative RMS error of a model's output with one layer sparse at `density`.
 
     Args:
-        density: share computed exactly; that of the plan may be decided at run time.
-        plan: clusters and form.
-        q_tokens, k_tokens: clustered tokens.
+        density: fraction of the area computed exactly. The density of the plan is not used, since
+            routing may decide it at run time.
+        plan: its clusters and its compensation are used.
+        q_tokens, k_tokens: numbers of clustered tokens.
     """
     q_clusters, k_clusters = plan.clusters(q_tokens, k_tokens)
     sizes = q_tokens / q_clusters, k_tokens / k_clusters
-    return MODEL_SHARE * attention_error(density, *sizes, plan.compensation)
+    return MODEL_ERROR_RATIO * attention_error(density, *sizes, plan.compensation)

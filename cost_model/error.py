@@ -1,8 +1,8 @@
-"""How much sparse attention in one layer changes the model's output, from measurements.
+"""Error curves: how much sparse attention in one layer changes the model's output, as measured.
 
-Errors are relative RMS distances of the model's output in one forward, sparse in that layer alone
-against dense: |sparse - dense| / |dense|. Errors of several layers are taken to be independent and
-add in squares; how far that holds is measured when a budget is verified.
+An error is the relative RMS distance between the outputs of two forwards, one sparse in that layer
+alone and one dense: |sparse - dense| / |dense|. Errors of several layers are taken to be
+independent, so their squares add. Tuning measures how far that holds when it runs a whole budget.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Measurement:
     """One measured error.
 
     Attributes:
-        density: asked for, in [0, 1).
-        error: relative RMS of the model's output, finite.
+        density: density of the plan, in [0, 1).
+        error: relative RMS error of the model's output, finite.
     """
 
     density: float
@@ -29,21 +29,21 @@ class Measurement:
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """Error of one layer, phase and cluster choice over density: falls, and is 0 at density 1.
+    """Error over density of one layer, phase and kind of plan. It falls, and is 0 at density 1.
 
     Attributes:
-        densities: rising, in [0, 1).
-        errors: smoothed error at each, falling.
+        densities: measured densities, rising, in [0, 1).
+        errors: smoothed error at each density, falling.
     """
 
     densities: tuple[float, ...]
     errors: tuple[float, ...]
 
     def at(self, density: float) -> float:
-        """Error at a density: linear between the measured ones, down to 0 at density 1.
+        """Error at a density, linear between measured densities and from the last to 0 at 1.
 
-        Below the least measured density it is taken to grow as density^-0.5, about as the recorded
-        tensors of the video DiT have it (`default_error`).
+        Below the least measured density the error is extrapolated as density^-0.5, which is close
+        to the law of `default_error`.
         """
         if density >= 1.0:
             return 0.0
@@ -51,15 +51,15 @@ class ErrorCurve:
             return self.errors[0] * (self.densities[0] / max(density, 1e-6)) ** 0.5
         grid, values = (*self.densities, 1.0), (*self.errors, 0.0)
         right = bisect_left(grid, density)
-        share = (density - grid[right - 1]) / (grid[right] - grid[right - 1])
-        return values[right - 1] + share * (values[right] - values[right - 1])
+        fraction = (density - grid[right - 1]) / (grid[right] - grid[right - 1])
+        return values[right - 1] + fraction * (values[right] - values[right - 1])
 
 
 def fit_curve(measurements: Iterable[Measurement]) -> ErrorCurve:
     """A falling curve through repeated measurements.
 
-    Errors spread over orders of magnitude and their noise is a factor, so their logarithms are
-    averaged over the repeats and made to fall by isotonic regression.
+    Errors span orders of magnitude, and their noise multiplies them. So the logarithms are averaged
+    over the repeats at each density, and isotonic regression makes them fall.
 
     Raises:
         ValueError: there is no measurement.
@@ -80,5 +80,5 @@ def fit_curve(measurements: Iterable[Measurement]) -> ErrorCurve:
 
 
 def together(errors: Iterable[float]) -> float:
-    """Error of several layers that are sparse at once: the root of the sum of squares."""
+    """Error with several layers sparse at once: the root of the sum of the squared errors."""
     return math.sqrt(math.fsum(error * error for error in errors))

@@ -1,9 +1,9 @@
-"""One choice for every group under a budget: the multiple-choice knapsack.
+"""The multiple-choice knapsack: one option for every group, the least loss within a budget.
 
-`solve` walks the convex hulls of the groups under one Lagrange multiplier. It is not believed:
-`evaluate` adds a solution up again and says how far it can be from the best. A mixed-integer
-program lowers a model's error by less than 0.1 % (30 to 120 groups), far less than errors are known
-to, and takes a hundred times as long.
+`solve` chooses options on the convex hulls of the groups by one Lagrange multiplier. `evaluate`
+adds up any solution independently, and bounds how far it can be from the best. On synthetic
+problems with 30 and 120 groups, the error of the model (the root of the loss) was 0.02 to 0.06 %
+(median) and at most 0.5 % larger than with an exact solver; with 4 groups at most 5 %.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class Option:
-    """One way to serve a group: what it takes of the budget, and the loss that is left.
+    """One option of a group: its cost, which counts against the budget, and its loss.
 
-    Both are finite and not negative.
+    Cost and loss are finite and not negative.
     """
 
     cost: float
@@ -29,7 +29,7 @@ Groups = Sequence[Sequence[Option]]
 
 
 class UnreachableError(ValueError):
-    """No choice keeps to the budget; `least` is the smallest budget that one would keep."""
+    """No choice is within the budget; `least` is the smallest budget for which there is one."""
 
     def __init__(self, budget: float, least: float) -> None:
         super().__init__(f"no choice costs at most {budget:g}; the least is {least:g}")
@@ -38,13 +38,13 @@ class UnreachableError(ValueError):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A solution added up again.
+    """Cost, loss and optimality of a choice.
 
     Attributes:
         cost, loss: totals of the choice.
-        feasible: whether the cost keeps to the budget.
-        bound: no feasible choice has a loss below this (Lagrange bound).
-        multiplier: loss that one more unit of budget is worth at the bound.
+        feasible: whether the cost is within the budget.
+        bound: Lagrange bound; no feasible choice has a smaller loss.
+        multiplier: loss that one more unit of budget saves at the bound.
     """
 
     cost: float
@@ -55,14 +55,15 @@ class Evaluation:
 
     @property
     def gap(self) -> float:
-        """How much lower the loss of the best choice can be at most."""
+        """Upper bound of how much smaller the loss of the best choice can be."""
         return max(0.0, self.loss - self.bound)
 
 
 def hull(options: Sequence[Option]) -> list[int]:
-    """Options on the lower left of the convex hull, cheapest first, each with a smaller loss.
+    """Indices of the options on the lower left of the convex hull, cheapest first.
 
-    These are the options that some multiplier chooses: slopes of loss over cost rise along them.
+    For each of these options there is a multiplier that chooses it. Along them the loss falls, and
+    the slope of loss over cost rises.
     """
     order = sorted(range(len(options)), key=lambda i: (options[i].cost, options[i].loss))
     kept: list[int] = []
@@ -83,9 +84,10 @@ def _slope(options: Sequence[Option], first: int, second: int) -> float:
 def solve(groups: Groups, budget: float) -> tuple[int, ...]:
     """Index of the chosen option of every group: a small loss within the budget.
 
-    Bisects for the multiplier at which the cheapest sum of loss + multiplier * cost just keeps to
-    the budget, then spends what is left on the best upgrades that still fit. At most one group is
-    away from the optimum of the relaxed problem, so the gap is small where groups are many.
+    Bisection finds the smallest multiplier for which the options of least
+    loss + multiplier * cost are within the budget. The rest of the budget buys single upgrades, the
+    best loss per cost first. The choice differs from the optimum of the relaxed problem in one
+    group at most, so the gap is small where there are many groups.
 
     Raises:
         UnreachableError: the cheapest options together cost more than the budget.
@@ -94,7 +96,7 @@ def solve(groups: Groups, budget: float) -> tuple[int, ...]:
     hulls = _hulls(groups)
     _check_reachable(groups, budget)
     slopes = _multipliers(groups, hulls)
-    low, high = 0, len(slopes) - 1  # slopes fall; the first, infinite, takes the cheapest options
+    low, high = 0, len(slopes) - 1  # slopes fall; the first, infinite, gives the cheapest options
     while low < high:
         middle = (low + high + 1) // 2
         if _cost(groups, _at(groups, hulls, slopes[middle])) <= budget:
@@ -123,7 +125,7 @@ def _cost(groups: Groups, chosen: Sequence[int]) -> float:
 
 
 def _multipliers(groups: Groups, hulls: list[list[int]]) -> list[float]:
-    """Every multiplier at which some group changes its choice, infinity first, falling."""
+    """All multipliers at which the choice of some group changes, falling, infinity first."""
     slopes = {
         -_slope(options, first, second)
         for options, kept in zip(groups, hulls, strict=True)
@@ -133,7 +135,7 @@ def _multipliers(groups: Groups, hulls: list[list[int]]) -> list[float]:
 
 
 def _at(groups: Groups, hulls: list[list[int]], multiplier: float) -> tuple[int, ...]:
-    """The choice that minimises loss + multiplier * cost; the dearer one of two that tie."""
+    """The choice of least loss + multiplier * cost; of equal ones the one of greater cost."""
     chosen = []
     for options, kept in zip(groups, hulls, strict=True):
         place = 0
@@ -146,7 +148,7 @@ def _at(groups: Groups, hulls: list[list[int]], multiplier: float) -> tuple[int,
 
 
 def _spend(groups: Groups, chosen: list[int], budget: float) -> None:
-    """Take single upgrades that fit, the best loss per cost first, until none is left."""
+    """Upgrade single groups within the budget, the best loss per cost first, until none fits."""
     while True:
         left = budget - _cost(groups, chosen)
         best: tuple[float, int, int] | None = None
@@ -163,18 +165,18 @@ def _spend(groups: Groups, chosen: list[int], budget: float) -> None:
             return
         previous = chosen[best[1]]
         chosen[best[1]] = best[2]
-        if (
-            _cost(groups, chosen) > budget
-        ):  # `left` was a difference of sums: it can be off by an ulp
+        # `left` is a difference of sums and can be off by an ulp.
+        if _cost(groups, chosen) > budget:
             chosen[best[1]] = previous
             return
 
 
 def evaluate(groups: Groups, chosen: Sequence[int], budget: float) -> Evaluation:
-    """Add a choice up again, and bound the loss of every choice that keeps to the budget.
+    """Cost and loss of a choice, and a bound of the loss of all choices within the budget.
 
-    The bound is the largest over all multipliers of the sum of least loss + multiplier * cost, less
-    multiplier * budget: the optimum of the relaxed problem, in which a group may be split.
+    For each multiplier, the sum over groups of the least loss + multiplier * cost, minus
+    multiplier * budget, is a bound. The largest of these is the optimum of the relaxed problem, in
+    which a group may be split between two options.
     """
     hulls = _hulls(groups)
     cost = _cost(groups, chosen)

@@ -1,8 +1,8 @@
-"""Milliseconds of dense and sparse attention, and the questions that they answer.
+"""Predicted milliseconds of dense and sparse attention, and decisions that follow from them.
 
-Model: the time of a stage is a sum of operations, bytes and launches over the device's roofs, each
-times a measured efficiency (`calibration`); a sparse call takes the sum of its stages, or as long
-as the host needs to issue it if that is longer.
+The time of a stage is the sum of its operations, bytes and launches, each divided by a roof of the
+device and multiplied by a measured efficiency (`calibration`). A sparse call takes the sum of its
+stages, or the time in which the host issues its launches if that is longer.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from svg_ear_compile.cost_model.stages import (
 )
 from svg_ear_compile.kernels.plan import AttentionPlan
 
-# Longest sequence that break-even is looked for in: four times the longest video in public use.
+# Break-even is searched up to this number of tokens: four times the longest video in public use.
 LONGEST = 1 << 19
 
-# Products of a model's own shapes, and what is left between them after fusion, take longer than one
-# large square product. This is what a forward of the video DiT took (6,912 tokens, one CPU core,
-# through Inductor: 5.79 s, of which attention is predicted to take 4.57 s), less its bytes once,
-# over its FLOPs at the roof. On a GPU it is not measured yet; `tune` measures the forward instead.
-REST_OVERHEAD = 1.45
+# Time of the products outside attention over their FLOPs at the roof. The products of a model have
+# other shapes than the large square product that measures the roof, and fusion leaves operators
+# between them. The factor was measured on the video DiT: a forward of 6,912 tokens took 5.79 s on
+# one CPU core through Inductor, of which attention is predicted to take 4.57 s; the time of the
+# bytes was subtracted. It was not measured on a GPU; `tune` measures the whole forward instead.
+NON_ATTENTION_OVERHEAD = 1.45
 
 
 Start = Literal["cold", "warm", "reused"]
-"""How a call comes by its clusters: from the first sample of tokens, from those of the step before,
-or it reuses those with the exact blocks."""
+"""Origin of the clusters of a call: k-means from a sample of the tokens (cold), k-means from the
+centroids of the step before (warm), or clusters and block mask of an earlier step (reused)."""
 
 REUSED_FRACTION = 0.5
-"""Fraction of a bound model's sparse calls that are expected to reuse their clusters and blocks.
-How long a model's tokens stay in their clusters shows while it runs: the two video models of the
-fidelity bench reuse more (benchmarks/fidelity/NOTES.md)."""
+"""Expected fraction of the sparse calls of a bound model that reuse clusters and block mask. The
+real fraction is known only when the model runs, because it depends on how many tokens change their
+cluster. It is larger for the two video models of benchmarks/fidelity (see NOTES.md there)."""
 
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Predicted milliseconds of one sparse call by stage, and of the host that issues it."""
+    """Predicted milliseconds of one sparse call: by stage, and on the host that issues the call."""
 
     stages: dict[str, float]
     host_ms: float
@@ -75,7 +76,7 @@ def sparse_ms(
 
 
 def call_ms(shape: AttentionShape, plan: AttentionPlan, calibration: Calibration) -> float:
-    """Milliseconds of one call of a bound model under a plan, dense or sparse, in the mean."""
+    """Mean milliseconds of a call of a bound model under a plan that is dense or sparse."""
     if plan.is_dense:
         return dense_ms(shape, calibration)
     warm = sparse_ms(shape, plan, calibration).total
@@ -86,9 +87,9 @@ def call_ms(shape: AttentionShape, plan: AttentionPlan, calibration: Calibration
 
 
 def pays(shape: AttentionShape, plan: AttentionPlan, calibration: Calibration) -> bool:
-    """True if the plan is predicted to be faster than dense attention.
+    """Whether the plan is predicted to be faster than dense attention.
 
-    Clustering is counted as without a warm start: unbound models have none.
+    Clusters are cold, because unbound models have no warm start.
     """
     return sparse_ms(shape, plan, calibration, "cold").total < dense_ms(shape, calibration)
 
@@ -96,10 +97,10 @@ def pays(shape: AttentionShape, plan: AttentionPlan, calibration: Calibration) -
 def break_even_tokens(
     shape: AttentionShape, plan: AttentionPlan, calibration: Calibration
 ) -> int | None:
-    """Fewest video tokens at which such a plan pays; None if it does not up to `LONGEST`.
+    """Smallest number of video tokens at which the plan pays; None if it is above `LONGEST`.
 
-    The gain grows with the square of the tokens and the cost hardly faster than they do, so there
-    is one crossing and bisection finds it.
+    The saved time grows with the square of the number of tokens, the added time about linearly. So
+    there is one break-even, and bisection finds it.
     """
     if plan.is_dense or not pays(shape.with_tokens(LONGEST), plan, calibration):
         return None
@@ -113,31 +114,40 @@ def break_even_tokens(
     return high
 
 
-def rest_ms(flops: float, moved: float, dtype: str, calibration: Calibration) -> float:
-    """Milliseconds of everything in a model that is not attention.
+def non_attention_ms(flops: float, moved: float, dtype: str, calibration: Calibration) -> float:
+    """Milliseconds of everything in a model but its attention.
 
     Args:
-        flops, moved: FLOPs of its products, and bytes that its nodes put out, each counted once:
-            fusion spares many of them, and what is left is read as well.
-        dtype: of the products.
+        flops: FLOPs of the products outside attention.
+        moved: bytes of the outputs of all nodes outside attention, each counted once. Fusion avoids
+            many of these writes, and the others are also read; the two are taken to balance.
+        dtype: dtype of the products, without ``torch.``.
+        calibration: of the device.
     """
     compute, memory, _ = ideal_ms(Amount(flops, moved), calibration.roofs, dtype)
-    return REST_OVERHEAD * compute + memory
+    return NON_ATTENTION_OVERHEAD * compute + memory
 
 
-def attention_allowance(dense_attention: float, rest: float, target_speedup: float) -> float:
-    """Milliseconds that a whole-model speed-up leaves for attention; negative if it cannot be had.
+def attention_allowance(
+    dense_attention: float, non_attention: float, target_speedup: float
+) -> float:
+    """Milliseconds that attention may take for a speed-up of the whole model.
 
-    The model takes `dense_attention` + `rest` milliseconds now and shall take that over
-    `target_speedup`, of which `rest` cannot be saved.
+    Args:
+        dense_attention: milliseconds of dense attention.
+        non_attention: milliseconds of everything else, which sparse attention cannot shorten.
+        target_speedup: of the sum of the two.
+
+    Returns:
+        Milliseconds of attention; negative if the speed-up cannot be reached.
     """
-    return (dense_attention + rest) / target_speedup - rest
+    return (dense_attention + non_attention) / target_speedup - non_attention
 
 
-def ms_per_exact_share(
+def ms_per_unit_density(
     shape: AttentionShape, plan: AttentionPlan, calibration: Calibration
 ) -> float:
-    """Milliseconds that a call takes longer per unit of density, at the plan's density."""
+    """Derivative of a call's milliseconds by the density, at the density of the plan."""
     step = 1e-3
     more = dataclasses.replace(plan, density=min(plan.density, 1.0 - 2 * step) + step)
     less = dataclasses.replace(plan, density=min(plan.density, 1.0 - 2 * step))

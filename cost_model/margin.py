@@ -1,4 +1,4 @@
-"""What errors seen on a few inputs say of inputs never seen."""
+"""Bound of the error on unseen inputs, from errors measured on a few inputs."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from collections.abc import Sequence
 from statistics import fmean
 
 KEPT_BY = 0.95
-"""Share of unseen forwards whose error `unseen_error` is meant not to exceed."""
+"""Fraction of unseen forwards whose errors are expected to be within `unseen_error`."""
 
 USUAL_SPREAD = 0.47
-"""Standard deviation of the natural log of a budget's error from one clip to another: ten clips of
-the video DiT (`benchmarks/results/cpu/max_error`). Counts as `_WEIGHT` degrees of freedom, so that
-it decides where few clips were seen and is forgotten where many were."""
+"""Prior standard deviation of the natural log of a budget's error over clips, measured on ten clips
+of the video DiT (`benchmarks/results/cpu/max_error`). The prior counts as `_WEIGHT` degrees of
+freedom: it dominates where few clips were measured and hardly matters where many were."""
 
 _WEIGHT = 6
 
 
 def unseen_error(seen: Sequence[Sequence[float]]) -> float:
-    """Error that `KEPT_BY` of the forwards on other inputs stay within.
+    """Error that a fraction `KEPT_BY` of the forwards on other inputs stays within.
 
-    Errors of one budget differ from input to input by factors, so their logarithms are taken to be
-    normal, with a mean for each timestep and one spread for all; the bound is that of a prediction
-    interval (Student's t), which counts that the mean itself is known from a few inputs only.
+    Errors of one budget differ between inputs by factors, so their logarithms are taken to be
+    normal, with a mean for each timestep and one spread for all. The bound of a timestep is the
+    upper end of a prediction interval (Student's t), which allows for the mean being known from few
+    inputs only.
 
     Args:
-        seen: at each of some timesteps the errors of one forward of each clip; 0 where nothing was
-            sparse.
+        seen: for each timestep, the errors of one forward of each clip; 0 where nothing was sparse.
 
     Returns:
-        The largest bound of a timestep, 0 if all errors are.
+        The largest bound of all timesteps; 0 if all errors are 0.
 
     Raises:
         ImportError: scipy, part of the extra ``tune``, is missing.

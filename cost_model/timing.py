@@ -1,4 +1,4 @@
-"""Times calls as they run in a generation, and measures what a device does at best."""
+"""Timing of calls as they run in a generation, and of the roofs of a device."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from svg_ear_compile.cost_model.calibration import Roofs
 from svg_ear_compile.kernels.op import dense_attention
 
-_PATIENCE_MS = 1500.0  # for the repeats of one call
-# A rested GPU clocks up to a fifth higher than one that has been busy this long.
+_PATIENCE_MS = 1500.0  # for the repeats of one call on a CPU
+# An idle GPU has a clock up to a fifth higher than one that was busy for so long.
 _BUSY_MS, _MOST_CALLS = 150.0, 150
-# Short calls wait for the host, which hesitates now and then: they are repeated for this long.
+# Short calls wait for the host, whose delays vary: they are repeated for so long.
 _SAMPLED_MS, _MOST_SAMPLES = 50.0, 40
 
 
 class Clock:
-    """Times calls on one device."""
+    """Timer of calls on one device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.on_gpu = device.type == "cuda"
 
     def ms(self, call: Callable[[], object], repeats: int = 5) -> float:
-        """Milliseconds of a call after one to warm up; fewer repeats where a CPU takes seconds.
+        """Milliseconds of a call after a first one to warm up.
 
-        The median of calls back to back on a busy GPU, as in a generation. The least on a CPU:
-        whatever else runs there only ever adds, and adds much.
+        On a GPU, the median of calls back to back on a busy device, as in a generation. On a CPU,
+        the least of the repeats, because other processes only ever add time, and add much; there
+        are fewer repeats where a call takes seconds.
         """
         if self.on_gpu:
             with torch.cuda.device(self.device):
@@ -51,7 +52,7 @@ class Clock:
 def busy_ms(call: Callable[[], object], repeats: int) -> list[float]:
     """Milliseconds of each of at least `repeats` calls back to back on the current GPU.
 
-    The device is busy before; short calls are repeated up to 40 times.
+    The device is kept busy before. Short calls are repeated up to 40 times.
     """
     seconds = _keep_busy(call)
     repeats = max(repeats, min(_MOST_SAMPLES, math.ceil(_SAMPLED_MS / 1e3 / seconds)))
@@ -65,7 +66,7 @@ def busy_ms(call: Callable[[], object], repeats: int) -> list[float]:
 
 
 def busy_kernels_ms(call: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Device milliseconds by kernel in one of `repeats` calls, on average, timed as `busy_ms`."""
+    """Mean device milliseconds of each kernel in a call, over `repeats` calls on a busy GPU."""
     _keep_busy(call)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(repeats):
@@ -75,8 +76,10 @@ def busy_kernels_ms(call: Callable[[], object], repeats: int) -> dict[str, float
 
 
 def _keep_busy(call: Callable[[], object]) -> float:
-    """Seconds of a call, after one to compile, one to record, and as many as bring the GPU's clock
-    to that of a long run."""
+    """Repeat a call until the GPU's clock is that of a long run; returns the seconds of a call.
+
+    The first two calls are not timed: one compiles, one captures a graph.
+    """
     for _ in range(2):
         call()
     torch.cuda.synchronize()
@@ -90,7 +93,7 @@ def _keep_busy(call: Callable[[], object]) -> float:
 
 
 def fastest_dense_ms(q: Tensor, k: Tensor, v: Tensor, repeats: int = 5) -> float:
-    """Milliseconds of the fastest dense attention that takes these inputs: what has to be beaten.
+    """Milliseconds of the fastest dense attention that takes these inputs.
 
     Args:
         q: (B, H, N_q, D). k, v: (B, H_kv, N_k, D).
@@ -112,7 +115,7 @@ def fastest_dense_ms(q: Tensor, k: Tensor, v: Tensor, repeats: int = 5) -> float
 
 
 def backend_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the backend that `sdpa_kernel` leaves has a kernel for such inputs."""
+    """Whether the backend that `sdpa_kernel` selects has a kernel for such inputs."""
     try:
         F.scaled_dot_product_attention(q[:, :, :16], k[:, :, :16], v[:, :, :16])
     except RuntimeError:  # "No available kernel": PyTorch has no other way to ask
@@ -121,7 +124,7 @@ def backend_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def measure_roofs(device: torch.device, dtypes: Iterable[str], side: int, copied: int) -> Roofs:
-    """Matrix products of `side`, a copy of `copied` bytes, and a run of small operators."""
+    """Roofs from matrix products of `side` squared, a copy of `copied` bytes, small operators."""
     clock = Clock(device)
     rates = {}
     for name in dtypes:

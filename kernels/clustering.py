@@ -1,4 +1,4 @@
-"""Stage 1 in plain PyTorch: k-means over the tokens of every head, in any float dtype."""
+"""Stage 1 in plain PyTorch: k-means of the tokens of every head, in any float dtype."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def cluster(
     blocks: Blocks | None = None,
     query_tile: QueryTile | None = None,
 ) -> tuple[Clusters, Clusters]:
-    """Stage 1 for queries and keys: reused, warm from `centroids`, or cold.
+    """Query and key clusters: reused from `blocks`, warm from `centroids`, or cold.
 
-    Arguments as `reference.sparse_attention`.
+    For the arguments see `reference.cluster_and_route`.
     """
     mask = key_mask_of(attn_mask, k)
     if blocks is not None:
@@ -56,7 +56,7 @@ def cluster(
 
 
 def is_video(x: Tensor, key_mask: Tensor | None, text: tuple[int, int]) -> Tensor:
-    """(B, H, N) bool: video tokens that take part; arguments as `kmeans`."""
+    """(B, H, N) bool: video tokens that are not masked; for the arguments see `kmeans`."""
     position = torch.arange(x.shape[2], device=x.device)
     found = ((position >= text[0]) & (position < x.shape[2] - text[1])).expand(x.shape[:3])
     return found if key_mask is None else found & key_mask
@@ -65,21 +65,22 @@ def is_video(x: Tensor, key_mask: Tensor | None, text: tuple[int, int]) -> Tenso
 def logit_metrics(
     q: Tensor, k: Tensor, key_mask: Tensor | None, text: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """What a difference between two queries, or two keys, does to the logits.
+    """Metrics that measure the difference of two queries, or of two keys, by their logits.
 
-    Two queries that differ by ``d`` weigh the keys of their head alike where ``d . k`` is the same
-    for all keys; how much it is not is ``d' Cov(k) d``. The logits of two keys that differ by ``d``
-    differ by ``d' E[q q'] d`` in the mean square over the queries. Clusters of equal tokens by
-    these are what centroids stand for best.
+    Two queries that differ by ``d`` give the keys of their head the same weights where ``d . k`` is
+    the same for all keys; the variance of ``d . k`` over the keys is ``d' Cov(k) d``. The logits of
+    two keys that differ by ``d`` differ by ``d' E[q q'] d`` in the mean square over the queries.
+    Tokens that are close by these metrics can be replaced by their centroid at a small error.
 
     Args:
         q: (B, H, N_q, D). k: (B, H_kv, N_k, D).
         key_mask: (B, H_kv, N_k) bool or None.
-        text: text tokens before and after the video tokens.
+        text: numbers of text tokens before and after the video tokens.
 
     Returns:
-        Metrics (see `as_metric`) of the queries (B, H, D, D) and of the keys (B, H_kv, D, D): of
-        the video tokens, the queries of all heads of a key head together.
+        Metric of the queries (B, H, D, D) and metric of the keys (B, H_kv, D, D), see `as_metric`.
+        Both are moments of the video tokens. The metric of a key head is a mean over the query
+        heads of its group.
     """
 
     def moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -98,11 +99,11 @@ def logit_metrics(
 
 
 def as_metric(moment: Tensor) -> Tensor:
-    """(..., D, D) of Frobenius norm 1, or 0: then any clusters are as good.
+    """The moments (..., D, D) scaled to Frobenius norm 1; moments of 0 stay 0.
 
-    k-means asks which distance is the least, so the size of a metric is free; at this one a token
-    becomes no longer, which keeps half precision within its range. Moments of tokens that are not
-    finite, or whose squares are not, say nothing: the metric is Euclidean then.
+    k-means compares distances, so a factor on the metric changes no cluster. With norm 1 the metric
+    makes no token longer, which keeps half precision within its range. Where a norm is not finite,
+    because tokens or their squares are not, the metric is Euclidean.
     """
     size = moment.flatten(-2).norm(dim=-1)[..., None, None]
     euclidean = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
@@ -111,7 +112,7 @@ def as_metric(moment: Tensor) -> Tensor:
 
 
 def cluster_means(x: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Mean of x over each cluster, and the cluster sizes; empty clusters have mean 0.
+    """Mean of the tokens of each cluster, and the cluster sizes; an empty cluster has mean 0.
 
     Args:
         x: (B, H, N, D).
@@ -139,32 +140,32 @@ def kmeans(
     metric: Tensor | None = None,
     query_tile: QueryTile | None = None,
 ) -> Clusters:
-    """Stage 1. k-means from given centroids; ties go to the lowest cluster.
+    """k-means from given centroids. Ties go to the lowest cluster.
 
     Args:
         x: (B, H, N, D).
         key_mask: (B, H, N) bool or None.
         centroids: (B, H, C, D), finite.
-        text: text tokens before and after the video tokens.
+        text: numbers of text tokens before and after the video tokens.
         iterations: number of assign-and-update rounds, at least 1.
-        metric: (B, H, D, D) M of the squared distance ``d' M d``, symmetric; None is Euclidean.
-        query_tile: what clusters are `tile_aligned` to in the last round, or None.
+        metric: (B, H, D, D) symmetric M of the squared distance ``d' M d``; None is Euclidean.
+        query_tile: tile of `tile_aligned`, which is applied in the last round, or None.
 
     Returns:
-        `Clusters`, whose centroids are the means of the returned labels.
+        `Clusters`; the centroids are the means of the clusters that are returned.
     """
     clusters = centroids.shape[2]
     always_exact = ~(is_video(x, None, text) & x.isfinite().all(-1))
     finite = torch.where(always_exact.unsqueeze(-1), torch.zeros_like(x), x)
     labels = sizes = None
-    for turn in range(iterations):
+    for iteration in range(iterations):
         aims = centroids if metric is None else centroids @ metric
         norm = (centroids * aims).sum(-1)
         distance = norm.unsqueeze(2) - 2 * finite @ aims.transpose(2, 3)
         labels = torch.where(always_exact, clusters, distance.argmin(-1))
         if key_mask is not None:
             labels = torch.where(key_mask, labels, clusters + 1)
-        if query_tile is not None and turn == iterations - 1:
+        if query_tile is not None and iteration == iterations - 1:
             labels = tile_aligned(labels, distance, query_tile)
         means, sizes = cluster_means(finite, labels, clusters)
         centroids = torch.where(sizes.unsqueeze(-1) > 0, means, centroids)
@@ -174,19 +175,21 @@ def kmeans(
 
 
 def tile_aligned(labels: Tensor, distance: Tensor, query_tile: QueryTile) -> Tensor:
-    """Labels of clusters that leave fewer subtiles and tiles part empty.
+    """Labels (B, H, N) after some queries changed their cluster so that tiles are better filled.
 
-    Queries of a cluster are attended to in tiles, and a tile consists of subtiles; a subtile of few
-    queries costs nearly as much as a full one. A cluster of more than one subtile whose last tile
-    holds a sixth of a tile at most, or whose last subtile a quarter, gives that many queries away:
-    of its first `QueryTile.candidates` those that lose least, each to the nearest cluster that
-    gives none and whose last subtile is filled by more than a quarter and at most three quarters.
-    Several clusters may overfill one, which costs a subtile and is rare.
+    The attend stage works on tiles of queries of one cluster, and a tile consists of subtiles. A
+    subtile of few queries costs nearly as much as a full one. So a cluster of more than one subtile
+    gives away the queries of its last tile where these are at most a sixth of a tile, and else the
+    queries of its last subtile where these are at most a quarter of a subtile. A cluster receives
+    queries if it gives none away and its last subtile is filled by more than a quarter and at most
+    three quarters. Of the first `QueryTile.candidates` queries of the giving cluster, those move
+    whose distance grows least, each to the nearest receiving cluster. Several clusters can give to
+    the same one and overfill its subtile, which costs a subtile and is rare.
 
     Args:
         labels: (B, H, N) int64 in [0, C + 1].
         distance: (B, H, N, C) of every token from every centroid.
-        query_tile: what they are aligned to.
+        query_tile: sizes of subtile and tile.
     """
     subtile, tile = query_tile
     clusters = distance.shape[3]
@@ -201,29 +204,30 @@ def tile_aligned(labels: Tensor, distance: Tensor, query_tile: QueryTile) -> Ten
     other, to = distance.masked_fill(~takes[..., None, :clusters], math.inf).min(-1)
     own = distance.gather(3, labels.clamp(max=clusters - 1).unsqueeze(-1)).squeeze(-1)
 
-    def place_by(key: Tensor) -> Tensor:
-        """(B, H, N) place of each token in its cluster, by `key` (B, H, N), then in token order."""
+    def rank_by(key: Tensor) -> Tensor:
+        """(B, H, N) rank of each token in its cluster, by `key` (B, H, N), then in token order."""
         by_key = key.argsort(dim=-1, stable=True)
         order = by_key.gather(2, labels.gather(2, by_key).argsort(dim=-1, stable=True))
         place = torch.arange(labels.shape[2], device=labels.device).expand_as(order)
         start = (sizes.cumsum(-1) - sizes).gather(2, labels)
         return torch.empty_like(order).scatter_(2, order, place) - start
 
-    sampled = place_by(torch.zeros_like(own)) < query_tile.candidates
+    sampled = rank_by(torch.zeros_like(own)) < query_tile.candidates
     lost = torch.where(sampled, other - own, math.inf)
-    moves = (place_by(lost) < surplus.gather(2, labels)) & lost.isfinite()
+    moves = (rank_by(lost) < surplus.gather(2, labels)) & lost.isfinite()
     return torch.where(moves, to, labels)
 
 
 def regrouped(x: Tensor, key_mask: Tensor | None, centroids: Tensor, labels: Tensor) -> Clusters:
-    """Stage 1 where an earlier step's labels are reused: the means of x under them.
+    """Clusters with the labels of an earlier step, and the means of x under these labels.
 
-    A token that was finite then and is not now spoils its cluster.
+    A token that was finite in the earlier step and is not now makes its whole cluster not finite.
 
     Args:
         x: (B, H, N, D).
-        key_mask: (B, H, N) bool or None; a token that was padding then and is none now is exact.
-        centroids: (B, H, C, D), what an empty cluster keeps.
+        key_mask: (B, H, N) bool or None. A token that was padding in the earlier step and takes
+            part now becomes always exact.
+        centroids: (B, H, C, D) of the earlier step, which empty clusters keep.
         labels: (B, H, N) integer, of the earlier step.
     """
     clusters = centroids.shape[2]

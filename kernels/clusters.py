@@ -1,9 +1,9 @@
-"""Types of one attention call that all implementations share, and where its clusters start.
+"""Types of one attention call that all implementations use, and the initial centroids of k-means.
 
-Notation: query cluster ``i`` of ``m_i`` queries with mean ``q_i``; key cluster ``j`` of ``n_j``
-keys with means ``k_j`` and ``v_j``; scale ``s``. A token's label is its cluster, or ``C`` for a
-token that is always exact (text, or a non-finite query or key), or ``C + 1`` for a padding key,
-which carries no mass; ``C`` is the number of clusters.
+Notation: query cluster ``i`` has ``m_i`` queries with mean ``q_i``. Key cluster ``j`` has ``n_j``
+keys with means ``k_j`` and ``v_j``. The logit scale is ``s``, the number of clusters ``C``. The
+label of a token is its cluster, or ``C`` where the token is always exact (text, or a query or key
+that is not finite), or ``C + 1`` where it is a padding key, which gets no weight.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 
 
 class Clusters(NamedTuple):
-    """Labelled tokens of G heads.
+    """Clusters of the tokens of all heads.
 
     Attributes:
         labels: (B, H, N) int64 in [0, C + 1], see the module's notation.
-        centroids: (B, H, C, D) mean of each cluster's tokens; an empty cluster keeps the centroid
-            that it was started from.
-        sizes: (B, H, C) int64 tokens in each cluster.
+        centroids: (B, H, C, D) mean of the tokens of each cluster; an empty cluster keeps its
+            initial centroid.
+        sizes: (B, H, C) int64 number of tokens in each cluster.
     """
 
     labels: Tensor
@@ -31,29 +31,29 @@ class Clusters(NamedTuple):
     sizes: Tensor
 
     def per_query_head(self, groups: int) -> Clusters:
-        """Key clusters of H_kv heads as those of the `groups` query heads that share each."""
+        """Key clusters of H_kv heads repeated for the `groups` query heads of each key head."""
         return Clusters(*(t.repeat_interleave(groups, 1) for t in self))
 
 
 class Blocks(NamedTuple):
-    """Clusters of the tokens and which of their blocks are exact, for a later step to reuse.
+    """Labels of the tokens and the block mask of a call, for a later step to reuse.
 
     Attributes:
         q_labels: (B, H, N_q) integer, k_labels: (B, H_kv, N_k) integer, see `Clusters`.
-        exact: (B, H, Qc, Kc) bool.
+        block_mask: (B, H, Qc, Kc) bool, True for blocks computed exactly.
     """
 
     q_labels: Tensor
     k_labels: Tensor
-    exact: Tensor
+    block_mask: Tensor
 
 
 class QueryTile(NamedTuple):
-    """How many queries an attend stage works on at once; query clusters are aligned to it.
+    """Numbers of queries that an attend stage works on at once; query clusters are aligned to them.
 
     Attributes:
-        subtile: queries of one group of warps, which costs nothing where it has none.
-        tile: queries that share the gathered keys, a multiple of `subtile`.
+        subtile: queries of one group of warps; a subtile without queries costs nothing.
+        tile: queries that attend to the same gathered keys, a multiple of `subtile`.
     """
 
     subtile: int
@@ -61,47 +61,47 @@ class QueryTile(NamedTuple):
 
     @property
     def candidates(self) -> int:
-        """Queries of a cluster among which those that it gives away are chosen."""
+        """Number of queries from which a cluster chooses the ones that it gives away."""
         return min(2 * self.subtile, 128)
 
 
 @dataclass(frozen=True)
 class Routed:
-    """What clustering and routing found; implementations add what their own attend stage needs.
+    """Result of clustering and routing. An implementation adds what its own attend stage needs.
 
     Attributes:
-        queries: clusters of the H heads. keys: those of the H_kv heads.
-        exact: (B, H, Qc, Kc) bool, the block mask: True is computed exactly.
+        queries: query clusters of the H heads. keys: key clusters of the H_kv heads.
+        block_mask: (B, H, Qc, Kc) bool, True for blocks computed exactly.
         row_area: (B, H, Qc) integer, clustered keys computed exactly for each query cluster.
     """
 
     queries: Clusters
     keys: Clusters
-    exact: Tensor
+    block_mask: Tensor
     row_area: Tensor
 
     def block_lists(self) -> tuple[Tensor, Tensor]:
-        """The block mask as lists; waits for the device.
+        """The block mask as lists of key clusters; waits for the device.
 
         Returns:
-            kv_indptr (B * H * Qc + 1,) int32 and kv_indices (blocks,) int32: row r of blocks, of
-            batch, head and query cluster in this order, computes the key clusters
-            ``kv_indices[kv_indptr[r]:kv_indptr[r + 1]]`` exactly.
+            kv_indptr (B * H * Qc + 1,) int32 and kv_indices (blocks,) int32. Rows of blocks are
+            counted over batch, head and query cluster in this order. Row r computes the key
+            clusters ``kv_indices[kv_indptr[r]:kv_indptr[r + 1]]`` exactly.
         """
-        rows = self.exact.flatten(0, 2)
+        rows = self.block_mask.flatten(0, 2)
         kv_indptr = torch.nn.functional.pad(rows.sum(-1, dtype=torch.int32).cumsum(0), (1, 0))
         return kv_indptr.to(torch.int32), rows.nonzero()[:, 1].to(torch.int32)
 
 
 @dataclass(frozen=True)
 class Result:
-    """One attention call with everything that led to it.
+    """Output of one attention call, with the clusters and the block mask that it was made with.
 
     Attributes:
         out: (B, H, N_q, D) in the dtype of q.
         lse: (B, H, N_q) natural log-sum-exp of the logits, float32 or wider.
-        queries, keys: the clusters (`Clusters`).
-        exact: (B, H, Qc, Kc) bool, the blocks computed exactly.
+        queries, keys: see `Clusters`.
+        block_mask: (B, H, Qc, Kc) bool, True for blocks computed exactly.
         row_area: (B, H, Qc) integer, clustered keys computed exactly for each query cluster.
     """
 
@@ -109,17 +109,17 @@ class Result:
     lse: Tensor
     queries: Clusters
     keys: Clusters
-    exact: Tensor
+    block_mask: Tensor
     row_area: Tensor
 
     @property
     def blocks(self) -> Blocks:
-        """What a later step may reuse."""
-        return Blocks(self.queries.labels, self.keys.labels, self.exact)
+        """Labels and block mask for a later step to reuse."""
+        return Blocks(self.queries.labels, self.keys.labels, self.block_mask)
 
     @property
     def exact_pairs(self) -> Tensor:
-        """() float64, query-key pairs of clustered tokens computed exactly."""
+        """() float64, number of query-key pairs of clustered tokens computed exactly."""
         return (self.row_area * self.queries.sizes).sum(dtype=torch.float64)
 
 
@@ -132,19 +132,19 @@ def key_mask_of(attn_mask: Tensor | None, k: Tensor) -> Tensor | None:
 
 @functools.lru_cache(maxsize=256)
 def stratified_jitter(clusters: int, seed: int, device: torch.device) -> Tensor:
-    """(clusters,) float32 in [0, 1): where in its stratum each starting centroid is drawn."""
+    """(clusters,) float32 in [0, 1): where in its stratum each initial centroid is drawn."""
     generator = torch.Generator().manual_seed(seed)
-    # Float64 would let CPU and GPU disagree in the last bit after the cast; this is the cast.
+    # Strata computed in float64 would differ between CPU and GPU in the last bit after the cast.
     return torch.rand(clusters, generator=generator, dtype=torch.float32).to(device)
 
 
 def initial_centroids(
     x: Tensor, key_mask: Tensor | None, clusters: int, text: tuple[int, int], seed: int
 ) -> Tensor:
-    """Starting centroids: one token from each of `clusters` equal strata of the video tokens.
+    """Initial centroids: one token from each of `clusters` equal strata of the video tokens.
 
     Neighbouring tokens of a video are alike, so strata of the token order cover space and time at
-    the cost of one gather; the jitter keeps the samples off a common image column.
+    the cost of one gather. Without the jitter the samples could lie in one column of the image.
 
     Args:
         x: (B, H, N, D) queries or keys.

@@ -1,4 +1,4 @@
-"""How skipped blocks act, in plain PyTorch: proxy tokens, and what the Gaussian form adds."""
+"""Compensation of skipped blocks in plain PyTorch: proxy tokens and their Gaussian corrections."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor
 from svg_ear_compile.kernels.clusters import Clusters
 
 LARGEST_LOGIT_CORRECTION = 1.0
-"""Correction in log-mass up to which the Gaussian is believed. A query farther from 0 sees the few
-keys that it is near to, and no Gaussian: without a limit some heads lose more than they gain."""
+"""Largest logit correction that is applied. A query with a larger one gives most of its weight to
+few keys of a cluster, which are not distributed like a Gaussian: without the limit the error of
+some heads is larger than in the centroid form."""
 
 
 class ProxyTokens(NamedTuple):
-    """One token for every key cluster, which stands for its skipped blocks.
+    """One token for every key cluster, which replaces the keys of the cluster in skipped blocks.
 
     Attributes:
         keys, values: (B, H, Kc, D).
@@ -28,11 +29,11 @@ class ProxyTokens(NamedTuple):
 
 
 class Corrections(NamedTuple):
-    """What the Gaussian form adds to every proxy token of a query, see `corrections`.
+    """Corrections of the Gaussian form for the proxy tokens of each query, see `corrections`.
 
     Attributes:
-        logit: (B, H, N_q) added to the logit.
-        value: (B, H, N_q, D) added to the value.
+        logit: (B, H, N_q) added to the logits of the proxy tokens.
+        value: (B, H, N_q, D) added to the values of the proxy tokens.
     """
 
     logit: Tensor
@@ -40,10 +41,10 @@ class Corrections(NamedTuple):
 
 
 def proxy_tokens(keys: Clusters, value_means: Tensor) -> ProxyTokens:
-    """Centroids with the mass of their clusters, ``log n_j``: the paper's centroid form.
+    """Key and value means, with ``log n_j`` as the bias: the paper's centroid form.
 
     Args:
-        keys: clusters.
+        keys: key clusters.
         value_means: (B, H, Kc, D).
     """
     return ProxyTokens(keys.centroids, value_means, keys.sizes.to(value_means.dtype).log())
@@ -52,11 +53,12 @@ def proxy_tokens(keys: Clusters, value_means: Tensor) -> ProxyTokens:
 def pooled_covariances(
     k: Tensor, v: Tensor, keys: Clusters, value_means: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Covariance of keys, and of values with keys, within the clusters of a head, pooled.
+    """Covariance of keys, and of values with keys, within clusters; pooled over those of a head.
 
     Args:
         k, v: (B, H, N_k, D).
-        keys, value_means: clusters, and (B, H, Kc, D); text and padding have no part.
+        keys: key clusters; always exact keys and padding are left out.
+        value_means: (B, H, Kc, D).
 
     Returns:
         ``Cov(k, k)`` and ``Cov(v, k)``, both (B, H, D, D): means over the clustered keys of
@@ -85,18 +87,19 @@ def corrections(
     value_means: Tensor,
     scale: float,
 ) -> Corrections:
-    """What the Gaussian form adds to the centroid form: one covariance for all clusters of a head.
+    """Corrections that the Gaussian form adds to the centroid form.
 
-    Under weights ``exp(s q . k)`` a cluster of jointly Gaussian keys and values has the log-mass
-    ``log n_j + s q . k_j + s^2/2 q' Cov(k, k) q`` and the mean value ``v_j + s Cov(v, k) q``,
-    exactly. The covariances of single clusters serve hardly better than the pooled one, with which
-    both corrections are the query's own, the same for all its proxy tokens. A query whose logit
-    correction is more than `LARGEST_LOGIT_CORRECTION` is shortened to where it is that, by the clip
-    factor, for both corrections.
+    Let keys and values of a cluster be jointly Gaussian. Under weights ``exp(s q . k)`` the cluster
+    then has exactly the log-mass ``log n_j + s q . k_j + s^2/2 q' Cov(k, k) q`` and the mean value
+    ``v_j + s Cov(v, k) q``. One covariance, pooled over the clusters of a head, is nearly as good
+    as one for each cluster; with it both corrections depend on the query alone. Where the logit
+    correction of a query would be more than `LARGEST_LOGIT_CORRECTION`, both corrections are those
+    of the query multiplied by a clip factor, at which the logit correction is that limit.
 
     Args:
         q: (B, H, N_q, D). k, v: (B, H, N_k, D).
-        queries, keys, value_means: clusters, and (B, H, Kc, D).
+        queries, keys: query and key clusters, both of H heads.
+        value_means: (B, H, Kc, D).
         scale: s.
 
     Returns:
@@ -106,7 +109,7 @@ def corrections(
     clustered = (queries.labels < queries.centroids.shape[2]).unsqueeze(-1)
     clustered_q = torch.where(clustered, q, 0.0)
     logit = scale**2 / 2 * (clustered_q @ of_keys * clustered_q).sum(-1)
-    # Rounding may leave less than nothing of a correction of 0.
+    # A correction of 0 may be rounded to a number below 0.
     clip = (LARGEST_LOGIT_CORRECTION / logit.clamp(min=LARGEST_LOGIT_CORRECTION)).sqrt()
     clipped = clustered_q * clip.unsqueeze(-1)
     value = scale * clipped @ of_values.transpose(2, 3)

@@ -1,8 +1,8 @@
-"""SVG-EAR attention on a CPU: the definition with the skipped blocks never touched.
+"""SVG-EAR attention on a CPU: the result of the definition, without computing skipped blocks.
 
-Clustering, routing and compensation are the definition's own, already a few large matrix products.
-Probe and attend walk one head at a time over keys sorted by cluster, so that a block is a slice.
-Half-precision inputs are computed in float32.
+Clustering, routing and compensation are the code of the definition, which consists of a few large
+matrix products. Block scoring and attention take one head at a time, with the keys sorted by
+cluster, so that a block is a slice. Half-precision inputs are computed in float32.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from svg_ear_compile.kernels.compensation import (
 )
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.registry import Implementation, register
-from svg_ear_compile.kernels.routing import Probe, route, row_area
+from svg_ear_compile.kernels.routing import BlockScores, route, row_area
 
 
 @dataclass(frozen=True)
 class SortedRouting(Routed):
-    """What the attend stage needs besides.
+    """`Routed` with the order of the keys for the attend stage.
 
     Attributes:
-        order: (B, H, N_k) key tokens sorted by cluster.
-        bounds: per head, where each cluster starts in that order; then exact keys, then padding.
+        order: (B, H, N_k) key tokens sorted by cluster, then the always exact keys, then padding.
+        bounds: for each head, where every cluster, the always exact keys and the padding start in
+            that order.
     """
 
     order: Tensor
@@ -52,25 +53,26 @@ def cluster_and_route(
     centroids: tuple[Tensor, Tensor] | None,
     blocks: Blocks | None,
 ) -> SortedRouting:
-    """See `reference.cluster_and_route`; query clusters stay as k-means ends."""
+    """See `reference.cluster_and_route`; query clusters are not aligned to a tile."""
     groups = q.shape[1] // k.shape[1]
-    wide_q, wide_k = q.float(), k.float()
-    queries, keys = cluster(wide_q, wide_k, plan, attn_mask, text, centroids, blocks)
-    shared = keys.per_query_head(groups)
-    order = shared.labels.argsort(dim=-1, stable=True)  # [B, H, N_k]
-    bounds = _bounds(shared)
+    float_q, float_k = q.float(), k.float()
+    queries, keys = cluster(float_q, float_k, plan, attn_mask, text, centroids, blocks)
+    head_keys = keys.per_query_head(groups)
+    order = head_keys.labels.argsort(dim=-1, stable=True)  # [B, H, N_k]
+    bounds = _bounds(head_keys)
     if blocks is None:
-        probes = [
-            _probe(queries.centroids[p], wide_k[at], v[at].float(), bounds[p], scale)
+        by_head = [
+            _score_blocks(queries.centroids[p], float_k[at], v[at].float(), bounds[p], scale)
             for p, at in _sorted_keys(order, groups)
         ]
-        found = Probe(
-            *(torch.stack(part).unflatten(0, q.shape[:2]) for part in zip(*probes, strict=True))
+        scores = BlockScores(
+            *(torch.stack(part).unflatten(0, q.shape[:2]) for part in zip(*by_head, strict=True))
         )
-        exact = route(found, queries, shared, plan)
+        block_mask = route(scores, queries, head_keys, plan)
     else:
-        exact = blocks.exact
-    return SortedRouting(queries, keys, exact, row_area(exact, shared), order, bounds)
+        block_mask = blocks.block_mask
+    area = row_area(block_mask, head_keys)
+    return SortedRouting(queries, keys, block_mask, area, order, bounds)
 
 
 def attend(
@@ -84,22 +86,23 @@ def attend(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.attend`; the output has the dtype and layout of q."""
-    assert isinstance(routed, SortedRouting), "attend takes what the same implementation routed"
-    queries, exact = routed.queries, routed.exact
+    assert isinstance(routed, SortedRouting), "routed by another implementation"
+    queries, block_mask = routed.queries, routed.block_mask
     groups = q.shape[1] // k.shape[1]
-    shared = routed.keys.per_query_head(groups)
-    wide_q, wide_k, wide_v = q.float(), k.float(), v.float()
-    all_v = wide_v.repeat_interleave(groups, 1)
-    value_means, _ = cluster_means(all_v, shared.labels, exact.shape[3])
-    proxies = proxy_tokens(shared, value_means)
+    head_keys = routed.keys.per_query_head(groups)
+    float_q, float_k, float_v = q.float(), k.float(), v.float()
+    all_v = float_v.repeat_interleave(groups, 1)
+    value_means, _ = cluster_means(all_v, head_keys.labels, block_mask.shape[3])
+    proxies = proxy_tokens(head_keys, value_means)
     corrected = None
     if compensation == "gaussian":
-        all_k = wide_k.repeat_interleave(groups, 1)
-        corrected = corrections(wide_q, all_k, all_v, queries, shared, value_means, scale)
+        all_k = float_k.repeat_interleave(groups, 1)
+        corrected = corrections(float_q, all_k, all_v, queries, head_keys, value_means, scale)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     for p, at in _sorted_keys(routed.order, groups):
         _attend(
-            wide_q[p], wide_k[at], wide_v[at], queries.labels[p], routed.bounds[p], exact[p],
+            float_q[p], float_k[at], float_v[at], queries.labels[p], routed.bounds[p],
+            block_mask[p],
             ProxyTokens(*(x[p] for x in proxies)), scale,
             None if corrected is None else Corrections(*(x[p] for x in corrected)),
             out[p], lse[p],
@@ -110,22 +113,24 @@ def attend(
 def _sorted_keys(
     order: Tensor, groups: int
 ) -> Iterator[tuple[tuple[int, int], tuple[int, int, Tensor]]]:
-    """Of every query head its index, and the index of its keys in sorted order."""
+    """Of every query head: its index, and the index of its keys in sorted order."""
     for b in range(order.shape[0]):
         for h in range(order.shape[1]):
             yield (b, h), (b, h // groups, order[b, h])
 
 
 def _bounds(keys: Clusters) -> dict[tuple[int, int], list[int]]:
-    """Per head, where each cluster starts in the sorted keys; then exact keys, then padding."""
+    """See `SortedRouting.bounds`."""
     batch, heads, clusters = keys.sizes.shape
     exact = (keys.labels == clusters).sum(-1, keepdim=True)
     starts = torch.cat([keys.sizes, exact], -1).cumsum(-1).tolist()
     return {(b, h): [0, *starts[b][h]] for b in range(batch) for h in range(heads)}
 
 
-def _probe(centroids: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float) -> Probe:
-    """`reference.probe` of one head: centroids (Qc, D), k and v (N, D) sorted by cluster."""
+def _score_blocks(
+    centroids: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float
+) -> BlockScores:
+    """`reference.score_blocks` of one head: centroids (Qc, D), k and v (N, D) sorted by cluster."""
     clusters = len(bounds) - 2
     q_clusters = centroids.shape[0]
     log_error = centroids.new_full((q_clusters, clusters), -math.inf)
@@ -137,7 +142,7 @@ def _probe(centroids: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: fl
             continue
         block, values = logits[:, inside], v[inside]
         center = values.mean(0)
-        spread = values - center  # [n, D], sums to zero: the expansion below cannot cancel
+        spread = values - center  # [n, D]; its sum is 0, so the terms below do not cancel
         c = block.mean(1, keepdim=True)  # the centroid logit is the mean of the block's logits
         shift = block.amax(1, keepdim=True)
         weight, central = (block - shift).exp(), (c - shift).exp()
@@ -151,7 +156,7 @@ def _probe(centroids: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: fl
         log_error[:, j] = error.clamp(min=0).log() + 2 * shift[:, 0]
         log_mass[:, j] = (mass.log() + shift)[:, 0]
         centroid_logit[:, j] = c[:, 0]
-    return Probe(log_error, log_mass, centroid_logit)
+    return BlockScores(log_error, log_mass, centroid_logit)
 
 
 def _attend(
@@ -160,7 +165,7 @@ def _attend(
     v: Tensor,
     q_labels: Tensor,
     bounds: list[int],
-    exact: Tensor,
+    block_mask: Tensor,
     proxies: ProxyTokens,
     scale: float,
     corrected: Corrections | None,
@@ -168,10 +173,10 @@ def _attend(
     lse: Tensor,
 ) -> None:
     """`reference.softmax_over` of one head, k and v sorted; writes out (N, D) and lse (N,)."""
-    q_clusters, clusters = exact.shape
-    bias = proxies.bias.masked_fill(exact, -math.inf)  # [Qc, Kc]
+    q_clusters, clusters = block_mask.shape
+    bias = proxies.bias.masked_fill(block_mask, -math.inf)  # [Qc, Kc]
     block_of = torch.repeat_interleave(torch.arange(clusters + 1), torch.tensor(bounds).diff())
-    taken = torch.nn.functional.pad(exact, (0, 1, 0, 1), value=True)  # [Qc + 1, Kc + 1]
+    taken = torch.nn.functional.pad(block_mask, (0, 1, 0, 1), value=True)  # [Qc + 1, Kc + 1]
     for i in range(q_clusters + 1):
         rows = (q_labels == i).nonzero().squeeze(1)
         if not rows.numel():
@@ -181,14 +186,14 @@ def _attend(
         logits = mine @ k[columns].T
         if i < q_clusters:
             skipped = bias[i].isfinite().nonzero().squeeze(1)
-            rest = mine @ proxies.keys[skipped].T + bias[i, skipped]
+            of_skipped = mine @ proxies.keys[skipped].T + bias[i, skipped]
             if corrected is not None:
-                rest += corrected.logit[rows, None]
-            logits = torch.cat([logits, rest], 1)
+                of_skipped += corrected.logit[rows, None]
+            logits = torch.cat([logits, of_skipped], 1)
             values = torch.cat([values, proxies.values[skipped]])
         total = logits.logsumexp(1)
         lse[rows] = total
-        # A row without keys has no columns or only -inf: its weights must be 0, not NaN.
+        # Without any key a row has no columns, or only logits of -inf: weights of 0, not NaN.
         weights = (logits - total.masked_fill(total == -math.inf, 0.0)[:, None]).exp()
         result = weights @ values
         if i < q_clusters and corrected is not None:

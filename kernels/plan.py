@@ -1,7 +1,7 @@
-"""What one attention call is asked to do: clusters, routing, compensation.
+"""The plan of one attention call: clusters, routing, compensation.
 
-A plan is plain data. It crosses the compiled graph as one string (`AttentionPlan.encode`),
-so that it is readable in a printed graph and part of every compile-cache key.
+A plan is plain data. A compiled graph holds a plan as one string (`AttentionPlan.encode`), which is
+readable in a printed graph and part of every compile-cache key.
 """
 
 from __future__ import annotations
@@ -31,20 +31,23 @@ Iterations = Annotated[int, Range(1, 100)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 
 HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128, 160, 192, 256)
-"""Head dims that the kernels are built and tested for."""
+"""Head dims that the kernels are built for and tested with."""
 
-# Where the defaults come from. Errors are the relative L2 of the output on recorded Q, K, V of the
-# video DiT in benchmarks/ with first-order compensation and Euclidean clusters (figures in
-# benchmarks/NOTES.md); the defaults of both lower all of them.
-# density 0.2: the published range of the method is 0.2 to 0.26; first-order compensation at 0.1 is
+# Where the defaults come from. An error here is the relative L2 error of the output on captured
+# Q, K, V of the video DiT in benchmarks/ with first-order compensation (an earlier form) and
+# Euclidean clusters (figures in benchmarks/NOTES.md). The default compensation and the default
+# metric lower all of these errors.
+# density 0.2: the published range of the method is 0.2 to 0.26. First-order compensation at 0.1 is
 #   about as exact as the centroid form at 0.2, so 0.2 leaves room for models that were never tried.
-# first_iterations 5: the error falls 0.199, 0.167, 0.157, 0.147, 0.142, 0.137 at 1, 2, 3, 5, 8, 16.
-# warm_iterations 1: from the last step's centroids, step after step, a second round takes 1.8 % off
-#   the error; its time buys more as density.
-# Clusters are means, in tokens. Every form gains with every halving of the query clusters until
-#   one is about a tile of queries; below that the tiles run half empty. The probe costs in
-#   proportion to the clusters, and 128 queries leave more of a tile empty than 256: on long videos
-#   both lie on one frontier of picture and time. 64 keys are one key tile.
+# first_iterations 5: after 1, 2, 3, 5, 8, 16 iterations the error is 0.199, 0.167, 0.157, 0.147,
+#   0.142, 0.137.
+# warm_iterations 1: a second iteration from the centroids of the last step lowers the error by
+#   1.8 %; the same time lowers the error more when it is spent on density.
+# Cluster sizes are means, in tokens. The error of every form falls with every halving of the query
+#   clusters. Below about one tile of queries per cluster the tiles run half empty. The time of
+#   block scoring is in proportion to the number of clusters, and clusters of 128 queries leave more
+#   of a tile empty than clusters of 256: on long videos neither size is better in both picture and
+#   time. 64 keys are one key tile.
 QUERIES_PER_CLUSTER = 128
 LONG_QUERIES_PER_CLUSTER = 256
 FINE_QUERY_CLUSTERS = 256
@@ -53,35 +56,36 @@ KEYS_PER_CLUSTER = 64
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How one attention call spends its exact blocks.
+    """How one attention call forms its clusters, chooses its exact blocks and compensates the rest.
 
     Attributes:
-        density: share of the video query-key area computed exactly, in [0, 1]. Used by
-            ``routing="density"``; at 1 every routing gives dense attention.
-        routing: ``"density"`` (per row of blocks, best score first until the area is spent),
-            ``"top_p"`` (the area of the centroid softmax's top-p set, with a floor) or
-            ``"threshold"`` (every block whose scale-free error ``rho`` reaches ``threshold``).
-        top_p: mass of the centroid softmax whose area is the budget of ``routing="top_p"``.
-        min_block_ratio: share of a row's blocks guaranteed by ``routing="top_p"``.
-        threshold: smallest ``rho`` computed exactly by ``routing="threshold"``.
+        density: fraction of the query-key area of the video tokens that is computed exactly, in
+            [0, 1]. ``routing="density"`` uses it as the budget; at 1 every routing is dense.
+        routing: rule that chooses the exact blocks, see `routing.route`. ``"density"`` takes the
+            blocks of largest error per area until the density is reached. ``"top_p"`` does the same
+            with the area of a top-p set as the budget. ``"threshold"`` takes every block whose
+            scale-free error ``rho`` reaches `threshold`.
+        top_p: mass of the softmax over centroids that the set of ``routing="top_p"`` holds.
+        min_block_ratio: fraction of the blocks of a row that ``routing="top_p"`` always takes.
+        threshold: smallest ``rho`` that ``routing="threshold"`` computes exactly.
         compensation: form of the skipped blocks, ``"gaussian"`` or the paper's ``"centroid"``; see
             `compensation.corrections`.
-        cluster_metric: distance of the k-means, ``"logits"`` (what a difference between tokens does
-            to the logits, see `clustering.logit_metrics`) or ``"euclidean"``.
-        q_clusters: number of query clusters; None takes one per 128 queries up to 256 clusters, and
-            more than those only where they would be of more than 256 queries.
-        k_clusters: number of key clusters; None takes one per 64 keys.
-        first_iterations: k-means iterations where nothing is remembered.
+        cluster_metric: distance of the k-means. ``"logits"`` measures how much two tokens differ in
+            their logits, see `clustering.logit_metrics`; ``"euclidean"`` how far they are apart.
+        q_clusters: number of query clusters. None gives one cluster per 128 queries, but at most
+            256 clusters or one per 256 queries, whichever is more.
+        k_clusters: number of key clusters. None gives one cluster per 64 keys.
+        first_iterations: k-means iterations of a cold start.
         warm_iterations: k-means iterations from remembered centroids.
-        max_drift: a bound layer takes clusters and exact blocks over from its last steps while it
-            expects fewer than this share of the tokens to be in another cluster than would be
-            theirs; 0 makes them at every step. See `state.Memory`.
-        shared_branches: guidance branches of a bound layer take clusters and exact blocks over from
-            the first of them, at every step: their errors are alike then and cancel where one
-            branch is taken from the other.
-        seed: seed of the stratified sample that starts the first k-means.
-        min_tokens: a call with fewer video tokens is dense. For graphs that serve several lengths
-            and so cannot decide while they are compiled.
+        max_drift: a bound layer reuses the clusters and the block mask of an earlier step while it
+            expects that fewer than this fraction of the tokens would change their cluster. 0
+            recomputes both at every step.
+        shared_branches: the guidance branches of a bound layer reuse the clusters and the block
+            mask of the reference branch at every step. Their errors are alike then, and cancel
+            where guidance subtracts one branch from the other.
+        seed: seed of the stratified sample of initial centroids.
+        min_tokens: a call with fewer video tokens is dense. Needed by graphs that serve several
+            lengths, for which nothing can be decided at compile time.
 
     Raises:
         ValueError: a field is out of its range; the message names the field.
@@ -133,11 +137,11 @@ class AttentionPlan:
 
     @property
     def is_dense(self) -> bool:
-        """True where the plan asks for every block."""
+        """Whether every block is computed exactly."""
         return self.density >= 1.0
 
     def clusters(self, q_tokens: int, k_tokens: int) -> tuple[int, int]:
-        """(Qc, Kc) for that many clustered tokens: never more clusters than tokens, at least 1."""
+        """(Qc, Kc) for so many clustered tokens: at least 1 and at most one for each token."""
         fine = math.ceil(q_tokens / QUERIES_PER_CLUSTER)
         long = math.ceil(q_tokens / LONG_QUERIES_PER_CLUSTER)
         q_clusters = self.q_clusters or min(fine, max(FINE_QUERY_CLUSTERS, long))

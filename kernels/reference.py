@@ -1,12 +1,12 @@
 """SVG-EAR attention in plain PyTorch: the definition that every implementation is tested against.
 
-Works in any float dtype and on any device; float64 is the oracle of the tests. The five stages are
-those of "SVG-EAR: Parameter-Free Linear Compensation for Sparse Video Generation via Error-aware
-Routing" (arXiv 2603.08982); the ``"gaussian"`` form of the compensation and the metric of the
-logits are ours. Clustering, routing and compensation have files of their own, which the CPU
-implementation shares; what is written here, block scoring and attending, it does otherwise.
-The definition is no registered implementation: nothing falls back on it.
-Notation as in `kernels.clusters`.
+The definition takes any float dtype and any device; the tests use it in float64. The five stages
+are those of "SVG-EAR: Parameter-Free Linear Compensation for Sparse Video Generation via
+Error-aware Routing" (arXiv 2603.08982). The ``"gaussian"`` form of the compensation and the
+``"logits"`` metric of the clusters are ours. Clustering, routing and compensation have files of
+their own, which the CPU implementation uses too. Block scoring and attention are defined here; the
+CPU implementation has its own code for them. The definition is not a registered implementation:
+nothing falls back on it. The notation is that of `kernels.clusters`.
 """
 
 from __future__ import annotations
@@ -42,31 +42,33 @@ from svg_ear_compile.kernels.compensation import (
     proxy_tokens,
 )
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
-from svg_ear_compile.kernels.routing import Probe, route, row_area, take_until
+from svg_ear_compile.kernels.routing import BlockScores, route, row_area, take_until
 
 # The whole definition under one name, for tests and benchmarks.
 __all__ = [
-    "LARGEST_LOGIT_CORRECTION", "Blocks", "Clusters", "Corrections", "Probe", "ProxyTokens",
+    "LARGEST_LOGIT_CORRECTION", "BlockScores", "Blocks", "Clusters", "Corrections", "ProxyTokens",
     "QueryTile", "Result", "as_metric", "attend", "cluster", "cluster_and_route", "cluster_means",
-    "corrections",
-    "initial_centroids", "is_video", "key_mask_of", "kmeans", "logit_metrics", "probe",
-    "proxy_tokens", "route", "row_area", "softmax_over", "sparse_attention", "take_until",
+    "corrections", "initial_centroids", "is_video", "key_mask_of", "kmeans", "logit_metrics",
+    "proxy_tokens", "route", "row_area", "score_blocks", "softmax_over", "sparse_attention",
+    "take_until",
 ]  # fmt: skip
 
 
-def probe(queries: Clusters, keys: Clusters, k: Tensor, v: Tensor, scale: float) -> Probe:
-    """Stage 2. Every block as its query centroid sees it (METHOD of the paper, eq. for E_ij).
+def score_blocks(
+    queries: Clusters, keys: Clusters, k: Tensor, v: Tensor, scale: float
+) -> BlockScores:
+    """Stage 2. Scores of every block, computed with its query centroid.
 
     ``E_ij = sum_t || exp(a_it) v_t - exp(c_ij) v_j ||^2`` with ``a_it = s q_i . k_t`` and
-    ``c_ij = s q_i . k_j``, evaluated under a shift of the logits by the block's largest.
+    ``c_ij = s q_i . k_j``. Before the exponential, the largest logit of the block is subtracted.
 
     Args:
-        queries, keys: clusters; `queries` of H heads, `keys` of the same H.
+        queries, keys: clusters, both of H heads.
         k, v: (B, H, N_k, D).
         scale: s.
 
     Returns:
-        `Probe`; an empty key cluster has log_error and log_mass -inf.
+        `BlockScores`; log_error and log_mass of an empty key cluster are -inf.
     """
     clusters = keys.centroids.shape[2]
     member = torch.nn.functional.one_hot(keys.labels, clusters + 2)[..., :clusters].bool()
@@ -91,7 +93,7 @@ def probe(queries: Clusters, keys: Clusters, k: Tensor, v: Tensor, scale: float)
         ).sum(-1)
         log_error.append(error.clamp(min=0).log() + 2 * shift.squeeze(-1))
         log_mass.append(mass.log() + shift.squeeze(-1))
-    return Probe(torch.stack(log_error, -1), torch.stack(log_mass, -1), centroid_logit)
+    return BlockScores(torch.stack(log_error, -1), torch.stack(log_mass, -1), centroid_logit)
 
 
 def cluster_and_route(
@@ -107,29 +109,30 @@ def cluster_and_route(
     blocks: Blocks | None = None,
     query_tile: QueryTile | None = None,
 ) -> Routed:
-    """Stages 1 to 3: clusters of queries and keys, and which of their blocks are exact.
+    """Stages 1 to 3: clusters of queries and keys, and the block mask.
 
     Args:
         q: (B, H, N_q, D) of any float dtype. k, v: (B, H_kv, N_k, D), H_kv dividing H.
         plan: see `AttentionPlan`.
-        attn_mask: (B|1, H_kv|1, 1, N_k) bool key-padding mask, True takes part.
+        attn_mask: (B|1, H_kv|1, 1, N_k) bool key-padding mask, True for keys that take part.
         scale: logit scale.
-        text: text tokens at the start and at the end of both sequences.
-        centroids: remembered centroids (B, H, Qc, D) and (B, H_kv, Kc, D), or None: cold.
-        blocks: clusters and block mask of an earlier call under this plan, whose `centroids` come
-            with them, to be reused; None recomputes them.
-        query_tile: query clusters that are computed here are aligned to it, see
-            `clustering.tile_aligned`; None leaves them as k-means ends.
+        text: numbers of text tokens at the start and at the end of both sequences.
+        centroids: remembered centroids (B, H, Qc, D) and (B, H_kv, Kc, D); None starts cold.
+        blocks: labels and block mask of an earlier call under this plan, to be reused together with
+            the `centroids` of that call; None recomputes them.
+        query_tile: tile that newly computed query clusters are aligned to, see
+            `clustering.tile_aligned`; None leaves the clusters as k-means ends.
     """
     groups = q.shape[1] // k.shape[1]
     queries, keys = cluster(q, k, plan, attn_mask, text, centroids, blocks, query_tile)
-    shared = keys.per_query_head(groups)
+    head_keys = keys.per_query_head(groups)
     if blocks is None:
         all_k, all_v = (t.repeat_interleave(groups, 1) for t in (k, v))
-        exact = route(probe(queries, shared, all_k, all_v, scale), queries, shared, plan)
+        scores = score_blocks(queries, head_keys, all_k, all_v, scale)
+        block_mask = route(scores, queries, head_keys, plan)
     else:
-        exact = blocks.exact
-    return Routed(queries, keys, exact, row_area(exact, shared))
+        block_mask = blocks.block_mask
+    return Routed(queries, keys, block_mask, row_area(block_mask, head_keys))
 
 
 def attend(
@@ -142,29 +145,30 @@ def attend(
     scale: float,
     return_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Stages 4 and 5 of what was routed: proxy tokens of the skipped blocks, then `softmax_over`.
+    """Stages 4 and 5: proxy tokens of the skipped blocks, then `softmax_over`.
 
     Args:
         q: (B, H, N_q, D). k, v: (B, H_kv, N_k, D).
-        routed: see `cluster_and_route`.
-        compensation: how proxy tokens follow the query.
+        routed: result of `cluster_and_route` for these q, k and v.
+        compensation: form of the skipped blocks.
         scale: logit scale.
-        return_lse: the log-sum-exp is wanted; it is empty otherwise.
+        return_lse: whether to return the log-sum-exp; otherwise it is empty.
 
     Returns:
         out (B, H, N_q, D) and lse (B, H, N_q).
     """
     groups = q.shape[1] // k.shape[1]
-    shared = routed.keys.per_query_head(groups)
+    head_keys = routed.keys.per_query_head(groups)
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    value_means, _ = cluster_means(v, shared.labels, routed.exact.shape[3])
-    proxies = proxy_tokens(shared, value_means)
+    value_means, _ = cluster_means(v, head_keys.labels, routed.block_mask.shape[3])
+    proxies = proxy_tokens(head_keys, value_means)
     corrected = None
     if compensation == "gaussian":
-        corrected = corrections(q, k, v, routed.queries, shared, value_means, scale)
+        corrected = corrections(q, k, v, routed.queries, head_keys, value_means, scale)
     out, lse = softmax_over(
-        q, k, v, routed.queries.labels, shared.labels, routed.exact, proxies, scale, corrected
-    )
+        q, k, v, routed.queries.labels, head_keys.labels, routed.block_mask, proxies, scale,
+        corrected,
+    )  # fmt: skip
     return out, lse if return_lse else lse.new_empty(0)
 
 
@@ -174,34 +178,35 @@ def softmax_over(
     v: Tensor,
     q_labels: Tensor,
     k_labels: Tensor,
-    exact: Tensor,
+    block_mask: Tensor,
     proxies: ProxyTokens,
     scale: float,
     corrected: Corrections | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One softmax over exact keys and the proxy tokens of skipped blocks.
 
-    Queries labelled ``Qc`` (text, non-finite) attend to every key; keys labelled ``Kc`` are exact
-    for every query; keys labelled ``Kc + 1`` are padding. A row with no key gives output 0 and
-    log-sum-exp -inf, as PyTorch's boolean masks do.
+    Queries labelled ``Qc`` (text or not finite) attend to every key. Keys labelled ``Kc`` are exact
+    for every query, keys labelled ``Kc + 1`` are padding. A query without any key gets output 0 and
+    log-sum-exp -inf, as with PyTorch's boolean masks.
 
     Args:
         q: (B, H, N_q, D). k, v: (B, H, N_k, D).
         q_labels: (B, H, N_q). k_labels: (B, H, N_k).
-        exact: (B, H, Qc, Kc) bool.
+        block_mask: (B, H, Qc, Kc) bool, True for blocks computed exactly.
         proxies: see `compensation.proxy_tokens`.
         scale: s.
-        corrected: of the Gaussian form, see `compensation.corrections`.
+        corrected: corrections of the Gaussian form, see `compensation.corrections`; None for the
+            centroid form.
 
     Returns:
         out (B, H, N_q, D) and lse (B, H, N_q).
     """
-    batch, heads, q_clusters, k_clusters = exact.shape
-    # Row Qc takes everything; column Kc is always taken; column Kc + 1 never.
-    allowed = exact.new_ones(batch, heads, q_clusters + 1, k_clusters + 2)
-    allowed[:, :, :q_clusters, :k_clusters] = exact
+    batch, heads, q_clusters, k_clusters = block_mask.shape
+    # Row Qc: all keys but padding. Column Kc: keys of every query. Column Kc + 1: padding.
+    allowed = block_mask.new_ones(batch, heads, q_clusters + 1, k_clusters + 2)
+    allowed[:, :, :q_clusters, :k_clusters] = block_mask
     allowed[..., k_clusters + 1] = False
-    bias = proxies.bias.unsqueeze(2).masked_fill(exact, -math.inf)  # [B, H, Qc, Kc]
+    bias = proxies.bias.unsqueeze(2).masked_fill(block_mask, -math.inf)  # [B, H, Qc, Kc]
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
     for b in range(batch):
         for h in range(heads):
@@ -215,12 +220,11 @@ def softmax_over(
                 mine = row == i
                 if not mine.any():
                     continue
-                rest = scale * q[b, h][mine] @ proxies.keys[b, h].T + bias[b, h, i]
+                of_skipped = scale * q[b, h][mine] @ proxies.keys[b, h].T + bias[b, h, i]
                 if corrected is not None:
-                    rest = rest + corrected.logit[b, h][mine][:, None]
-                both = torch.cat(
-                    [logits[mine], rest.masked_fill(bias[b, h, i] == -math.inf, -math.inf)], -1
-                )
+                    of_skipped = of_skipped + corrected.logit[b, h][mine][:, None]
+                of_skipped = of_skipped.masked_fill(bias[b, h, i] == -math.inf, -math.inf)
+                both = torch.cat([logits[mine], of_skipped], -1)
                 merged_lse[mine] = torch.logsumexp(both, -1)
                 p = torch.softmax(both, -1).masked_fill(
                     (merged_lse[mine] == -math.inf)[:, None], 0.0
@@ -244,14 +248,14 @@ def sparse_attention(
     query_tile: QueryTile | None = None,
     **more: Any,
 ) -> Result:
-    """Both stages; further arguments as `cluster_and_route`.
+    """`cluster_and_route`, then `attend`.
 
     Args:
         q, k, v, plan, query_tile: see `cluster_and_route`.
         scale: logit scale, 1/sqrt(D) by default.
-        more: the arguments of `cluster_and_route` that are left.
+        more: further arguments of `cluster_and_route`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     routed = cluster_and_route(q, k, v, plan, scale=scale, query_tile=query_tile, **more)
     out, lse = attend(q, k, v, routed, plan.compensation, scale=scale)
-    return Result(out, lse, routed.queries, routed.keys, routed.exact, routed.row_area)
+    return Result(out, lse, routed.queries, routed.keys, routed.block_mask, routed.row_area)

@@ -1,8 +1,9 @@
-"""Implementations of sparse attention: what each supports, and which one serves a call.
+"""Registry of the implementations of sparse attention, and the choice of one for a call.
 
 An implementation has two stages. `cluster_and_route` groups the tokens into clusters and chooses
-the exact blocks; `attend` is a pure function of its arguments and what the first stage found. An
-implementation registers when its module is imported; Triton is imported only where a GPU asks.
+the exact blocks. `attend` is a pure function of its arguments, one of which is the result of the
+first stage. An implementation registers when its module is imported. Modules of GPU implementations
+import Triton, so they are imported only when a call asks for one of them.
 """
 
 from __future__ import annotations
@@ -58,19 +59,19 @@ class Attend(Protocol):
 
 
 class Unsupported(Protocol):
-    """Why an implementation cannot take q, k and v, in words; None where it can."""
+    """Reason why an implementation cannot take q, k and v, in words; None where it can."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> str | None: ...
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to carry out sparse attention.
+    """One implementation of sparse attention.
 
     Attributes:
-        name: what it is asked for by.
+        name: its key in the registry.
         unsupported: see `Unsupported`.
-        cluster_and_route, attend: its two stages.
+        cluster_and_route, attend: the two stages.
     """
 
     name: str
@@ -92,18 +93,19 @@ class Implementation:
         blocks: Blocks | None = None,
         return_lse: bool = False,
     ) -> Result:
-        """Both stages.
+        """`cluster_and_route`, then `attend`.
 
         Args:
             q: (B, H, N_q, D). k, v: (B, H_kv, N_k, D), H_kv dividing H, any strides.
             plan: see `AttentionPlan`.
-            attn_mask: (B|1, H_kv|1, 1, N_k) bool key-padding mask, True takes part.
+            attn_mask: (B|1, H_kv|1, 1, N_k) bool key-padding mask, True for keys that take part.
             scale: logit scale, 1/sqrt(D) by default.
-            text: text tokens at the start and at the end of both sequences.
-            centroids: (B, H, Qc, D) and (B, H_kv, Kc, D) that k-means starts from, or None: cold.
-            blocks: clusters and block mask of an earlier call under this plan, to be reused with
-                their `centroids`; None recomputes them.
-            return_lse: also compute the log-sum-exp; `Result.lse` is empty otherwise.
+            text: numbers of text tokens at the start and at the end of both sequences.
+            centroids: (B, H, Qc, D) and (B, H_kv, Kc, D), the initial centroids of k-means; None
+                starts cold.
+            blocks: labels and block mask of an earlier call under this plan, to be reused together
+                with the `centroids` of that call; None recomputes them.
+            return_lse: whether to compute the log-sum-exp; otherwise `Result.lse` is empty.
 
         Returns:
             `Result`, its output in the dtype and layout of q.
@@ -116,11 +118,11 @@ class Implementation:
         out, lse = self.attend(
             q, k, v, routed, plan.compensation, scale=scale, return_lse=return_lse
         )
-        return Result(out, lse, routed.queries, routed.keys, routed.exact, routed.row_area)
+        return Result(out, lse, routed.queries, routed.keys, routed.block_mask, routed.row_area)
 
 
 _REGISTERED: dict[str, Implementation] = {}
-# Modules that register what they hold, and the order of preference within a kind of device.
+# Name to the module that registers it, and device type to names in order of preference.
 _MODULES = {
     "cpu": "kernels.cpu",
     "hopper": "kernels.gpu.attention",
@@ -130,7 +132,7 @@ _PREFERRED = {"cuda": ("hopper", "triton")}
 
 
 def register(implementation: Implementation) -> Implementation:
-    """Make an implementation known under its name."""
+    """Add an implementation to the registry under its name; returns the implementation."""
     _REGISTERED[implementation.name] = implementation
     return implementation
 
@@ -139,7 +141,7 @@ def get(name: str) -> Implementation:
     """The implementation of that name.
 
     Raises:
-        ValueError: there is none; the message lists those that there are.
+        ValueError: there is no such implementation; the message lists the names.
     """
     if name not in _REGISTERED:
         if name not in _MODULES:
@@ -149,14 +151,14 @@ def get(name: str) -> Implementation:
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, name: str | None = None) -> Implementation:
-    """The implementation that serves a call: the one asked for, else the first that supports it.
+    """The implementation that serves a call: the named one, else the first that supports the call.
 
     Args:
         q, k, v: tensors of the call.
-        name: an implementation that must serve it; nothing else is tried.
+        name: name of the only implementation to try; None tries all in order of preference.
 
     Raises:
-        ValueError: the one asked for does not support the call, or none does.
+        ValueError: no implementation that was tried supports the call; the message says why.
     """
     refused: list[str] = []
     for candidate in _PREFERRED.get(q.device.type, ("cpu",)) if name is None else (name,):
@@ -170,7 +172,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, name: str | None = None) -> Implemen
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, **more: Any) -> Result:
-    """`Implementation.sparse_attention` of the one that serves the call."""
+    """`Implementation.sparse_attention` of the implementation that serves the call."""
     return choose(q, k, v).sparse_attention(q, k, v, plan, **more)
 
 
@@ -188,6 +190,6 @@ def captured_attention(device: torch.device) -> Callable[..., Result]:
 
 @functools.lru_cache(maxsize=256)
 def _say(name: str, device: torch.device, dtype: torch.dtype, dim: int, refused: str) -> None:
-    """Log a choice once."""
+    """Log each choice once per process."""
     because = f" ({refused})" if refused else ""
     log.info("%s, %s, head dim %d: served by %r%s", device, dtype, dim, name, because)

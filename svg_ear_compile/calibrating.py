@@ -10,8 +10,8 @@ from svg_ear_compile.cost_model import calibrate as measuring
 from svg_ear_compile.cost_model import calibration as keeping
 from svg_ear_compile.cost_model.calibration import Calibration
 from svg_ear_compile.cost_model.device import describe
-from svg_ear_compile.deciding import calibration_of
 from svg_ear_compile.kernels.device_guard import on_device
+from svg_ear_compile.policy import calibration_of
 
 
 def calibrate(

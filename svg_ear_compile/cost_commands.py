@@ -28,7 +28,7 @@ from svg_ear_compile.calibrating import calibrate
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import calibration as calibrations
 from svg_ear_compile.cost_model import json_record
-from svg_ear_compile.cost_model.budget import Budget, Outcome
+from svg_ear_compile.cost_model.budget import Budget, Performance
 from svg_ear_compile.cost_model.calibrate import compare
 from svg_ear_compile.cost_model.calibration import Calibration
 from svg_ear_compile.cost_model.device import describe
@@ -274,9 +274,9 @@ def _settings(given: argparse.Namespace) -> TuningSettings:
 def budget_table(found: Budget) -> Table:
     """Choices by layer and phase, and what they were predicted and measured to do."""
     outcomes = {"predicted": found.predicted, "measured": found.measured, "uniform": found.uniform}
-    lines = [f"{name}: {_outcome(outcome)}" for name, outcome in outcomes.items()]
+    lines = [f"{name}: {_performance(outcome)}" for name, outcome in outcomes.items()]
     table = Table(
-        title=plain(f"{found.wish}: {found.verdict}"),
+        title=plain(f"{found.objective}: {found.outcome}"),
         caption=plain(*lines, found.note),
         caption_justify="left",
     )
@@ -301,7 +301,7 @@ def _words(choice: budgets.Choice) -> str:
     return ", ".join(words)
 
 
-def _outcome(found: Outcome) -> str:
+def _performance(found: Performance) -> str:
     known = {
         "error": found.error, "ms": found.ms, "speed-up": found.speedup, "density": found.density,
     }  # fmt: skip
@@ -309,7 +309,7 @@ def _outcome(found: Outcome) -> str:
 
 
 def _plot(given: argparse.Namespace) -> None:
-    from svg_ear_compile import pictures
+    from svg_ear_compile import plots
 
     if given.out.suffix[1:] not in PICTURES:
         raise InvalidValueError(f"--out must end in one of {', '.join(PICTURES)}")
@@ -317,16 +317,16 @@ def _plot(given: argparse.Namespace) -> None:
     if given.what in ("budget", "frontier"):
         if given.budget is None:
             raise InvalidValueError(f"plot {given.what} needs --budget FILE")
-        draw = pictures.budget if given.what == "budget" else pictures.frontier
+        draw = plots.budget if given.what == "budget" else plots.frontier
         draw(budgets.load(given.budget), given.out)
     elif given.what == "times":
         found = calibrations.load(describe(given.device))
         if not found.samples:
             raise InvalidValueError(f"{given.device} was not measured: run svg-ear calibrate first")
-        pictures.times(compare(found, found.samples), found.device.name, given.out)
+        plots.times(compare(found, found.samples), found.device.name, given.out)
     else:
         if given.model is None:
             raise InvalidValueError("plot blocks needs --model MODULE:CALLABLE")
         model, args, kwargs = model_and_inputs(given.model)
-        pictures.blocks(model, args, kwargs, given.layer, given.head, given.density, given.out)
+        plots.blocks(model, args, kwargs, given.layer, given.head, given.density, given.out)
     print(printable(str(given.out)))

@@ -280,8 +280,8 @@ def _tokens(blocks: Blocks) -> tuple[int, int]:
 
 def _packed(blocks: Blocks) -> Blocks:
     """The same in less memory, where the labels fit."""
-    _, _, q_clusters, k_clusters = blocks.exact.shape
+    _, _, q_clusters, k_clusters = blocks.block_mask.shape
     if max(q_clusters, k_clusters) + 1 > torch.iinfo(_DTYPE_OF_LABELS).max:
         return blocks
     q_labels, k_labels = (t.to(_DTYPE_OF_LABELS) for t in (blocks.q_labels, blocks.k_labels))
-    return Blocks(q_labels, k_labels, blocks.exact)
+    return Blocks(q_labels, k_labels, blocks.block_mask)

@@ -10,7 +10,6 @@ import torch
 from torch.fx import GraphModule
 
 from svg_ear_compile.cost_model.stages import AttentionShape
-from svg_ear_compile.deciding import Decision, Expectation, SiteFacts, decide
 from svg_ear_compile.foreign_budget import refuse_foreign
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.passes.find import find_sites
@@ -18,6 +17,7 @@ from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.site import AttentionSite, Reason, TextSpan
 from svg_ear_compile.passes.symbolic import hint
 from svg_ear_compile.passes.workload import RestOfModel, rest_of_model
+from svg_ear_compile.policy import Decision, Expectation, SiteFacts, decide
 from svg_ear_compile.settings import Settings
 
 log = logging.getLogger(__name__)

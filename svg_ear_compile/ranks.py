@@ -1,4 +1,4 @@
-"""Processes that share the work of a tuning; alone where torch.distributed is not set up."""
+"""Ranks of torch.distributed that divide a tuning; one rank where no process group is set up."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def share_largest(found: Tensor) -> None:
-    """Give every rank the largest of what the ranks hold in each place."""
+def all_reduce_max(found: Tensor) -> None:
+    """Replace each element of `found`, on every rank, by its largest value over the ranks."""
     if dist.is_initialized():
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
 

@@ -1,4 +1,4 @@
-"""Runs a model under one budget after the other: its outputs against dense, its milliseconds."""
+"""Trial runs of a model under different budgets: error against dense outputs, milliseconds."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from svg_ear_compile.session import bind
 from svg_ear_compile.settings import Settings
 
 REPEATS = 5  # of a timing, fewer where forwards are slow
-PATIENCE_S = 60.0
+PATIENCE_S = 60.0  # for one timing
 
 # Every call that could be sparse is put under the session's control, however short.
 _OPTIONS: dict[str, Any] = {"density": 0.5, "min_tokens": 1}
 
 
 class TrialRuns:
-    """A compiled model, bound, and the dense outputs of some calls of it.
+    """A compiled and bound model, its calls, and their dense outputs.
 
     Args:
-        model: not compiled.
+        model: the model, not compiled.
         calls: inputs of forwards.
         compiler: ``"inductor"`` or ``"eager"``.
         timestep, ascending: see `bind`.
@@ -55,11 +55,11 @@ class TrialRuns:
         self.device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
 
     def close(self) -> None:
-        """Give the model back as it was."""
+        """Release the model, which is then as it was before."""
         self._session.close()
 
     def measure_references(self, dense: Budget, on_call: Callable[[int], None]) -> float:
-        """Dense outputs of all calls; returns the seconds of one forward, compilation left out."""
+        """Store the dense outputs of all calls; returns the seconds of a forward once compiled."""
         self._session.use(dense)
         self._output(0)
         seconds = []
@@ -71,10 +71,10 @@ class TrialRuns:
         return statistics.median(seconds)
 
     def error(self, budget: Budget, call: int) -> float:
-        """Relative RMS error of the model's output in one call under a budget, clustered afresh.
+        """Relative RMS error of the model's output in one call under a budget, with cold clusters.
 
         Raises:
-            ValueError: it is not finite.
+            ValueError: the error is not finite.
         """
         self._session.use(budget)
         reference = self.references[call]
@@ -90,13 +90,16 @@ class TrialRuns:
     def times(
         self, candidates: Mapping[str, Budget | None], first: Sequence[int]
     ) -> dict[str, float]:
-        """Milliseconds of one warm forward under each budget, None for the compiler alone.
+        """Milliseconds of one warm forward under each budget, the mean over phases.
 
-        The mean over phases, taken in turns, so that what else the machine does falls on all alike.
+        The candidates are timed in turns, so that other work on the machine slows all alike.
 
         Args:
-            candidates: name to budget.
-            first: index of a call of each phase.
+            candidates: name to budget; None for the model compiled without sparse attention.
+            first: for each phase the index of one of its calls.
+
+        Returns:
+            Name to milliseconds.
         """
         samples: dict[tuple[str, int], list[float]] = {}
         began = time.perf_counter()
@@ -106,10 +109,10 @@ class TrialRuns:
             for name, budget in candidates.items():
                 for phase, call in enumerate(first):
                     found = self._timed(budget, phase, self.calls[call])
-                    # The first turn compiles, on a GPU kernels of other shapes too.
+                    # The first turn compiles, on a GPU also kernels for other shapes.
                     if turn:
                         samples.setdefault((name, phase), []).append(found)
-        # As in the calibration: on a CPU whatever else runs there only ever adds.
+        # As `Clock.ms`: on a CPU other processes only ever add time.
         pick = statistics.median if self.device.type == "cuda" else min
         return {
             name: statistics.fmean(pick(samples[name, phase]) for phase in range(len(first)))
@@ -117,12 +120,15 @@ class TrialRuns:
         }
 
     def _timed(self, budget: Budget | None, phase: int, call: ModelCall) -> float:
-        """Milliseconds of one forward of a phase: the mean of one that makes clusters anew and one
-        that takes them over, after one that clusters afresh, see `latency.REUSED_FRACTION`."""
+        """Milliseconds of one forward of a phase.
+
+        Runs three forwards: one with cold clusters, one that recomputes clusters, one that reuses
+        them. Returns the mean of the last two, see `latency.REUSED_FRACTION`.
+        """
         model = self._plain
         if budget is not None:
             model = self._compiled
-            # Later timesteps may belong to the next phase: all phases get this one's choices.
+            # Later timesteps may belong to the next phase: all phases get the same choices.
             layers = {layer: (c[phase],) * len(c) for layer, c in budget.layers.items()}
             self._session.use(dataclasses.replace(budget, layers=layers))
         found = []
@@ -136,7 +142,7 @@ class TrialRuns:
         return statistics.fmean(found[1:])
 
     def _output(self, call: int) -> Tensor:
-        """(elements,) float32: all floating-point tensors of the output."""
+        """(elements,) float32, all floating-point tensors of the output of a call, concatenated."""
         self._session.reset()
         output = self._compiled(*self.calls[call].args, **self.calls[call].kwargs)
         leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
@@ -148,7 +154,7 @@ class TrialRuns:
 
 
 def _compiled(model: nn.Module, compiler: str) -> tuple[Any, Any]:
-    """The model with every site under the session's control, and as the compiler alone has it."""
+    """The model compiled with every site under the session's control, and without any site."""
     if compiler == "inductor":
         return (
             torch.compile(model, backend=svg_ear, options=_OPTIONS),

@@ -1,9 +1,9 @@
-"""`tune`: a budget from measurements of one model, instead of one density for all of it.
+"""`tune`: a budget from measurements of one model, instead of one density for all layers.
 
-Each layer is made sparse alone, at a few densities, and what that does to the model's output is
-measured on calibration inputs. With the times of the cost model a knapsack picks one choice for
-each layer and phase. The result is then run against one density for all at the same time, and kept
-only if it is better.
+Each layer is made sparse alone, at a few densities, and the error of the model's output is measured
+on calibration inputs. From these errors and the times of the cost model a knapsack picks one choice
+for each layer and phase. The result is compared with one density for all layers at the same time,
+and kept only if it is better.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from torch import nn
 
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import knapsack
-from svg_ear_compile.cost_model.allotment import Allotment, Layers, Wish
-from svg_ear_compile.cost_model.budget import DENSE, Budget, Choice, Outcome, Point
+from svg_ear_compile.cost_model.allocation import Allocation, AllocationProblem, Objective
+from svg_ear_compile.cost_model.budget import DENSE, Budget, Choice, Performance, Point
 from svg_ear_compile.cost_model.error import Measurement, fit_curve
 from svg_ear_compile.cost_model.margin import KEPT_BY, unseen_error
-from svg_ear_compile.deciding import calibration_of
 from svg_ear_compile.fingerprint import fingerprint_of
 from svg_ear_compile.journal import Journal
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.ranks import rank, ranks, share_largest
+from svg_ear_compile.policy import calibration_of
+from svg_ear_compile.ranks import all_reduce_max, rank, ranks
 from svg_ear_compile.recording import ModelCall
 from svg_ear_compile.trial_runs import TrialRuns
 from svg_ear_compile.tuning_plan import Cost, Trial, TuningSettings, kinds_of, schedule_of, sites_of
 from svg_ear_compile.watching import SeenCall, watch
 
-_ROUNDS = 3  # corrections of a solution by what it was measured to do
+_ROUNDS = 3  # of solving, measuring the solution and correcting the limit
 
 
 def tune(
@@ -49,37 +49,40 @@ def tune(
     on_cost: Callable[[Cost], None] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Budget:
-    """Measure a model and make a budget for one wish.
+    """Measure a model and make a budget for one objective.
 
-    Under torch.distributed the measurements are shared by all ranks of the default group (any
-    backend that exchanges CPU tensors, e.g. gloo); every rank returns the same budget.
+    Exactly one of `target_speedup`, `max_error` and `density` has to be given. Under
+    torch.distributed the ranks of the default group divide the measurements among them (any backend
+    that exchanges CPU tensors, e.g. gloo). Every rank returns the same budget.
 
     Args:
-        model: in evaluation mode, on its device; its parameters are not touched.
+        model: the model in evaluation mode, on its device; its parameters are not changed.
         calls: inputs of forwards as a pipeline makes them, at timesteps spread over the sparse part
-            of the denoising; a few clips each.
-        target_speedup: of one sparse forward over Inductor's, above 1.
-        max_error: largest relative RMS error of the model's output in one forward, of other inputs
-            in 19 of 20 cases.
-        density: mean share of the attention area computed exactly.
+            of the denoising, with a few clips for each timestep.
+        target_speedup: speed-up of one sparse forward over a forward compiled by Inductor, above 1.
+        max_error: largest relative RMS error of the model's output in one forward, which 19 of 20
+            forwards on other inputs shall keep.
+        density: mean fraction of the attention area computed exactly, in (0, 1).
         settings: see `TuningSettings`.
-        journal: file that keeps finished measurements, so that an interrupted tuning goes on.
-        on_cost: hears what it will cost before measuring starts.
-        on_progress: hears what is being done, how much of it is done, and of how much.
+        journal: checkpoint file of finished measurements; an interrupted tuning continues from it.
+        on_cost: called with the expected cost before measuring starts.
+        on_progress: called with the name of the current part, the number of finished steps, and the
+            number of all steps of that part.
 
     Returns:
-        The budget; its `verdict` is ``"uniform"`` where tuning was not better than one density.
+        The budget. Its `outcome` is ``"uniform"`` where tuning was not better than one density.
 
     Raises:
-        ValueError: not exactly one wish is given or it is out of range, the model has no attention
-            that could be sparse, or the wish cannot be met; the message names the best that can.
+        ValueError: not exactly one objective is given, or it is out of range; the model has no
+            attention that could be sparse; or the objective cannot be reached, in which case the
+            message names the best possible value.
         ImportError: scipy, part of the extra ``tune``, is missing.
     """
-    wish = Wish.of(target_speedup, max_error, density)
+    objective = Objective.of(target_speedup, max_error, density)
     if not calls:
         raise ValueError("tune needs at least one call of the model")
     with torch.no_grad():
-        work = _Tuning(model, calls, settings or TuningSettings(), wish, on_progress)
+        work = _Tuning(model, calls, settings or TuningSettings(), objective, on_progress)
         try:
             return work.run(journal, on_cost)
         finally:
@@ -87,18 +90,22 @@ def tune(
 
 
 class _Tuning:
-    """One tuning under way."""
+    """The state of one tuning run.
+
+    `saving` is the measured saving of a forward over the predicted one, `plain_ms` the milliseconds
+    of a forward compiled by Inductor alone; `_measure_saving` sets both.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         calls: Sequence[ModelCall],
         settings: TuningSettings,
-        wish: Wish,
+        objective: Objective,
         on_progress: Callable[[str, int, int], None] | None,
     ) -> None:
         self.model = getattr(model, "_orig_mod", model)
-        self.settings, self.wish = settings, wish
+        self.settings, self.objective = settings, objective
         self.progress = on_progress or (lambda what, done, total: None)
         self.sites = sites_of(self.model, calls[0])
         self.layers = tuple(dict.fromkeys(layer for layer, _ in self.sites))
@@ -122,29 +129,29 @@ class _Tuning:
         self.first = [self.phase_of.index(phase) for phase in range(self.schedule.phases)]
         self.saving, self.plain_ms = 1.0, 0.0
 
-    def budget(self, layers: Layers) -> Budget:
-        """A budget to be tried: layers that are not named are dense, and no step is."""
+    def budget(self, allocation: Allocation) -> Budget:
+        """A budget for a trial. Layers without a choice are dense; no step is dense as a whole."""
         dense = (DENSE,) * self.schedule.phases
         return Budget(
             version=budgets.VERSION,
             fingerprint=self.fingerprint,
             tokens=self.tokens,
             device=self.calibration.device,
-            wish=str(self.wish),
-            verdict="tuned",
+            objective=str(self.objective),
+            outcome="tuned",
             schedule=dataclasses.replace(self.schedule, dense_steps=0, dense_from=None),
-            layers={layer: layers.get(layer, dense) for layer in self.layers},
+            layers={layer: allocation.get(layer, dense) for layer in self.layers},
         )
 
     def run(self, journal: Path | None, on_cost: Callable[[Cost], None] | None) -> Budget:
-        """Measure on all ranks, decide on the first."""
+        """Measure on all ranks, and make the budget on rank 0."""
         trials = list(self._trials())
-        allotment = self._fitted(trials, self._measure(trials, journal, on_cost))
-        # Times are one machine's: rank 0 decides, the others hear of it, refusals included.
+        problem = self._fitted(trials, self._measure(trials, journal, on_cost))
+        # Times differ between machines, so rank 0 decides; it sends the budget, or its error.
         found: list[Budget | ValueError | None] = [None]
         if rank() == 0:
             try:
-                found[0] = self._settle(allotment)
+                found[0] = self._settle(problem)
             except ValueError as error:
                 found[0] = error
         if dist.is_initialized():
@@ -169,15 +176,15 @@ class _Tuning:
         each = self.runs.measure_references(
             self.budget({}), lambda call: self.progress("dense outputs", call + 1, calls)
         )
-        # What the inputs were shows in the dense outputs: measurements of others are not resumed.
+        # The norms of the dense outputs identify the inputs to which the measurements belong.
         inputs = [f"{float(r.double().norm()):.4e}" for r in self.runs.references]
         kernels = self.calibration.device.kernels
         facts = [dataclasses.asdict(self.fingerprint), self.tokens, kernels, inputs]
         with Journal(journal, facts, own) as notes:
-            # -1 is unknown. All ranks agree on what is known before any of them writes.
+            # -1 means not measured. All ranks agree on what is measured before any of them writes.
             known = [notes.finished.get(trial.key, -1.0) for trial in trials]
             found = torch.tensor(known, dtype=torch.float64)
-            share_largest(found)
+            all_reduce_max(found)
             wanted = [at for at, error in enumerate(found.tolist()) if error < 0]
             if on_cost is not None and own == 0:
                 seconds = len(wanted) * each / count
@@ -189,16 +196,16 @@ class _Tuning:
                 found[at] = self.runs.error(alone, trial.call)
                 notes.add(trial.key, float(found[at]))
                 self.progress("one layer sparse", done, len(mine))
-        share_largest(found)
+        all_reduce_max(found)
         return [float(error) for error in found]
 
-    def _fitted(self, trials: list[Trial], errors: list[float]) -> Allotment:
+    def _fitted(self, trials: list[Trial], errors: list[float]) -> AllocationProblem:
         grouped: dict[tuple[str, int, Choice], list[Measurement]] = {}
         for trial, error in zip(trials, errors, strict=True):
             kind = dataclasses.replace(trial.choice, density=0.0)
             key = (trial.layer, self.phase_of[trial.call], kind)
             grouped.setdefault(key, []).append(Measurement(trial.choice.density, error))
-        return Allotment(
+        return AllocationProblem(
             sites=self.sites,
             phases=self.schedule.phases,
             kinds=self.kinds,
@@ -207,54 +214,57 @@ class _Tuning:
             calibration=self.calibration,
         )
 
-    def _settle(self, allotment: Allotment) -> Budget:
-        """Solve, correct by what is measured, compare with uniform, keep the better."""
-        self._measure_saving(allotment)
-        layers, errors = self._solved(allotment)
-        uniform, ms = self._uniform_like(allotment, layers)
+    def _settle(self, problem: AllocationProblem) -> Budget:
+        """Solve, correct the solution by measurements, compare it with one density for all."""
+        self._measure_saving(problem)
+        allocation, errors = self._solved(problem)
+        uniform, ms = self._uniform_like(problem, allocation)
         uniform_errors = self.runs.errors(self.budget(uniform))
         measured = {
-            name: Outcome(max(e), ms[name], ms["plain"] / ms[name], allotment.density(each))
-            for name, each, e in (("tuned", layers, errors), ("uniform", uniform, uniform_errors))
+            name: Performance(max(e), ms[name], ms["plain"] / ms[name], problem.density(each))
+            for name, each, e in (
+                ("tuned", allocation, errors),
+                ("uniform", uniform, uniform_errors),
+            )
         }
         better = _rms(errors) <= _rms(uniform_errors)
         note = (
-            f"on the calibration inputs one density for all ({allotment.density(uniform):.3f}) has "
+            f"on the calibration inputs one density for all ({problem.density(uniform):.3f}) has "
             f"{_rms(uniform_errors):.3g} of error at {ms['uniform']:.4g} ms, "
             f"the tuned one {_rms(errors):.3g} at {ms['tuned']:.4g} ms"
         )
-        if self.wish.name == "max_error":
-            # One density may be better on the whole and break it.
-            better = better or self._unseen(uniform_errors) > self.wish.value
+        if self.objective.name == "max_error":
+            # One density may have less error in the mean and yet exceed the limit.
+            better = better or self._unseen(uniform_errors) > self.objective.value
             note += (
                 f"; from {len(errors)} calls, {KEPT_BY:.0%} of unseen forwards are expected within "
                 f"{self._unseen(errors if better else uniform_errors):.3g}"
             )
         if not better:
             note = f"tuning was not better, so one density is kept: {note}"
-            layers = uniform
-        whole = self._whole_ms(allotment, layers)
-        predicted = Outcome(
-            allotment.error(layers), whole, self.plain_ms / whole, allotment.density(layers)
+            allocation = uniform
+        whole = self._whole_ms(problem, allocation)
+        predicted = Performance(
+            problem.error(allocation), whole, self.plain_ms / whole, problem.density(allocation)
         )
         frontier = tuple(
-            Point(self._whole_ms(allotment, each), allotment.error(each))
-            for each in allotment.frontier(self.wish)
+            Point(self._whole_ms(problem, each), problem.error(each))
+            for each in problem.frontier(self.objective)
         )
         outcome = measured["tuned" if better else "uniform"]
         if self.settings.thresholds and better:
-            layers = allotment.thresholds(layers, self._attention_errors(layers))
-            # The area follows from the data now, so error and time are measured once more.
+            allocation = problem.thresholds(allocation, self._attention_errors(allocation))
+            # With thresholds the area depends on the data, so error and time are measured again.
             routed, again = (
-                self.runs.errors(self.budget(layers)),
-                self._times(tuned=layers)["tuned"],
+                self.runs.errors(self.budget(allocation)),
+                self._times(tuned=allocation)["tuned"],
             )
-            outcome = Outcome(max(routed), again, ms["plain"] / again)
+            outcome = Performance(max(routed), again, ms["plain"] / again)
             note += f"; routed by threshold {_rms(routed):.3g} at {again:.4g} ms"
         return dataclasses.replace(
-            self.budget(layers),
+            self.budget(allocation),
             schedule=self.schedule,
-            verdict="tuned" if better else "uniform",
+            outcome="tuned" if better else "uniform",
             predicted=predicted,
             measured=outcome,
             uniform=measured["uniform"],
@@ -263,102 +273,110 @@ class _Tuning:
         )
 
     def _uniform_like(
-        self, allotment: Allotment, layers: Layers
-    ) -> tuple[Layers, dict[str, float]]:
-        """One density for all at the same time, or the same density if that is the wish, and the
-        milliseconds of a forward of both and of the compiler alone."""
-        if self.wish.name == "density":
-            uniform = allotment.uniform(allotment.density(layers))
-            return uniform, self._times(tuned=layers, uniform=uniform, plain=None)
-        wanted = allotment.attention_ms(layers)
-        uniform = allotment.uniform(allotment.density_at(wanted))
-        ms = self._times(tuned=layers, uniform=uniform, plain=None)
-        # The same predicted time is not quite the same time: once more, by what was measured.
+        self, problem: AllocationProblem, allocation: Allocation
+    ) -> tuple[Allocation, dict[str, float]]:
+        """One density for all layers, to compare an allocation with, and milliseconds of a forward.
+
+        The uniform allocation takes the same time, or has the same density if that is the
+        objective. The milliseconds are of ``tuned``, ``uniform`` and ``plain`` (Inductor alone).
+        """
+        if self.objective.name == "density":
+            uniform = problem.uniform(problem.density(allocation))
+            return uniform, self._times(tuned=allocation, uniform=uniform, plain=None)
+        wanted = problem.attention_ms(allocation)
+        uniform = problem.uniform(problem.density_at(wanted))
+        ms = self._times(tuned=allocation, uniform=uniform, plain=None)
+        # Equal predicted times are not quite equal in fact: correct once by the measured times.
         off = ms["tuned"] - ms["uniform"]
         if abs(off) > 0.01 * ms["tuned"]:
-            wanted = allotment.attention_ms(uniform) + off / self.saving
-            uniform = allotment.uniform(allotment.density_at(wanted))
-            ms = self._times(tuned=layers, uniform=uniform, plain=None)
+            wanted = problem.attention_ms(uniform) + off / self.saving
+            uniform = problem.uniform(problem.density_at(wanted))
+            ms = self._times(tuned=allocation, uniform=uniform, plain=None)
         return uniform, ms
 
-    def _times(self, **candidates: Layers | None) -> dict[str, float]:
+    def _times(self, **candidates: Allocation | None) -> dict[str, float]:
         tried = {name: x if x is None else self.budget(x) for name, x in candidates.items()}
         return self.runs.times(tried, self.first)
 
-    def _measure_saving(self, allotment: Allotment) -> None:
-        """What a forward takes, and how much of a predicted saving it really gains: the sparsest
-        budget's."""
-        sparsest = allotment.uniform(allotment.densities[0])
+    def _measure_saving(self, problem: AllocationProblem) -> None:
+        """Measure a forward of Inductor alone and of the sparsest budget; sets `saving`."""
+        sparsest = problem.uniform(problem.densities[0])
         ms = self._times(plain=None, sparse=sparsest)
         self.plain_ms = ms["plain"]
-        predicted = allotment.dense_ms - allotment.attention_ms(sparsest)
+        predicted = problem.dense_ms - problem.attention_ms(sparsest)
         gained = self.plain_ms - ms["sparse"]
-        # A saving too small to be told from noise says nothing of its share.
+        # A saving that is small against noise would give no useful ratio.
         if abs(predicted) > 0.03 * self.plain_ms and gained > 0:
             self.saving = min(max(gained / predicted, 0.2), 2.0)
         self.progress("time of a forward", 1, 1)
 
-    def _whole_ms(self, allotment: Allotment, layers: Layers) -> float:
-        """Milliseconds of a forward: what the compiler alone was measured to take, less the saving
-        that is predicted, times the share of it that a forward was seen to gain."""
-        saved = allotment.dense_ms - allotment.attention_ms(layers)
+    def _whole_ms(self, problem: AllocationProblem, allocation: Allocation) -> float:
+        """Predicted milliseconds of a forward.
+
+        The measured time of Inductor alone minus the predicted saving times `saving`.
+        """
+        saved = problem.dense_ms - problem.attention_ms(allocation)
         # Times of a device that was never calibrated are off by factors: no forward takes nothing.
         return max(self.plain_ms - self.saving * saved, 0.01 * self.plain_ms)
 
-    def _solved(self, allotment: Allotment) -> tuple[Layers, list[float]]:
-        """A solution for the wish and its error in every call, corrected by what was measured."""
-        if self.wish.name == "target_speedup":
-            return self._at_speedup(allotment, self.plain_ms / self.wish.value)
-        if self.wish.name == "max_error":
-            return self._within_error(allotment, self.wish.value)
+    def _solved(self, problem: AllocationProblem) -> tuple[Allocation, list[float]]:
+        """A measured allocation for the objective, and its error in every call."""
+        if self.objective.name == "target_speedup":
+            return self._at_speedup(problem, self.plain_ms / self.objective.value)
+        if self.objective.name == "max_error":
+            return self._within_error(problem, self.objective.value)
         try:
-            layers = allotment.solve(self.wish, self.wish.value)
+            allocation = problem.solve(self.objective, self.objective.value)
         except knapsack.UnreachableError as error:
             raise ValueError(
-                f"{self.wish} cannot be reached at the densities tried: the least is "
+                f"{self.objective} cannot be reached at the densities tried: the least is "
                 f"{error.least:.3g}"
             ) from error
-        return layers, self.runs.errors(self.budget(layers))
+        return allocation, self.runs.errors(self.budget(allocation))
 
-    def _at_speedup(self, allotment: Allotment, wanted: float) -> tuple[Layers, list[float]]:
-        """The solution whose measured milliseconds come nearest to `wanted`."""
-        allowed = allotment.dense_ms - (self.plain_ms - wanted) / self.saving
-        tried: list[tuple[float, Layers]] = []
+    def _at_speedup(
+        self, problem: AllocationProblem, wanted: float
+    ) -> tuple[Allocation, list[float]]:
+        """The allocation whose forward is measured to take the milliseconds nearest to `wanted`."""
+        allowed = problem.dense_ms - (self.plain_ms - wanted) / self.saving
+        tried: list[tuple[float, Allocation]] = []
         for turn in range(_ROUNDS):
             try:
-                layers = allotment.solve(self.wish, allowed)
+                allocation = problem.solve(self.objective, allowed)
             except knapsack.UnreachableError as error:
-                # More is asked for than is predicted: the fastest has to show what it can do.
-                layers = allotment.solve(self.wish, error.least * (1 + 1e-9))
-            late = self._times(tuned=layers)["tuned"] - wanted
-            tried.append((late, layers))
+                # The prediction says that it cannot be reached: measure the fastest allocation.
+                allocation = problem.solve(self.objective, error.least * (1 + 1e-9))
+            late = self._times(tuned=allocation)["tuned"] - wanted
+            tried.append((late, allocation))
             self.progress("whole budgets", turn + 1, _ROUNDS)
             if -0.02 * wanted < late < 0.01 * wanted:
                 break
             allowed -= late / self.saving
-        late, layers = min(tried, key=lambda pair: abs(pair[0]))
+        late, allocation = min(tried, key=lambda pair: abs(pair[0]))
         if late > 0.05 * wanted:
             best = self.plain_ms / (wanted + late)
             raise ValueError(
-                f"{self.wish} cannot be reached at the densities tried: the best is {best:.2f}x"
+                f"{self.objective} cannot be reached at the densities tried: "
+                f"the best is {best:.2f}x"
             )
-        return layers, self.runs.errors(self.budget(layers))
+        return allocation, self.runs.errors(self.budget(allocation))
 
-    def _within_error(self, allotment: Allotment, limit: float) -> tuple[Layers, list[float]]:
-        """The solution of least time whose error is within the limit, as far as the measured errors
-        say of inputs that were never seen."""
-        kept: Layers = allotment.alike(DENSE)
+    def _within_error(
+        self, problem: AllocationProblem, limit: float
+    ) -> tuple[Allocation, list[float]]:
+        """The allocation of least time whose error on unseen inputs is bounded by the limit."""
+        kept: Allocation = problem.same(DENSE)
         errors = [0.0] * len(self.runs.calls)
         allowed = limit / self._unseen([1.0] * len(errors))
         for turn in range(_ROUNDS):
-            layers = allotment.solve(self.wish, allowed)
-            found = self.runs.errors(self.budget(layers))
+            allocation = problem.solve(self.objective, allowed)
+            found = self.runs.errors(self.budget(allocation))
             self.progress("whole budgets", turn + 1, _ROUNDS)
-            faster = allotment.attention_ms(layers) <= allotment.attention_ms(kept)
+            faster = problem.attention_ms(allocation) <= problem.attention_ms(kept)
             bound = self._unseen(found)
             if bound <= limit and faster:
-                kept, errors = layers, found
-            # Errors of layers do not add up exactly: the sum is corrected by what was seen.
+                kept, errors = allocation, found
+            # Squared errors of layers do not add up exactly: correct by the measured error.
             ratio = bound / limit
             if 0.93 < ratio <= 1.0 or ratio == 0.0:
                 break
@@ -366,23 +384,25 @@ class _Tuning:
         return kept, errors
 
     def _unseen(self, errors: Sequence[float]) -> float:
-        """The largest error of a call, or `unseen_error` by timestep, which is larger as a rule.
+        """Bound of the error on unseen inputs: `unseen_error`, and at least every measured error.
 
-        Calls at one timestep are of different clips; those of one clip are too much alike to count
-        as several.
+        Calls at the same timestep count as different clips. Calls of one clip at different
+        timesteps are too similar to count as different inputs.
         """
         by_timestep: dict[float, list[float]] = {}
         for timestep, error in zip(self.runs.timesteps, errors, strict=True):
             by_timestep.setdefault(timestep, []).append(error)
         return max(*errors, unseen_error(list(by_timestep.values())))
 
-    def _attention_errors(self, layers: Layers) -> dict[tuple[str, int], tuple[float, float]]:
-        """(layer, phase) to relative error and mean squared row of the attention output."""
+    def _attention_errors(
+        self, allocation: Allocation
+    ) -> dict[tuple[str, int], tuple[float, float]]:
+        """(layer, phase) to relative error and mean squared row norm of the attention output."""
         found: dict[tuple[str, int], tuple[float, float]] = {}
         for phase, first in enumerate(self.first):
 
             def see(seen: SeenCall, phase: int = phase) -> None:
-                choice = layers[seen.layer][phase]
+                choice = allocation[seen.layer][phase]
                 if choice.density < 1.0:
                     error = seen.error(seen.sparse(choice.plan(AttentionPlan())))
                     square = float(seen.out.float().square().sum(-1).mean())

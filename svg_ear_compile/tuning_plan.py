@@ -1,4 +1,4 @@
-"""What a tuning tries: layers, clusters and forms, and the phases of the denoising."""
+"""The plan of a tuning: which layers, clusters and forms are tried, in which phases."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from svg_ear_compile.recording import ModelCall
 
 @dataclass(frozen=True)
 class TuningSettings:
-    """What is tried, and for which schedule.
+    """Choices that a tuning tries in each layer, and the schedule of the budget.
 
     Attributes:
-        densities: tried in each layer, each in (0, 1); dense is always a choice.
-        cluster_sizes: mean queries and keys per cluster that are tried, None for the default sizes.
-        forms: compensation forms that are tried.
-        phases: parts into which the timesteps of the calls are cut, each with choices of its own.
-        dense_steps: leading denoising steps that stay dense.
-        dense_from: timestep from which the last steps stay dense, None for never.
-        thresholds: route sparse layers by the threshold that follows from their multiplier.
+        densities: densities to try in each layer, each in (0, 1). Dense is always a choice.
+        cluster_sizes: pairs of mean queries and mean keys per cluster to try; None is the default.
+        forms: compensation forms to try.
+        phases: number of parts into which the timesteps of the calls are cut. The budget has one
+            choice for each layer and phase.
+        dense_steps: number of leading denoising steps that stay dense.
+        dense_from: timestep from which the last steps stay dense; None for no such steps.
+        thresholds: whether sparse layers are routed by a threshold instead of a density, see
+            `AllocationProblem.thresholds`.
         timestep, ascending: see `bind`.
-        compiler: ``"inductor"``, or ``"eager"`` for a quick look whose times are not the real ones.
+        compiler: ``"inductor"``, or ``"eager"`` for a quick look, in which times mean little.
 
     Raises:
-        ValueError: a field is out of range; the message names it.
+        ValueError: a field is out of its range; the message names the field.
     """
 
     densities: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
@@ -54,18 +56,18 @@ class TuningSettings:
         if not self.cluster_sizes or not self.forms:
             raise ValueError("cluster_sizes and forms must not be empty")
         for form in self.forms:
-            AttentionPlan(compensation=form)  # refuses what it does not know
+            AttentionPlan(compensation=form)  # raises for unknown forms
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a tuning will take, said before it starts.
+    """Expected cost of a tuning.
 
     Attributes:
-        forwards: of the model that are still to be measured, on all ranks together.
-        finished: that an earlier run has measured.
-        seconds: expected, on this many `ranks`.
-        ranks: processes that share the work.
+        forwards: number of forwards to measure, on all ranks together.
+        finished: number of forwards that an earlier run has measured.
+        seconds: expected seconds on this number of `ranks`.
+        ranks: number of processes that divide the work.
     """
 
     forwards: int
@@ -76,7 +78,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Trial:
-    """One measurement: one layer sparse in one call."""
+    """One measurement: one layer sparse, with one choice, in one call."""
 
     layer: str
     choice: Choice
@@ -108,7 +110,7 @@ def sites_of(model: nn.Module, call: ModelCall) -> tuple[tuple[str, AttentionSha
 
 
 def kinds_of(shape: AttentionShape, settings: TuningSettings) -> tuple[Choice, ...]:
-    """Clusters and forms that are tried, at density 0."""
+    """Cluster counts and forms to try, as choices of density 0."""
     video, kinds = shape.k_tokens - shape.text, []
     for sizes in settings.cluster_sizes:
         queries, keys = (None, None) if sizes is None else (math.ceil(video / s) for s in sizes)
@@ -117,7 +119,11 @@ def kinds_of(shape: AttentionShape, settings: TuningSettings) -> tuple[Choice, .
 
 
 def schedule_of(timesteps: Sequence[float], settings: TuningSettings) -> Schedule:
-    """Cut the timesteps of the calls into phases of equal numbers of them."""
+    """A schedule whose phases have equal numbers of the timesteps of the calls.
+
+    Raises:
+        ValueError: there are fewer timesteps than phases.
+    """
     ordered = sorted(set(timesteps), reverse=not settings.ascending)
     if len(ordered) < settings.phases:
         raise ValueError(

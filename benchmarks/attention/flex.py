@@ -30,7 +30,7 @@ def covering_tiles(result: Result, queries: Tensor, keys: Tensor) -> Tensor:
         result: labels and block mask.
         queries, keys: (B, H, N) labels in sorted order; text is exact for and with everything.
     """
-    exact = torch.nn.functional.pad(result.exact, (0, 1, 0, 1), value=True).float()
+    exact = torch.nn.functional.pad(result.block_mask, (0, 1, 0, 1), value=True).float()
 
     def members(labels: Tensor, clusters: int) -> Tensor:
         tiles = -(-labels.shape[-1] // TILE)
@@ -39,8 +39,8 @@ def covering_tiles(result: Result, queries: Tensor, keys: Tensor) -> Tensor:
         index = place * (clusters + 1) + labels.long()  # [B, H, N]
         return found.flatten(2).scatter_(2, index, 1.0).view_as(found)
 
-    q = members(queries, result.exact.shape[2])  # [B, H, T_q, Qc + 1]
-    k = members(keys, result.exact.shape[3])  # [B, H, T_k, Kc + 1]
+    q = members(queries, result.block_mask.shape[2])  # [B, H, T_q, Qc + 1]
+    k = members(keys, result.block_mask.shape[3])  # [B, H, T_k, Kc + 1]
     return (q @ exact @ k.transpose(2, 3)) > 0
 
 

@@ -52,7 +52,7 @@ def definition_rows(
     stored = proxies._replace(
         keys=proxies.keys.to(k.dtype).double(), values=proxies.values.to(k.dtype).double()
     )
-    exact = result.exact[b : b + 1, h : h + 1]
+    exact = result.block_mask[b : b + 1, h : h + 1]
     out, _ = reference.softmax_over(
         q, wide_k, wide_v, queries.labels, keys.labels, exact, stored, scale, corrected
     )

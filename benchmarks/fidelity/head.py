@@ -89,7 +89,7 @@ def members(labels: Tensor, sizes: Tensor) -> Members:
 
 @dataclass(frozen=True)
 class BlockScores:
-    """What blocks look like from their query centroids; see `routing.Probe`.
+    """What blocks look like from their query centroids; see `routing.BlockScores`.
 
     Attributes:
         log_error, log_mass: (Qc, Kc).

@@ -31,7 +31,14 @@ from typing import Any
 from benchmarks.provenance import provenance
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import calibration as calibrations
-from svg_ear_compile.cost_model.budget import Budget, Choice, Outcome, Point, Schedule, fingerprint
+from svg_ear_compile.cost_model.budget import (
+    Budget,
+    Choice,
+    Performance,
+    Point,
+    Schedule,
+    fingerprint,
+)
 from svg_ear_compile.cost_model.device import Device
 from svg_ear_compile.cost_model.stages import ELEMENT_SIZES, Amount
 from svg_ear_compile.journal import Journal
@@ -52,8 +59,8 @@ _BUDGET = Budget(
         "blocks.1.attn": (Choice(1.0), Choice(0.2, 7, 13, "centroid")),
         "blocks.2.attn": (Choice(0.2, threshold=1e-4), Choice(0.1, threshold=2e-4)),
     },
-    Outcome(0.01, 12.5, 2.0, 0.2), Outcome(0.011, 12.7, 1.97, 0.2), frontier=(Point(1.5, 0.25),),
-    note="made by hand",
+    Performance(0.01, 12.5, 2.0, 0.2), Performance(0.011, 12.7, 1.97, 0.2),
+    frontier=(Point(1.5, 0.25),), note="made by hand",
 )  # fmt: skip
 _MEASURED = {
     f"blocks.{i} 0.1 None/None gaussian {c}": 0.1 * i + c for i in range(4) for c in (0, 1)

@@ -25,7 +25,7 @@ from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import calibration as calibrations
 from svg_ear_compile.cost_model.budget import Budget, Choice, Schedule
 from svg_ear_compile.cost_model.device import describe
-from svg_ear_compile.cost_model.latency import dense_ms, rest_ms
+from svg_ear_compile.cost_model.latency import dense_ms, non_attention_ms
 from svg_ear_compile.cost_model.stages import AttentionShape
 from svg_ear_compile.fingerprint import fingerprint_of
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -89,7 +89,7 @@ def non_attention(model: Any, call: Any, repeats: int) -> dict[str, float]:
     return {
         "flops": flops, "bytes": moved, "forward_ms": measured, "attention_ms": attention,
         "measured_ms": measured - attention,
-        "predicted_ms": rest_ms(flops, moved, dtype, calibration),
+        "predicted_ms": non_attention_ms(flops, moved, dtype, calibration),
         "overhead": (measured - attention - memory) / compute,
     }  # fmt: skip
 

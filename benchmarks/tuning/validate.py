@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.attention.inputs import plan_of
 from benchmarks.attention.summary import dense_ms, rows_of
-from svg_ear_compile import pictures
+from svg_ear_compile import plots
 from svg_ear_compile.cost_model import calibration as calibrations
 from svg_ear_compile.cost_model import latency
 from svg_ear_compile.cost_model.calibrate import Comparison, shape_of
@@ -114,7 +114,7 @@ def main() -> None:
     }
     (given.out / "validate.json").write_text(json.dumps(written) + "\n")
     title = f"{known.device.name}, calibrated in {known.seconds:.0f} s"
-    pictures.times([c for _, c in rows], title, given.out / "validate.png")
+    plots.times([c for _, c in rows], title, given.out / "validate.png")
     table = Table(title=f"Predicted / measured ms ({title})")
     for heading in ("shape", "clusters", "form", "density", "op", "error", "dense"):
         table.add_column(heading, justify="right")

@@ -29,7 +29,7 @@ from benchmarks.video_dit.data import LABELS
 from benchmarks.video_dit.pixel_dit import PixelDiT
 from benchmarks.video_dit.sample import generate
 from benchmarks.video_dit.zoo import MODELS, Shape
-from svg_ear_compile import ModelCall, TuningSettings, bind, pictures, record_calls, tune
+from svg_ear_compile import ModelCall, TuningSettings, bind, plots, record_calls, tune
 from svg_ear_compile.backend import svg_ear
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model.budget import Budget, Choice
@@ -139,7 +139,7 @@ class Proof:
             journal=folder / "journal",
             **objective,
         )
-        budgets.save(found, folder / f"budget-{found.wish.replace(' ', '-')}.json")
+        budgets.save(found, folder / f"budget-{found.objective.replace(' ', '-')}.json")
         return found
 
     def frames(self, budget: Budget, seed: int) -> tuple[torch.Tensor, float]:
@@ -164,7 +164,7 @@ class Proof:
                 row[f"{name}_seconds"] = seconds
             rows.append(row)
         return {
-            "density": density, "outcome": tuned.verdict,
+            "density": density, "outcome": tuned.outcome,
             "gain_db": statistics.fmean(r["tuned"] - r["uniform"] for r in rows), "rows": rows,
             "tuned": asdict(tuned.measured), "uniform": asdict(tuned.uniform),
             "predicted": asdict(tuned.predicted), "note": tuned.note,
@@ -232,8 +232,8 @@ def main() -> None:
         record["max_error"] = {"objective": given.max_error, "unseen": errors}
         keep()
     for path in sorted(given.out.glob("budget-*.json")):
-        pictures.budget(budgets.load(path), path.with_suffix(".png"))
-        pictures.frontier(budgets.load(path), path.with_name(f"frontier-{path.stem}.png"))
+        plots.budget(budgets.load(path), path.with_suffix(".png"))
+        plots.frontier(budgets.load(path), path.with_name(f"frontier-{path.stem}.png"))
     show(record)
 
 

@@ -1,7 +1,7 @@
 """Stages 4 and 5 on a GPU: exact keys and the proxy tokens of skipped blocks in one online softmax.
 
-Queries are gathered by cluster and the output scattered to its token inside the kernel, so neither
-Q, K, V nor the output is ever permuted in memory.
+The kernel gathers the queries of a cluster and scatters the output to their tokens, so Q, K, V and
+the output are never permuted in memory.
 """
 
 from __future__ import annotations
@@ -14,22 +14,27 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def listed_token(at, keys, listed, run, run_keys, text_start, list_row, order_row):
-    """Key token at place `at` of a row: its list, then its crossing block, then the exact keys.
+def key_token(at, keys, list_keys, range_start, range_keys, exact_start, list_row, order_row):
+    """Key tokens at places `at` of a row of blocks; token 0 from place `keys` on.
 
-    0 from `keys` on, past which the sorted order may end.
+    The keys of a row are those in its list, then those of its largest block, then the always exact
+    keys. The last two are ranges of the sorted order and start there at `range_start` and
+    `exact_start`.
     """
-    in_list = at < listed
-    in_run = at < listed + run_keys
-    place = tl.where(in_run, run + at - listed, text_start + at - listed - run_keys)
-    from_order = tl.load(order_row + place, mask=(at >= listed) & (at < keys), other=0)
+    in_list = at < list_keys
+    in_range = at < list_keys + range_keys
+    in_exact = exact_start + at - list_keys - range_keys
+    place = tl.where(in_range, range_start + at - list_keys, in_exact)
+    from_order = tl.load(order_row + place, mask=(at >= list_keys) & (at < keys), other=0)
     return tl.where(in_list, tl.load(list_row + at, mask=in_list, other=0), from_order)
 
 
 @triton.jit
-def load_rows(base, row, stride, d, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+def load_rows(
+    base, row, stride, d, D: tl.constexpr, BLOCK_D: tl.constexpr, INT64_OFFSETS: tl.constexpr
+):
     """Gathered rows [BN, BD] of a (N, D) matrix; columns past D are 0."""
-    if WIDE:
+    if INT64_OFFSETS:
         row = row.to(tl.int64)
     at = base + (row[:, None] * stride + d[None, :])
     if D == BLOCK_D:
@@ -41,23 +46,23 @@ def load_rows(base, row, stride, d, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE
 def fold(q, k, v, bias, acc, total, largest, to_log2, BIASED: tl.constexpr):
     """One step of the online softmax: q [BM, BD] over k, v [BN, BD].
 
-    `bias` [1, BN] or [BM, BN] is added to the logits in log2 units, and -inf there takes a key out;
-    without it every logit must be finite.
+    `bias` [1, BN] or [BM, BN] is added to the logits in log2 units; a bias of -inf removes the key.
+    Without a bias every logit must be finite.
     """
     logit = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
     if BIASED:
         logit = logit * to_log2 + bias
         now = tl.maximum(largest, tl.max(logit, 1))
-        # Nothing seen so far: any finite shift will do.
+        # Where no key was seen so far, any finite shift will do.
         shift = tl.where(now == float("-inf"), 0.0, now)
         weight = tl.exp2(logit - shift[:, None])
     else:
         now = tl.maximum(largest, tl.max(logit, 1) * to_log2)
         shift = now
         weight = tl.exp2(logit * to_log2 - now[:, None])
-    shrink = tl.exp2(largest - shift)
-    total = total * shrink + tl.sum(weight, 1)
-    acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    rescale = tl.exp2(largest - shift)
+    total = total * rescale + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
     return acc, total, now
 
 
@@ -86,8 +91,8 @@ def attend_kernel(
     q_start_ptr,  # (G, Qc + 3) int32
     k_order_ptr,  # (G_kv, N_k) int32
     k_start_ptr,  # (G_kv, Kc + 3) int32
-    kv_indices_ptr,  # (L, Qc, pitch) int32
-    row_ptr,  # (L, Qc, 3) int32
+    kv_indices_ptr,  # (L, Qc, pitch) int32, see `kv_indices_kernel`
+    row_ptr,  # (L, Qc, 3) int32, see `kv_offset_kernel`
     proxy_key_ptr,  # (G_kv, Kc, D)
     proxy_value_ptr,  # (G_kv, Kc, D)
     bias_ptr,  # (L, Qc, Kc) float32 log2, -inf where the block is exact or empty
@@ -121,7 +126,7 @@ def attend_kernel(
     BLOCK_N: tl.constexpr,
     CORRECTED: tl.constexpr,
     WRITE_LSE: tl.constexpr,
-    WIDE: tl.constexpr,  # offsets inside one head of K or V pass 2^31 elements
+    INT64_OFFSETS: tl.constexpr,  # offsets inside one head of K or V pass 2^31 elements
 ):
     """One tile of BLOCK_M queries of one cluster."""
     local = tl.program_id(1).to(tl.int64)
@@ -144,20 +149,20 @@ def attend_kernel(
     to_log2 = scale * LOG2E
 
     k_start = k_start_ptr + g_kv * (k_clusters + 3)
-    text_start = tl.load(k_start + k_clusters)
-    text_end = tl.load(k_start + k_clusters + 1)
-    if i == q_clusters:  # text and non-finite queries: every key, in sorted order
-        listed, run, run_keys, text_keys = 0, 0, text_end, 0
+    exact_start = tl.load(k_start + k_clusters)
+    exact_end = tl.load(k_start + k_clusters + 1)
+    if i == q_clusters:  # text queries and such as are not finite: every key, in sorted order
+        list_keys, range_start, range_keys, exact_keys = 0, 0, exact_end, 0
         row = local * q_clusters
         proxy_count = 0
     else:
         row = local * q_clusters + i
-        listed = tl.load(row_ptr + row * 3)
-        run = tl.load(row_ptr + row * 3 + 1)
-        run_keys = tl.load(row_ptr + row * 3 + 2)
-        text_keys = text_end - text_start
+        list_keys = tl.load(row_ptr + row * 3)
+        range_start = tl.load(row_ptr + row * 3 + 1)
+        range_keys = tl.load(row_ptr + row * 3 + 2)
+        exact_keys = exact_end - exact_start
         proxy_count = k_clusters
-    keys = listed + run_keys + text_keys
+    keys = list_keys + range_keys + exact_keys
     list_row = kv_indices_ptr + row * pitch
     order_row = k_order_ptr + g_kv * k_tokens
     k_base = k_ptr + b * stride_kb + kv_head * stride_kh
@@ -168,21 +173,23 @@ def attend_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     n = tl.arange(0, BLOCK_N)  # [BN]
     no_bias = tl.zeros([1, BLOCK_N], tl.float32)
-    # Whole tiles of the list: the hot loop, whose loads have no mask but the head dim's.
-    whole = listed // BLOCK_N * BLOCK_N
+    # The hot loop, over whole tiles of the list: its loads have no mask but that of the head dim.
+    whole = list_keys // BLOCK_N * BLOCK_N
     for first in range(0, whole, BLOCK_N):
         key = tl.load(list_row + first + n)
-        k = load_rows(k_base, key, stride_kn, d, D, BLOCK_D, WIDE)
-        v = load_rows(v_base, key, stride_vn, d, D, BLOCK_D, WIDE)
+        k = load_rows(k_base, key, stride_kn, d, D, BLOCK_D, INT64_OFFSETS)
+        v = load_rows(v_base, key, stride_vn, d, D, BLOCK_D, INT64_OFFSETS)
         acc, total, largest = fold(q, k, v, no_bias, acc, total, largest, to_log2, False)
-    # What is left of the list, the crossing block and the always-exact keys.
+    # The rest of the list, the largest block and the always exact keys.
     for first in range(whole, keys, BLOCK_N):
         at = first + n
         inside = at < keys
-        key = listed_token(at, keys, listed, run, run_keys, text_start, list_row, order_row)
-        k = load_rows(k_base, key, stride_kn, d, D, BLOCK_D, WIDE)
-        v = load_rows(v_base, key, stride_vn, d, D, BLOCK_D, WIDE)
-        # Key 0 is read for places past the end; its value must not reach the sum as 0 * inf.
+        key = key_token(
+            at, keys, list_keys, range_start, range_keys, exact_start, list_row, order_row
+        )
+        k = load_rows(k_base, key, stride_kn, d, D, BLOCK_D, INT64_OFFSETS)
+        v = load_rows(v_base, key, stride_vn, d, D, BLOCK_D, INT64_OFFSETS)
+        # Past the end the row of key 0 is read; its value must not reach the sum as 0 * inf.
         v = tl.where(inside[:, None], v, 0.0)
         bias = tl.where(inside, 0.0, float("-inf"))[None, :]
         logit_key = tl.where(inside[:, None], k, 0.0)
@@ -190,7 +197,7 @@ def attend_kernel(
 
     proxies = g_kv * k_clusters * D
     bias_row = bias_ptr + row * k_clusters
-    of_keys = largest + tl.log2(total)  # [BM], -inf where there is none
+    of_keys = largest + tl.log2(total)  # [BM], -inf where there is no key
     for first in range(0, proxy_count, BLOCK_N):
         j = first + n
         bias = tl.load(bias_row + j, mask=j < k_clusters, other=float("-inf"))
@@ -203,7 +210,7 @@ def attend_kernel(
             bias = bias + correction[:, None]
         acc, total, largest = fold(q, k, v, bias, acc, total, largest, to_log2, True)
 
-    # A row without any key gives 0 and -inf, as PyTorch's boolean masks do; a NaN row stays NaN.
+    # A query without any key gets 0 and -inf, as with PyTorch's boolean masks; NaN stays NaN.
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_row = out_ptr + b * stride_ob + h * stride_oh + token[:, None] * stride_on + d[None, :]
     tl.store(out_row, out.to(out_ptr.dtype.element_ty), mask=q_mask)

@@ -1,17 +1,17 @@
-"""Stages 4 and 5 on Hopper: the loop of `attend.py`, its parts in warps of their own.
+"""Stages 4 and 5 on Hopper: the loop of `attend.py`, with warps that gather and warps that compute.
 
-Written in Gluon, because Triton's compiler waits for each product before the softmax that needs it.
-Four warps gather the rows of K and V; three times four warps each multiply and weigh 64 queries:
-the more queries share a gathered tile, the fewer bytes cross the L2 cache, which is what limits.
-Within those, the scores of tile t + 1 and the weighted values of tile t are issued together, and
-the softmax of t + 1 may run while the values of t are still being multiplied ("FlashAttention-3",
-arXiv 2407.08608, sections 3.1 and 3.2).
+The kernel is written in Gluon, because Triton's compiler waits for each product before the softmax
+that needs it. Four warps gather the rows of K and V. Three groups of four warps each compute the
+attention of 64 queries. The kernel is limited by the bytes that cross the L2 cache; more queries
+for each gathered tile mean fewer bytes. Each group of warps issues the logits of tile t + 1 and the
+weighted values of tile t together. The softmax of tile t + 1 can run while the values of tile t are
+still being multiplied ("FlashAttention-3", arXiv 2407.08608, sections 3.1 and 3.2).
 
-A row's work is one sequence of tiles: its listed keys, its crossing block and always-exact keys,
-then its proxy tokens. Copies run on across the borders; only the softmax knows which tile needs a
-bias.
+The work of a row of blocks is one sequence of tiles: the keys in its list, the keys of its largest
+block and the always exact keys, then the proxy tokens. The copies do not stop between these parts;
+only the softmax distinguishes tiles that need a bias.
 
-Longer than other files: it is one kernel, and its parts are of no use to any other.
+The file is longer than 400 lines because it is one kernel whose parts no other kernel can use.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from svg_ear_compile.kernels.gpu.launch import WGMMA_SUBTILE
 
-# Gluon's names since Triton 3.7, and before.
+# Gluon's names since Triton 3.7, else those of earlier versions.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 GATHER_WARPS = gl.constexpr(4)
-# Of the 512 that four groups of warps share, in steps of 8.
+# Registers per thread: four groups of warps have 512 together, assigned in steps of 8.
 CONSUMER_REGISTERS = gl.constexpr(152)
 GATHER_REGISTERS = gl.constexpr(56)
 CONSUMERS = gl.constexpr(3)
@@ -47,25 +47,25 @@ def key_rows(
     tile,
     n,
     key_tiles,
-    listed,
-    run,
-    run_keys,
-    text_start,
+    list_keys,
+    range_start,
+    range_keys,
+    exact_start,
     keys,
     k_clusters,
     list_row,
     order_row,
     BLOCK_N: gl.constexpr,
 ):
-    """Rows [BN] of tile `tile` in K and V or, past the keys, of proxy tokens; -1 where none is."""
+    """Rows [BN] of tile `tile` in K and V, or past the keys in the proxy tokens; -1 for no row."""
     at = tile * BLOCK_N + n  # [BN]
-    if (tile + 1) * BLOCK_N <= listed:
+    if (tile + 1) * BLOCK_N <= list_keys:
         row = gl.load(list_row + at)
     elif tile < key_tiles:
-        run_end = listed + run_keys
-        place = gl.where(at < run_end, run + at - listed, text_start + at - run_end)
-        from_list = gl.load(list_row + at, mask=at < listed, other=-1)
-        from_order = gl.load(order_row + place, mask=(at >= listed) & (at < keys), other=-1)
+        range_end = list_keys + range_keys
+        place = gl.where(at < range_end, range_start + at - list_keys, exact_start + at - range_end)
+        from_list = gl.load(list_row + at, mask=at < list_keys, other=-1)
+        from_order = gl.load(order_row + place, mask=(at >= list_keys) & (at < keys), other=-1)
         row = gl.maximum(from_list, from_order)
     else:
         j = at - key_tiles * BLOCK_N
@@ -87,40 +87,41 @@ def tile_bias(tile, n, key_tiles, keys, k_clusters, bias_row, BLOCK_N: gl.conste
 
 @gluon.jit
 def softmax_step(
-    logit, bias, correction, of_keys, total, rest, largest, to_log2,
+    logit, bias, correction, of_keys, total, proxy_total, largest, to_log2,
     BIASED: gl.constexpr, CORRECTED: gl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax on logits [BM, BN]: weights, shrink, total, rest, largest.
+    """One step of the online softmax on logits [BM, BN].
 
-    `rest` [BM] is the part of `total` that proxy tokens have.
+    Returns weight [BM, BN], and [BM] each: the factor for sums before this step, the sum of weights
+    `total`, the part `proxy_total` of that sum that belongs to proxy tokens, the largest logit.
     """
     if BIASED:
         logit = logit * to_log2 + gl.expand_dims(bias, 0)
         if CORRECTED:
             logit = logit + gl.expand_dims(gl.where(of_keys, 0.0, correction), 1)
         now = gl.maximum(largest, gl.max(logit, 1))
-        # Nothing seen so far: any finite shift will do.
+        # Where no key was seen so far, any finite shift will do.
         shift = gl.where(now == float("-inf"), 0.0, now)
         weight = gl.exp2(logit - gl.expand_dims(shift, 1))
     else:
         now = gl.maximum(largest, gl.max(logit, 1) * to_log2)
         shift = now
         weight = gl.exp2(logit * to_log2 - gl.expand_dims(now, 1))
-    shrink = gl.exp2(largest - shift)
+    rescale = gl.exp2(largest - shift)
     mass = gl.sum(weight, 1)
-    total = total * shrink + mass
-    if BIASED and CORRECTED:  # before, there are no proxy tokens
-        rest = rest * shrink + gl.where(of_keys, 0.0, mass)
-    return weight, shrink, total, rest, now
+    total = total * rescale + mass
+    if BIASED and CORRECTED:  # tiles without a bias have no proxy tokens
+        proxy_total = proxy_total * rescale + gl.where(of_keys, 0.0, mass)
+    return weight, rescale, total, proxy_total, now
 
 
 @gluon.jit
 def gather(
     k_shared, v_shared, k_full, k_empty, v_full, v_empty,
-    count, key_tiles, listed, run, run_keys, text_start, keys, k_clusters, list_row, order_row,
-    k_base, v_base, stride_kn, stride_vn, proxy_key, proxy_value,
+    count, key_tiles, list_keys, range_start, range_keys, exact_start, keys, k_clusters,
+    list_row, order_row, k_base, v_base, stride_kn, stride_vn, proxy_key, proxy_value,
 ):  # fmt: skip
-    """Copies the rows of every tile into shared memory; a row of -1 is filled with 0."""
+    """Copy the rows of every tile into shared memory; a row of -1 is filled with 0."""
     STAGES: gl.constexpr = k_shared.shape[0]
     BLOCK_N: gl.constexpr = k_shared.shape[1]
     D: gl.constexpr = k_shared.shape[2]
@@ -130,8 +131,10 @@ def gather(
     )
     n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, copied))  # [BN]
     d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, copied)), 0)  # [1, D]
-    row = key_rows(0, n, key_tiles, listed, run, run_keys, text_start, keys, k_clusters,
-                   list_row, order_row, BLOCK_N)  # fmt: skip
+    row = key_rows(
+        0, n, key_tiles, list_keys, range_start, range_keys, exact_start, keys, k_clusters,
+        list_row, order_row, BLOCK_N,
+    )  # fmt: skip
     for t in range(count):
         of_keys = t < key_tiles
         there = gl.expand_dims(row >= 0, 1)  # [BN, 1]
@@ -148,17 +151,20 @@ def gather(
         mbarrier.wait(v_empty.index(stage), free)
         copy_rows(v_shared.index(stage), v_from + (at * v_stride + d), mask=there)
         async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
-        # On their way while the next tile waits for a free place.
-        row = key_rows(t + 1, n, key_tiles, listed, run, run_keys, text_start, keys, k_clusters,
-                       list_row, order_row, BLOCK_N)  # fmt: skip
+        # The rows of the next tile are loaded while that tile waits for a free stage.
+        row = key_rows(
+            t + 1, n, key_tiles, list_keys, range_start, range_keys, exact_start, keys, k_clusters,
+            list_row, order_row, BLOCK_N,
+        )  # fmt: skip
 
 
 @gluon.jit
 def advance(
-    t, weight, acc, total, rest, largest, bias, correction, of_keys, q_subtile, k_shared, v_shared,
-    k_full, k_empty, v_full, v_empty, to_log2, BIASED: gl.constexpr, CORRECTED: gl.constexpr,
+    t, weight, acc, total, proxy_total, largest, bias, correction, of_keys, q_subtile,
+    k_shared, v_shared, k_full, k_empty, v_full, v_empty, to_log2,
+    BIASED: gl.constexpr, CORRECTED: gl.constexpr,
 ):  # fmt: skip
-    """Scores and softmax of tile t > 0 while the values of tile t - 1 are multiplied."""
+    """Logits and softmax of tile t > 0 while the values of tile t - 1 are multiplied."""
     STAGES: gl.constexpr = k_shared.shape[0]
     BLOCK_N: gl.constexpr = k_shared.shape[1]
     acc_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
@@ -176,15 +182,15 @@ def advance(
     logit = warpgroup_mma_wait(1, deps=[logit])
     barrier()
     mbarrier.arrive(k_empty.index(stage), count=1)
-    following, shrink, total, rest, largest = softmax_step(
-        logit, bias, correction, of_keys, total, rest, largest, to_log2, BIASED, CORRECTED
+    following, rescale, total, proxy_total, largest = softmax_step(
+        logit, bias, correction, of_keys, total, proxy_total, largest, to_log2, BIASED, CORRECTED
     )
     acc = warpgroup_mma_wait(0, deps=[acc])
     barrier()
     mbarrier.arrive(v_empty.index(before), count=1)
     weight = gl.convert_layout(following.to(weight.dtype), weight.type.layout)
-    acc = acc * gl.expand_dims(gl.convert_layout(shrink, acc_rows), 1)
-    return weight, acc, total, rest, largest
+    acc = acc * gl.expand_dims(gl.convert_layout(rescale, acc_rows), 1)
+    return weight, acc, total, proxy_total, largest
 
 
 @gluon.jit
@@ -194,7 +200,7 @@ def attend_subtile(
     lse_row, correction_row, weight_row, order_row, stride_qn, stride_on, to_log2, lse_end,
     CORRECTED: gl.constexpr,
 ):  # fmt: skip
-    """SUBTILE queries of one cluster from place `first_place` of the sorted order on."""
+    """Attention of SUBTILE queries of one cluster, from place `first_place` of the sorted order."""
     STAGES: gl.constexpr = k_shared.shape[0]
     BLOCK_N: gl.constexpr = k_shared.shape[1]
     D: gl.constexpr = k_shared.shape[2]
@@ -209,9 +215,9 @@ def attend_subtile(
     logit_rows: gl.constexpr = gl.SliceLayout(1, logit_layout)
     acc_rows: gl.constexpr = gl.SliceLayout(1, acc_layout)
 
-    if first_place >= cluster_end:  # nothing to attend, but the others wait for free tiles
+    if first_place >= cluster_end:  # no queries, but the gathering warps wait for free stages
         for t in range(count):
-            # One thread arrives: no warp may be left behind at the wait before it.
+            # One thread arrives for all: every warp must have passed the wait before.
             mbarrier.wait(k_full.index(t % STAGES), (t // STAGES) & 1)
             barrier()
             mbarrier.arrive(k_empty.index(t % STAGES), count=1)
@@ -233,7 +239,7 @@ def attend_subtile(
         acc = gl.zeros([SUBTILE, D], gl.float32, acc_layout)
         largest = gl.full([SUBTILE], float("-inf"), gl.float32, logit_rows)
         total = gl.zeros([SUBTILE], gl.float32, logit_rows)
-        rest = gl.zeros([SUBTILE], gl.float32, logit_rows)
+        proxy_total = gl.zeros([SUBTILE], gl.float32, logit_rows)
         correction = gl.zeros([SUBTILE], gl.float32, logit_rows)
         if CORRECTED:
             of_row = gl.convert_layout(token, logit_rows)
@@ -249,20 +255,20 @@ def attend_subtile(
             logit = warpgroup_mma_wait(0, deps=[logit])
             barrier()
             mbarrier.arrive(k_empty.index(0), count=1)
-            weight, _, total, rest, largest = softmax_step(
-                logit, bias, correction, key_tiles > 0, total, rest, largest, to_log2, True,
+            weight, _, total, proxy_total, largest = softmax_step(
+                logit, bias, correction, key_tiles > 0, total, proxy_total, largest, to_log2, True,
                 CORRECTED,
             )  # fmt: skip
             weight = gl.convert_layout(weight.to(dtype), weight_layout)
             for t in range(1, whole):
-                weight, acc, total, rest, largest = advance(
-                    t, weight, acc, total, rest, largest, bias, correction, True, q_subtile,
+                weight, acc, total, proxy_total, largest = advance(
+                    t, weight, acc, total, proxy_total, largest, bias, correction, True, q_subtile,
                     k_shared, v_shared, k_full, k_empty, v_full, v_empty, to_log2, False, CORRECTED,
                 )  # fmt: skip
             for t in range(gl.maximum(whole, 1), count):
                 bias = tile_bias(t, n, key_tiles, keys, k_clusters, bias_row, BLOCK_N)
-                weight, acc, total, rest, largest = advance(
-                    t, weight, acc, total, rest, largest, bias, correction, t < key_tiles,
+                weight, acc, total, proxy_total, largest = advance(
+                    t, weight, acc, total, proxy_total, largest, bias, correction, t < key_tiles,
                     q_subtile, k_shared, v_shared, k_full, k_empty, v_full, v_empty, to_log2, True,
                     CORRECTED,
                 )  # fmt: skip
@@ -272,21 +278,22 @@ def attend_subtile(
             acc = warpgroup_mma(weight, v_shared.index(last), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
 
-        # A row without any key gives 0 and -inf, as PyTorch's boolean masks do; NaN stays NaN.
+        # A query without any key gets 0 and -inf, as with PyTorch's boolean masks; NaN stays NaN.
         inverse = gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), acc_rows)
         out = acc * gl.expand_dims(inverse, 1)
         barrier()
         q_subtile.store(out.to(dtype))
         barrier()
-        # Read again: kept through the loops, the tokens would take 16 registers.
+        # The tokens are read again: kept through the loops they would take 16 registers.
         token = gl.load(order_row + m, mask=m < cluster_end, other=0).to(gl.int64)
         out_row = out_base + (gl.expand_dims(token * stride_on, 1) + d)
         gl.store(out_row, q_subtile.load(copied), mask=there)
         lse = gl.convert_layout((largest + gl.log2(total)) * LN2, rows_copied)
         gl.store(lse_row + token, lse, mask=m < lse_end)
         if CORRECTED:
-            of_proxies = gl.convert_layout(rest / gl.where(total == 0.0, 1.0, total), rows_copied)
-            gl.store(weight_row + token, of_proxies, mask=m < cluster_end)
+            proxy_weight = proxy_total / gl.where(total == 0.0, 1.0, total)
+            proxy_weight = gl.convert_layout(proxy_weight, rows_copied)
+            gl.store(weight_row + token, proxy_weight, mask=m < cluster_end)
 
 
 @gluon.jit(
@@ -314,8 +321,8 @@ def attend_wgmma_kernel(
     q_start_ptr,  # (G, Qc + 3) int32
     k_order_ptr,  # (G_kv, N_k) int32
     k_start_ptr,  # (G_kv, Kc + 3) int32
-    kv_indices_ptr,  # (L, Qc, pitch) int32
-    row_ptr,  # (L, Qc, 3) int32
+    kv_indices_ptr,  # (L, Qc, pitch) int32, see `kv_indices_kernel`
+    row_ptr,  # (L, Qc, 3) int32, see `kv_offset_kernel`
     proxy_key_ptr,  # (G_kv, Kc, D)
     proxy_value_ptr,  # (G_kv, Kc, D)
     bias_ptr,  # (L, Qc, Kc) float32 log2, -inf where the block is exact or empty
@@ -368,19 +375,19 @@ def attend_wgmma_kernel(
     cluster_end = gl.load(q_start_ptr + g * (q_clusters + 3) + i + 1)
 
     k_start = k_start_ptr + g_kv * (k_clusters + 3)
-    text_start = gl.load(k_start + k_clusters)
-    text_end = gl.load(k_start + k_clusters + 1)
+    exact_start = gl.load(k_start + k_clusters)
+    exact_end = gl.load(k_start + k_clusters + 1)
     row = local * q_clusters + gl.minimum(i, q_clusters - 1)
-    # Text and non-finite queries see every key, in sorted order.
+    # Text queries and such as are not finite: every key, in sorted order.
     dense = i == q_clusters
-    listed = gl.where(dense, 0, gl.load(row_ptr + row * 3))
-    run = gl.where(dense, 0, gl.load(row_ptr + row * 3 + 1))
-    run_keys = gl.where(dense, text_end, gl.load(row_ptr + row * 3 + 2))
-    keys = listed + run_keys + gl.where(dense, 0, text_end - text_start)
+    list_keys = gl.where(dense, 0, gl.load(row_ptr + row * 3))
+    range_start = gl.where(dense, 0, gl.load(row_ptr + row * 3 + 1))
+    range_keys = gl.where(dense, exact_end, gl.load(row_ptr + row * 3 + 2))
+    keys = list_keys + range_keys + gl.where(dense, 0, exact_end - exact_start)
     proxy_count = gl.where(dense, 0, k_clusters)
     key_tiles = (keys + BLOCK_N - 1) // BLOCK_N
     count = key_tiles + (proxy_count + BLOCK_N - 1) // BLOCK_N
-    # A tile that is not there gathers and attends nothing.
+    # A tile without a cluster gathers and computes nothing.
     count = gl.where(there, count, 0)
     cluster_end = gl.where(there, cluster_end, 0)
     proxies = g_kv * k_clusters * D
@@ -402,12 +409,12 @@ def attend_wgmma_kernel(
     list_row = kv_indices_ptr + row * pitch
     k_base = k_ptr + b * stride_kb + kv_head * stride_kh
     v_base = v_ptr + b * stride_vb + kv_head * stride_vh
-    # Triton 3.6 fails on an argument that a group of warps is given and does not use.
+    # Triton 3.6 fails on an argument of a group of warps that the group does not use.
     correction_base = correction_ptr if CORRECTED else lse_ptr
     weight_base = weight_ptr if CORRECTED else lse_ptr
     tiles_shared = (k_shared, v_shared, k_full, k_empty, v_full, v_empty)
     work = (
-        count, gl.minimum(listed // BLOCK_N, count), key_tiles, keys, k_clusters,
+        count, gl.minimum(list_keys // BLOCK_N, count), key_tiles, keys, k_clusters,
         bias_ptr + row * k_clusters,
     )  # fmt: skip
     rows = (
@@ -417,8 +424,9 @@ def attend_wgmma_kernel(
         cluster_end if WRITE_LSE else 0, CORRECTED,
     )  # fmt: skip
     rows_of_keys = (
-        count, key_tiles, listed, run, run_keys, text_start, keys, k_clusters, list_row, order_row,
-        k_base, v_base, stride_kn, stride_vn, proxy_key_ptr + proxies, proxy_value_ptr + proxies,
+        count, key_tiles, list_keys, range_start, range_keys, exact_start, keys, k_clusters,
+        list_row, order_row, k_base, v_base, stride_kn, stride_vn,
+        proxy_key_ptr + proxies, proxy_value_ptr + proxies,
     )  # fmt: skip
     first = (q_shared.index(0), place)
     second = (q_shared.index(1), place + SUBTILE)

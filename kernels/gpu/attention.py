@@ -1,4 +1,4 @@
-"""The two stages on a GPU, a few heads at a time so that scores and lists stay small."""
+"""The two stages on a GPU, a few heads at a time, so that scores and lists take little memory."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from svg_ear_compile.kernels.gpu.kmeans import (
     regrouped,
 )
 from svg_ear_compile.kernels.gpu.launch import (
+    CLUSTERS_PER_COPY,
     HOPPER,
-    LISTED_CLUSTERS,
     LaunchConfig,
     architecture,
     launch_config,
     token_strides,
 )
 from svg_ear_compile.kernels.gpu.metric import logit_metrics
-from svg_ear_compile.kernels.gpu.probe import probe_kernel
-from svg_ear_compile.kernels.gpu.route import kv_index_kernel, kv_list_kernel, route_kernel
+from svg_ear_compile.kernels.gpu.route import kv_indices_kernel, kv_offset_kernel, route_kernel
+from svg_ear_compile.kernels.gpu.score import score_kernel
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.registry import Implementation, register
 
-# Scores and lists of the heads in flight, as a fraction of the bytes of Q, K, V and the output; the
-# floor keeps small problems in one launch.
+# Memory for the scores or lists of the heads of one launch: a fraction of the bytes of Q, K, V and
+# the output. With the floor small problems need only one launch.
 WORKSPACE_FRACTION = 0.35
 WORKSPACE_FLOOR = 256 << 20
 
 
 @dataclass(frozen=True)
 class SortedRouting(Routed):
-    """What the attend stage needs besides.
+    """`Routed` with what the attend stage needs in addition.
 
     Attributes:
-        q_sorted, k_sorted: the clusters, their tokens sorted.
+        q_sorted, k_sorted: tokens sorted by cluster.
         value_means: (G_kv, Kc, D) in the dtype of v.
-        pitch: key tokens that the list of a row has room for.
+        pitch: number of key tokens that the list of a row has room for.
     """
 
     q_sorted: SortedClusters
@@ -73,9 +73,9 @@ def cluster_and_route(
     blocks: Blocks | None,
     on_hopper: bool,
 ) -> SortedRouting:
-    """`reference.cluster_and_route` with `LaunchConfig.query_tile`; labels and sizes are int32.
+    """`reference.cluster_and_route` with `LaunchConfig.query_tile`; does not wait for the device.
 
-    Nothing waits for the device.
+    Labels and sizes are int32.
     """
     q, k, v, scale = _as_rows(q, k, v, scale)
     config = _config(q, on_hopper)
@@ -90,33 +90,34 @@ def cluster_and_route(
         spread = Spread(*(torch.empty_like(keys.order, dtype=torch.float32) for _ in range(2)))
     rounded_value_means = cluster_means(v, keys.order, keys.starts, value_means, config, spread)
 
-    groups = batch * heads
-    row_area = torch.empty(groups, q_clusters, dtype=torch.int32, device=q.device)
+    flat_heads = batch * heads
+    row_area = torch.empty(flat_heads, q_clusters, dtype=torch.int32, device=q.device)
     if blocks is None:
-        exact = torch.empty(groups, q_clusters, k_clusters, dtype=torch.bool, device=q.device)
+        mask_shape = (flat_heads, q_clusters, k_clusters)
+        block_mask = torch.empty(mask_shape, dtype=torch.bool, device=q.device)
         step = _heads_at_once(q, k, q_clusters * k_clusters * 4 * 3)
     else:
-        exact, step = blocks.exact.flatten(0, 1).contiguous(), groups
+        block_mask, step = blocks.block_mask.flatten(0, 1).contiguous(), flat_heads
     budget = torch.ceil(plan.density * keys.starts[:, k_clusters].double()).float()
-    scores = (exact,) * 3  # never read where blocks are reused
+    scores = (block_mask,) * 3  # placeholders, which are not read where blocks are reused
     if spread is not None:
         score = torch.empty(3, step, q_clusters, k_clusters, device=q.device)
         scores = (score[0], score[1], score[2])
     log_threshold = math.log(plan.threshold) if plan.threshold > 0 else -math.inf
     block_k = triton.next_power_of_2(k_clusters)
-    for first_head in range(0, groups, step):
-        launched = min(step, groups - first_head)
+    for first_head in range(0, flat_heads, step):
+        launched = min(step, flat_heads - first_head)
         if spread is not None:
-            probe_kernel[(k_clusters, triton.cdiv(q_clusters, config.probe.rows), launched)](
+            score_kernel[(k_clusters, triton.cdiv(q_clusters, config.score.rows), launched)](
                 queries.rounded, k, keys.order, keys.starts, keys.centroids, value_means,
                 *spread, *scores, *token_strides(k), first_head, heads, kv_heads,
                 k_tokens, q_clusters, k_clusters, scale,
-                D=dim, BLOCK_D=config.block_dim, BLOCK_Q=config.probe.rows,
-                BLOCK_N=config.probe.columns,
-                num_warps=config.probe.warps, num_stages=config.probe.stages,
+                D=dim, BLOCK_D=config.block_dim, BLOCK_Q=config.score.rows,
+                BLOCK_N=config.score.columns,
+                num_warps=config.score.warps, num_stages=config.score.stages,
             )  # fmt: skip
         route_kernel[(q_clusters, launched)](
-            *scores, queries.starts, keys.starts, budget, exact, row_area,
+            *scores, queries.starts, keys.starts, budget, block_mask, row_area,
             first_head, heads, kv_heads, q_clusters, k_clusters,
             plan.top_p, plan.min_block_ratio, log_threshold,
             BLOCK_K=block_k, ROUTING=plan.routing if blocks is None else "reused",
@@ -125,7 +126,7 @@ def cluster_and_route(
     return SortedRouting(
         _clusters(queries, batch, heads),
         _clusters(keys, batch, kv_heads),
-        exact.unflatten(0, (batch, heads)),
+        block_mask.unflatten(0, (batch, heads)),
         row_area.unflatten(0, (batch, heads)),
         queries,
         keys,
@@ -145,11 +146,11 @@ def attend(
     return_lse: bool,
     on_hopper: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.attend` of what `cluster_and_route` found; nothing waits for the device."""
-    assert isinstance(routed, SortedRouting), "attend takes what the same implementation routed"
-    promised = torch.empty_like(q)
-    # The kernels write rows: a layout whose last dim is not dense is filled at the end.
-    out = promised if promised.stride(-1) == 1 else q.new_empty(q.shape)
+    """`reference.attend` of the result of `cluster_and_route`; does not wait for the device."""
+    assert isinstance(routed, SortedRouting), "routed by another implementation"
+    result = torch.empty_like(q)
+    # The kernels write dense rows. A result of another layout gets a copy at the end.
+    out = result if result.stride(-1) == 1 else q.new_empty(q.shape)
     q, k, v, scale = _as_rows(q, k, v, scale)
     config = _config(q, on_hopper)
     tile = config.wgmma or config.attend
@@ -157,7 +158,7 @@ def attend(
     batch, heads, q_tokens, dim = q.shape
     kv_heads, k_tokens = k.shape[1], k.shape[2]
     q_clusters, k_clusters = queries.centroids.shape[1], keys.centroids.shape[1]
-    groups = batch * heads
+    flat_heads = batch * heads
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
     tile_cluster, tile_place = query_tiles(queries, q_tokens, tile.rows)
     tiles = tile_cluster.shape[1]
@@ -169,24 +170,24 @@ def attend(
     bias, offset = table(k_clusters, dtype=torch.float32), table(k_clusters)
     rows, kv_indices = table(3), table(pitch)
     corrected = compensation == "gaussian"
-    correction = proxy_weight = bias  # never read, never written
+    correction = proxy_weight = bias  # placeholders, neither read nor written
     if corrected:
         curvature, slope = curvature_and_slope(k, v, keys, routed.value_means, scale, config)
         correction, clip = logit_corrections(q, queries, curvature, kv_heads, config)
         proxy_weight = torch.empty_like(correction)
-    exact = routed.exact.flatten(0, 1)
+    block_mask = routed.block_mask.flatten(0, 1)
     block_k = triton.next_power_of_2(k_clusters)
-    for first_head in range(0, groups, step):
-        launched = min(step, groups - first_head)
+    for first_head in range(0, flat_heads, step):
+        launched = min(step, flat_heads - first_head)
         head_counts = (first_head, heads, kv_heads)
-        kv_index_kernel[(q_clusters, launched)](
-            exact, keys.starts, bias, offset, rows, *head_counts, q_clusters, k_clusters,
+        kv_offset_kernel[(q_clusters, launched)](
+            block_mask, keys.starts, bias, offset, rows, *head_counts, q_clusters, k_clusters,
             BLOCK_K=block_k, num_warps=_row_warps(block_k),
         )  # fmt: skip
-        kv_list_kernel[(q_clusters, triton.cdiv(k_clusters, LISTED_CLUSTERS), launched)](
+        kv_indices_kernel[(q_clusters, triton.cdiv(k_clusters, CLUSTERS_PER_COPY), launched)](
             offset, keys.starts, keys.order, kv_indices, *head_counts,
             k_tokens, q_clusters, k_clusters, pitch,
-            BLOCK_J=LISTED_CLUSTERS, BLOCK_N=32,
+            BLOCK_J=CLUSTERS_PER_COPY, BLOCK_N=32,
         )  # fmt: skip
         arguments = (
             q, k, v, out, lse, tile_cluster, tile_place, queries.order, queries.starts,
@@ -200,25 +201,25 @@ def attend(
             "CORRECTED": corrected, "WRITE_LSE": return_lse, "num_warps": tile.warps,
         }  # fmt: skip
         if config.wgmma:
-            # Experimental in Triton: only what runs it depends on it.
+            # Gluon is experimental in Triton, so only calls of this kernel import it.
             from svg_ear_compile.kernels.gpu.attend_wgmma import attend_wgmma_kernel
 
             attend_wgmma_kernel[(tiles, launched)](*arguments, **constants, STAGES=tile.stages)
         else:
             attend_kernel[(tiles, launched)](
-                *arguments, **constants, BLOCK_D=config.block_dim, WIDE=_is_wide(k, v),
+                *arguments, **constants, BLOCK_D=config.block_dim, INT64_OFFSETS=_needs_int64(k, v),
                 num_stages=tile.stages,
             )  # fmt: skip
     if corrected:
         correct_values(out, q, queries, slope, clip, proxy_weight, kv_heads, config)
-    if out is not promised:
-        promised.copy_(out)
-    return promised, lse
+    if out is not result:
+        result.copy_(out)
+    return result, lse
 
 
 def _as_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
-    """The same logits from rows that lie dense in memory, under a scale that is not negative."""
-    if scale < 0:  # the kernels take the largest logit before they scale
+    """Tensors of the same logits whose rows are dense in memory, with a scale >= 0."""
+    if scale < 0:  # the kernels take the largest logit before they multiply by the scale
         q, scale = -q, -scale
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     return q, k, v, scale
@@ -230,7 +231,7 @@ def _config(q: Tensor, on_hopper: bool) -> LaunchConfig:
 
 
 def _heads_at_once(q: Tensor, k: Tensor, bytes_per_head: int) -> int:
-    """Heads whose scores or lists fit into the workspace."""
+    """Number of heads whose scores or lists fit into the workspace."""
     tensors = (2 * q.numel() + 2 * k.numel()) * q.element_size()
     room = max(WORKSPACE_FLOOR, int(WORKSPACE_FRACTION * tensors))
     return min(q.shape[0] * q.shape[1], max(1, room // bytes_per_head))
@@ -250,7 +251,7 @@ def _clustered(
     blocks: Blocks | None,
     config: LaunchConfig,
 ) -> tuple[SortedClusters, SortedClusters]:
-    """`clustering.cluster`, query clusters tile-aligned; `mask` is (B|1, H_kv|1, N_k)."""
+    """`clustering.cluster` with tile-aligned query clusters; `mask` is (B|1, H_kv|1, N_k)."""
     if blocks is not None:
         assert centroids is not None, "blocks come with the centroids of their clusters"
         return (
@@ -275,33 +276,33 @@ def _clustered(
 
 
 def query_tiles(queries: SortedClusters, q_tokens: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Cut every query cluster into tiles of `rows` queries, text and its like first.
+    """Tiles of `rows` queries of one cluster, those of the always exact queries first.
 
-    Those see every key and take many times as long as the others: started last, they would run on
-    when everything else is done.
+    Always exact queries (text, or not finite) attend to every key and take many times as long as
+    the others. If their tiles were started last, they would still run when all others are done.
 
     Returns:
-        (G, T) int32 cluster of each tile, more than Qc where there is none, and (G, T) int32 place
-        of its first query; T bounds the number of tiles whatever the sizes.
+        (G, T) int32 cluster of each tile, more than Qc where there is no tile, and (G, T) int32
+        place of its first query. T is an upper bound of the number of tiles for any cluster sizes.
     """
-    clusters = queries.starts.shape[1] - 2  # the special cluster included
-    sizes = queries.starts.diff()[:, :clusters].roll(1, -1)  # [G, C], the special cluster first
+    clusters = queries.starts.shape[1] - 2  # with the label Qc of the always exact queries
+    sizes = queries.starts.diff()[:, :clusters].roll(1, -1)  # [G, C], label Qc first
     starts = queries.starts[:, :clusters].roll(1, -1)
     ends = ((sizes + rows - 1) // rows).cumsum(-1, dtype=torch.int32)  # [G, C]
     tile = torch.arange(
         triton.cdiv(q_tokens, rows) + clusters, device=ends.device, dtype=torch.int32
     )
     tile = tile.expand(ends.shape[0], -1).contiguous()
-    turn = torch.searchsorted(ends, tile, right=True, out_int32=True)  # [G, T]
-    known = turn.clamp(max=clusters - 1).long()
+    rank = torch.searchsorted(ends, tile, right=True, out_int32=True)  # [G, T]
+    known = rank.clamp(max=clusters - 1).long()
     first_tile = torch.where(known > 0, ends.gather(1, (known - 1).clamp(min=0)), 0)
     place = starts.gather(1, known) + (tile - first_tile) * rows
-    cluster = torch.where(turn == 0, clusters - 1, turn - 1)
-    return torch.where(turn == clusters, clusters, cluster), place
+    cluster = torch.where(rank == 0, clusters - 1, rank - 1)
+    return torch.where(rank == clusters, clusters, cluster), place
 
 
-def _is_wide(k: Tensor, v: Tensor) -> bool:
-    """Whether offsets inside one head pass 2^31 elements."""
+def _needs_int64(k: Tensor, v: Tensor) -> bool:
+    """Whether offsets inside one head reach 2^31 elements."""
     return bool(k.shape[2] * max(k.stride(2), v.stride(2)) >= 2**31)
 
 
@@ -325,14 +326,14 @@ def _no_hopper(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if launch_config(q.shape[-1], q.element_size(), HOPPER).wgmma is None:
         return f"has no tile for head dim {q.shape[-1]} in {q.dtype}"
     q, k, v, _ = _as_rows(q, k, v, 1.0)
-    if _is_wide(k, v):
-        return "takes no head of 2^31 elements and more"
-    # Triton has to see that every row starts at a multiple of 16 bytes.
+    if _needs_int64(k, v):
+        return "does not take heads of 2^31 elements or more"
+    # Triton has to know that every row starts at a multiple of 16 bytes.
     aligned = all(
         t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in token_strides(t))
         for t in (q, k, v)
     )
-    return None if aligned else "copies rows that start at multiples of 16 bytes only"
+    return None if aligned else "needs rows that start at multiples of 16 bytes"
 
 
 TRITON = register(
@@ -343,7 +344,7 @@ TRITON = register(
         partial(attend, on_hopper=False),
     )
 )
-"""Plain Triton, for every GPU; interpreted where there is none."""
+"""Plain Triton, for every GPU, and for Triton's interpreter on a CPU."""
 
 HOPPER_GLUON = register(
     Implementation(
@@ -353,4 +354,4 @@ HOPPER_GLUON = register(
         partial(attend, on_hopper=True),
     )
 )
-"""The same with the attend stage in Gluon."""
+"""As `TRITON`, with the attend stage in Gluon."""

@@ -296,7 +296,7 @@ def is_worth_while(q: Tensor) -> bool:
 def _parts(result: Result) -> list[Tensor]:
     """The tensors of a result, in one order."""
     return [
-        result.out, result.lse, *result.queries, *result.keys, result.exact, result.row_area
+        result.out, result.lse, *result.queries, *result.keys, result.block_mask, result.row_area
     ]  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""Corrections of the Gaussian form on a GPU, as `compensation.corrections` defines them.
+"""Corrections of the Gaussian form on a GPU, see `compensation.corrections`.
 
-The logit correction goes into the attend stage as one number for a query. The value correction is
-the same for all proxy tokens of a query, so it is added to the finished output, times the weight
-that the attend stage gave to proxy tokens.
+The attend stage gets the logit correction as one number for each query. The value correction is the
+same for all proxy tokens of a query. So it is added to the finished output, multiplied by the
+weight that the attend stage gave to the proxy tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from svg_ear_compile.kernels.gpu.launch import LaunchConfig, parts_of, token_str
 
 @triton.jit
 def clustered_rows(row_ptr, label, token, stride_n, clusters, d, there, D: tl.constexpr):
-    """Tokens [BN, BD] float32 at columns d; 0 outside of the clusters."""
+    """Tokens [BN, BD] float32 at columns d; 0 for tokens that are in no cluster."""
     mask = (there & (label < clusters))[:, None] & (d < D)[None, :]
     x = tl.load(row_ptr + token[:, None] * stride_n + d[None, :], mask=mask, other=0.0)
     return x.to(tl.float32)
@@ -29,7 +29,7 @@ def clustered_rows(row_ptr, label, token, stride_n, clusters, d, there, D: tl.co
 
 @triton.jit
 def centred_rows(row_ptr, label, token, stride_n, mean_ptr, clusters, d, there, D: tl.constexpr):
-    """`clustered_rows` less the means of their clusters."""
+    """`clustered_rows` minus the means of their clusters."""
     x = clustered_rows(row_ptr, label, token, stride_n, clusters, d, there, D)
     mask = (there & (label < clusters))[:, None] & (d < D)[None, :]
     mean = tl.load(mean_ptr + label[:, None] * D + d[None, :], mask=mask, other=0.0)
@@ -59,7 +59,7 @@ def covariance_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sums over a part of the tokens: BLOCK_C columns of Cov(k, k) and of Cov(v, k)."""
+    """Sums over a part of the tokens for BLOCK_C columns of Cov(k, k) and of Cov(v, k)."""
     part = tl.program_id(0)
     g = tl.program_id(2).to(tl.int64)
     b, h = g // heads, g % heads
@@ -94,7 +94,7 @@ def covariance_kernel(
 def logit_correction_kernel(
     q_ptr,  # (B, H, N, D)
     label_ptr,  # (G, N) int32
-    curvature_ptr,  # (G_kv, D, D) in the dtype of q, symmetric
+    curvature_ptr,  # (G_kv, D, D) in the dtype of q, symmetric, see `curvature_and_slope`
     logit_ptr,  # (G, N) float32 log2, out: the logit correction
     clip_ptr,  # (G, N) float32, out: the clip factor
     stride_qb,
@@ -110,7 +110,10 @@ def logit_correction_kernel(
     BLOCK_N: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
-    """``q' curvature q`` of BLOCK_N queries, q shortened to where it is LIMIT; 0 for others."""
+    """Logit correction ``q' curvature q``, at most LIMIT, and clip factor of BLOCK_N queries.
+
+    Queries that are in no cluster have the correction 0.
+    """
     g = tl.program_id(1).to(tl.int64)
     b, h = g // heads, g % heads
     g_kv = b * kv_heads + h // (heads // kv_heads)
@@ -141,7 +144,7 @@ def value_correction_kernel(
     q_ptr,  # (B, H, N, D)
     out_ptr,  # (B, H, N, D), in and out
     label_ptr,  # (G, N) int32
-    slope_ptr,  # (G_kv, D, D) in the dtype of q, s Cov(v, k)
+    slope_ptr,  # (G_kv, D, D) in the dtype of q, see `curvature_and_slope`
     clip_ptr,  # (G, N) float32, the clip factor
     weight_ptr,  # (G, N) float32, weight of a query's proxy tokens
     stride_qb,
@@ -159,7 +162,7 @@ def value_correction_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add ``weight * clip * slope q`` to the output of BLOCK_N queries."""
+    """Add the value correction ``weight * clip * slope q`` to the output of BLOCK_N queries."""
     g = tl.program_id(1).to(tl.int64)
     b, h = g // heads, g % heads
     g_kv = b * kv_heads + h // (heads // kv_heads)
@@ -194,9 +197,9 @@ def curvature_and_slope(
 
     Args:
         k, v: (B, H_kv, N, D).
-        keys: their clusters.
-        value_means: (G_kv, Kc, D) in the dtype of v, as `keys.rounded`: what rounding adds to a
-            covariance is its square.
+        keys: key clusters.
+        value_means: (G_kv, Kc, D) in the dtype of v. Means may be rounded, as `keys.rounded` is:
+            only the square of their rounding error enters the covariances.
         scale: s.
         config: see `launch_config`.
     """
@@ -225,7 +228,7 @@ def logit_corrections(
 
     Args:
         q: (B, H, N, D).
-        queries: their clusters.
+        queries: query clusters.
         curvature: see `curvature_and_slope`.
         kv_heads: H_kv.
         config: see `launch_config`.
@@ -251,11 +254,11 @@ def correct_values(
     """Add the value corrections of the proxy tokens to the output.
 
     Args:
-        out: (B, H, N, D), changed.
+        out: (B, H, N, D), modified in place.
         q, queries, kv_heads, config: see `logit_corrections`.
         slope: see `curvature_and_slope`.
         clip: clip factors, see `logit_corrections`.
-        weight: (G, N) float32, weight that a query gives to its proxy tokens.
+        weight: (G, N) float32, weight of the proxy tokens in the output of each query.
     """
     _, heads, tokens, dim = q.shape
     groups, clusters, _ = queries.centroids.shape

@@ -1,8 +1,8 @@
-"""Stage 1 on a GPU: batched k-means with a fixed number of rounds and no host synchronisation.
+"""Stage 1 on a GPU: batched k-means with a fixed number of iterations and no host synchronisation.
 
-Heads are flattened to G = B * H. A round assigns every token to its nearest centroid, sorts the
-tokens by label, and averages each run of the sorted tokens in float32, so that the result does not
-depend on the order in which programs run.
+Heads are flattened to G = B * H. An iteration assigns every token to its nearest centroid, sorts
+the tokens by label, and averages the tokens of each cluster in sorted order in float32. The result
+does not depend on the order in which programs run.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class SortedClusters(NamedTuple):
     """Tokens of G heads sorted by label.
 
     Attributes:
-        labels: (G, N) int32 in [0, C + 1]: cluster, always exact (C), padding (C + 1).
-        order: (G, N) int32 token at each place of the stable sort by label.
-        starts: (G, C + 3) int32 first place of each label; the last entry is N.
+        labels: (G, N) int32 in [0, C + 1]: cluster, always exact (C) or padding (C + 1).
+        order: (G, N) int32 token at each place of the order by label; a stable sort.
+        starts: (G, C + 3) int32 first place of each label in the order; the last entry is N.
         centroids: (G, C, D) float32.
-        rounded: (G, C, D) the centroids in the dtype of the tokens.
+        rounded: (G, C, D) centroids in the dtype of the tokens.
     """
 
     labels: Tensor
@@ -42,9 +42,9 @@ class SortedClusters(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """How far the token at each place of the order is from its cluster's mean.
+    """Distance of the token at each place of the order from the mean of its cluster.
 
-    With ``delta`` the difference between the two; places of no cluster hold nothing.
+    ``delta`` is the token minus the mean. Places of tokens in no cluster are not written.
 
     Attributes:
         along: (G, N) float32, ``mean . delta``.
@@ -80,7 +80,7 @@ def kmeans_assign_kernel(
     BLOCK_C: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """Nearest centroid of each token, lowest index first; labels C and C + 1 as documented."""
+    """Label of each token: the nearest centroid, the lowest of equal ones, or C or C + 1."""
     g = tl.program_id(1).to(tl.int64)
     b, h = g // heads, g % heads
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
@@ -98,9 +98,9 @@ def kmeans_assign_kernel(
         best, origin = keep_nearer(distance, first, best, origin)
     _, label = nearest_of(best, origin, clusters)
     # x * 0 is NaN exactly where x is NaN or infinite.
-    spoiled = tl.sum(x.to(tl.float32) * 0.0, 1) != 0.0
+    not_finite = tl.sum(x.to(tl.float32) * 0.0, 1) != 0.0
     text = (token < text_before) | (token >= tokens - text_after)
-    label = tl.where(spoiled | text, clusters, label)
+    label = tl.where(not_finite | text, clusters, label)
     if HAS_MASK:
         mask_row = mask_ptr + b * stride_mb + h * stride_mh + token.to(tl.int64) * stride_mn
         takes_part = tl.load(mask_row, mask=token < tokens, other=0)
@@ -122,10 +122,11 @@ def aim_kernel(
     BLOCK_N: tl.constexpr,
     HAS_METRIC: tl.constexpr,
 ):
-    """``a = M c``, rounded, and ``h = c . a - c' M c / 2``, infinite past C, of BLOCK_N c.
+    """For BLOCK_N centroids c: ``a = M c``, rounded, and ``h = c . a - c' M c / 2``.
 
-    The nearest centroid of x is that of the least ``h - x . a``; of a token at its centroid that is
-    not rounded, however far they are from 0.
+    The nearest centroid of x is the one of least ``h - x . a``. h contains the rounded a, so that
+    the rounding of a cancels for a token at its centroid, however far both are from 0. Past C, h is
+    infinite.
     """
     g = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
@@ -160,8 +161,8 @@ def cluster_mean_kernel(
     start_ptr,  # (G, C + 3) int32
     mean_ptr,  # (G, C, D) float32, in and out
     rounded_ptr,  # (G, C, D) in the dtype of x
-    along_ptr,  # (G, N) float32, of the token at each place of the order, see `Spread`
-    square_ptr,  # like along_ptr
+    along_ptr,  # (G, N) float32, out where WRITE_SPREAD, see `Spread`
+    square_ptr,  # (G, N) float32, out where WRITE_SPREAD, see `Spread`
     stride_xb,
     stride_xh,
     stride_xn,
@@ -171,9 +172,9 @@ def cluster_mean_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPREAD: tl.constexpr,
+    WRITE_SPREAD: tl.constexpr,
 ):
-    """Mean of each cluster's tokens; an empty cluster keeps what `mean_ptr` held."""
+    """Mean of the tokens of one cluster; an empty cluster keeps its mean."""
     c = tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
     b, h = g // heads, g % heads
@@ -194,7 +195,7 @@ def cluster_mean_kernel(
         mean = tl.load(mean_ptr + to, mask=d < D, other=0.0)
     tl.store(mean_ptr + to, mean, mask=d < D)
     tl.store(rounded_ptr + to, mean.to(rounded_ptr.dtype.element_ty), mask=d < D)
-    if SPREAD:
+    if WRITE_SPREAD:
         for place in range(first, last, BLOCK_N):
             at = place + tl.arange(0, BLOCK_N)  # [BN]
             inside = at < last
@@ -208,8 +209,8 @@ def cluster_mean_kernel(
 
 
 def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Stable sort: order (G, N) int32 and starts (G, C + 3) int32 of labels (G, N)."""
-    # Radix sort does one pass per byte; most cluster counts fit in two.
+    """Order (G, N) int32 and starts (G, C + 3) int32 of labels (G, N), see `SortedClusters`."""
+    # A radix sort takes one pass per byte, and most labels fit in two bytes.
     narrow = labels.to(torch.int16) if clusters + 2 < 2**15 else labels
     ranked, order = narrow.sort(dim=-1, stable=True)
     every = torch.arange(clusters + 3, device=labels.device, dtype=narrow.dtype)
@@ -227,9 +228,9 @@ def cluster_means(
     config: LaunchConfig,
     spread: Spread | None = None,
 ) -> Tensor:
-    """Overwrite `means` (G, C, D) float32 with the cluster means of x (B, H, N, D).
+    """Write the cluster means of x (B, H, N, D) to `means` (G, C, D) float32.
 
-    `spread` is filled too, where one is given.
+    An empty cluster keeps its mean. `spread` is written too, unless it is None.
 
     Returns:
         The means in the dtype of x.
@@ -240,7 +241,8 @@ def cluster_means(
     cluster_mean_kernel[(clusters, groups)](
         x, order, starts, means, rounded, *(spread or (means, means)),
         x.stride(0), x.stride(1), x.stride(2), heads, tokens, clusters,
-        D=dim, BLOCK_D=config.block_dim, BLOCK_N=32, SPREAD=spread is not None, num_warps=2,
+        D=dim, BLOCK_D=config.block_dim, BLOCK_N=32, num_warps=2,
+        WRITE_SPREAD=spread is not None,
     )  # fmt: skip
     return rounded
 
@@ -261,11 +263,11 @@ def kmeans(
         x: (B, H, N, D), last stride 1.
         mask: (B|1, H|1, N) bool or None.
         centroids: (B, H, C, D) finite, any float dtype; not modified.
-        text: text tokens before and after the video tokens.
-        iterations: assign-and-update rounds, at least 1.
+        text: numbers of text tokens before and after the video tokens.
+        iterations: number of assign-and-update rounds, at least 1.
         config: see `launch_config`.
         metric: (G, D, D) float32 or None.
-        query_tile: what clusters are aligned to in the last round, or None.
+        query_tile: tile of `align_to_tile`, which is applied in the last iteration, or None.
     """
     batch, heads, tokens, dim = x.shape
     groups, clusters = batch * heads, centroids.shape[2]
@@ -275,7 +277,7 @@ def kmeans(
     labels = torch.empty(groups, tokens, dtype=torch.int32, device=x.device)
     mask_strides = (0, 0, 0) if mask is None else token_strides(mask)
     tiles = config.assign
-    for turn in range(iterations):
+    for iteration in range(iterations):
         aims, half_norm = aims_of(rounded, metric, config)
         kmeans_assign_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
             x, aims, half_norm, x if mask is None else mask, labels,
@@ -284,7 +286,7 @@ def kmeans(
             HAS_MASK=mask is not None, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         order, starts = sort_by_label(labels, clusters)
-        if query_tile is not None and turn == iterations - 1:
+        if query_tile is not None and iteration == iterations - 1:
             align_to_tile(x, aims, half_norm, order, starts, labels, query_tile, config)
             order, starts = sort_by_label(labels, clusters)
         rounded = cluster_means(x, order, starts, means, config)
@@ -314,7 +316,9 @@ def regrouped(
 
 
 def aims_of(rounded: Tensor, metric: Tensor | None, config: LaunchConfig) -> tuple[Tensor, Tensor]:
-    """What `aim_kernel` says; a kernel of ours, because a graph must not hold cuBLAS' workspace.
+    """Aims and half norms of `aim_kernel`.
+
+    A product by cuBLAS would give every captured graph a workspace, so a kernel of ours does it.
 
     Args:
         rounded: (G, C, D) centroids in the dtype of the tokens.

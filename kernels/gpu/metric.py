@@ -1,4 +1,4 @@
-"""Metrics of the k-means on a GPU: second moments of all tokens of a head, in one pass."""
+"""Metrics of k-means on a GPU: second moments of all tokens of a head, in one pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from svg_ear_compile.kernels.gpu.launch import LaunchConfig, parts_of, token_str
 @triton.jit(do_not_specialize=["heads", "tokens", "text_before", "text_after", "chunk"])
 def moment_kernel(
     x_ptr,  # (B, H, N, D)
-    mask_ptr,  # (B|1, H|1, N) bool, True takes part
+    mask_ptr,  # (B|1, H|1, N) bool, True for tokens that take part
     square_ptr,  # (P, G, D, D) float32
     sum_ptr,  # (P, G, D) float32
     count_ptr,  # (P, G) float32
@@ -35,7 +35,7 @@ def moment_kernel(
     BLOCK_N: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """Sums of ``x x'`` (BLOCK_C columns), x and 1 over a part of a head's video tokens."""
+    """Sums over a part of a head's video tokens: BLOCK_C columns of ``x x'``, x, and 1."""
     part = tl.program_id(0)
     g = tl.program_id(2).to(tl.int64)
     b, h = g // heads, g % heads
@@ -72,17 +72,17 @@ def logit_metrics(
 ) -> tuple[Tensor, Tensor]:
     """`clustering.logit_metrics` with heads flattened: (G, D, D) and (G_kv, D, D) float32.
 
-    Sums serve as well as means, since a metric has no size.
+    Sums take the place of means, because `as_metric` scales the moments.
 
     Args:
         q: (B, H, N_q, D). k: (B, H_kv, N_k, D). Last strides 1.
         mask: (B|1, H_kv|1, N_k) bool or None.
-        text: text tokens before and after the video tokens.
+        text: numbers of text tokens before and after the video tokens.
         config: see `launch_config`.
     """
     per_kv_head = q.shape[1] // k.shape[1]
     squares, _, count = _sums(q, None, text, config)
-    # Heads differ in their number of finite queries; each is to count the same.
+    # The heads of a group count the same, however many finite queries each of them has.
     of_queries = squares / count[:, None, None] if per_kv_head > 1 else squares
     of_queries = of_queries.unflatten(0, (-1, per_kv_head)).sum(1)
     squares, total, count = _sums(k, mask, text, config)
@@ -93,8 +93,10 @@ def logit_metrics(
 def _sums(
     x: Tensor, mask: Tensor | None, text: tuple[int, int], config: LaunchConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of ``x x'`` (G, D, D) and x (G, D) over the video tokens, at least 1 of which count
-    (G,), all float32."""
+    """Sums of ``x x'`` (G, D, D) and x (G, D) over the video tokens, and their number (G,).
+
+    All are float32; the number is at least 1.
+    """
     batch, heads, tokens, dim = x.shape
     groups, tiles = batch * heads, config.moments
     columns = triton.cdiv(dim, tiles.columns)

@@ -1,10 +1,11 @@
-"""Stage 3 on a GPU: the block mask, and lists of its key tokens built on the device.
+"""Stage 3 on a GPU: the block mask, and lists of the exact keys (kv_indices) built on the device.
 
-A row of blocks is a query cluster against all key clusters. Its exact keys are listed packed, so
-that ragged clusters waste no key tile. The largest exact block of a row and the always-exact keys
-are each one run of the sorted order and are not copied into the list. Under a density budget the
-keys before the block that crosses it number less than the budget; without its largest block no row
-is longer, which bounds the list.
+A row of blocks is a query cluster with all key clusters. The exact keys of a row are copied into
+one list without gaps, so that key clusters of uneven sizes fill whole key tiles. Two parts are not
+copied, because each is one range of the sorted order: the largest exact block of the row, and the
+always exact keys. With a density budget, the exact blocks of a row without the last one taken have
+fewer keys than the budget. The blocks without the largest one cannot have more keys than that, so
+the budget bounds the length of the list.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton.language as tl
 
 @triton.jit
 def rank_key(score):
-    """Unsigned integers in the order of the scores, NaN highest."""
+    """Unsigned integers that sort like the scores, NaN highest."""
     score = tl.where(score != score, float("inf"), score)
     bits = score.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -26,8 +27,9 @@ def rank_key(score):
 def take_until(key, weight, budget):
     """`routing.take_until` of one row without a sort.
 
-    Finds, bit by bit, the highest key down to which the weights reach the budget; everything above
-    it is taken, and its ties lowest index first.
+    The level is the highest key such that entries at or above it have the weight of the budget; it
+    is found bit by bit. All entries above the level are taken, and entries at the level from the
+    lowest index on.
 
     Returns:
         taken [K] bool.
@@ -51,8 +53,8 @@ def route_kernel(
     logit_ptr,  # (L, Qc, Kc) float32
     q_start_ptr,  # (G, Qc + 3) int32
     k_start_ptr,  # (G_kv, Kc + 3) int32
-    budget_ptr,  # (G_kv,) float32, keys that a row may take before the block that crosses it
-    exact_ptr,  # (G, Qc, Kc) bool, out, or in where ROUTING is "reused"
+    budget_ptr,  # (G_kv,) float32, see `routing.area_budget`
+    block_mask_ptr,  # (G, Qc, Kc) bool, out, or in where ROUTING is "reused"
     row_area_ptr,  # (G, Qc) int32, out
     first_head,
     heads,
@@ -80,14 +82,14 @@ def route_kernel(
     rows = tl.load(q_start + 1) - tl.load(q_start)
     occupied = size > 0
     keys = size.to(tl.float32)
-    at_exact = exact_ptr + (g * q_clusters + i) * k_clusters + j
+    at_mask = block_mask_ptr + (g * q_clusters + i) * k_clusters + j
     if ROUTING != "reused":
         log_error = tl.load(log_error_ptr + pair, mask=inside, other=float("-inf"))
-        # m_i is the same along the row and cannot change its order.
+        # m_i is the same for the whole row and cannot change the order.
         score = log_error - tl.log(tl.maximum(keys, 1.0))
         score = tl.where(occupied, score, float("-inf"))
     if ROUTING == "reused":
-        taken = (tl.load(at_exact, mask=inside, other=0) != 0) & occupied
+        taken = (tl.load(at_mask, mask=inside, other=0) != 0) & occupied
     elif ROUTING == "density":
         taken = take_until(rank_key(score), keys, tl.load(budget_ptr + g_kv))
         taken = taken & occupied
@@ -111,20 +113,20 @@ def route_kernel(
         rest_score = tl.where(guaranteed, float("-inf"), score)
         best = take_until(rank_key(rest_score), tl.where(guaranteed, 0.0, keys), left)
         taken = guaranteed | (best & occupied)
-    # An empty query cluster computes nothing and counts nothing.
+    # A row without queries has no exact block and no area.
     taken = taken & (rows > 0)
     if ROUTING != "reused":
-        tl.store(at_exact, taken, mask=inside)
+        tl.store(at_mask, taken, mask=inside)
     tl.store(row_area_ptr + g * q_clusters + i, tl.sum(tl.where(taken, size, 0), 0))
 
 
 @triton.jit(do_not_specialize=["first_head", "heads", "kv_heads", "q_clusters", "k_clusters"])
-def kv_index_kernel(
-    exact_ptr,  # (G, Qc, Kc) bool
+def kv_offset_kernel(
+    block_mask_ptr,  # (G, Qc, Kc) bool
     k_start_ptr,  # (G_kv, Kc + 3) int32
     bias_ptr,  # (L, Qc, Kc) float32 log2, out: -inf where the block is exact or empty
-    offset_ptr,  # (L, Qc, Kc) int32, out: place of each listed block in its row's list, else -1
-    row_ptr,  # (L, Qc, 3) int32, out: keys listed, first place of the run, keys of the run
+    offset_ptr,  # (L, Qc, Kc) int32, out: place of the block in the list of its row, or -1
+    row_ptr,  # (L, Qc, 3) int32, out: keys in the list; start and keys of the largest block
     first_head,
     heads,
     kv_heads,
@@ -132,7 +134,7 @@ def kv_index_kernel(
     k_clusters,
     BLOCK_K: tl.constexpr,
 ):
-    """Where the key tokens of one row of the block mask go, and the logit bias of the others."""
+    """Places of the exact blocks of one row in its list, and the logit bias of skipped blocks."""
     i = tl.program_id(0)
     local = tl.program_id(1).to(tl.int64)
     g = first_head + local
@@ -143,18 +145,18 @@ def kv_index_kernel(
     k_start = k_start_ptr + g_kv * (k_clusters + 3) + j
     start = tl.load(k_start, mask=inside, other=0)
     size = tl.load(k_start + 1, mask=inside, other=0) - start  # [BK]
-    at_exact = exact_ptr + (g * q_clusters + i) * k_clusters + j
-    taken = (tl.load(at_exact, mask=inside, other=0) != 0) & (size > 0)
-    run = tl.argmax(tl.where(taken, size, 0), 0)
-    listed = taken & (j != run)
-    listed_size = tl.where(listed, size, 0)
-    offset = tl.cumsum(listed_size, 0) - listed_size
-    tl.store(offset_ptr + pair, tl.where(listed, offset, -1), mask=inside)
-    in_run = taken & (j == run)
+    at_mask = block_mask_ptr + (g * q_clusters + i) * k_clusters + j
+    taken = (tl.load(at_mask, mask=inside, other=0) != 0) & (size > 0)
+    largest = tl.argmax(tl.where(taken, size, 0), 0)
+    in_list = taken & (j != largest)
+    list_size = tl.where(in_list, size, 0)
+    offset = tl.cumsum(list_size, 0) - list_size
+    tl.store(offset_ptr + pair, tl.where(in_list, offset, -1), mask=inside)
+    in_range = taken & (j == largest)
     row_to = row_ptr + (local * q_clusters + i) * 3
-    tl.store(row_to, tl.sum(listed_size, 0))
-    tl.store(row_to + 1, tl.sum(tl.where(in_run, start, 0), 0))
-    tl.store(row_to + 2, tl.sum(tl.where(in_run, size, 0), 0))
+    tl.store(row_to, tl.sum(list_size, 0))
+    tl.store(row_to + 1, tl.sum(tl.where(in_range, start, 0), 0))
+    tl.store(row_to + 2, tl.sum(tl.where(in_range, size, 0), 0))
     bias = tl.log2(tl.maximum(size.to(tl.float32), 1.0))
     bias = tl.where(taken | (size == 0), float("-inf"), bias)
     tl.store(bias_ptr + pair, bias, mask=inside)
@@ -171,11 +173,11 @@ def kv_index_kernel(
         "pitch",
     ]
 )
-def kv_list_kernel(
+def kv_indices_kernel(
     offset_ptr,  # (L, Qc, Kc) int32
     k_start_ptr,  # (G_kv, Kc + 3) int32
     order_ptr,  # (G_kv, N) int32
-    kv_indices_ptr,  # (L, Qc, pitch) int32, out: key tokens of each row, packed
+    kv_indices_ptr,  # (L, Qc, pitch) int32, out: key tokens in the list of each row
     first_head,
     heads,
     kv_heads,
@@ -186,7 +188,7 @@ def kv_list_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Copy the tokens of BLOCK_J key clusters into one row's list."""
+    """Copy the tokens of BLOCK_J key clusters into the list of one row."""
     i = tl.program_id(0)
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)  # [BJ]
     local = tl.program_id(2).to(tl.int64)

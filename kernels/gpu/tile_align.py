@@ -1,4 +1,4 @@
-"""Query clusters aligned to subtiles and tiles: fewer empty places in the attend stage."""
+"""Alignment of query clusters to subtiles and tiles on a GPU, see `clustering.tile_aligned`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from svg_ear_compile.kernels.gpu.nearest import keep_nearer, nearest_of, nothing
 
 @triton.jit
 def surplus_of(size, SUBTILE: tl.constexpr, TILE: tl.constexpr):
-    """How many queries clusters of these sizes give away, see `clustering.tile_aligned`."""
+    """Numbers of queries that clusters of these sizes give away."""
     in_subtile, in_tile = size % SUBTILE, size % TILE
     surplus = tl.where(in_subtile <= SUBTILE // 4, in_subtile, 0)
     surplus = tl.where(in_tile <= TILE // 6, in_tile, surplus)
@@ -42,7 +42,7 @@ def tile_align_kernel(
     BLOCK_N: tl.constexpr,  # `QueryTile.candidates`
     BLOCK_C: tl.constexpr,
 ):
-    """One cluster gives its surplus of queries away, if it has one."""
+    """Move the surplus queries of one cluster to other clusters."""
     i = tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
     start_row = start_ptr + g * (clusters + 3)
@@ -79,7 +79,7 @@ def tile_align_kernel(
     along = tl.sum(x.to(tl.float32) * own_aim.to(tl.float32)[None, :], 1)
     lost = nearest - (tl.load(half_norm_ptr + g * pitch + i) - along)  # [BN]
     lost = tl.where(inside, lost, float("inf"))
-    # Those that lose least go, of equal ones the first.
+    # The queries whose distance grows least move; of equal ones the first.
     sooner = (lost[None, :] < lost[:, None]) | (
         (lost[None, :] == lost[:, None]) & (n[None, :] < n[:, None])
     )
@@ -97,14 +97,14 @@ def align_to_tile(
     query_tile: QueryTile,
     config: LaunchConfig,
 ) -> None:
-    """`clustering.tile_aligned` on a GPU: changes `labels`.
+    """`clustering.tile_aligned` on a GPU; changes `labels` in place.
 
     Args:
         x: (B, H, N, D), last stride 1.
-        aims: (G, C, D), half_norm: (G, P), which the tokens were assigned by; see `aims_of`.
-        order: (G, N), starts: (G, C + 3), the tokens sorted by label.
+        aims, half_norm: (G, C, D) and (G, P) that gave the labels, see `aims_of`.
+        order, starts: (G, N) and (G, C + 3), tokens sorted by label, see `SortedClusters`.
         labels: (G, N) int32.
-        query_tile: what the clusters are aligned to.
+        query_tile: sizes of subtile and tile.
         config: see `launch_config`.
     """
     _, heads, tokens, dim = x.shape

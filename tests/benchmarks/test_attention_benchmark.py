@@ -60,7 +60,7 @@ def test_the_cover_holds_every_exact_pair_and_no_needless_tile() -> None:
     result = sparse_attention(inputs.q, inputs.k, inputs.v, plan, text=(0, 5))
     labels = [c.labels.sort(dim=-1, stable=True).values for c in (result.queries, result.keys)]
     tiles = covering_tiles(result, *labels)
-    exact = torch.nn.functional.pad(result.exact, (0, 1, 0, 1), value=True)
+    exact = torch.nn.functional.pad(result.block_mask, (0, 1, 0, 1), value=True)
     pairs = exact[0, 1][labels[0][0, 1]][:, labels[1][0, 1]]  # [N, N] of the last head
     for i in range(tiles.shape[2]):
         for j in range(tiles.shape[3]):

@@ -56,11 +56,11 @@ def test_the_parts_of_a_head_are_the_definition(text: int) -> None:
     memory = Memory()
     found = attend_by_head(q, k, v, paper, plan, text, memory)
     torch.testing.assert_close(found, wanted.out)
-    probe = reference.probe(wanted.queries, wanted.keys, k, v, 32**-0.5)
+    wanted_scores = reference.score_blocks(wanted.queries, wanted.keys, k, v, 32**-0.5)
     for place, this in head.heads_of(q, k, v, wanted.queries, wanted.keys, 32**-0.5):
         blocks = head.score_blocks(this)
-        torch.testing.assert_close(blocks.log_error, probe.log_error[place])
-        torch.testing.assert_close(blocks.log_mass, probe.log_mass[place])
+        torch.testing.assert_close(blocks.log_error, wanted_scores.log_error[place])
+        torch.testing.assert_close(blocks.log_mass, wanted_scores.log_mass[place])
         logits = this.scale * this.q_centroids @ this.k.T
         for j in range(len(this.k_sizes)):
             weights = logits[:, this.k_labels == j].softmax(-1)

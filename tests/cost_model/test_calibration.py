@@ -311,8 +311,8 @@ def test_renamed_kernels_are_noticed() -> None:
     found = by_stage(spent, measuring.STAGE_OF_KERNEL)
     assert found["cluster"] == 2.0
     assert sum(found.values()) == pytest.approx(sum(spent.values()))
-    with pytest.raises(RuntimeError, match="nothing of probe"):
-        by_stage({k: ms for k, ms in spent.items() if k != "probe_kernel"} | {"new": 1.0},
+    with pytest.raises(RuntimeError, match="no kernel of the stages score"):
+        by_stage({k: ms for k, ms in spent.items() if k != "score_kernel"} | {"new": 1.0},
                  measuring.STAGE_OF_KERNEL)  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def test_the_default_curve_is_the_recorded_one() -> None:
         mine = (known.intercept, known.density, known.queries, known.keys)
         assert mine == pytest.approx(tuple(fitted), abs=0.01)
     share = json.loads((RESULTS / "sensitivity.json").read_text())["median_share"]
-    assert pytest.approx(share, rel=0.1) == default_error.MODEL_SHARE
+    assert pytest.approx(share, rel=0.1) == default_error.MODEL_ERROR_RATIO
     assert model_error(0.2, AttentionPlan(), 4096, 4096) == pytest.approx(
-        default_error.MODEL_SHARE * attention_error(0.2, 128, 64, "gaussian")
+        default_error.MODEL_ERROR_RATIO * attention_error(0.2, 128, 64, "gaussian")
     )

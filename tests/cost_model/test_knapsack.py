@@ -27,18 +27,18 @@ def brute_force(groups: list[list[Option]], budget: float) -> float:
     return min(sum(o.loss for o in c) for c in choices if sum(o.cost for o in c) <= budget)
 
 
-def reachable(groups: list[list[Option]], share: float) -> float:
+def reachable(groups: list[list[Option]], fraction: float) -> float:
     """A budget between the least and the most that the groups can cost."""
     least, most = (sum(f(o.cost for o in group) for group in groups) for f in (min, max))
-    return least + share * (most - least) + 1e-9 * most
+    return least + fraction * (most - least) + 1e-9 * most
 
 
 @settings(max_examples=60)
 @given(problems, st.floats(0, 1))
 def test_it_keeps_the_budget_and_stays_within_the_gap_of_brute_force(
-    groups: list[list[Option]], share: float
+    groups: list[list[Option]], fraction: float
 ) -> None:
-    budget = reachable(groups, share)
+    budget = reachable(groups, fraction)
     best = brute_force(groups, budget)
     found = evaluate(groups, solve(groups, budget), budget)
     assert found.feasible

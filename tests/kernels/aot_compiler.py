@@ -137,7 +137,7 @@ def compile_job(job: Job) -> list[Report]:
             # No kernel ran: what it holds is as arbitrary as its shapes are right.
             centroids = (made.queries.centroids, made.keys.centroids)
             labels = (torch.zeros_like(x.labels) for x in (made.queries, made.keys))
-            blocks = Blocks(*labels, made.exact)
+            blocks = Blocks(*labels, made.block_mask)
             used.sparse_attention(
                 q, k, v, plan, attn_mask=mask, centroids=centroids, blocks=blocks, return_lse=True
             )

@@ -128,7 +128,7 @@ class Oracle:
     keys: Clusters
     scale: float
     plan: AttentionPlan
-    probe: reference.Probe
+    scores: reference.BlockScores
 
     @staticmethod
     def of(
@@ -140,8 +140,8 @@ class Oracle:
             queries = queries._replace(centroids=queries.centroids.to(q.dtype).double())
         wide_q, wide_k, wide_v = (t.cpu().double() for t in (q, k, v))
         wide_k, wide_v = (t.repeat_interleave(groups, 1) for t in (wide_k, wide_v))
-        probe = reference.probe(queries, keys, wide_k, wide_v, scale)
-        return Oracle(wide_q, wide_k, wide_v, queries, keys, scale, plan, probe)
+        scores = reference.score_blocks(queries, keys, wide_k, wide_v, scale)
+        return Oracle(wide_q, wide_k, wide_v, queries, keys, scale, plan, scores)
 
     def attend(self, exact: Tensor) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp for these blocks."""

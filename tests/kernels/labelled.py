@@ -41,8 +41,8 @@ class Labelled:
             ),
         )
 
-    def probe(self) -> reference.Probe:
-        return reference.probe(*self.clusters(), self.k, self.v, self.scale)
+    def scores(self) -> reference.BlockScores:
+        return reference.score_blocks(*self.clusters(), self.k, self.v, self.scale)
 
     def proxies(self) -> ProxyTokens:
         value_means, _ = reference.cluster_means(self.v, self.k_labels, self.k_clusters)

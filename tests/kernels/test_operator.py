@@ -279,7 +279,7 @@ def test_density_zero_routes_nothing_and_text_keeps_its_keys(form: Form) -> None
     q, k, v = qkv(form.device, (2, 2), (61, 61), torch.float16)
     plan = AttentionPlan(density=0.0, q_clusters=3, k_clusters=7)
     found = form(q, k, v, plan, text=(4, 2), return_lse=True)
-    assert not found.exact.any()
+    assert not found.block_mask.any()
     dense = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
     for text in (slice(0, 4), slice(59, 61)):
         rows_close(found.out[:, :, text], dense[:, :, text], form, torch.float16)
@@ -310,7 +310,7 @@ def check_nearly_coherent_blocks(form: Form, seed: int) -> None:
     start = (q[:, :, :1].float(), centers.to(form.device))
     found = form(q, k, v, plan, centroids=start)
     assert torch.equal(found.keys.labels[0, 0].cpu().long(), labels)
-    assert found.exact[0, 0, 0].tolist() == [False, False, False, True, True, True]
+    assert found.block_mask[0, 0, 0].tolist() == [False, False, False, True, True, True]
 
 
 @EVERY_FORM
@@ -320,7 +320,7 @@ def test_same_inputs_give_the_same_bits(form: Form) -> None:
     second = form(q, k, v, PLAN, return_lse=True)
     assert torch.equal(first.out, second.out)
     assert torch.equal(first.lse, second.lse)
-    assert torch.equal(first.exact, second.exact)
+    assert torch.equal(first.block_mask, second.block_mask)
 
 
 @pytest.mark.parametrize("compensation", get_args(Compensation))
@@ -352,7 +352,7 @@ def test_a_call_starts_from_what_its_source_gives(device: str) -> None:
         wanted = registry.sparse_attention(q, k, v, PLAN, centroids=centroids, blocks=blocks)
         assert torch.equal(found, wanted.out)
         (result,) = source.results
-        assert torch.equal(result.exact, wanted.exact)
+        assert torch.equal(result.block_mask, wanted.block_mask)
         (request,) = source.requests
         assert (request.plan, request.site, request.layer_owner) == (DENSE, "s", "to_q")
         assert (request.q_shape, request.k_shape) == (tuple(q.shape), tuple(k.shape))

@@ -106,7 +106,7 @@ def test_empty_clusters_carry_no_mass(form: str, seed: int, added: int) -> None:
     exact = case.random_blocks()
     out, lse = case.attend(exact, form)
     case.k_clusters += added
-    assert (case.probe().log_mass[..., 5:] == -math.inf).all()
+    assert (case.scores().log_mass[..., 5:] == -math.inf).all()
     with_empty, with_empty_lse = case.attend(F.pad(exact, (0, added)), form)
     close(with_empty, out)
     close(with_empty_lse, lse)
@@ -128,7 +128,7 @@ def test_padding_keys_carry_no_mass(form: str, seed: int, padded: int) -> None:
 
 def log_rho(case: Labelled) -> Tensor:
     """``log E_ij / (Z_i^2 n_j)``, from its definition."""
-    found, (_, keys) = case.probe(), case.clusters()
+    found, (_, keys) = case.scores(), case.clusters()
     row_mass = found.log_mass.exp().sum(-1, keepdim=True)
     return (found.log_error.exp() / (row_mass**2 * keys.sizes.unsqueeze(2))).log()
 
@@ -140,25 +140,25 @@ def test_shifting_all_keys_changes_neither_attention_nor_the_threshold_route(
 ) -> None:
     case = Labelled(seed)
     exact = case.random_blocks()
-    before, rho_before, error_before = case.attend(exact, form), log_rho(case), case.probe()[0]
+    before, rho_before, error_before = case.attend(exact, form), log_rho(case), case.scores()[0]
     threshold = float(rho_before.exp().median()) * (1 + 1e-6)
     plan = AttentionPlan(routing="threshold", threshold=threshold)
-    route_before = reference.route(case.probe(), *case.clusters(), plan)
+    route_before = reference.route(case.scores(), *case.clusters(), plan)
     assert torch.equal(route_before, rho_before >= math.log(threshold))
     case.k = case.k + case.randn(1, 2, 1, 6)
     close(case.attend(exact, form)[0], before[0])
     close(log_rho(case), rho_before)
-    assert torch.equal(reference.route(case.probe(), *case.clusters(), plan), route_before)
+    assert torch.equal(reference.route(case.scores(), *case.clusters(), plan), route_before)
     # The error itself has no common unit: it moved.
-    assert (case.probe()[0] - error_before).abs().min() > 1e-6
+    assert (case.scores()[0] - error_before).abs().min() > 1e-6
 
 
 @given(seed=SEEDS)
-def test_probe_error_is_the_sum_over_the_block(seed: int) -> None:
+def test_score_of_error_is_the_sum_over_the_block(seed: int) -> None:
     case = Labelled(seed)
     queries, keys = case.clusters()
     value_means, _ = reference.cluster_means(case.v, case.k_labels, 5)
-    found = case.probe()
+    found = case.scores()
     for h in range(2):
         for i in range(3):
             for j in range(5):
@@ -193,7 +193,7 @@ def test_density_budget(seed: int, density: float) -> None:
     case = Labelled(seed)
     plan = AttentionPlan(density=density)
     queries, keys = case.clusters()
-    found = case.probe()
+    found = case.scores()
     exact = reference.route(found, queries, keys, plan)
     for h in range(2):
         sizes = keys.sizes[0, h]
@@ -217,7 +217,7 @@ def test_top_p_budget_and_floor(seed: int, top_p: float, floor: float) -> None:
     case = Labelled(seed)
     plan = AttentionPlan(routing="top_p", top_p=top_p, min_block_ratio=floor)
     queries, keys = case.clusters()
-    found = case.probe()
+    found = case.scores()
     exact = reference.route(found, queries, keys, plan)
     for h in range(2):
         sizes = keys.sizes[0, h].tolist()

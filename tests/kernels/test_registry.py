@@ -64,10 +64,12 @@ def test_attend_is_pure() -> None:
     routed = used.cluster_and_route(
         q, k, v, PLAN, attn_mask=None, scale=0.2, text=(2, 1), centroids=None, blocks=None
     )
-    before = [t.clone() for t in (*routed.queries, *routed.keys, routed.exact, routed.row_area)]
+    before = [
+        t.clone() for t in (*routed.queries, *routed.keys, routed.block_mask, routed.row_area)
+    ]
     outs = [used.attend(q, k, v, routed, "gaussian", scale=0.2, return_lse=True) for _ in "ab"]
     assert all(torch.equal(x, y) for x, y in zip(*outs, strict=True))
-    after = (*routed.queries, *routed.keys, routed.exact, routed.row_area)
+    after = (*routed.queries, *routed.keys, routed.block_mask, routed.row_area)
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
@@ -77,7 +79,7 @@ def test_block_lists_are_the_block_mask() -> None:
         q, k, v, PLAN, attn_mask=None, scale=0.2, text=(0, 0), centroids=None, blocks=None
     )
     kv_indptr, kv_indices = routed.block_lists()
-    rows = routed.exact.flatten(0, 2)
+    rows = routed.block_mask.flatten(0, 2)
     assert kv_indptr.shape == (2 * 4 * 3 + 1,)
     assert kv_indptr.dtype == kv_indices.dtype == torch.int32
     for r, row in enumerate(rows):

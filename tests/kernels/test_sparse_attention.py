@@ -101,18 +101,18 @@ def check_clusters(found: reference.Clusters, x: Tensor, text: tuple[int, int], 
 def check_route(oracle: Oracle, got: Result) -> None:
     """Budget exact, best scores taken up to rounding, areas counted right."""
     plan, sizes = oracle.plan, oracle.keys.sizes.unsqueeze(2)  # [B, H, 1, Kc]
-    exact = got.exact.cpu()
+    exact = got.block_mask.cpu()
     row = oracle.queries.sizes > 0  # [B, H, Qc]
     area = (exact * sizes).sum(-1)
     assert torch.equal(got.row_area.cpu().long()[row], area[row])
     assert got.exact_pairs.item() == (area * oracle.queries.sizes).sum().item()
     occupied = (sizes > 0).expand_as(exact)
     assert not (exact & ~occupied)[row].any()
-    floor = 2 * oracle.probe.log_mass - sizes.clamp(min=1).log() + math.log(ERROR_FLOOR)
-    error = oracle.probe.log_error.masked_fill(oracle.probe.log_error < floor, -1e3)
+    floor = 2 * oracle.scores.log_mass - sizes.clamp(min=1).log() + math.log(ERROR_FLOOR)
+    error = oracle.scores.log_error.masked_fill(oracle.scores.log_error < floor, -1e3)
     if plan.routing == "threshold":
-        row_mass = oracle.probe.log_mass.logsumexp(-1, keepdim=True)
-        log_rho = oracle.probe.log_error - 2 * row_mass - sizes.clamp(min=1).log()
+        row_mass = oracle.scores.log_mass.logsumexp(-1, keepdim=True)
+        log_rho = oracle.scores.log_error - 2 * row_mass - sizes.clamp(min=1).log()
         margin = log_rho - math.log(plan.threshold)
         assert exact[(margin > SCORE_TOLERANCE) & row.unsqueeze(-1) & occupied].all()
         assert not exact[(margin < -SCORE_TOLERANCE) & row.unsqueeze(-1)].any()
@@ -121,7 +121,7 @@ def check_route(oracle: Oracle, got: Result) -> None:
         bounds = []
         for shift in (-1e-4, 1e-4):
             near = AttentionPlan(routing="top_p", top_p=plan.top_p + shift)
-            bounds.append(reference.route(oracle.probe, oracle.queries, oracle.keys, near))
+            bounds.append(reference.route(oracle.scores, oracle.queries, oracle.keys, near))
         least, most = ((b * sizes).sum(-1)[row] for b in bounds)
         assert (area[row] >= least).all()
         assert (area[row] <= most).all()
@@ -160,8 +160,8 @@ def check_case(form: Form, dim: int, dtype: torch.dtype, compensation: str, case
 def check_output(oracle: Oracle, got: Result) -> None:
     """Output and log-sum-exp as the definition has them for the result's own blocks."""
     dtype = got.out.dtype
-    out, lse = oracle.attend(got.exact.cpu())
-    near_out, near_lse = oracle.attend_stored_in(got.exact.cpu(), dtype)
+    out, lse = oracle.attend(got.block_mask.cpu())
+    near_out, near_lse = oracle.attend_stored_in(got.block_mask.cpu(), dtype)
     ulp = torch.finfo(dtype).eps
     assert_within_rounding(got.out, out, near_out, 2 * ulp if dtype == F32 else ulp / 2)
     # Of the log-sum-exp only the stored proxy keys are rounded, and few of them decide it.
@@ -235,7 +235,7 @@ def test_cuda_calls_are_bit_equal_whatever_memory_held_before(dim: int, compensa
         poison = [torch.full((n,), math.nan, device="cuda") for n in (2**12, 2**16, 2**20) * 8]
         del poison
         got = CUDA(q, k, v, plan, return_lse=True)
-        found = (got.out, got.lse, got.queries.labels, got.keys.labels, got.exact)
+        found = (got.out, got.lse, got.queries.labels, got.keys.labels, got.block_mask)
         first = first or [t.clone() for t in found]
         assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
 
@@ -259,5 +259,5 @@ def test_query_clusters_are_those_of_the_definition_with_the_same_tile(form: For
     )
     found = form(q, k, v, plan)
     assert torch.equal(found.queries.labels.long(), wanted.queries.labels)
-    assert torch.equal(found.exact, wanted.exact)
+    assert torch.equal(found.block_mask, wanted.block_mask)
     torch.testing.assert_close(found.out, wanted.out, rtol=1e-4, atol=1e-5)

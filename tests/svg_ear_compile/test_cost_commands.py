@@ -22,7 +22,7 @@ from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import calibrate as measuring
 from svg_ear_compile.cost_model.budget import Choice
 from svg_ear_compile.cost_model.calibrate import _Workload
-from svg_ear_compile.deciding import calibration_of
+from svg_ear_compile.policy import calibration_of
 
 TUNE = [
     "tune", "--model", "transformer_models:tuned_stack", "--density", "0.3", "--eager",
@@ -70,7 +70,7 @@ def test_tune_then_explain_and_plot(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "24 forwards to measure (0 are in the journal)" in printed
     assert "blocks.2" in printed
     assert budgets.load(out).schedule.phases == 2
-    assert json.loads(out.read_text())["wish"] == "density 0.3"
+    assert json.loads(out.read_text())["objective"] == "density 0.3"
     for what in ("budget", "frontier"):
         picture = tmp_path / f"{what}.png"
         assert main(["plot", what, "--budget", str(out), "--out", str(picture)]) == 0

@@ -15,7 +15,7 @@ from torch import nn
 from transformer_models import stack, tuned_stack
 
 from svg_ear_compile import ModelCall, TuningSettings, bind, record_calls, trial_runs, tune, tuning
-from svg_ear_compile.cost_model.allotment import Allotment
+from svg_ear_compile.cost_model.allocation import AllocationProblem
 from svg_ear_compile.cost_model.budget import Budget, Choice, check
 from svg_ear_compile.cost_model.calibration import Efficiency, guess
 from svg_ear_compile.cost_model.device import describe
@@ -51,7 +51,7 @@ def error(model: Any, budget: Budget, call: ModelCall) -> float:
         return float((compiled(*call.args) - dense).norm() / dense.norm())
 
 
-def test_the_wish_is_met_and_the_layer_that_matters_most_gets_most() -> None:
+def test_the_objective_is_met_and_the_layer_that_matters_most_gets_most() -> None:
     model, calls = model_and_calls()
     heard: list[tuple[str, int, int]] = []
     costs: list[tuning.Cost] = []
@@ -64,7 +64,7 @@ def test_the_wish_is_met_and_the_layer_that_matters_most_gets_most() -> None:
     assert ("one layer sparse", 24, 24) in heard
     assert found.predicted.density is not None
     assert found.predicted.density <= 0.3 + 1e-9
-    if found.verdict == "tuned":  # not worse than one density, where both were run
+    if found.outcome == "tuned":  # not worse than one density, where both were run
         assert found.measured.error is not None
         first, *_, last = [choices[0].density for choices in found.layers.values()]
         assert last >= first
@@ -74,7 +74,7 @@ def test_the_wish_is_met_and_the_layer_that_matters_most_gets_most() -> None:
     assert max(errors) == pytest.approx(found.measured.error, rel=0.05)
 
 
-def test_an_error_wish_is_kept_on_the_calls_with_room_for_others(
+def test_an_error_objective_is_kept_on_the_calls_with_room_for_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # On a device where sparse attention of so few tokens pays: only operations take time.
@@ -105,18 +105,18 @@ def test_phases_have_choices_of_their_own() -> None:
 def test_uniform_is_kept_where_tuning_is_not_better(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = model_and_calls()
 
-    def misled(self: Any, wish: Any, allowed: float) -> dict[str, tuple[Choice, ...]]:
+    def misled(self: Any, objective: Any, allowed: float) -> dict[str, tuple[Choice, ...]]:
         options = {"blocks.0": 0.9, "blocks.1": 0.0, "blocks.2": 0.0}
         return {layer: (Choice(density, 8, 16),) for layer, density in options.items()}
 
-    monkeypatch.setattr(Allotment, "solve", misled)
+    monkeypatch.setattr(AllocationProblem, "solve", misled)
     found = tune(model, calls, density=0.3, settings=QUICK)
-    assert found.verdict == "uniform"
+    assert found.outcome == "uniform"
     assert "tuning was not better" in found.note
     assert len(set(found.layers.values())) == 1
 
 
-def test_an_unreachable_wish_names_the_best() -> None:
+def test_an_unreachable_objective_names_the_best() -> None:
     model, calls = model_and_calls()
     with pytest.raises(ValueError, match=r"target_speedup 100 cannot be reached .* the best is"):
         tune(model, calls, target_speedup=100.0, settings=QUICK)
@@ -203,7 +203,7 @@ def test_a_journal_that_cannot_be_kept_is_refused(make: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("wishes", "message"),
+    ("objectives", "message"),
     [
         ({}, "give one of"),
         ({"density": 0.2, "max_error": 0.1}, "give one of"),
@@ -212,10 +212,12 @@ def test_a_journal_that_cannot_be_kept_is_refused(make: Any, tmp_path: Path) -> 
         ({"max_error": -1.0}, "max_error must be between 0 and inf"),
     ],
 )
-def test_wishes_are_checked_before_anything_runs(wishes: dict[str, float], message: str) -> None:
+def test_objectives_are_checked_before_anything_runs(
+    objectives: dict[str, float], message: str
+) -> None:
     model, calls = model_and_calls()
     with pytest.raises(ValueError, match=message):
-        tune(model, calls, **wishes)  # type: ignore[arg-type]
+        tune(model, calls, **objectives)  # type: ignore[arg-type]
 
 
 def test_models_and_calls_that_cannot_be_tuned_are_refused() -> None:

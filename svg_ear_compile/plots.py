@@ -1,4 +1,4 @@
-"""Pictures of budgets, times and blocks; needs matplotlib (extra ``tune``)."""
+"""Plots of budgets, times and block masks; needs matplotlib (extra ``tune``)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _figure(path: Path, width: float, height: float) -> Iterator[Axes]:
 
 
 def budget(found: Budget, path: Path) -> None:
-    """Density of every layer over the denoising steps, from noise to video."""
+    """Plot the density of every layer over the denoising steps, from noise to video."""
     schedule = found.schedule
     # Timesteps of the models in public use run down from 1000, or from 1.
     known = max((*schedule.phase_starts, schedule.dense_from or 0.0))
@@ -76,12 +76,12 @@ def budget(found: Budget, path: Path) -> None:
         axes.set_xticks(schedule.dense_steps + marks, [f"{timesteps[m]:.3g}" for m in marks])
         leading = f"{schedule.dense_steps} leading dense steps, then " * bool(schedule.dense_steps)
         axes.set_xlabel(f"{leading}timestep, from noise to video")
-        axes.set_title(f"Density by layer ({found.wish}, {found.verdict})", fontsize=11)
-        axes.figure.colorbar(image, ax=axes, extend="max", label="share computed exactly")
+        axes.set_title(f"Density by layer ({found.objective}, {found.outcome})", fontsize=11)
+        axes.figure.colorbar(image, ax=axes, extend="max", label="fraction computed exactly")
 
 
 def frontier(found: Budget, path: Path) -> None:
-    """Predicted error against time of the budgets that were weighed, with the chosen one."""
+    """Plot predicted error over time of the frontier, with the chosen budget."""
     with _figure(path, 6.4, 4.4) as axes:
         points = sorted(found.frontier, key=lambda point: point.ms)
         axes.plot(
@@ -109,7 +109,7 @@ def frontier(found: Budget, path: Path) -> None:
 
 
 def times(found: Sequence[Comparison], title: str, path: Path) -> None:
-    """Predicted against measured milliseconds of whole sparse calls and of dense attention."""
+    """Plot predicted over measured milliseconds of sparse calls and of dense attention."""
     with _figure(path, 5.6, 5.2) as axes:
         kinds: tuple[tuple[str, Callable[[Comparison], bool], str, str], ...] = (
             ("sparse, fitted", lambda c: c.sample.fitted, "o", "#4878a8"),
@@ -146,7 +146,15 @@ def blocks(
     density: float,
     path: Path,
 ) -> None:
-    """One head's blocks, clusters drawn as wide as they have tokens: exact or compensated.
+    """Plot the block mask of one head, with clusters as wide as they have tokens.
+
+    Args:
+        model: the model.
+        args, kwargs: inputs of one forward.
+        layer: path of the layer, None for the first that could be sparse.
+        head: index of the query head.
+        density: density of the plan.
+        path: image file to write.
 
     Raises:
         ValueError: the model has no such layer or head.
@@ -172,14 +180,15 @@ def blocks(
 def _draw_blocks(call: SeenCall, head: int, density: float, path: Path) -> None:
     result = call.sparse(AttentionPlan(density=density))
     kv_head = head // (call.q.shape[1] // call.k.shape[1])
-    exact = result.exact[0, head].cpu()
+    block_mask = result.block_mask[0, head].cpu()
     rows, columns = result.queries.sizes[0, head].cpu(), result.keys.sizes[0, kv_head].cpu()
-    # Clusters come in the order of their first tokens; sorted by size the map shows what is spent.
+    # Clusters are in the order of their initial centroids; sorted by size the plot is readable.
     row_order, column_order = rows.argsort(descending=True), columns.argsort(descending=True)
-    exact, rows, columns = exact[row_order][:, column_order], rows[row_order], columns[column_order]
+    block_mask, rows = block_mask[row_order][:, column_order], rows[row_order]
+    columns = columns[column_order]
     y, x = (torch.cat([s.new_zeros(1), s.cumsum(0)]).numpy() for s in (rows, columns))
     with _figure(path, 6.4, 5.6) as axes:
-        axes.pcolormesh(x, y, exact.numpy(), cmap=ListedColormap([_COMPENSATED, _EXACT]))
+        axes.pcolormesh(x, y, block_mask.numpy(), cmap=ListedColormap([_COMPENSATED, _EXACT]))
         axes.invert_yaxis()
         axes.set(
             xlabel="keys, by cluster",
@@ -187,9 +196,10 @@ def _draw_blocks(call: SeenCall, head: int, density: float, path: Path) -> None:
             xlim=(0, x[-1]),
             ylim=(y[-1], 0),
         )
-        share = float((exact * rows[:, None] * columns).sum() / (rows.sum() * columns.sum()))
+        exact_pairs = (block_mask * rows[:, None] * columns).sum()
+        fraction = float(exact_pairs / (rows.sum() * columns.sum()))
         axes.set_title(
-            f"{call.layer}, head {head}: {share:.0%} of the area exact (orange), the rest "
+            f"{call.layer}, head {head}: {fraction:.0%} of the area exact (orange), the rest "
             f"compensated\n{len(rows)} × {len(columns)} clusters, error {call.error(result):.2g}",
             fontsize=10,
         )

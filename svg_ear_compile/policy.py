@@ -1,8 +1,9 @@
-"""What each attention call of a graph shall do: the user's wish against the cost model.
+"""Policy: a decision for each attention call of a graph, from the settings and the cost model.
 
-The wish is a density (each call goes sparse where that is faster), a speed-up of the whole graph
-(calls are weighed against each other), or a tuned budget. A graph that is one of many (regional
-compilation, graph breaks) answers for itself: where each part meets the wish, so does the model.
+The settings give a density, a speed-up or a tuned budget. With a density, each call is sparse where
+the cost model predicts it to be faster. With a speed-up of the whole graph, a knapsack chooses the
+density of each call. A model can have several graphs (regional compilation, graph breaks). Each
+graph is decided alone: where every graph reaches the speed-up, the model does too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from svg_ear_compile.cost_model.latency import (
     attention_allowance,
     break_even_tokens,
     dense_ms,
-    rest_ms,
+    non_attention_ms,
     sparse_ms,
 )
 from svg_ear_compile.cost_model.stages import AttentionShape, expected_density
@@ -35,12 +36,12 @@ from svg_ear_compile.settings import Settings
 log = logging.getLogger(__name__)
 
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
-"""Densities that a speed-up is served with where no budget was tuned."""
+"""Densities among which a speed-up without a tuned budget chooses."""
 
 
 @dataclass(frozen=True)
 class SiteFacts:
-    """One attention call that could be sparse: its layer, its shape, where it runs."""
+    """Layer, shape and device of one attention call that could be sparse."""
 
     layer: str
     shape: AttentionShape
@@ -49,13 +50,13 @@ class SiteFacts:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What the cost model says of one call.
+    """Predictions of the cost model for one call.
 
     Attributes:
-        dense_ms, sparse_ms: predicted milliseconds of dense attention and of the plan that was
-            chosen or weighed; clustered cold, as in a model that is not bound.
+        dense_ms, sparse_ms: predicted milliseconds of dense attention, and of the plan that was
+            chosen or considered. Clusters are cold, as in a model that is not bound.
         error: relative RMS error of the model's output with this call alone sparse.
-        times, errors: where the two come from, in words.
+        times, errors: origin of the times and of the error, in words.
     """
 
     dense_ms: float
@@ -67,15 +68,15 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Decision:
-    """What one call shall do.
+    """Decision for one call.
 
     Attributes:
-        plan: None for dense.
-        least_tokens: fewest video tokens at which the plan, or the plan of the settings where this
-            call is short, is to be used; None for none.
-        reason: why it is dense: ``"short"``, ``"budget"``, or None.
-        sentence: the same, or what is expected of the plan, in words.
-        expected: see `Expectation`; None where nothing is known of the device.
+        plan: plan of the call, None for dense.
+        least_tokens: smallest number of video tokens at which the call is sparse. Where this call
+            is too short, it would then have the plan of the settings. None if it is never sparse.
+        reason: reason for a dense call: ``"short"`` or ``"budget"``; None for a sparse call.
+        sentence: reason or expectation in words.
+        expected: see `Expectation`; None where there are no predictions.
     """
 
     plan: AttentionPlan | None
@@ -87,7 +88,7 @@ class Decision:
 
 @functools.lru_cache(maxsize=16)
 def calibration_of(device: torch.device) -> Calibration | None:
-    """What is known of a device's times, read once per process; None where there are no kernels."""
+    """Calibration of a device, read once per process; None where the device has no kernels."""
     try:
         return calibrations.load(describe(device))
     except ValueError:
@@ -101,8 +102,8 @@ def decide(
 
     Args:
         sites: calls that could be sparse.
-        flops, moved: FLOPs of the rest of the graph, and bytes that its nodes put out.
-        settings: the wish.
+        flops, moved: FLOPs of the graph outside attention, and bytes of the outputs of its nodes.
+        settings: settings of the compilation.
     """
     if settings.budget is not None:
         return [_by_budget(site, settings.budget, settings) for site in sites]
@@ -112,7 +113,7 @@ def decide(
 
 
 def expect(site: SiteFacts, plan: AttentionPlan, calibration: Calibration) -> Expectation:
-    """Times and error of a call under a plan that is not dense."""
+    """Predictions for a call under a plan that is not dense."""
     shape = site.shape
     video = [max(tokens - shape.text, 1) for tokens in (shape.q_tokens, shape.k_tokens)]
     return Expectation(
@@ -139,7 +140,7 @@ def _by_density(site: SiteFacts, settings: Settings) -> Decision:
         return Decision(plan, least, None, f"sparse {_times(expected)}", expected)
     where = "at no length" if least is None else f"from {least:,} video tokens on"
     sentence = f"Too few tokens: sparse {where}; here {_times(expected)}."
-    # A length that is known at run time only may still reach the least.
+    # A call whose length is known only at run time may still be long enough.
     return Decision(None, least, "short", sentence, expected)
 
 
@@ -169,7 +170,7 @@ def _choice(layer: str, budget: Budget) -> tuple[Choice, str]:
     if found is not None:
         several = budget.schedule.phases > 1
         return found, "the densest of its phases until it is bound" if several else "by the budget"
-    # The graph of one block serves all: only a bound model knows which of them is running.
+    # The graph of one block serves all blocks: only a bound model knows which block is running.
     alike = [path for path in budget.layers if path.endswith(f".{layer}")] if layer else []
     if not alike:
         raise ValueError(f"the budget has no layer {layer or '(function)'!r}")
@@ -182,27 +183,27 @@ def _choice(layer: str, budget: Budget) -> tuple[Choice, str]:
 def _by_speedup(
     sites: Sequence[SiteFacts], flops: float, moved: float, target: float, settings: Settings
 ) -> list[Decision]:
-    """Options of each call are dense and `DENSITIES`; the knapsack weighs them."""
+    """Decisions for a speed-up of the graph: a knapsack over dense and `DENSITIES` of each call."""
     calibration = calibration_of(sites[0].device) if sites else None
     if calibration is None:
         return [_dense("There are no kernels for this kind of device.") for _ in sites]
     menus = [_menu(site, calibration, settings) for site in sites]
     dense = [dense_ms(site.shape, calibration) for site in sites]
-    rest = rest_ms(flops, moved, sites[0].shape.dtype, calibration)
+    other = non_attention_ms(flops, moved, sites[0].shape.dtype, calibration)
     groups = [[knapsack.Option(ms, error**2) for _, ms, error in menu] for menu in menus]
     unreachable = ""
     try:
-        chosen = knapsack.solve(groups, attention_allowance(sum(dense), rest, target))
+        chosen = knapsack.solve(groups, attention_allowance(sum(dense), other, target))
     except knapsack.UnreachableError:
         chosen = tuple(min(range(len(g)), key=lambda i, g=g: g[i].cost) for g in groups)  # type: ignore[misc]
         fastest = sum(menu[i][1] for menu, i in zip(menus, chosen, strict=True))
-        best = (sum(dense) + rest) / (fastest + rest)
+        best = (sum(dense) + other) / (fastest + other)
         unreachable = f"target_speedup {target:g} cannot be reached here: the best is {best:.2f}x"
         log.warning("%s (%s)", unreachable, calibration.basis)
     picked = [menu[i] for menu, i in zip(menus, chosen, strict=True)]
     attention = sum(ms for _, ms, _ in picked)
     summary = unreachable or (
-        f"whole graph {(sum(dense) + rest) / (attention + rest):.2f}x, "
+        f"whole graph {(sum(dense) + other) / (attention + other):.2f}x, "
         f"error {together(error for _, _, error in picked):.2g}"
     )
     return [
@@ -215,7 +216,7 @@ _MenuEntry = tuple[AttentionPlan | None, float, float]
 
 
 def _menu(site: SiteFacts, calibration: Calibration, settings: Settings) -> list[_MenuEntry]:
-    """(plan, milliseconds, error) of every option of a call, dense first."""
+    """(plan, milliseconds, error) of all options of a call, dense first."""
     menu: list[_MenuEntry] = [(None, dense_ms(site.shape, calibration), 0.0)]
     least = settings.min_tokens or 0
     if site.shape.q_tokens - site.shape.text >= least:
@@ -237,8 +238,8 @@ def _decision(
     if plan is not None:
         expected = expect(site, plan, calibration)
         return Decision(plan, least, None, f"sparse {_times(expected)}; {summary}", expected)
-    weighed = expect(site, replace(settings.plan, density=DENSITIES[-1]), calibration)
-    return Decision(None, None, "budget", f"Dense serves the wish best; {summary}.", weighed)
+    considered = expect(site, replace(settings.plan, density=DENSITIES[-1]), calibration)
+    return Decision(None, None, "budget", f"Dense is the best choice here; {summary}.", considered)
 
 
 def _dense(sentence: str) -> Decision:

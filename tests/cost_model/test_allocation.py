@@ -1,4 +1,4 @@
-"""Sharing a wish out over layers and phases, on curves that are known."""
+"""Allocations over layers and phases, on error curves that are known."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from calibrations import even
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svg_ear_compile.cost_model.allotment import Allotment, Wish
+from svg_ear_compile.cost_model.allocation import AllocationProblem, Objective
 from svg_ear_compile.cost_model.budget import DENSE, Choice
 from svg_ear_compile.cost_model.error import ErrorCurve
 from svg_ear_compile.cost_model.knapsack import UnreachableError
@@ -19,7 +19,7 @@ DENSITIES = (0.05, 0.1, 0.3)
 KIND = Choice(0.0)
 
 
-def allotment(weights: list[list[float]]) -> Allotment:
+def problem(weights: list[list[float]]) -> AllocationProblem:
     """Layers by phases of errors `weight / density`, shrinking to nothing at 1."""
     shape = AttentionShape(1, 4, 4, 32760, 32760, 128, "bfloat16")
     layers = [f"blocks.{i}" for i in range(len(weights))]
@@ -28,7 +28,7 @@ def allotment(weights: list[list[float]]) -> Allotment:
         for layer, by_phase in zip(layers, weights, strict=True)
         for phase, w in enumerate(by_phase)
     }
-    return Allotment(
+    return AllocationProblem(
         tuple((layer, shape) for layer in layers), len(weights[0]), (KIND,), DENSITIES, curves,
         even(slower=1.3),
     )  # fmt: skip
@@ -41,13 +41,15 @@ models = (
             st.lists(st.floats(0.01, 3), min_size=phases, max_size=phases), min_size=1, max_size=5
         )
     )
-    .map(allotment)
+    .map(problem)
 )
 
 
 @given(models, st.floats(0.06, 0.9))
-def test_a_density_is_kept_and_no_worse_than_uniform(known: Allotment, density: float) -> None:
-    found = known.solve(Wish("density", density), density)
+def test_a_density_is_kept_and_no_worse_than_uniform(
+    known: AllocationProblem, density: float
+) -> None:
+    found = known.solve(Objective("density", density), density)
     assert known.density(found) <= density + 1e-9
     # One of the densities on offer for all layers is among the choices, so it is not beaten.
     offered = max(c.density for c in known.options if c.density <= density)
@@ -59,43 +61,42 @@ def test_a_density_is_kept_and_no_worse_than_uniform(known: Allotment, density: 
 
 
 @given(models, st.floats(0.05, 0.99))
-def test_time_is_kept(known: Allotment, share: float) -> None:
+def test_time_is_kept(known: AllocationProblem, fraction: float) -> None:
     least = min(known.attention_ms(known.uniform(d)) for d in DENSITIES)
-    allowed = least + share * (known.dense_ms - least)
-    assert known.attention_ms(known.solve(Wish("target_speedup", 2.0), allowed)) <= allowed + 1e-9
+    allowed = least + fraction * (known.dense_ms - least)
+    found = known.solve(Objective("target_speedup", 2.0), allowed)
+    assert known.attention_ms(found) <= allowed + 1e-9
 
 
 @given(models, st.floats(1e-4, 1.0))
 def test_an_error_is_kept_in_every_phase_and_dense_always_can(
-    known: Allotment, limit: float
+    known: AllocationProblem, limit: float
 ) -> None:
-    found = known.solve(Wish("max_error", limit), limit)
+    found = known.solve(Objective("max_error", limit), limit)
     assert known.error(found) <= limit * (1 + 1e-6)
     assert known.attention_ms(found) <= known.dense_ms + 1e-9
-    assert known.error(known.alike(DENSE)) == 0.0
+    assert known.error(known.same(DENSE)) == 0.0
 
 
 def test_the_layer_that_matters_more_gets_more() -> None:
-    known = allotment([[0.1], [1.0], [3.0]])
-    found = known.solve(Wish("density", 0.2), 0.2)
+    known = problem([[0.1], [1.0], [3.0]])
+    found = known.solve(Objective("density", 0.2), 0.2)
     given_out = [found[layer][0].density for layer in known.layers]
     assert given_out == sorted(given_out)
     assert given_out[0] < given_out[-1]
 
 
 @given(models, st.floats(0.06, 0.95))
-def test_the_density_of_a_time_takes_that_time(known: Allotment, density: float) -> None:
+def test_the_density_of_a_time_takes_that_time(known: AllocationProblem, density: float) -> None:
     wanted = known.attention_ms(known.uniform(density))
     assert known.density_at(wanted) == pytest.approx(density, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["target_speedup", "max_error", "density"])
 def test_the_frontier_falls_from_sparse_to_dense(name: str) -> None:
-    known = allotment([[0.1, 0.3], [1.0, 0.2], [2.0, 2.0]])
-    points = [
-        (known.attention_ms(layers), known.error(layers))
-        for layers in known.frontier(Wish(name, 1.5 if name == "target_speedup" else 0.5))  # type: ignore[arg-type]
-    ]
+    known = problem([[0.1, 0.3], [1.0, 0.2], [2.0, 2.0]])
+    objective = Objective(name, 1.5 if name == "target_speedup" else 0.5)  # type: ignore[arg-type]
+    points = [(known.attention_ms(each), known.error(each)) for each in known.frontier(objective)]
     assert len(set(points)) > 6
     by_time = sorted(points)
     if name == "target_speedup":
@@ -104,19 +105,19 @@ def test_the_frontier_falls_from_sparse_to_dense(name: str) -> None:
 
 
 def test_what_cannot_be_reached_is_refused_in_its_own_unit() -> None:
-    known = allotment([[1.0], [1.0]])
+    known = problem([[1.0], [1.0]])
     with pytest.raises(UnreachableError) as caught:
-        known.solve(Wish("density", 0.01), 0.01)
+        known.solve(Objective("density", 0.01), 0.01)
     assert caught.value.least == pytest.approx(0.05)
 
 
 def test_thresholds_rise_where_exact_area_is_worth_less() -> None:
-    known = allotment([[0.1], [1.0]])
+    known = problem([[0.1], [1.0]])
     found = known.uniform(0.1)
     seen = {(layer, 0): (0.2, 5.0) for layer in known.layers}
     routed = known.thresholds(found, seen)
     low, high = (routed[layer][0].threshold for layer in known.layers)
     # Ten times the effect on the output for the same error of attention: a hundredth.
     assert low == pytest.approx(100 * high)
-    assert known.thresholds(known.alike(DENSE), {}) == known.alike(DENSE)
+    assert known.thresholds(known.same(DENSE), {}) == known.same(DENSE)
     assert dataclasses.replace(routed["blocks.0"][0], threshold=None) == found["blocks.0"][0]

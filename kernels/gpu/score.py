@@ -1,4 +1,4 @@
-"""Stage 2 on a GPU: every block as its query centroid sees it, in one pass over K."""
+"""Stage 2 on a GPU: scores of every block, computed with its query centroid in one pass over K."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit(
     do_not_specialize=["first_head", "heads", "kv_heads", "tokens", "q_clusters", "k_clusters"]
 )
-def probe_kernel(
+def score_kernel(
     centroid_ptr,  # (G, Qc, D) query centroids in the dtype of k
     k_ptr,  # (B, H_kv, N, D)
     order_ptr,  # (G_kv, N) int32
@@ -39,11 +39,11 @@ def probe_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One key cluster against BLOCK_Q query centroids.
+    """`reference.score_blocks` of one key cluster and BLOCK_Q query centroids.
 
-    With ``v_t = v_j + delta_t`` the paper's error is
-    ``E_ij = sum_t (x - y)^2 |v_j|^2 + 2 x (x - y) v_j.delta_t + x^2 |delta_t|^2`` for
-    ``x = exp(a_it)``, ``y = exp(c_ij)``: the same sum without the cancellation between its terms.
+    With ``v_t = v_j + delta_t``, ``x = exp(a_it)`` and ``y = exp(c_ij)`` the error is
+    ``E_ij = sum_t (x - y)^2 |v_j|^2 + 2 x (x - y) v_j.delta_t + x^2 |delta_t|^2``. This sum equals
+    the definition's, but its terms do not cancel.
     """
     j = tl.program_id(0)
     local = tl.program_id(2).to(tl.int64)
@@ -68,7 +68,7 @@ def probe_kernel(
     last = tl.load(start_ptr + g_kv * (k_clusters + 3) + j + 1)
     k_base = k_ptr + b * stride_kb + kv_head * stride_kh
 
-    # The mean of a cluster's logits is c_ij, so their maximum is never below it: x and y stay <= 1.
+    # c_ij is the mean of the block's logits, so the largest is never below it: x and y are <= 1.
     largest = central
     error = tl.zeros([BLOCK_Q], tl.float32)
     mass = tl.zeros([BLOCK_Q], tl.float32)
@@ -83,17 +83,17 @@ def probe_kernel(
         logit = tl.dot(q, tl.trans(k), input_precision="ieee") * to_log2  # [BQ, BN]
         logit = tl.where(inside[None, :], logit, float("-inf"))
         now = tl.maximum(largest, tl.max(logit, 1))
-        shrink = tl.exp2(largest - now)
+        rescale = tl.exp2(largest - now)
         x = tl.exp2(logit - now[:, None])  # [BQ, BN]
         lag = tl.where(inside[None, :], x - tl.exp2(central - now)[:, None], 0.0)
         term = lag * (lag * mean_square + 2.0 * x * along[None, :]) + x * x * square[None, :]
-        error = error * shrink * shrink + tl.sum(term, 1)
-        mass = mass * shrink + tl.sum(x, 1)
+        error = error * rescale * rescale + tl.sum(term, 1)
+        mass = mass * rescale + tl.sum(x, 1)
         largest = now
 
     pair = (local * q_clusters + i) * k_clusters + j  # [BQ]
     row = i < q_clusters
-    # An empty cluster leaves log 0 = -inf in both; a block without error keeps a finite score.
+    # An empty cluster has log 0 = -inf in both; a block without any error gets a finite score.
     floored = tl.where((last > first) & (error <= 0.0), 1e-37, error)
     tl.store(log_error_ptr + pair, (tl.log2(floored) + 2.0 * largest) * LN2, mask=row)
     tl.store(log_mass_ptr + pair, (tl.log2(mass) + largest) * LN2, mask=row)

@@ -1,4 +1,4 @@
-"""Decisions: what each wish makes of a graph, and what the report says of it."""
+"""Policy: the decisions for a graph under each objective, and the report about them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import transformer_models
 from made_budgets import budget_for
 from transformer_models import TOKENS, stack, wan
 
-from svg_ear_compile import deciding, explain
+from svg_ear_compile import explain, policy
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model.budget import Choice, Schedule
 from svg_ear_compile.cost_model.calibration import Calibration, Efficiency, guess
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.cost_model.stages import STAGES, AttentionShape
-from svg_ear_compile.deciding import SiteFacts, calibration_of, decide
 from svg_ear_compile.kernels.checked import InvalidValueError
+from svg_ear_compile.policy import SiteFacts, calibration_of, decide
 from svg_ear_compile.settings import Settings
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def calibration(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calibration]:
     base = guess(describe("cpu"))
     ideal = dict.fromkeys((*STAGES["cpu"], "dense"), Efficiency(1.0, 1.0, 0.0))
     known = dataclasses.replace(base, origin="measured", stages={"float32/64": ideal})
-    monkeypatch.setattr(deciding, "calibration_of", lambda device: known)
+    monkeypatch.setattr(policy, "calibration_of", lambda device: known)
     yield known
     calibration_of.cache_clear()
 
@@ -73,13 +73,13 @@ def test_a_speed_up_is_predicted_to_be_met_and_not_overspent(
         found = decide(facts(), 1e8, 1e6, settings)
         dense = [d.expected.dense_ms for d in found if d.expected]
         now = [d.expected.sparse_ms if d.plan else d.expected.dense_ms for d in found if d.expected]
-        rest = deciding.rest_ms(1e8, 1e6, "float32", calibration)
+        rest = policy.non_attention_ms(1e8, 1e6, "float32", calibration)
         return (sum(dense) + rest) / (sum(now) + rest)
 
     assert target <= predicted({"target_speedup": target}) < target * 1.15
 
 
-def test_a_faster_wish_is_never_denser() -> None:
+def test_a_faster_target_is_never_denser() -> None:
     sums = [sum(densities({"target_speedup": s})) for s in (1.05, 1.2, 1.5)]
     assert sums == sorted(sums, reverse=True)
     assert sums[0] > sums[-1]
@@ -89,12 +89,12 @@ def test_an_unreachable_speed_up_names_the_best(caplog: pytest.LogCaptureFixture
     settings = Settings.parse({"target_speedup": 50.0})
     found = decide(facts(), 1e9, 1e6, settings)
     assert "target_speedup 50 cannot be reached here: the best is" in caplog.text
-    assert all(d.plan is not None and d.plan.density == min(deciding.DENSITIES) for d in found)
+    assert all(d.plan is not None and d.plan.density == min(policy.DENSITIES) for d in found)
     assert "cannot be reached" in found[0].sentence
 
 
 def test_devices_without_kernels_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deciding, "calibration_of", lambda device: None)
+    monkeypatch.setattr(policy, "calibration_of", lambda device: None)
     for options in ({}, {"target_speedup": 1.5}):
         found = decide(facts(), 0, 0, Settings.parse(options))
         assert all(d.plan is None and "no kernels" in d.sentence for d in found)
@@ -217,7 +217,7 @@ def test_a_budget_file_is_read(tmp_path: Path) -> None:
         ({"target_speedo": 2}, ValueError, "did you mean 'target_speedup'"),
     ],
 )
-def test_wishes_that_contradict_each_other_are_refused(
+def test_objectives_that_contradict_each_other_are_refused(
     options: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

@@ -1,7 +1,7 @@
-"""How a wish is shared out over layers and phases, from measured errors and predicted times.
+"""Allocation: one choice for every layer and phase, from measured errors and predicted times.
 
-Plain arithmetic over shapes, curves and a calibration; nothing runs here. `tuning` at the top
-measures the curves, and corrects by what whole forwards do.
+Computes with shapes, error curves and a calibration; runs no model. `tuning` measures the curves,
+and corrects an allocation by what whole forwards of the model do.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from svg_ear_compile.cost_model import knapsack
 from svg_ear_compile.cost_model.budget import DENSE, Choice
 from svg_ear_compile.cost_model.calibration import Calibration
 from svg_ear_compile.cost_model.error import ErrorCurve, together
-from svg_ear_compile.cost_model.latency import call_ms, ms_per_exact_share
+from svg_ear_compile.cost_model.latency import call_ms, ms_per_unit_density
 from svg_ear_compile.cost_model.stages import AttentionShape
 from svg_ear_compile.cost_model.threshold import routing_threshold
 from svg_ear_compile.kernels.plan import AttentionPlan
 
-Layers = Mapping[str, tuple[Choice, ...]]
-"""Layer path to one choice for each phase."""
+Allocation = Mapping[str, tuple[Choice, ...]]
+"""Layer path to one choice for each phase, for all layers of a model."""
 
 _FRONTIER = 12
 _HALVINGS = 40
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a user wants: a speed-up of a whole forward, a largest error, or a mean density."""
+class Objective:
+    """Objective of a budget: a speed-up of a whole forward, a largest error, or a mean density."""
 
     name: Literal["target_speedup", "max_error", "density"]
     value: float
@@ -40,11 +40,11 @@ class Wish:
     @classmethod
     def of(
         cls, target_speedup: float | None, max_error: float | None, density: float | None
-    ) -> Wish:
-        """The one that is given.
+    ) -> Objective:
+        """The objective of the argument that is not None.
 
         Raises:
-            ValueError: none or several are given, or it is out of range.
+            ValueError: none or several arguments are given, or one is out of its range.
         """
         if density is not None and target_speedup is None and max_error is None:
             return cls("density", density)
@@ -65,15 +65,16 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Allotment:
-    """What is known of a model's attention.
+class AllocationProblem:
+    """Measurements and shapes from which allocations are computed.
 
     Attributes:
-        sites: layer and shape of every call.
-        phases: of the denoising.
-        kinds: clusters and forms that were measured, at density 0; the first is the plain one.
-        densities: that were measured, rising.
-        curves: (layer, phase, kind) to error of the model's output.
+        sites: layer and shape of every attention call.
+        phases: number of phases of the denoising.
+        kinds: measured cluster counts and compensation forms, as choices of density 0. Uniform
+            allocations use the first.
+        densities: measured densities, rising.
+        curves: (layer, phase, kind) to the error curve of the model's output.
         calibration: of the device.
     """
 
@@ -91,7 +92,7 @@ class Allotment:
 
     @cached_property
     def options(self) -> tuple[Choice, ...]:
-        """Dense, what was measured, and a density between each two of those."""
+        """Choices for a layer: dense, every measured one, and one between each two densities."""
         grid = self.densities
         between = (math.sqrt(a * b) for a, b in zip(grid, [*grid[1:], 1.0], strict=True))
         every = sorted({*grid, *(round(d, 3) for d in between)})
@@ -103,26 +104,26 @@ class Allotment:
 
     @cached_property
     def _areas(self) -> dict[str, float]:
-        """Share of the whole attention area by layer."""
+        """Fraction of the whole attention area by layer."""
         areas = dict.fromkeys(self.layers, 0.0)
         for layer, s in self.sites:
             areas[layer] += s.batch * s.heads * s.q_tokens * s.k_tokens
         total = sum(areas.values())
         return {layer: area / total for layer, area in areas.items()}
 
-    def alike(self, choice: Choice) -> Layers:
+    def same(self, choice: Choice) -> Allocation:
         """One choice for every layer and phase."""
         return dict.fromkeys(self.layers, (choice,) * self.phases)
 
-    def uniform(self, density: float) -> Layers:
-        """One density for all, with the clusters and the form of the first kind."""
-        return self.alike(dataclasses.replace(self.kinds[0], density=density))
+    def uniform(self, density: float) -> Allocation:
+        """One density for all layers and phases, with the first kind."""
+        return self.same(dataclasses.replace(self.kinds[0], density=density))
 
-    def attention_ms(self, layers: Layers) -> float:
-        """Predicted milliseconds of all attention in one forward, mean over the phases."""
+    def attention_ms(self, allocation: Allocation) -> float:
+        """Predicted milliseconds of all attention in one forward, the mean over phases."""
         total = math.fsum(
             self._ms.get((layer, choice), 0.0) or self._layer_ms(layer, choice)
-            for layer, choices in layers.items()
+            for layer, choices in allocation.items()
             for choice in choices
         )
         return total / self.phases
@@ -135,42 +136,47 @@ class Allotment:
     @cached_property
     def dense_ms(self) -> float:
         """Predicted milliseconds of all attention in one dense forward."""
-        return self.attention_ms(self.alike(DENSE))
+        return self.attention_ms(self.same(DENSE))
 
-    def density(self, layers: Layers) -> float:
-        """Mean share of the attention area computed exactly."""
+    def density(self, allocation: Allocation) -> float:
+        """Mean fraction of the attention area computed exactly."""
         total = math.fsum(
             self._areas[layer] * statistics.fmean(choice.density for choice in choices)
-            for layer, choices in layers.items()
+            for layer, choices in allocation.items()
         )
         return min(total, 1.0)  # rounding
 
     def layer_error(self, layer: str, phase: int, choice: Choice) -> float:
-        """Error of the model's output with one layer alone as chosen."""
+        """Error of the model's output with this choice for one layer, all others dense."""
         if choice.density >= 1.0:
             return 0.0
         kind = dataclasses.replace(choice, density=0.0, threshold=None)
         return self.curves[layer, phase, kind].at(choice.density)
 
-    def error(self, layers: Layers) -> float:
+    def error(self, allocation: Allocation) -> float:
         """Error of the model's output in one forward, the largest over the phases."""
         return max(
-            together(self.layer_error(layer, phase, layers[layer][phase]) for layer in self.layers)
+            together(
+                self.layer_error(layer, phase, choices[phase])
+                for layer, choices in allocation.items()
+            )
             for phase in range(self.phases)
         )
 
-    def solve(self, wish: Wish, allowed: float) -> Layers:
-        """The least error within `allowed`, or the least time where the wish is an error.
+    def solve(self, objective: Objective, allowed: float) -> Allocation:
+        """The allocation of least error within a limit, or of least time within an error.
 
         Args:
-            wish: says what is counted.
-            allowed: milliseconds of attention in a forward, mean density, or error of a forward.
+            objective: its name gives the unit of `allowed`; its value is not used.
+            allowed: limit: milliseconds of attention in a forward, mean density, or error of a
+                forward.
 
         Raises:
-            knapsack.UnreachableError: nothing keeps to it; `least` has the same unit.
+            knapsack.UnreachableError: no allocation is within a time or density; `least` has the
+                unit of `allowed`. Every error can be kept, by dense attention.
         """
         slots = [(layer, phase) for phase in range(self.phases) for layer in self.layers]
-        if wish.name == "max_error":  # each forward has to keep it
+        if objective.name == "max_error":  # a forward belongs to one phase: each has the limit
             by_phase = [
                 slots[i : i + len(self.layers)] for i in range(0, len(slots), len(self.layers))
             ]
@@ -186,7 +192,7 @@ class Allotment:
                 )
             ]
         else:
-            cost = self._area if wish.name == "density" else self._time
+            cost = self._area if objective.name == "density" else self._time
             taken = list(knapsack.solve(self._groups(slots, cost), allowed))
         chosen = {slot: self.options[at] for slot, at in zip(slots, taken, strict=True)}
         return {layer: tuple(chosen[layer, p] for p in range(self.phases)) for layer in self.layers}
@@ -200,7 +206,7 @@ class Allotment:
     def _groups(
         self, slots: list[tuple[str, int]], cost: Callable[[str, Choice], float]
     ) -> list[list[knapsack.Option]]:
-        """Every option of every slot: its cost, and the squared error that it leaves."""
+        """Every option of every slot, with the squared error of the model's output as its loss."""
         return [
             [
                 knapsack.Option(cost(layer, c), self.layer_error(layer, phase, c) ** 2)
@@ -210,7 +216,7 @@ class Allotment:
         ]
 
     def density_at(self, wanted: float) -> float:
-        """The density for all layers at which attention is predicted to take that many ms."""
+        """The density of the uniform allocation whose attention takes so many milliseconds."""
         low, high = 0.0, 0.999
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
@@ -220,53 +226,55 @@ class Allotment:
                 high = middle
         return low
 
-    def frontier(self, wish: Wish) -> Iterator[Layers]:
-        """Solutions from the sparsest to dense, evenly spread in what the wish counts."""
-        shares = [i / _FRONTIER for i in range(1, _FRONTIER + 1)]
-        if wish.name == "max_error":
+    def frontier(self, objective: Objective) -> Iterator[Allocation]:
+        """Allocations from the sparsest to dense, spread over the unit of the objective."""
+        steps = [i / _FRONTIER for i in range(1, _FRONTIER + 1)]
+        if objective.name == "max_error":
             most = self.error(self.uniform(self.densities[0]))
-            allowed = [most * share**2 for share in shares]
-        elif wish.name == "density":
+            allowed = [most * step**2 for step in steps]
+        elif objective.name == "density":
             least = self.densities[0]
-            allowed = [least ** (1 - share) for share in shares]
+            allowed = [least ** (1 - step) for step in steps]
         else:
             least = math.fsum(
                 min(self._ms[layer, c] for c in self.options) for layer in self.layers
             )
-            allowed = [least + (self.dense_ms - least) * share for share in shares]
+            allowed = [least + (self.dense_ms - least) * step for step in steps]
         for each in allowed:
-            yield self.solve(wish, each)
+            yield self.solve(objective, each)
 
-    def multiplier(self, layers: Layers) -> float:
-        """Squared error that one more millisecond of a forward saves at the best of that time."""
+    def multiplier(self, allocation: Allocation) -> float:
+        """Squared error that one more millisecond of a forward saves, at the allocation's time."""
         slots = [(layer, phase) for phase in range(self.phases) for layer in self.layers]
         groups = self._groups(slots, self._time)
-        return knapsack.evaluate(groups, [0] * len(groups), self.attention_ms(layers)).multiplier
+        allowed = self.attention_ms(allocation)
+        return knapsack.evaluate(groups, [0] * len(groups), allowed).multiplier
 
     def thresholds(
-        self, layers: Layers, seen: Mapping[tuple[str, int], tuple[float, float]]
-    ) -> Layers:
-        """Each sparse choice with the routing threshold that follows from the multiplier.
+        self, allocation: Allocation, seen: Mapping[tuple[str, int], tuple[float, float]]
+    ) -> Allocation:
+        """The allocation with a routing threshold, which follows from the multiplier, in each
+        sparse choice.
 
         Args:
-            layers: a solution.
+            allocation: an allocation of least error.
             seen: (layer, phase) to the relative error of the attention output at its choice, and
                 the mean over queries of the squared norm of that output.
         """
-        multiplier = self.multiplier(layers)
+        multiplier = self.multiplier(allocation)
 
         def routed(layer: str, phase: int, choice: Choice) -> Choice:
             if choice.density >= 1.0:
                 return choice
             error, square = seen[layer, phase]
             shape = next(shape for name, shape in self.sites if name == layer)
-            slope = ms_per_exact_share(shape, choice.plan(AttentionPlan()), self.calibration)
-            # A layer whose error does nothing to the output is worth no exact block.
+            slope = ms_per_unit_density(shape, choice.plan(AttentionPlan()), self.calibration)
+            # The sensitivity may be 0: the limit keeps the threshold finite.
             sensitivity = max((self.layer_error(layer, phase, choice) / error) ** 2, 1e-12)
             found = routing_threshold(multiplier, slope / self.phases, sensitivity, square, shape)
             return dataclasses.replace(choice, threshold=found)
 
         return {
             layer: tuple(routed(layer, phase, choice) for phase, choice in enumerate(choices))
-            for layer, choices in layers.items()
+            for layer, choices in allocation.items()
         }
