@@ -1,4 +1,4 @@
-"""Which implementation serves a call, and what a request for one is answered."""
+"""The choice of an implementation for a call, and the answers to a request for one."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_hopper_says_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_attend_is_pure() -> None:
-    """The second stage gives the same bits from the same block mask, and changes none of it."""
+    """The second stage gives the same bits for the same arguments, and modifies none of them."""
     q, k, v = random_qkv(3, 2, (4, 2), (61, 45), 32, torch.float32, "cpu")
     used = registry.choose(q, k, v)
     routed = used.cluster_and_route(
