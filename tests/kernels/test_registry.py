@@ -83,5 +83,5 @@ def test_block_lists_are_the_block_mask() -> None:
     assert kv_indptr.shape == (2 * 4 * 3 + 1,)
     assert kv_indptr.dtype == kv_indices.dtype == torch.int32
     for r, row in enumerate(rows):
-        listed = kv_indices[kv_indptr[r] : kv_indptr[r + 1]].tolist()
-        assert listed == row.nonzero().squeeze(1).tolist()
+        row_indices = kv_indices[kv_indptr[r] : kv_indptr[r + 1]].tolist()
+        assert row_indices == row.nonzero().squeeze(1).tolist()

@@ -132,8 +132,8 @@ def check_route(oracle: Oracle, got: Result) -> None:
     assert (left_out <= worst + SCORE_TOLERANCE)[row].all()
     budget = torch.ceil(plan.density * sizes.sum(-1).double())  # [B, H, 1]
     assert (area >= budget)[row].all()
-    crossing = (exact & (score <= worst + SCORE_TOLERANCE)) * sizes
-    before = area - crossing.amax(-1)
+    last_taken = (exact & (score <= worst + SCORE_TOLERANCE)) * sizes
+    before = area - last_taken.amax(-1)
     assert ((before < budget) | (area == 0))[row].all()
     assert (area == 0)[row].all() or plan.density > 0
 
