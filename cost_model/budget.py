@@ -43,7 +43,7 @@ class Choice:
     """What one layer does in one phase.
 
     Attributes:
-        density: share of the area computed exactly; 1 is dense.
+        density: fraction of the area computed exactly; 1 is dense.
         q_clusters, k_clusters: cluster counts at the budget's token count, None for the default.
         compensation: form of the blocks that are skipped.
         threshold: smallest `rho` computed exactly; where given, it routes instead of the density.
@@ -109,13 +109,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Performance:
-    """What a budget was predicted to do and what was then measured, or None where it was not.
+    """Error, time and density of a budget, predicted or measured; None for unknown values.
 
     Attributes:
         error: largest relative RMS error of the model's output in one forward.
         ms: milliseconds of one sparse forward of the whole model.
-        speedup: of that forward over Inductor's.
-        density: mean share of the attention area computed exactly.
+        speedup: speed-up of that forward over a forward compiled by Inductor.
+        density: mean fraction of the attention area computed exactly.
     """
 
     error: NotNegative | None = None
@@ -178,7 +178,7 @@ class Budget:
         schedule: see `Schedule`.
         layers: layer path to one choice for each phase of the schedule.
         predicted, measured: see `Performance`.
-        uniform: what one density for all was measured to do at the same time.
+        uniform: measured performance of one density for all layers at the same time.
         frontier: other budgets on the way from dense to sparse.
         note: anything that a reader should know.
     """

@@ -58,7 +58,7 @@ def add(commands: Any) -> None:
     command.add_argument("--device", default=_DEVICE, help=f"default: {_DEVICE}")
     command.set_defaults(run=_calibrate)
 
-    about = "measure a model and write the budget that serves one wish best"
+    about = "measure a model and write the best budget for one objective"
     command = commands.add_parser("tune", help=about, description=about)
     command.add_argument(
         "--model",
@@ -67,12 +67,14 @@ def add(commands: Any) -> None:
         help="a callable without arguments that returns (model, calls): a list of ModelCall, of "
         "argument tuples, or of (args, kwargs) pairs",
     )
-    wish = command.add_mutually_exclusive_group(required=True)
-    wish.add_argument(
+    objective = command.add_mutually_exclusive_group(required=True)
+    objective.add_argument(
         "--target-speedup", type=_finite, help="of one sparse forward over Inductor's"
     )
-    wish.add_argument("--max-error", type=_finite, help="relative RMS of the model's output")
-    wish.add_argument("--density", type=_finite, help="mean share of the area computed exactly")
+    objective.add_argument("--max-error", type=_finite, help="relative RMS of the model's output")
+    objective.add_argument(
+        "--density", type=_finite, help="mean fraction of the area computed exactly"
+    )
     command.add_argument("--out", type=Path, required=True, help="budget file to write")
     command.add_argument(
         "--densities", type=_densities, default="0.05,0.1,0.2,0.4", help="tried in each layer"

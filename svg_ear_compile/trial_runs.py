@@ -15,11 +15,14 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from svg_ear_compile.backend import svg_ear
+from svg_ear_compile.cost_model.allocation import Allocation
 from svg_ear_compile.cost_model.budget import Budget
+from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.planning import rewrite_graph
 from svg_ear_compile.recording import ModelCall
 from svg_ear_compile.session import bind
 from svg_ear_compile.settings import Settings
+from svg_ear_compile.watching import SeenCall, watch
 
 REPEATS = 5  # of a timing, fewer where forwards are slow
 PATIENCE_S = 60.0  # for one timing
@@ -46,6 +49,7 @@ class TrialRuns:
         timestep: str | None,
         ascending: bool,
     ) -> None:
+        self._model = model
         self.calls = list(calls)
         self.references: list[Tensor] = []
         self._compiled, self._plain = _compiled(model, compiler)
@@ -118,6 +122,31 @@ class TrialRuns:
             name: statistics.fmean(pick(samples[name, phase]) for phase in range(len(first)))
             for name in candidates
         }
+
+    def attention_errors(
+        self, allocation: Allocation, first: Sequence[int]
+    ) -> dict[tuple[str, int], tuple[float, float]]:
+        """Error of the attention output of every sparse layer in every phase.
+
+        Args:
+            allocation: layer path to one choice for each phase.
+            first: for each phase the index of one of its calls.
+
+        Returns:
+            (layer, phase) to relative error and mean squared row norm of the attention output.
+        """
+        found: dict[tuple[str, int], tuple[float, float]] = {}
+        for phase, index in enumerate(first):
+
+            def see(seen: SeenCall, phase: int = phase) -> None:
+                choice = allocation[seen.layer][phase]
+                if choice.density < 1.0:
+                    error = seen.error(seen.sparse(choice.plan(AttentionPlan())))
+                    square = float(seen.out.float().square().sum(-1).mean())
+                    found[seen.layer, phase] = (error, square)
+
+            watch(self._model, self.calls[index].args, self.calls[index].kwargs, see)
+        return found
 
     def _timed(self, budget: Budget | None, phase: int, call: ModelCall) -> float:
         """Milliseconds of one forward of a phase.

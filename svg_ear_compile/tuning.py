@@ -26,13 +26,11 @@ from svg_ear_compile.cost_model.error import Measurement, fit_curve
 from svg_ear_compile.cost_model.margin import KEPT_BY, unseen_error
 from svg_ear_compile.fingerprint import fingerprint_of
 from svg_ear_compile.journal import Journal
-from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.policy import calibration_of
 from svg_ear_compile.ranks import all_reduce_max, rank, ranks
 from svg_ear_compile.recording import ModelCall
 from svg_ear_compile.trial_runs import TrialRuns
 from svg_ear_compile.tuning_plan import Cost, Trial, TuningSettings, kinds_of, schedule_of, sites_of
-from svg_ear_compile.watching import SeenCall, watch
 
 _ROUNDS = 3  # of solving, measuring the solution and correcting the limit
 
@@ -253,7 +251,9 @@ class _Tuning:
         )
         outcome = measured["tuned" if better else "uniform"]
         if self.settings.thresholds and better:
-            allocation = problem.thresholds(allocation, self._attention_errors(allocation))
+            allocation = problem.thresholds(
+                allocation, self.runs.attention_errors(allocation, self.first)
+            )
             # With thresholds the area depends on the data, so error and time are measured again.
             routed, again = (
                 self.runs.errors(self.budget(allocation)),
@@ -393,24 +393,6 @@ class _Tuning:
         for timestep, error in zip(self.runs.timesteps, errors, strict=True):
             by_timestep.setdefault(timestep, []).append(error)
         return max(*errors, unseen_error(list(by_timestep.values())))
-
-    def _attention_errors(
-        self, allocation: Allocation
-    ) -> dict[tuple[str, int], tuple[float, float]]:
-        """(layer, phase) to relative error and mean squared row norm of the attention output."""
-        found: dict[tuple[str, int], tuple[float, float]] = {}
-        for phase, first in enumerate(self.first):
-
-            def see(seen: SeenCall, phase: int = phase) -> None:
-                choice = allocation[seen.layer][phase]
-                if choice.density < 1.0:
-                    error = seen.error(seen.sparse(choice.plan(AttentionPlan())))
-                    square = float(seen.out.float().square().sum(-1).mean())
-                    found[seen.layer, phase] = (error, square)
-
-            call = self.runs.calls[first]
-            watch(self.model, call.args, call.kwargs, see)
-        return found
 
 
 def _rms(errors: Sequence[float]) -> float:

@@ -12,7 +12,7 @@ DEVICE = Device("cuda", "Test GPU", "2.13.0", "3.9.0", "0a1b2c3d", "sm_90")
 
 
 def even(kind: str = "cuda", slower: float = 2.0, host_ms: float = 0.0) -> Calibration:
-    """Dense attention at the roofs, every sparse stage `slower` than they allow."""
+    """A calibration of dense attention at the roofs, and sparse stages `slower` times as long."""
     stages = {stage: Efficiency(slower, slower, 1.0) for stage in STAGES[kind]}
     return Calibration(
         VERSION,

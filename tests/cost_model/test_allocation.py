@@ -20,7 +20,7 @@ KIND = Choice(0.0)
 
 
 def problem(weights: list[list[float]]) -> AllocationProblem:
-    """Layers by phases of errors `weight / density`, shrinking to nothing at 1."""
+    """A problem of layers by phases, with errors in proportion to `weight / density`."""
     shape = AttentionShape(1, 4, 4, 32760, 32760, 128, "bfloat16")
     layers = [f"blocks.{i}" for i in range(len(weights))]
     curves = {
@@ -51,7 +51,7 @@ def test_a_density_is_kept_and_no_worse_than_uniform(
 ) -> None:
     found = known.solve(Objective("density", density), density)
     assert known.density(found) <= density + 1e-9
-    # One of the densities on offer for all layers is among the choices, so it is not beaten.
+    # A uniform allocation at a measured density is among the choices, so it is not better.
     offered = max(c.density for c in known.options if c.density <= density)
     squares = [sum(
         known.layer_error(layer, p, layers[layer][p]) ** 2
@@ -117,7 +117,7 @@ def test_thresholds_rise_where_exact_area_is_worth_less() -> None:
     seen = {(layer, 0): (0.2, 5.0) for layer in known.layers}
     routed = known.thresholds(found, seen)
     low, high = (routed[layer][0].threshold for layer in known.layers)
-    # Ten times the effect on the output for the same error of attention: a hundredth.
+    # Ten times the error of the output for the same attention error: a hundredth of the threshold.
     assert low == pytest.approx(100 * high)
     assert known.thresholds(known.same(DENSE), {}) == known.same(DENSE)
     assert dataclasses.replace(routed["blocks.0"][0], threshold=None) == found["blocks.0"][0]

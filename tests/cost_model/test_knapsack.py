@@ -1,4 +1,4 @@
-"""The knapsack: against brute force, the bound against the best."""
+"""The knapsack: solutions against brute force, bounds against the best solution."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_it_keeps_the_budget_and_stays_within_the_gap_of_brute_force(
     assert found.feasible
     assert best - 1e-6 <= found.loss <= found.bound + found.gap + 1e-6
     assert found.bound <= best + 1e-6 * (1 + best)
-    # One group at most is away from the relaxed optimum.
+    # At most one group has another option than in the relaxed optimum.
     assert found.gap <= max(max(o.loss for o in group) for group in groups) + 1e-6
 
 

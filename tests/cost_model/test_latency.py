@@ -1,4 +1,4 @@
-"""Predicted times: how they move with their arguments, and the questions that they answer."""
+"""Predicted times: how they change with their arguments, and the decisions made with them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_more_exact_blocks_never_take_less_time(
 ) -> None:
     low, high = sorted([plan.density, other])
     less, more = (dataclasses.replace(plan, density=d) for d in (low, high))
-    # On a CPU an exact block takes its proxy token's place, so only blocks of many keys cost more.
+    # On a CPU an exact block saves its proxy token, so only blocks of many keys take longer.
     keys = shape.k_tokens - shape.text
     if kind == "cpu" and plan.clusters(1, keys)[1] * 2 > keys:
         return
@@ -106,7 +106,7 @@ def test_attending_to_everything_is_never_less_work_than_dense_attention(
     operations = calibration.roofs.flops.get(shape.dtype, 50.0)
     flops = sparse_amounts(shape, plan, DEVICE)["attend"].flops
     assert attend >= flops / operations / 1e9
-    # Text rows and columns are dense in both.
+    # Text queries and text keys are dense in both.
     assert flops >= 4 * shape.batch * shape.heads * shape.q_tokens * shape.k_tokens * (
         shape.head_dim * 0.99
     )
@@ -150,7 +150,7 @@ def test_the_guess_for_an_unknown_device_is_late_rather_than_early(
 
 
 def test_the_tiles_are_those_of_the_device_that_is_predicted_for() -> None:
-    """Hopper's query tile is longer than the others': the same clusters leave more of it empty."""
+    """Query tiles of Hopper are longer, so that the same clusters leave more of a tile empty."""
     plan = AttentionPlan(q_clusters=2000)
     rows = {
         arch: sparse_amounts(SHAPE, plan, dataclasses.replace(DEVICE, architecture=arch))

@@ -1,4 +1,4 @@
-"""The bound for unseen inputs: how it moves, and that it keeps its word."""
+"""The error bound for unseen inputs: how it changes, and how often it is kept."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Compiles every kernel that one attention call launches, for a GPU that is not there.
 
-Run as a program with a JSON list of jobs on standard input; prints one JSON list of reports. It
-lives in its own process because Triton decides at import between its interpreter and its compiler.
+The program reads a JSON list of jobs from standard input and prints a JSON list of reports. It runs
+in a process of its own, because Triton chooses at import between interpreter and compiler.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of one kernel.
+    """Resources of one compiled kernel.
 
     Attributes:
         job: the call that launches it.
@@ -91,7 +91,7 @@ def compile_job(job: Job) -> list[Report]:
     from svg_ear_compile.kernels.plan import AttentionPlan
 
     target = GPUTarget(job.backend, job.arch, 64 if job.backend == "hip" else 32)
-    # Each target is its own device: kernels already compiled for it are not compiled again.
+    # Each target is a device of its own, whose compiled kernels are kept.
     index = f"{job.backend}{job.arch}"
     driver.set_active(
         SimpleNamespace(
@@ -134,7 +134,7 @@ def compile_job(job: Job) -> list[Report]:
         used = attention.HOPPER_GLUON if on_hopper else attention.TRITON
         made = used.sparse_attention(q, k, v, plan, attn_mask=mask, return_lse=True)
         if job.masked:  # once for each tile is enough
-            # No kernel ran: what it holds is as arbitrary as its shapes are right.
+            # No kernel ran: the shapes are right, the values are arbitrary.
             centroids = (made.queries.centroids, made.keys.centroids)
             labels = (torch.zeros_like(x.labels) for x in (made.queries, made.keys))
             blocks = Blocks(*labels, made.block_mask)

@@ -1,4 +1,4 @@
-"""Inputs of the attention tests, the forms under test, and the float64 answer to one result."""
+"""Inputs of the attention tests, the forms under test, and the float64 oracle of one result."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def random_qkv(
     device: str,
     layout: str = "bhsd",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, H, N_q, D), k and v (B, H_kv, N_k, D) that gather around a few centers.
+    """q (B, H, N_q, D), k and v (B, H_kv, N_k, D) whose tokens are near a few centers.
 
-    Layouts: "bhsd" contiguous; "bshd" views of (B, N, H, D); "fused" slices of one (B, N, 3, H, D)
-    where the shapes allow it, else of a wider (B, N, H, 2 D); "strided" every second element of
-    the last dim of "bshd" memory; "bhds" views of (B, H, D, N).
+    Layouts: "bhsd" is contiguous; "bshd" is views of (B, N, H, D). "fused" is slices of one tensor
+    (B, N, 3, H, D) if q and k have the same shape, else slices of (B, N, H, 2 D). "strided" is
+    every second element of the last dim of "bshd" memory; "bhds" is views of (B, H, D, N).
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -95,7 +95,7 @@ def random_qkv(
 def random_mask(
     seed: int, shape: tuple[int, int], kv_shape: tuple[int, int], keys: int, device: str
 ) -> Tensor:
-    """Key-padding mask (B|1, H_kv|1, 1, N_k); `shape` says which of B and H_kv are written out."""
+    """Key-padding mask of the shape (*`shape`, 1, N_k), where `shape` is (B|1, H_kv|1)."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [full if wide else 1 for wide, full in zip(shape, kv_shape, strict=True)]
     mask = torch.rand(*sizes, 1, keys, generator=generator) < 0.75
@@ -104,7 +104,7 @@ def random_mask(
 
 
 def on_host(clusters: Clusters) -> Clusters:
-    """The same in float64 and int64 on the CPU."""
+    """Clusters in float64 and int64 on the CPU."""
     labels, centroids, sizes = (t.cpu() for t in clusters)
     return Clusters(labels.long(), centroids.double(), sizes.long())
 
@@ -115,10 +115,9 @@ def per_query_head(clusters: Clusters, groups: int) -> Clusters:
 
 @dataclass(frozen=True)
 class Oracle:
-    """What the definition makes of the labels that a result came with, in float64 on the CPU.
+    """Scores and attention by the definition for the labels of a result, in float64 on the CPU.
 
-    The query centroids are those that the kernels can see, rounded to the dtype of q where they
-    are stored in it.
+    Kernels store query centroids in the dtype of q, so the oracle's are rounded to it too.
     """
 
     q: Tensor
@@ -138,48 +137,47 @@ class Oracle:
         queries, keys = on_host(got.queries), per_query_head(on_host(got.keys), groups)
         if form.is_triton:
             queries = queries._replace(centroids=queries.centroids.to(q.dtype).double())
-        wide_q, wide_k, wide_v = (t.cpu().double() for t in (q, k, v))
-        wide_k, wide_v = (t.repeat_interleave(groups, 1) for t in (wide_k, wide_v))
-        scores = reference.score_blocks(queries, keys, wide_k, wide_v, scale)
-        return Oracle(wide_q, wide_k, wide_v, queries, keys, scale, plan, scores)
+        q_64, k_64, v_64 = (t.cpu().double() for t in (q, k, v))
+        k_64, v_64 = (t.repeat_interleave(groups, 1) for t in (k_64, v_64))
+        scores = reference.score_blocks(queries, keys, k_64, v_64, scale)
+        return Oracle(q_64, k_64, v_64, queries, keys, scale, plan, scores)
 
-    def attend(self, exact: Tensor) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp for these blocks."""
-        return self._attend(exact, torch.float64, None)
+    def attend(self, block_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp for a block mask."""
+        return self._attend(block_mask, torch.float64, None)
 
-    def attend_stored_in(self, exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The same in float32, with what is stored between stages rounded to `dtype`.
+    def attend_stored_in(self, block_mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`attend` in float32, with proxy tokens, value corrections and output rounded to `dtype`.
 
-        Rounded are the proxy tokens, and the output: this is the
-        error that no implementation with tensors of `dtype` can avoid.
+        An implementation whose tensors have this dtype cannot avoid these rounding errors.
         """
-        return self._attend(exact, torch.float32, dtype)
+        return self._attend(block_mask, torch.float32, dtype)
 
     def _attend(
-        self, exact: Tensor, wide: torch.dtype, stored: torch.dtype | None
+        self, block_mask: Tensor, computed: torch.dtype, stored: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
         def rounded(t: Tensor) -> Tensor:
-            return t.to(wide) if stored is None else t.to(stored).to(wide)
+            return t.to(computed) if stored is None else t.to(stored).to(computed)
 
-        value_means, _ = reference.cluster_means(self.v, self.keys.labels, exact.shape[3])
+        value_means, _ = reference.cluster_means(self.v, self.keys.labels, block_mask.shape[3])
         proxies = reference.proxy_tokens(self.keys, value_means)
         corrected = None
         if self.plan.compensation == "gaussian":
             found = reference.corrections(
                 self.q, self.k, self.v, self.queries, self.keys, value_means, self.scale
             )
-            corrected = Corrections(found.logit.to(wide), rounded(found.value))
+            corrected = Corrections(found.logit.to(computed), rounded(found.value))
         out, lse = reference.softmax_over(
-            *(t.to(wide) for t in (self.q, self.k, self.v)),
-            self.queries.labels, self.keys.labels, exact.cpu(),
-            ProxyTokens(rounded(proxies.keys), rounded(proxies.values), proxies.bias.to(wide)),
+            *(t.to(computed) for t in (self.q, self.k, self.v)),
+            self.queries.labels, self.keys.labels, block_mask.cpu(),
+            ProxyTokens(rounded(proxies.keys), rounded(proxies.values), proxies.bias.to(computed)),
             self.scale, corrected,
         )  # fmt: skip
         return rounded(out), lse
 
 
 def assert_within_rounding(actual: Tensor, wanted: Tensor, yardstick: Tensor, ulp: float) -> None:
-    """Maximum and RMS error at most twice the yardstick's and two units in the last place."""
+    """Maximum and RMS error at most twice the yardstick's plus two units in the last place."""
     error = (actual.cpu().double() - wanted).abs()
     allowed = (yardstick.double() - wanted).abs()
     assert error.isfinite().all()

@@ -1,4 +1,4 @@
-"""Uninitialised memory reads as NaN, so that an element which nothing wrote cannot pass a test."""
+"""Fill uninitialised memory with NaN, so that elements that are never written fail a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small float64 attention problem with labels at random: what the definition is tested on."""
+"""A small float64 attention problem with random labels, on which the definition is tested."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Labelled:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
 
     def labels(self, tokens: int, clusters: int) -> Tensor:
-        """Labels that give every cluster two tokens or more: one alone loses nothing."""
+        """Labels with two or more tokens in each cluster: compensating one token has no error."""
         drawn = torch.randint(clusters, (1, 2, tokens), generator=self.generator)
         drawn[..., : 2 * clusters] = torch.arange(clusters).repeat(2)
         return drawn

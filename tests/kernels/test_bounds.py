@@ -1,6 +1,7 @@
 """No kernel touches memory outside of its tensors: every access is checked in the interpreter.
 
-A sanitizer on a GPU sees the same only where a tensor ends an allocation, and CI has no GPU.
+A sanitizer on a GPU notices an access past a tensor only at the end of an allocation, and the
+machine of the continuous tests has no GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Guarded:
             return argument
         storage = argument.untyped_storage()
         if storage.data_ptr() not in self.buffers:
-            # Of ones: NaN in every float dtype.
+            # All bits are 1: NaN in every float dtype.
             buffer = torch.full((storage.nbytes() + 2 * GUARD,), 255, dtype=torch.uint8)
             inside(buffer).copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
             self.buffers[storage.data_ptr()] = buffer
@@ -66,7 +67,7 @@ def inside(buffer: Tensor) -> Tensor:
 
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every access of an interpreted kernel is checked inside the test."""
+    """Check every access of an interpreted kernel during the test."""
     from triton.runtime import interpreter
 
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor

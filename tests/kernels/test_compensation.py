@@ -1,4 +1,4 @@
-"""The Gaussian form in float64: its formula, where it is exact, where it is nothing."""
+"""The Gaussian form in float64: its formula, where it is exact, where it is 0."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_it_is_its_formula(stretch: float) -> None:
 
 
 def test_it_is_exact_on_gaussian_clusters() -> None:
-    """Many jointly Gaussian keys and values, the same about two centres: the rest is sampling."""
+    """Many jointly Gaussian keys and values, alike about two centres: only a sampling error."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -101,7 +101,7 @@ def test_it_is_nothing_at_the_origin_and_bounded_away_from_it(seed: int) -> None
 
 
 def test_a_correction_that_rounds_below_nothing_is_nothing() -> None:
-    """Keys and queries that vary in different directions: no correction, up to its rounding."""
+    """Keys and queries vary in different directions: the correction is 0, up to rounding."""
     generator = torch.Generator().manual_seed(3)
     turn, _ = torch.linalg.qr(torch.randn(64, 64, generator=generator))
     q, k = torch.randn(2, 1, 2, 1024, 64, generator=generator)

@@ -1,4 +1,4 @@
-"""What runs does not import the definition that it is tested against."""
+"""Implementations do not import the definition that they are tested against."""
 
 from __future__ import annotations
 

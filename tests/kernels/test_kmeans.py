@@ -54,7 +54,7 @@ def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
 
 
 def inertia(x: Tensor, found: Clusters) -> float:
-    """Sum of squared distances to the mean of the own cluster, float64."""
+    """Sum of squared distances of the tokens to the mean of their cluster, float64."""
     means, _ = reference.cluster_means(x.cpu().double(), found.labels, found.centroids.shape[2])
     return squared_distances(x, means).gather(3, found.labels.unsqueeze(-1)).sum().item()
 
@@ -77,7 +77,7 @@ def test_labels_are_the_nearest_centroids_of_the_round_before(
     start = reference.initial_centroids(x, None, count[1], NO_TEXT, seed=0)
     before = start if rounds == 1 else kmeans(form, x, start, rounds - 1).centroids
     found = kmeans(form, x, start, rounds)
-    if form.is_triton:  # the product runs on centroids stored in the dtype of the tokens
+    if form.is_triton:  # the kernel multiplies centroids in the dtype of the tokens
         before = before.to(dtype)
     distance = squared_distances(x, before)
     chosen = distance.gather(3, found.labels.unsqueeze(-1)).squeeze(-1)
@@ -105,7 +105,7 @@ def test_labels_are_the_nearest_in_the_metric(
     away = x.cpu().double().unsqueeze(3) - start.cpu().double().unsqueeze(2)  # [B, H, N, C, D]
     distance = torch.einsum("bhncd,bhde,bhnce->bhnc", away, metric.double(), away)
     chosen = distance.gather(3, found.labels.unsqueeze(-1)).squeeze(-1)
-    # A token is moved by the rounding of the aim, along its distance from the centroid.
+    # The rounding of an aim changes a distance in proportion to the token minus the centroid.
     reach = (
         distance.amin(-1).sqrt()
         * torch.finfo(dtype).eps
@@ -161,7 +161,7 @@ def test_tile_aligned_clusters_give_their_surplus_to_those_with_room(
 def test_a_cluster_with_little_in_its_last_subtile_gives_the_tokens_that_lose_least(
     form: Form,
 ) -> None:
-    # Nine tokens around 0, six around 10: subtiles of 8 leave one of the nine alone.
+    # Nine tokens are near 0, six near 10. With subtiles of 8, one of the nine is a surplus.
     places = torch.tensor([0.0, 1, 2, 3, 0, 0, 0, 0, -1, 10, 10, 10, 10, 11, 9])
     x = torch.zeros(1, 1, 15, 40, device=form.device)
     x[0, 0, :, 7] = places.to(form.device)

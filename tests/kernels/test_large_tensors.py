@@ -14,7 +14,7 @@ from svg_ear_compile.kernels.registry import sparse_attention
 
 
 def draw(*shape: int) -> Tensor:
-    """Normal numbers in bfloat16, made in slices: float32 ones would take twice the memory."""
+    """Normal numbers in bfloat16, drawn in slices, since float32 would take twice the memory."""
     generator = torch.Generator("cuda").manual_seed(0)
     out = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
     for part in out.flatten(0, 1):

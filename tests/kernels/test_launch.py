@@ -1,4 +1,4 @@
-"""Which tiles a device gets."""
+"""Launch configurations by architecture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metric of the logits: its formula, what it does not see, and what it is for."""
+"""The ``"logits"`` metric: its formula, its invariances, and the error that it lowers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ F16, F32 = torch.float16, torch.float32
 def metrics(
     form: Form, q: Tensor, k: Tensor, mask: Tensor | None, text: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Of queries (B, H, D, D) and of keys (B, H_kv, D, D), on the CPU."""
+    """Metrics of queries (B, H, D, D) and of keys (B, H_kv, D, D), on the CPU."""
     if not form.is_triton:
         full = reference.key_mask_of(mask, k)
         return reference.logit_metrics(q.float(), k.float(), full, text)
@@ -121,7 +121,10 @@ def test_it_is_the_euclidean_distance_of_transformed_tokens(seed: int) -> None:
 
 
 def test_clusters_of_what_the_logits_see_leave_less_error() -> None:
-    """Queries and keys vary most where the others do not: Euclidean clusters follow the noise."""
+    """Queries and keys vary most in directions in which the others do not vary.
+
+    These variations change no logit, and Euclidean clusters follow them.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(loud: slice) -> Tensor:

@@ -1,4 +1,4 @@
-"""The definition in float64: every exactness fact of the method as one property."""
+"""Properties of the definition in float64, one for each exact statement about the method."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_shifting_all_keys_changes_neither_attention_nor_the_threshold_route(
     close(case.attend(exact, form)[0], before[0])
     close(log_rho(case), rho_before)
     assert torch.equal(reference.route(case.scores(), *case.clusters(), plan), route_before)
-    # The error itself has no common unit: it moved.
+    # Without the normalisation of rho the error changes.
     assert (case.scores()[0] - error_before).abs().min() > 1e-6
 
 
@@ -174,7 +174,7 @@ def test_score_of_error_is_the_sum_over_the_block(seed: int) -> None:
 
 
 def brute_force_until(order: list[int], weight: list[float], budget: float) -> set[int]:
-    """Entries in that order while the weight before them is below the budget."""
+    """Entries in the given order while the weight before them is below the budget."""
     taken, before = set(), 0.0
     for index in order:
         if before >= budget:

@@ -1,4 +1,4 @@
-"""Which implementation serves a call, and what a request for one is answered."""
+"""The choice of an implementation for a call, and the answers to a request for one."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_hopper_says_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_attend_is_pure() -> None:
-    """The second stage gives the same bits from the same block mask, and changes none of it."""
+    """The second stage gives the same bits for the same arguments, and modifies none of them."""
     q, k, v = random_qkv(3, 2, (4, 2), (61, 45), 32, torch.float32, "cpu")
     used = registry.choose(q, k, v)
     routed = used.cluster_and_route(
@@ -83,5 +83,5 @@ def test_block_lists_are_the_block_mask() -> None:
     assert kv_indptr.shape == (2 * 4 * 3 + 1,)
     assert kv_indptr.dtype == kv_indices.dtype == torch.int32
     for r, row in enumerate(rows):
-        listed = kv_indices[kv_indptr[r] : kv_indptr[r + 1]].tolist()
-        assert listed == row.nonzero().squeeze(1).tolist()
+        row_indices = kv_indices[kv_indptr[r] : kv_indptr[r + 1]].tolist()
+        assert row_indices == row.nonzero().squeeze(1).tolist()

@@ -1,4 +1,4 @@
-"""All stages on a CPU and on a GPU, each judged on the labels and block lists that it returns."""
+"""All stages on a CPU and on a GPU, tested for the labels and block mask that a call returns."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from svg_ear_compile.kernels.reference import Result
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 COMPENSATIONS = get_args(Compensation)
 
-# How far two float32 evaluations of one block's score may lie apart (natural log).
+# Largest difference of two float32 evaluations of the score of one block (natural log).
 SCORE_TOLERANCE = 2e-3
-# A block's error below this share of its terms is rounding; one key alone has no error at all.
+# Errors of a block below this fraction of its terms are rounding: a block of one key has none.
 ERROR_FLOOR = 1e-9
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call without its head dim and dtype."""
+    """An attention call of any head dim and dtype."""
 
     seed: int
     batch: int
@@ -84,7 +84,7 @@ def cases(*tokens: int) -> st.SearchStrategy[Case]:
 
 
 def check_clusters(found: reference.Clusters, x: Tensor, text: tuple[int, int], mask) -> None:
-    """Special labels where they belong, sizes that count them, centroids that are the means."""
+    """Check special labels, sizes and centroids of a result."""
     labels, clusters = found.labels.cpu().long(), found.centroids.shape[2]
     position = torch.arange(x.shape[2]).expand_as(labels)
     always = (position < text[0]) | (position >= x.shape[2] - text[1])
@@ -99,7 +99,7 @@ def check_clusters(found: reference.Clusters, x: Tensor, text: tuple[int, int], 
 
 
 def check_route(oracle: Oracle, got: Result) -> None:
-    """Budget exact, best scores taken up to rounding, areas counted right."""
+    """Check the block mask of a result: its budget, the best scores up to rounding, its areas."""
     plan, sizes = oracle.plan, oracle.keys.sizes.unsqueeze(2)  # [B, H, 1, Kc]
     exact = got.block_mask.cpu()
     row = oracle.queries.sizes > 0  # [B, H, Qc]
@@ -132,8 +132,8 @@ def check_route(oracle: Oracle, got: Result) -> None:
     assert (left_out <= worst + SCORE_TOLERANCE)[row].all()
     budget = torch.ceil(plan.density * sizes.sum(-1).double())  # [B, H, 1]
     assert (area >= budget)[row].all()
-    crossing = (exact & (score <= worst + SCORE_TOLERANCE)) * sizes
-    before = area - crossing.amax(-1)
+    last_taken = (exact & (score <= worst + SCORE_TOLERANCE)) * sizes
+    before = area - last_taken.amax(-1)
     assert ((before < budget) | (area == 0))[row].all()
     assert (area == 0)[row].all() or plan.density > 0
 
@@ -158,13 +158,13 @@ def check_case(form: Form, dim: int, dtype: torch.dtype, compensation: str, case
 
 
 def check_output(oracle: Oracle, got: Result) -> None:
-    """Output and log-sum-exp as the definition has them for the result's own blocks."""
+    """Check output and log-sum-exp against the definition with the block mask of the result."""
     dtype = got.out.dtype
     out, lse = oracle.attend(got.block_mask.cpu())
     near_out, near_lse = oracle.attend_stored_in(got.block_mask.cpu(), dtype)
     ulp = torch.finfo(dtype).eps
     assert_within_rounding(got.out, out, near_out, 2 * ulp if dtype == F32 else ulp / 2)
-    # Of the log-sum-exp only the stored proxy keys are rounded, and few of them decide it.
+    # In the log-sum-exp only proxy keys are rounded, and few of them have much weight.
     assert_within_rounding(got.lse, lse, near_lse, torch.finfo(F32).eps + ulp / 32)
 
 

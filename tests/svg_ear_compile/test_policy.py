@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def calibration(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calibration]:
-    """Sparse stages as fast as the roofs and without launches, so that short sequences pay."""
+    """A calibration of sparse stages at the roofs, without launches, so that few tokens pay."""
     base = guess(describe("cpu"))
     ideal = dict.fromkeys((*STAGES["cpu"], "dense"), Efficiency(1.0, 1.0, 0.0))
     known = dataclasses.replace(base, origin="measured", stages={"float32/64": ideal})
@@ -178,7 +178,7 @@ def test_the_budget_of_another_model_with_such_layers_is_refused() -> None:
             compiled(*inputs)
         with pytest.raises(Exception, match=message):
             explain(model, *inputs, options=options)
-        # A block does not show whose it is.
+        # The graph of a block does not tell which model it belongs to.
         (site,) = explain(model.blocks[0], inputs[0], options=options).sites
         assert site.layer == ""
 

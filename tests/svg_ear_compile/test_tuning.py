@@ -1,4 +1,4 @@
-"""Tuning: what is measured, what is decided, what survives an interruption."""
+"""Tuning: its measurements, its decisions, and how it continues after an interruption."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model_and_calls() -> tuple[nn.Module, list[ModelCall]]:
 
 
 def error(model: Any, budget: Budget, call: ModelCall) -> float:
-    """Relative RMS error of one forward under a budget, measured from outside."""
+    """Relative RMS error of one forward under a budget, measured without the code of tuning."""
     from svg_ear_compile.backend import svg_ear
 
     torch._dynamo.reset()
@@ -69,7 +69,7 @@ def test_the_objective_is_met_and_the_layer_that_matters_most_gets_most() -> Non
         first, *_, last = [choices[0].density for choices in found.layers.values()]
         assert last >= first
     assert "one density for all" in found.note
-    # What it says it measured is what anyone measures.
+    # The measured performance in the budget can be measured again.
     errors = [error(model, found, call) for call in calls]
     assert max(errors) == pytest.approx(found.measured.error, rel=0.05)
 
@@ -77,7 +77,7 @@ def test_the_objective_is_met_and_the_layer_that_matters_most_gets_most() -> Non
 def test_an_error_objective_is_kept_on_the_calls_with_room_for_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # On a device where sparse attention of so few tokens pays: only operations take time.
+    # On this device only operations take time, so that sparse attention of few tokens pays.
     ideal = dict.fromkeys((*STAGES["cpu"], "dense"), Efficiency(1.0, 0.0, 0.0))
     known = dataclasses.replace(guess(describe("cpu")), stages={"float32/64": ideal})
     monkeypatch.setattr(tuning, "calibration_of", lambda device: known)
@@ -143,7 +143,7 @@ def test_finished_measurements_survive_an_interruption(
     resumed = tune(model, calls, density=0.3, settings=QUICK, journal=journal, on_cost=costs.append)
     assert (costs[0].finished, costs[0].forwards) == (10, 14)
     assert resumed.layers == whole.layers
-    # The model is free again, interrupted or not.
+    # The model can be bound again after an interruption.
     with bind(torch.compile(model, backend="eager")):
         pass
 
@@ -186,7 +186,7 @@ def test_a_journal_reads_its_own_sound_lines_and_nothing_else(tmp_path: Path) ->
     (y,) = (line for line in lines if b'"y"' in line)
     spoiled = [y.replace(b"2.0", b"3.0"), y.replace(b'"y"', b'"w"'), b"\xff\xfe", b"[" * 10**5]
     path.write_bytes(b"\n".join([*spoiled, *lines]))
-    # A neighbour's files: none of them is of a rank.
+    # Other files in the folder, none of which belongs to a rank.
     for name in (b"a[b]*.journal.bak", b"a[b]*.journal\xff", b"axb.journal", b"a[b]*.journal.01"):
         (tmp_path / os.fsdecode(name)).write_bytes(y.replace(b'"y"', b'"n"'))
     (tmp_path / "a[b]*.journal.3").mkdir()
