@@ -17,8 +17,34 @@ from svg_ear_compile.passes.effects import Effects
 from svg_ear_compile.passes.memory import storages
 from svg_ear_compile.passes.operation import CONVOLUTIONS, LINEAR, operation
 
-# A tensor's size says nothing of what it holds.
-_SIZES = frozenset({"size", "shape", "sym_size", "numel", "sym_numel", "dim", "stride"})
+# A tensor's size says nothing of what it holds; nor do new tensors in its likeness.
+_SIZES = frozenset({
+    "size", "shape", "sym_size", "numel", "sym_numel", "dim", "stride", "zeros_like", "ones_like",
+    "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor",
+})  # fmt: skip
+# Of these, the argument says shape or dtype alone.
+_LIKENESSES = {"expand_as": 1, "view_as": 1, "reshape_as": 1, "type_as": 1, "to": 1}
+
+
+def values_read(node: Node) -> list[Node]:
+    """The inputs of a node whose values it may read, not their shapes and dtypes alone."""
+    name, inputs = operation(node), node.all_input_nodes
+    alike: tuple[Node, ...] = ()
+    if name in _SIZES:
+        alike = _at(node, 0, "input", "self")
+    elif name in _LIKENESSES:
+        alike = _at(node, _LIKENESSES[name], "other")
+    if not alike:
+        return inputs
+    # The same tensor may be another argument, too.
+    leaves = [n for n in tree_leaves((node.args, dict(node.kwargs))) if isinstance(n, Node)]
+    return [n for n in inputs if n not in alike or leaves.count(n) > 1]
+
+
+def _at(node: Node, place: int, *names: str) -> tuple[Node, ...]:
+    given = node.args[place] if len(node.args) > place else None
+    found = (given, *(node.kwargs.get(name) for name in names))
+    return tuple(n for n in found if isinstance(n, Node))
 
 
 class Dataflow:
@@ -55,7 +81,7 @@ class Dataflow:
             for child in children:
                 self._enter(node, child)
             self.position[node] = len(self.position)
-            for source in () if operation(node) in _SIZES else node.all_input_nodes:
+            for source in values_read(node):
                 self.graph.add_edge(source, node)
                 # Earlier writers reach the last one: a writer reads what it writes into.
                 self.graph.add_edges_from((w, node) for w in self._writers_of(source)[-1:])

@@ -16,13 +16,19 @@ import torch
 from torch.fx import Node
 
 from svg_ear_compile.kernels.padding import NEGLIGIBLE
-from svg_ear_compile.passes.dataflow import Dataflow
+from svg_ear_compile.passes.arguments import Arguments
+from svg_ear_compile.passes.dataflow import Dataflow, values_read
 from svg_ear_compile.passes.memory import is_plain, is_same_view
-from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.patterns import read_product, read_step
 from svg_ear_compile.passes.products import Product, is_product
 from svg_ear_compile.passes.site import Call, EmptyRow, Mask, Operand, Reason
-from svg_ear_compile.passes.steps import Step, read_softmax
+from svg_ear_compile.passes.steps import (
+    Given,
+    Step,
+    added_by_product,
+    filled_by_index,
+    read_softmax,
+)
 from svg_ear_compile.passes.symbolic import expression
 
 # Longer than any pattern seen; bounds the walk on graphs that are no attention.
@@ -62,7 +68,9 @@ class _Reading:
                 self._leave(Reason.MASK)
             aligned = self.letters[max(0, len(self.letters) - rank) :] if rank else ""
             added = step.added is not None
-            self.masks.append(Mask(Operand(tensor, aligned), step.inverted, added=added))
+            self.masks.append(
+                Mask(Operand(tensor, aligned), step.inverted, added=added, factor=step.sign)
+            )
             self.fill = step.fill
         dtype = _dtype(node)
         if dtype is not None:  # the lowest float32 is -inf in float16
@@ -70,8 +78,7 @@ class _Reading:
 
     def _scale(self, factor: float) -> None:
         # A mask is scaled with the scores it was added to or filled into.
-        if factor != 1.0 and any(m.added for m in self.masks):
-            self._leave(Reason.PATTERN)
+        self.masks = [replace(m, factor=m.factor * factor) for m in self.masks]
         self.scale *= factor
         self.fill *= factor
 
@@ -82,12 +89,12 @@ class _Reading:
         """The mask, once all steps have been taken."""
         if not self.masks:
             return None
-        if self.masks[0].added:
-            return self.masks[0]
+        if self.masks[0].added:  # a row of nothing but -inf
+            return replace(self.masks[0], empty_row=EmptyRow.NAN)
         if not self.fill <= NEGLIGIBLE:  # a key that is left out would still take part
             self._leave(Reason.PATTERN)
         empty_row = EmptyRow.MEAN if math.isfinite(self.fill) else EmptyRow.NAN
-        return replace(self.masks[0], empty_row=empty_row)
+        return replace(self.masks[0], empty_row=empty_row, factor=1.0)
 
 
 def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
@@ -112,7 +119,7 @@ def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
     )  # fmt: skip
     reading = _Reading(product.out_dims, product.factor)
     if product.added is not None:
-        reading.take(Step(added=product.added), product_node)
+        reading.take(added_by_product(product.added, flow), product_node)
     for taken in score_steps:
         reading.take(taken.step, taken.node)
     normalised = reading.letters[dim]
@@ -135,6 +142,10 @@ def _climb(
     writers = [w for w in flow.writes_before(node, reader) if flow.is_before(node, w)]
     if writers:
         writer = writers[-1]
+        step = filled_by_index(Given(writer, node, Arguments({}, {}), flow))
+        if step is not None:
+            found = _climb(node, writer, flow, depth + 1) if depth < _MAX_STEPS else None
+            return (found[0], [*found[1], _Taken(writer, node, step)]) if found else None
         # Written through a view of another shape, the scores are not what the step returns.
         if not all(is_same_view(node, target) for target in (writer, *flow.written(writer))):
             return None
@@ -259,11 +270,14 @@ def _call(
     reason = reading.reason
     reason = reason or _reason_to_leave(flow, steps, [q, k, v, *tensors])
     reason = reason or _reason_of_dtypes(steps)
+    scale = reading.scale
     if _dtype(q.node) != _dtype(v.node):
-        q, k = (_before_upcast(operand, v.node, flow, steps) for operand in (q, k))
+        q, of_q = _before_upcast(q, v.node, flow, steps)
+        k, of_k = _before_upcast(k, v.node, flow, steps)
+        scale *= of_q * of_k
     return Call(
         node=nodes[-1], steps=steps, q=q, k=k, v=v, out_dims=out_dims,
-        mask=mask, scale=reading.scale, reason=reason,
+        mask=mask, scale=scale, reason=reason,
     )  # fmt: skip
 
 
@@ -273,19 +287,25 @@ def _reason_to_leave(
     inside, out = set(steps), steps[-1]
     kept = {operand.node for operand in operands}
 
-    def goes_too(user: Node) -> bool:
-        """True if nothing but the steps reads the user: `full_like(scores)` beside a fill."""
+    def goes_too(node: Node, user: Node) -> bool:
+        """True for a step, for what only steps read, and for what asks for no values.
+
+        What only asks for shape or dtype, as `zeros_like(scores)` does, keeps the product in the
+        graph; compilation removes it there, since nothing reads its values.
+        """
+        if node not in values_read(user):
+            return True
         made_for_steps = set(user.users) <= inside and user not in kept
         return user in inside or (
             made_for_steps and not flow.written(user) and not user.is_impure()
         )
 
     for node in steps[:-1]:
-        if not all(map(goes_too, node.users)):
+        if not all(goes_too(node, user) for user in node.users):
             return Reason.WEIGHTS
         if not set(flow.writes_before(node, out)) <= inside:
             return Reason.PATTERN
-        if flow.written(node) and not set(flow.sharing(node)) <= inside:
+        if any(not set(flow.sharing(n)) <= inside for n in flow.written(node)):
             return Reason.WRITTEN
     for operand in operands:
         readers = [n for n in steps if operand.node in n.all_input_nodes]
@@ -298,7 +318,8 @@ def _reason_to_leave(
 def _reason_of_dtypes(steps: tuple[Node, ...]) -> Reason | None:
     """Why the dtypes on the way matter: scores that are rounded more than attention rounds."""
     out = _dtype(steps[-1])
-    return Reason.DTYPE if any(_is_narrower(_dtype(node), out) for node in steps) else None
+    held = [_dtype(n) for n in steps if n.meta.get("example_value") is not None]
+    return Reason.DTYPE if any(_is_narrower(dtype, out) for dtype in held) else None
 
 
 def _is_narrower(dtype: torch.dtype | None, other: torch.dtype | None) -> bool:
@@ -310,28 +331,28 @@ def _is_narrower(dtype: torch.dtype | None, other: torch.dtype | None) -> bool:
 
 def _before_upcast(
     operand: Operand, value: Node, flow: Dataflow, steps: tuple[Node, ...]
-) -> Operand:
-    """The operand as it was before it was cast up to make the softmax precise.
+) -> tuple[Operand, float]:
+    """The operand as it was before it was cast up, and the factor it has been scaled by since.
 
-    The kernels accumulate in float32 whatever they are given.
+    Casts make products and softmax precise; the kernels accumulate in float32 whatever they are
+    given.
     """
-    node, dims = operand.node, operand.dims
-    source = _first_input(node)
-    turn = read_step(node, source, flow) if source is not None else None
-    if source is not None and turn is not None and turn.order is not None and turn.reason is None:
-        letters = dict(zip(turn.order, dims, strict=True))
-        node, dims = source, "".join(letters[d] for d in range(len(dims)))
-        source = _first_input(node)
-    if operation(node) not in _UPCASTS or source is None:
-        return operand
-    if _dtype(source) != _dtype(value) or flow.is_written_between(source, node, steps[-1]):
-        return operand
-    return Operand(source, dims)
-
-
-def _first_input(node: Node) -> Node | None:
-    first = node.args[0] if node.args else node.kwargs.get("input")
-    return first if isinstance(first, Node) else None
+    node, dims, factor = operand.node, operand.dims, 1.0
+    for _ in range(_MAX_STEPS):
+        if _dtype(node) == _dtype(value):
+            written = flow.is_written_between(node, node, steps[-1])
+            return (operand, 1.0) if written else (Operand(node, dims), factor)
+        taken = ((s, read_step(node, s, flow)) for s in node.all_input_nodes)
+        source, step = next(((s, t) for s, t in taken if t is not None), (None, None))
+        if source is None or step is None or flow.is_ever_written(node):
+            break
+        if replace(step, order=None, factor=1.0) != Step():
+            break
+        if step.order is not None:
+            letters = dict(zip(step.order, dims, strict=True))
+            dims = "".join(letters[d] for d in range(len(dims)))
+        node, factor = source, factor * step.factor
+    return operand, 1.0
 
 
 def _dtype(node: Node) -> torch.dtype | None:

@@ -35,7 +35,7 @@ def judge_mask(
     if not isinstance(value, torch.Tensor) or sizes is None:
         return Reason.MASK
     is_bool = value.dtype == torch.bool
-    if mask.added == is_bool or not (is_bool or value.dtype.is_floating_point):
+    if mask.added == is_bool or value.is_complex():
         return Reason.MASK  # a bool that is added counts as 0 or 1, a number to fill by as nothing
     batch, heads, rows, keys = (hint(size) for size in sizes)
     fits = (

@@ -17,6 +17,7 @@ _SYNONYMS = {
     "divide": "div",
     "multiply": "mul",
     "subtract": "sub",
+    "negative": "neg",
     "concat": "cat",
     "concatenate": "cat",
     "swapaxes": "transpose",

@@ -139,6 +139,12 @@ def _with_added_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (bias + 0.2 * (q @ k.mT)).softmax(-1) @ v
 
 
+def _with_subtracted_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = -(q @ k.mT)
+    scores = (scores + scores) / 7.0
+    return (scores - (1 - _padding(k).to(q.dtype)) * 3e4).softmax(-1) @ v
+
+
 def _with_masked_fill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = 0.2 * (q @ k.mT)
     return scores.masked_fill(~_padding(k), torch.finfo(q.dtype).min).softmax(-1) @ v
@@ -178,6 +184,8 @@ STEPS: tuple[Pattern[StepReader], ...] = (
     Pattern("scaled and masked by statements", steps.scale, _scaled_by_statement),
     Pattern("q and k scaled before", steps.scale, _scaled_on_both),
     Pattern("mask added", steps.added_mask, _with_added_mask),
+    Pattern("negated, added to itself", steps.scale, _with_subtracted_mask),
+    Pattern("mask subtracted", steps.added_mask, _with_subtracted_mask),
     Pattern("masked_fill", steps.masked_fill, _with_masked_fill),
     Pattern("where", steps.where, _with_where),
     Pattern("cast, copy", steps.same_values, _in_float32),

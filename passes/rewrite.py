@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -100,7 +101,8 @@ class _Rewriter:
             )
             out = graph.call_function(operator.getitem, (done, 0))
             if call.mask is not None and call.mask.empty_row is EmptyRow.NAN:
-                out = _without_empty_rows(graph, out, mask[0], mask[2] if site.padding else None)
+                rows = mask[2] if site.padding else None
+                out = _without_empty_rows(graph, out, mask[0], rows, call.mask.added)
             out = _in_dims(graph, out, call.out_dims)
             _run_on_fakes(last, old)
             last = out
@@ -128,12 +130,24 @@ class _Rewriter:
         known = self.proofs.get((mask, graph))
         if known is not None and not self.flow.is_written_between(mask.tensor.node, known[0], old):
             return known[1]
-        kept = self._conjunction(graph, (mask.tensor,), mask.inverted)
+        kept = (
+            self._bias(graph, mask, site.dtype) if mask.added
+            else self._conjunction(graph, (mask.tensor,), mask.inverted)
+        )  # fmt: skip
         assert kept is not None
         proof = graph.call_function(torch.ops.svg_ear.key_padding.default, (kept,))
         found = (kept, *(graph.call_function(operator.getitem, (proof, i)) for i in range(3)))
         self.proofs[mask, graph] = (old, found)
         return found
+
+    def _bias(self, graph: Graph, mask: Mask, dtype: torch.dtype | None) -> Node:
+        """What a mask adds to the logits, as a float."""
+        node = self._in_order(graph, mask.tensor, "bhqk")
+        if not mask.tensor.node.meta["example_value"].is_floating_point():
+            node = graph.call_method("to", (node, dtype))
+        if mask.factor != 1.0:
+            node = graph.call_function(operator.mul, (node, mask.factor))
+        return node
 
     def _conjunction(self, graph: Graph, masks: tuple[Operand, ...], inverted: bool) -> Node | None:
         """The masks in order, with True for what all of them let take part; None for no mask."""
@@ -200,9 +214,13 @@ def _in_dims(graph: Graph, out: Node, dims: str) -> Node:
     return out
 
 
-def _without_empty_rows(graph: Graph, out: Node, kept: Node | None, rows: Node | None) -> Node:
+def _without_empty_rows(
+    graph: Graph, out: Node, kept: Node | None, rows: Node | None, added: bool
+) -> Node:
     """The output with NaN in rows that have no key, as a softmax of nothing but -inf gives."""
     if kept is not None:
+        if added:
+            kept = graph.call_function(torch.ne, (kept, -math.inf))
         some = graph.call_function(torch.any, (kept, -1), {"keepdim": True})
         rows = some if rows is None else graph.call_function(torch.logical_and, (some, rows))
     empty = graph.call_function(torch.logical_not, (rows,))

@@ -126,12 +126,14 @@ class Mask:
         inverted: True in a bool mask leaves a key out instead of keeping it.
         empty_row: what a row without any key gives.
         added: it is added to the logits, also where it is no float.
+        factor: it is multiplied by this number before it is added.
     """
 
     tensor: Operand
     inverted: bool = False
     empty_row: EmptyRow = EmptyRow.ZERO
     added: bool = False
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)

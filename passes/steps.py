@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from svg_ear_compile.passes.arguments import Arguments, arguments
+from svg_ear_compile.passes.constants import number
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.operation import CASTS, operation
 from svg_ear_compile.passes.site import Reason
@@ -27,6 +28,7 @@ class Step:
         factor: they are multiplied by this number.
         shift: this number is added to them.
         added: a mask added to them.
+        sign: -1 where that mask is subtracted.
         mask: a bool mask that leaves keys out.
         inverted: True in `mask` leaves a key out.
         fill: the logit of a key that is left out.
@@ -37,6 +39,7 @@ class Step:
     factor: float = 1.0
     shift: float = 0.0
     added: Node | None = None
+    sign: float = 1.0
     mask: Node | None = None
     inverted: bool = False
     fill: float = -math.inf
@@ -82,34 +85,18 @@ def _rank(node: Node) -> int:
     return value.dim() if isinstance(value, Tensor) else -1
 
 
-def _number(value: object, flow: Dataflow) -> float | None:
-    """A number, also where it was made into a constant tensor first that nothing writes into."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    name = {"tensor": "data", "scalar_tensor": "s"}.get(operation(value), "fill_value") if (
-        isinstance(value, Node) and operation(value) in _NUMBERS
-    ) else None  # fmt: skip
-    args = arguments(value) if isinstance(value, Node) and name is not None else None
-    if args is None or name is None or not isinstance(value, Node):
-        return None
-    made, number = value.meta.get("example_value"), args.take(name)
-    plain = isinstance(number, (int, float)) and not isinstance(number, bool)
-    if not plain or not isinstance(made, Tensor) or flow.is_ever_written(value):
-        return None
-    return float(torch.tensor(number).to(made.dtype))  # as the tensor holds it
-
-
-_NUMBERS = frozenset({"full", "full_like", "new_full", "scalar_tensor", "tensor"})
-
-
 def scale(given: Given) -> Step | None:
     name = operation(given.node).rstrip("_")
-    if name not in ("mul", "div"):
+    if name not in ("mul", "div", "neg", "add"):
         return None
     first, second = given.args.take("self"), given.args.take("other")
+    if name == "neg":
+        return Step(factor=-1.0)
+    if name == "add":  # of the scores to themselves
+        return Step(factor=2.0) if first is second else None
     if first is second or (name == "div" and first is not given.scores):
         return None
-    factor = _number(second if first is given.scores else first, given.flow)
+    factor = number(second if first is given.scores else first, given.flow)
     if factor is None:
         return Step(reason=Reason.SCALE)
     if factor == 0 or not math.isfinite(factor):
@@ -125,18 +112,41 @@ def added_mask(given: Given) -> Step | None:
     other = second if first is given.scores else first
     if first is second or (name == "sub" and first is not given.scores):
         return None
-    number = _number(other, given.flow)
-    if number is not None:
-        return Step(shift=number) if abs(number) <= _LARGEST_SHIFT else None
-    is_tensor = isinstance(other, Node) and _rank(other) >= 0
-    return Step(added=other) if is_tensor and name == "add" else None
+    return _added(other, -1.0 if name == "sub" else 1.0, given.flow)
+
+
+def _added(other: object, sign: float, flow: Dataflow) -> Step | None:
+    """A number or a mask that is added to scores; None where it is neither."""
+    shift = number(other, flow)
+    if shift is not None:
+        return Step(shift=sign * shift) if abs(shift) <= _LARGEST_SHIFT else None
+    return Step(added=other, sign=sign) if isinstance(other, Node) and _rank(other) >= 0 else None
+
+
+def added_by_product(added: Node, flow: Dataflow) -> Step:
+    """What a product adds to the scores that it makes, as `baddbmm` does."""
+    return _added(added, 1.0, flow) or Step(reason=Reason.PATTERN)
+
+
+def filled_by_index(given: Given) -> Step | None:
+    """`scores[mask] = number`: a statement whose result is the scores themselves."""
+    if operation(given.node) != "setitem" or len(given.node.args) != 3:
+        return None
+    scores, mask, value = given.node.args
+    chosen = mask.meta.get("example_value") if isinstance(mask, Node) else None
+    whole = given.scores.meta.get("example_value")
+    if scores is not given.scores or not isinstance(chosen, Tensor) or chosen.dtype != torch.bool:
+        return None
+    if not isinstance(whole, Tensor) or chosen.dim() != whole.dim():
+        return None  # of fewer dimensions, it is aligned with the first ones
+    return _fill(given, mask, True, value)
 
 
 def _fill(given: Given, mask: object, inverted: bool, value: object) -> Step | None:
-    number = _number(value, given.flow)
-    if not isinstance(mask, Node) or mask is given.scores or number is None:
+    logit = number(value, given.flow)
+    if not isinstance(mask, Node) or mask is given.scores or logit is None:
         return None
-    return Step(mask=mask, inverted=inverted, fill=number)
+    return Step(mask=mask, inverted=inverted, fill=logit)
 
 
 def masked_fill(given: Given) -> Step | None:

@@ -59,6 +59,15 @@ CONSTANTS: Cases = {
     ),
     "new_full": (of_scores(lambda s: s * s.new_full((1,), fill_value=0.7)), 1),
     "full_like": (of_scores(lambda s: s / torch.full_like(s, fill_value=2.0)), 1),
+    "made in steps": (of_scores(lambda s: s / torch.sqrt(torch.tensor(9.0)) * torch.ones(())), 1),
+    "one element": (of_scores(lambda s: s * torch.tensor([0.7]) * s.new_tensor(1.5)), 1),
+    "rounded by its dtype": (of_scores(lambda s: s * torch.full((), 2.9).long().float()), 1),
+    "two numbers": (
+        of_scores(lambda s: s * torch.tensor([[0.3], [0.4]])[:, :, None]), Reason.SCALE
+    ),
+    "random": (of_scores(lambda s: s * (torch.rand(()) * 0 + 0.5)), Reason.SCALE),
+    "written through a view": (of_scores(lambda s: s * (c := torch.ones(1)).view(()).mul_(2) * c),
+                               Reason.SCALE),
     "fill written": (
         of_scores(lambda s: torch.where(s < 9, s, torch.full_like(s, -1e9).mul_(-1e-9))),
         Reason.PATTERN,
@@ -103,16 +112,108 @@ ADDED: Cases = {
     "square bool": (
         lambda q, k, v, m: attend(torch.add(scores(q, k), row(m) & row(m).mT), v), Reason.MASK
     ),
-    "integers": (lambda q, k, v, m: attend(scores(q, k) + row(m).long() * -9999, v), Reason.MASK),
+    "integers": (lambda q, k, v, m: attend(scores(q, k) + row(~m).long() * -9999, v), 1),
     "doubled": (lambda q, k, v, m: attend(torch.add(scores(q, k), row(m).float(), alpha=2), v),
                 Reason.PATTERN),
     "larger": (
         lambda q, k, v, m: attend(scores(q[:1], k[:1]) + row(m).float(), v), Reason.PATTERN
     ),
-    "added to itself": (of_scores(lambda s: s + s), Reason.PATTERN),
+    "added to itself": (of_scores(lambda s: (s + s) / 7.0), 1),
+    "added to itself, scaled": (of_scores(lambda s: torch.add(s, s, alpha=2)), Reason.PATTERN),
+    "negated": (of_scores(lambda s: -s * 0.3), 1),
     "times itself": (of_scores(lambda s: s * s), Reason.PATTERN),
     "float": (lambda q, k, v, m: attend(scores(q, k) + (1 - row(m).float()) * -1e4, v), 1),
 }  # fmt: skip
+LOW = -1e4
+
+
+def like_scores(make: Callable[[Tensor, Tensor], Tensor]) -> Body:
+    """A mask made of the scores and of the keys that take part is added to the scores."""
+
+    def body(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+        s = scores(q, k)
+        return attend(s + make(s, row(valid)), v)
+
+    return body
+
+
+def by_index(s: Tensor, keep: Tensor) -> Tensor:
+    bias = s.new_zeros(keep.shape)
+    bias[~keep] = -INF
+    return bias
+
+
+def with_values(s: Tensor, keep: Tensor) -> Tensor:
+    bias = torch.empty_like(s)
+    bias.copy_(s)
+    return bias.masked_fill(~keep, LOW)
+
+
+LIKE_SCORES: Cases = {
+    "new_full": (like_scores(lambda s, m: s.new_full(m.shape, -INF).masked_fill(m, 0.0)), 1),
+    "zeros_like": (like_scores(lambda s, m: torch.zeros_like(s).masked_fill(~m, -INF)), 1),
+    "by index": (like_scores(by_index), 1),
+    "cast to the scores": (like_scores(lambda s, m: (~m).to(s) * LOW), 1),
+    "expanded to the scores": (like_scores(lambda s, m: ((~m).type_as(s) * LOW).expand_as(s)), 1),
+    "in place": (
+        lambda q, k, v, m: attend(
+            (s := scores(q, k)).add_(torch.zeros_like(s).masked_fill_(~row(m), LOW)), v
+        ),
+        1,
+    ),
+    "returned": (lambda q, k, v, m: attend(s := scores(q, k), v) + torch.ones_like(s)[..., :1], 1),
+    "of their values": (like_scores(with_values), Reason.WEIGHTS),
+    "of their row": (
+        like_scores(lambda s, m: torch.zeros_like(s) + s[..., :1].masked_fill(~m, LOW)),
+        Reason.WEIGHTS,
+    ),
+    "of their cast": (like_scores(lambda s, m: s.to(s) * 0), Reason.WEIGHTS),
+}
+SUBTRACTED: Cases = {
+    "float": (like_scores(lambda s, m: -((1 - m.float()) * 1e9)), 1),
+    "subtracted": (
+        lambda q, k, v, m: attend(scores(q, k) - (1 - row(m).float()) * 1e9, v), 1
+    ),
+    "in place": (
+        lambda q, k, v, m: attend(scores(q, k).sub_((~row(m)) * 1e9), v), 1
+    ),
+    "then scaled": (
+        lambda q, k, v, m: attend((scores(q, k) - (1 - row(m).int()) * 100000) * 0.3, v), 1
+    ),
+    "then turned": (
+        lambda q, k, v, m: attend(-(scores(q, k) + (1 - row(m).float()) * 1e6), v), 1
+    ),
+    "made small": (
+        lambda q, k, v, m: attend((scores(q, k) + (1 - row(m).float()) * -1e4) * 1e-4, v), 1
+    ),
+    "from the mask": (
+        lambda q, k, v, m: attend((1 - row(m).float()) * 1e9 - scores(q, k), v), Reason.PATTERN
+    ),
+    "some": (lambda q, k, v, m: attend(torch.sub(scores(q, k), row(m).float(), alpha=3), v),
+             Reason.PATTERN),
+}  # fmt: skip
+
+
+def chosen(choose: Callable[[Tensor, Tensor], object], fill: object = -INF) -> Body:
+    """`scores[...] = fill`."""
+
+    def body(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+        s = scores(q, k)
+        s[choose(s, row(valid))] = fill  # type: ignore[index, assignment]
+        return attend(s, v)
+
+    return body
+
+
+INDEXED: Cases = {
+    "mask": (chosen(lambda s, m: ~m.expand_as(s)), 1),
+    "finite": (chosen(lambda s, m: (~m).expand(s.shape), LOW), 1),
+    "small": (chosen(lambda s, m: (~m).expand_as(s), -1.0), Reason.PATTERN),
+    "slice": (chosen(lambda s, m: (..., slice(0, 3))), Reason.PATTERN),
+    "numbers": (chosen(lambda s, m: torch.tensor([0])), Reason.PATTERN),
+    "first dimensions": (chosen(lambda s, m: m[:, 0, 0, :HEADS]), Reason.PATTERN),
+    "of the scores": (chosen(lambda s, m: s < 0), Reason.WEIGHTS),
+}
 CASTS: Cases = {
     "int32": (of_scores(lambda s: (s * 4).to(torch.int32).float()), Reason.PATTERN),
     "long": (of_scores(lambda s: s.long().float()), Reason.PATTERN),
@@ -189,6 +290,10 @@ EMPTY: Cases = {
     "finite": (emptied(-1e9), 1),
     "infinite rows": (emptied_rows(-INF), 1),
     "finite rows": (emptied_rows(-1e9), 1),
+    "added rows": (
+        like_scores(lambda s, m: torch.full(s.shape, -INF).masked_fill_(m & m.mT, 0.0)), 1
+    ),
+    "added finite rows": (like_scores(lambda s, m: (~(m & m.mT)).float() * -1e9), 1),
     "proven rows": (
         lambda q, k, v, m: attend(
             scores(q, k).masked_fill(~(row(m) & row(m).mT).contiguous(), -INF), v
@@ -298,6 +403,24 @@ BROADCAST: Cases = {
     "batch of keys": (lambda q, k, v, m: attend(scores(q, k[:1]), v[:1]), Reason.LAYOUT),
     "one key head": (lambda q, k, v, m: attend(scores(q, k[:, :1]), v[:, :1]), 1),
     "one value head": (lambda q, k, v, m: attend(scores(q, k), v[:, :1]), Reason.LAYOUT),
+    "added vector": (
+        lambda q, k, v, m: torch.bmm(
+            (torch.baddbmm(q.new_zeros(TOKENS), q.flatten(0, 1), k.flatten(0, 1).mT) * 0.3)
+            .masked_fill(~row(m)[1], LOW).softmax(-1), v.flatten(0, 1),
+        ), 1,
+    ),
+    "added number": (
+        lambda q, k, v, m: torch.bmm(
+            torch.baddbmm(q.new_full((1, 1, 1), 9.0), q.flatten(0, 1), k.flatten(0, 1).mT)
+            .softmax(-1), v.flatten(0, 1),
+        ), 1,
+    ),
+    "added column": (
+        lambda q, k, v, m: torch.bmm(
+            torch.baddbmm(q.flatten(0, 1)[..., :1], q.flatten(0, 1), k.flatten(0, 1).mT)
+            .softmax(-1), v.flatten(0, 1),
+        ), Reason.MASK,
+    ),
     "linear": (
         lambda q, k, v, m: F.linear(F.linear(q[0, 0], k[0, 0]).softmax(-1), v[0, 0].mT),
         Reason.PATTERN,
@@ -319,7 +442,8 @@ OVER_OTHERS: Cases = {
     "batch": (turned(lambda t: t.permute(2, 1, 0, 3)), 1),
 }  # fmt: skip
 KINDS = {
-    "constants": CONSTANTS, "weights": WEIGHTS, "added": ADDED, "casts": CASTS,
+    "constants": CONSTANTS, "like the scores": LIKE_SCORES, "subtracted": SUBTRACTED,
+    "indexed": INDEXED, "weights": WEIGHTS, "added": ADDED, "casts": CASTS,
     "unread arguments": UNREAD, "fills": FILLS, "empty rows": EMPTY, "keywords": KEYWORDS,
     "squares": SQUARES, "broadcast": BROADCAST, "over others": OVER_OTHERS,
 }  # fmt: skip

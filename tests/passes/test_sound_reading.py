@@ -15,6 +15,7 @@ import memory_cases
 import pytest
 import torch
 from surroundings import Body, Layer, attend, given, of_scores, row, scores
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from traced_graphs import ALL_BLOCKS, Rewriting, run_rewritten
 
@@ -106,6 +107,11 @@ def test_memory_survives_ahead_of_time_autograd(kind: str) -> None:
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def written(t: Tensor) -> Tensor:
+    t.mT.mul_(2.0)
+    return t
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("body", "wanted"),
@@ -113,6 +119,25 @@ def test_memory_survives_ahead_of_time_autograd(kind: str) -> None:
         (lambda q, k, v, m: scores(q, k).float().softmax(-1).to(v.dtype) @ v, 1),
         (lambda q, k, v, m: attend(scores(q, k).float().to(q.dtype), v), 1),
         (lambda q, k, v, m: attend((q.float() @ k.float().mT).to(q.dtype), v), 1),
+        (lambda q, k, v, m: attend((q.float() * 0.3 @ k.float().mT).to(v.dtype), v), 1),
+        (
+            lambda q, k, v, m: (
+                ((0.3 * q.float()) @ (k.float() / 2).transpose(2, 3)).softmax(-1).to(v.dtype) @ v
+            ),
+            1,
+        ),
+        (
+            lambda q, k, v, m: attend((q.float().mul_(2.0) @ k.float().mT).to(v.dtype), v),
+            Reason.DTYPE,
+        ),
+        (
+            lambda q, k, v, m: attend((written(q.float()) @ k.float().mT).to(v.dtype), v),
+            Reason.DTYPE,
+        ),
+        (
+            lambda q, k, v, m: attend((q.float() * q.float() @ k.float().mT).to(v.dtype), v),
+            Reason.DTYPE,
+        ),
         (
             lambda q, k, v, m: attend(scores(q, k).to(torch.float8_e4m3fn).to(q.dtype), v),
             Reason.DTYPE,
