@@ -8,7 +8,6 @@ the letter under the softmax is the one that the second product contracts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from string import ascii_letters
 
@@ -18,9 +17,9 @@ from torch.fx import Node
 from svg_ear_compile.kernels.padding import NEGLIGIBLE
 from svg_ear_compile.passes.arguments import Arguments
 from svg_ear_compile.passes.dataflow import Dataflow, values_read
-from svg_ear_compile.passes.memory import is_plain, is_same_view
+from svg_ear_compile.passes.memory import is_same_view
 from svg_ear_compile.passes.patterns import read_product, read_step
-from svg_ear_compile.passes.products import Product, is_product
+from svg_ear_compile.passes.products import Product
 from svg_ear_compile.passes.site import Call, EmptyRow, Mask, Operand, Reason
 from svg_ear_compile.passes.steps import (
     Given,
@@ -29,11 +28,12 @@ from svg_ear_compile.passes.steps import (
     filled_by_index,
     read_softmax,
 )
-from svg_ear_compile.passes.symbolic import expression
+from svg_ear_compile.passes.symbolic import hint
+from svg_ear_compile.passes.unread import unread
 
 # Longer than any pattern seen; bounds the walk on graphs that are no attention.
 _MAX_STEPS = 12
-_UPCASTS = frozenset({"to", "_to_copy", "float", "type"})
+_OF_FOLDS = "123"  # letters that no product has
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,9 @@ class _Reading:
     """What has been read of one attention so far; letters as in `Product`."""
 
     letters: str
+    heads: int = 1  # of which each sample has as many in a folded dimension
+    folded: dict[str, str] = field(default_factory=dict)  # its letter, and the two that it holds
+    tangled: bool = False  # other dimensions were folded, too
     scale: float = 1.0
     masks: list[Mask] = field(default_factory=list)
     fill: float = -math.inf  # the logit of a key that a mask leaves out, scaled since
@@ -58,6 +61,10 @@ class _Reading:
     def take(self, step: Step, node: Node) -> None:
         if step.order is not None:
             self.letters = "".join(self.letters[d] for d in step.order)
+        if step.merged is not None:
+            self._fold(self.letters[step.merged : step.merged + 2], step.heads, apart=False)
+        elif step.split is not None:
+            self._fold(self.letters[step.split], step.heads, apart=True)
         self._leave(step.reason)
         self._scale(step.factor)
         tensor = step.added or step.mask
@@ -75,6 +82,20 @@ class _Reading:
         dtype = _dtype(node)
         if dtype is not None:  # the lowest float32 is -inf in float16
             self.fill = float(torch.tensor(self.fill, dtype=torch.float64).to(dtype))
+
+    def _fold(self, letters: str, heads: int, apart: bool) -> None:
+        """Two letters become one, or one becomes two."""
+        if not self.folded:
+            self.folded = {letters: _OF_FOLDS[:2]} if apart else {_OF_FOLDS[2]: letters}
+            self.heads = heads
+        ((one, pair),) = self.folded.items()
+        taken, made = (one, pair) if apart else (pair, one)
+        self.tangled |= heads != self.heads or letters != taken
+        self.letters = self.letters.replace(letters, made)
+
+    def unfolded(self, letters: str) -> str:
+        """With two letters for a folded dimension."""
+        return "".join(self.folded.get(letter, letter) for letter in letters)
 
     def _scale(self, factor: float) -> None:
         # A mask is scaled with the scores it was added to or filled into.
@@ -106,7 +127,7 @@ def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
     after = _descend(softmax, flow) if read is not None else None
     before = _climb(read[0], softmax, flow) if read is not None else None
     if read is None or after is None or before is None:
-        return _unknown_step(softmax, flow)
+        return unread(softmax, flow)
     _, dim, reason = read
     (weight_steps, out), (product_node, score_steps) = after, before
     product, value_product = read_product(product_node), read_product(out)
@@ -117,7 +138,7 @@ def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
     reasons = (
         product.reason, reason, value_product.reason, None if alone else Reason.PATTERN
     )  # fmt: skip
-    reading = _Reading(product.out_dims, product.factor)
+    reading = _Reading(product.out_dims, scale=product.factor)
     if product.added is not None:
         reading.take(added_by_product(product.added, flow), product_node)
     for taken in score_steps:
@@ -127,9 +148,11 @@ def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
         reading.take(taken.step, taken.node)
     reading.reason = next((r for r in reasons if r is not None), reading.reason)
     weights = weight_steps[-1].node if weight_steps else softmax
-    operands = _operands(product, value_product, weights, reading.letters, normalised)
+    operands = None
+    if not reading.tangled:
+        operands = _operands(product, value_product, weights, reading, normalised)
     if operands is None:
-        return None
+        return unread(softmax, flow) if reading.folded else None
     nodes = [product_node, *(t.node for t in score_steps), softmax, *(t.node for t in weight_steps)]
     return _call(flow, operands, [*nodes, out], reading)
 
@@ -200,15 +223,20 @@ class _Operands:
 
 
 def _operands(
-    product: Product, value_product: Product, weights: Node, letters: str, normalised: str
+    product: Product, value_product: Product, weights: Node, reading: _Reading, normalised: str
 ) -> _Operands | None:
-    """Which operand is which, by letters; None if the letters are not attention's."""
-    left = Operand(product.left, product.left_dims)
-    right = Operand(product.right, product.right_dims)
+    """Which operand is which, by letters; None if the letters are not attention's.
+
+    A folded dimension of an operand has two letters.
+    """
+    apart, letters = reading.unfolded, reading.letters
+    left = Operand(product.left, apart(product.left_dims))
+    right = Operand(product.right, apart(product.right_dims))
+    scores = apart(product.out_dims)
     if (normalised in left.dims) == (normalised in right.dims):
         return None
     q, k = (right, left) if normalised in left.dims else (left, right)
-    contracted = (set(q.dims) & set(k.dims)) - set(product.out_dims)
+    contracted = (set(q.dims) & set(k.dims)) - set(scores)
     first = (value_product.left, value_product.left_dims)
     second = (value_product.right, value_product.right_dims)
     (_, weight_dims), (value, value_dims) = (
@@ -218,22 +246,23 @@ def _operands(
         return None
     # The second product has letters of its own: name them as the weights are named.
     names = dict(zip(weight_dims, letters, strict=True))
-    free = iter(sorted(set(ascii_letters) - {*letters, *q.dims, *k.dims}))
+    used = {*letters, *product.left_dims, *product.right_dims}
+    free = iter(sorted(set(ascii_letters) - used))
     for letter in value_dims:
         if letter not in names:
             names[letter] = next(free)
-    v = Operand(value, "".join(names[letter] for letter in value_dims))
-    out = "".join(names.get(letter, "?") for letter in value_product.out_dims)
-    value_channels = set(v.dims) - set(letters)
+    v = Operand(value, apart("".join(names[letter] for letter in value_dims)))
+    out = apart("".join(names.get(letter, "?") for letter in value_product.out_dims))
+    value_channels = set(v.dims) - set(apart(letters))
     if normalised not in v.dims or normalised in out or len(value_channels) != 1:
         return None
     (channel,), (value_channel,) = contracted, value_channels
     # Where all heads share the keys, theirs is another letter that only q has; queries come last.
-    own = [x for x in product.out_dims if x in q.dims and x not in k.dims and x not in v.dims]
+    own = [x for x in scores if x in q.dims and x not in k.dims and x not in v.dims]
     if not own:
         return None
     query = own[-1]
-    batch = [x for x in product.out_dims if x in q.dims and x != query]
+    batch = [x for x in scores if x in q.dims and x != query]
     if set(out) != {*batch, query, value_channel} or set(q.dims) != {*batch, query, channel}:
         return None
     if not set(k.dims) - {normalised, channel} <= set(batch):
@@ -258,7 +287,8 @@ def _call(
     pairs = {**batch, found.query: "q", found.key: "k"}
 
     def named(operand: Operand, names: dict[str, str]) -> Operand:
-        return Operand(operand.node, "".join(names[letter] for letter in operand.dims))
+        dims = "".join(names[letter] for letter in reading.unfolded(operand.dims))
+        return Operand(operand.node, *_folded(operand.node, dims, reading.heads))
 
     mask = reading.done()
     if mask is not None:
@@ -266,6 +296,7 @@ def _call(
     tensors = [m.tensor for m in reading.masks]
     q, k, v = (named(found.q, tokens), named(found.k, keys), named(found.v, keys))
     out_dims = "".join(tokens[letter] for letter in found.out_dims)
+    out_dims, _ = _folded(nodes[-1], out_dims, reading.heads)
     steps = tuple(sorted(nodes, key=flow.position.__getitem__))
     reason = reading.reason
     reason = reason or _reason_to_leave(flow, steps, [q, k, v, *tensors])
@@ -279,6 +310,20 @@ def _call(
         node=nodes[-1], steps=steps, q=q, k=k, v=v, out_dims=out_dims,
         mask=mask, scale=scale, reason=reason,
     )  # fmt: skip
+
+
+def _folded(node: Node, dims: str, heads: int) -> tuple[str, int]:
+    """The letters as `Operand` has them, and the heads in a folded dimension.
+
+    Letters that do not fit the tensor leave it without extents, so that the call is left.
+    """
+    value = node.meta.get("example_value")
+    place = dims.find("bh")
+    if not isinstance(value, torch.Tensor) or value.dim() == len(dims) or place < 0:
+        return dims, 1
+    # A mask of one for all may be of extent 1 there.
+    one = "b" if hint(value.shape[place]) == 1 and heads != 1 else "f"
+    return dims.replace("bh", one), heads if one == "f" else 1
 
 
 def _reason_to_leave(
@@ -341,7 +386,7 @@ def _before_upcast(
     for _ in range(_MAX_STEPS):
         if _dtype(node) == _dtype(value):
             written = flow.is_written_between(node, node, steps[-1])
-            return (operand, 1.0) if written else (Operand(node, dims), factor)
+            return (operand, 1.0) if written else (replace(operand, node=node, dims=dims), factor)
         taken = ((s, read_step(node, s, flow)) for s in node.all_input_nodes)
         source, step = next(((s, t) for s, t in taken if t is not None), (None, None))
         if source is None or step is None or flow.is_ever_written(node):
@@ -358,38 +403,3 @@ def _before_upcast(
 def _dtype(node: Node) -> torch.dtype | None:
     value = node.meta.get("example_value")
     return value.dtype if isinstance(value, torch.Tensor) else None
-
-
-def _unknown_step(softmax: Node, flow: Dataflow) -> Call | None:
-    """A softmax between two products, with a step or a product that nothing reads."""
-    before = _nearby(softmax, flow.sources, of_its_size=True)
-    after = _nearby(softmax, lambda node: node.users)
-    if before is None or after is None:
-        return None
-    operands = [Operand(node, "") for node in before.all_input_nodes]
-    values = [Operand(node, "") for node in after.all_input_nodes]
-    steps = (before, softmax, after)
-    return Call(after, steps, operands[0], operands[-1], values[-1], reason=Reason.PATTERN)
-
-
-def _nearby(
-    start: Node,
-    neighbours: Callable[[Node], Iterable[Node]],
-    of_its_size: bool = False,
-) -> Node | None:
-    """The nearest product that tensors of as many elements as `start` has lead to, or None."""
-    size, queue, seen = _numel(start), [start], {start}
-    for node in queue:
-        for other in neighbours(node):
-            if is_product(other) and (not of_its_size or _numel(other) == size):
-                return other
-            if other not in seen and _numel(other) == size and len(seen) < 4 * _MAX_STEPS:
-                seen.add(other)
-                queue.append(other)
-    return None
-
-
-def _numel(node: Node) -> object:
-    """Number of elements as an expression, None for what is no tensor."""
-    value = node.meta.get("example_value")
-    return expression(value.numel()) if is_plain(value) else None

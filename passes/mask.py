@@ -71,7 +71,7 @@ def _factors(
     node, dims = mask.node, mask.dims
     value = node.meta.get("example_value")
     shape = hints_of(node)
-    if not is_plain(value) or value.dtype != torch.bool or len(shape) != len(dims):
+    if not is_plain(value) or value.dtype != torch.bool or len(shape) != len(dims) or "f" in dims:
         return None
     if flow.writes_before(node, reader):
         return None

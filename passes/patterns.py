@@ -171,6 +171,13 @@ def _keys_by_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights.transpose(-2, -1) @ v
 
 
+def _apart_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    a, b, c = _heads_first(q, k, v)
+    scores = torch.bmm(a, b.mT).view(*q.shape[:3], -1)
+    scores = scores.masked_fill(~_padding(k), -1e4)
+    return torch.bmm(scores.softmax(-1).flatten(0, 1), c).view_as(q)
+
+
 PRODUCTS: tuple[Pattern[ProductReader], ...] = (
     Pattern("matmul, mm, bmm, @", products.matmul, _operators),
     Pattern("einsum", products.einsum, _einsums),
@@ -191,6 +198,7 @@ STEPS: tuple[Pattern[StepReader], ...] = (
     Pattern("cast, copy", steps.same_values, _in_float32),
     Pattern("dropout that is off", steps.dropout, _in_float32),
     Pattern("weights transposed", steps.transposed, _channels_first),
+    Pattern("batch and heads folded or apart", steps.reshaped, _apart_between),
     Pattern("keys by queries", steps.transposed, _keys_by_queries),
 )
 _READ_PRODUCT = tuple(dict.fromkeys(pattern.read for pattern in PRODUCTS))

@@ -164,6 +164,9 @@ class _Rewriter:
     def _in_order(self, graph: Graph, operand: Operand, order: str) -> Node:
         """A view of the operand with these dimensions."""
         node, dims = self._now(operand.node), operand.dims
+        if "f" in dims:
+            parts = (node, dims.index("f"), (-1, operand.heads))
+            node, dims = graph.call_method("unflatten", parts), dims.replace("f", "bh")
         for letter in order:
             if letter not in dims:
                 node, dims = graph.call_method("unsqueeze", (node, 0)), letter + dims
@@ -206,11 +209,14 @@ class _Rewriter:
 
 def _in_dims(graph: Graph, out: Node, dims: str) -> Node:
     """A view of the operator's output (B, H, N, D) with the dimensions that the call had."""
-    order = "".join(letter for letter in "bhnd" if letter not in dims) + dims
+    apart = dims.replace("f", "bh")
+    order = "".join(letter for letter in "bhnd" if letter not in apart) + apart
     if order != "bhnd":
         out = graph.call_method("permute", (out, ["bhnd".index(letter) for letter in order]))
-    for _ in range(4 - len(dims)):
+    for _ in range(4 - len(apart)):
         out = graph.call_method("squeeze", (out, 0))
+    if "f" in dims:
+        out = graph.call_method("flatten", (out, dims.index("f"), dims.index("f") + 1))
     return out
 
 

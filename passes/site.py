@@ -101,20 +101,24 @@ class Operand:
     Attributes:
         node: the tensor.
         dims: one letter for each dimension: batch, heads, n tokens, d channels ("bhnd"); in a mask
-            q queries and k keys ("bhqk"). A letter that is missing has extent 1.
+            q queries and k keys ("bhqk"). A letter that is missing has extent 1. "f" is batch and
+            heads folded into one dimension, the heads of one sample side by side.
+        heads: how many heads there are in "f".
     """
 
     node: Node
     dims: str = "bhnd"
+    heads: int = 1
 
     def sizes(self, order: str = "bhnd") -> tuple[Size, ...] | None:
         """Extents in that order of letters, as traced; None if the node is no such tensor."""
         value = self.node.meta.get("example_value")
         if not is_plain(value) or value.dim() != len(self.dims):
             return None
-        return tuple(
-            value.shape[self.dims.index(letter)] if letter in self.dims else 1 for letter in order
-        )
+        extents: dict[str, Size] = dict(zip(self.dims, value.shape, strict=True))
+        if "f" in extents:
+            extents.update(b=extents["f"] // self.heads, h=self.heads)
+        return tuple(extents.get(letter, 1) for letter in order)
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ class Call:
         node: the node that holds the output.
         steps: all nodes that the rewrite replaces, in order of execution, `node` the last.
         q, k, v: operands.
-        out_dims: letters of the output's dimensions.
+        out_dims: letters of the output's dimensions, as in `Operand`.
         mask: None where there is none.
         scale: of the logits; None is 1/sqrt(D).
         dropout_p, is_causal: as given to the call; hand-written attention has neither.

@@ -14,7 +14,7 @@ from svg_ear_compile.passes.constants import number
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.operation import CASTS, operation
 from svg_ear_compile.passes.site import Reason
-from svg_ear_compile.passes.symbolic import is_same
+from svg_ear_compile.passes.symbolic import expression, is_same, shape_of
 
 _LARGEST_SHIFT = 30.0
 """A larger number added to every logit rounds them: what eager computes then is another thing."""
@@ -33,6 +33,8 @@ class Step:
         inverted: True in `mask` leaves a key out.
         fill: the logit of a key that is left out.
         order: dimensions are permuted so.
+        merged: this dimension and the next one become one.
+        split: this dimension becomes two, of which the second has the extent `heads`.
         reason: why attention with this step has to stay as it is, or None.
     """
 
@@ -44,12 +46,16 @@ class Step:
     inverted: bool = False
     fill: float = -math.inf
     order: tuple[int, ...] | None = None
+    merged: int | None = None
+    split: int | None = None
+    heads: int = 1
     reason: Reason | None = None
 
     @property
     def keeps_weights(self) -> bool:
         """True if weights may pass it, not only scores."""
-        return replace(self, order=None, reason=None) == Step()
+        kept = replace(self, order=None, merged=None, split=None, heads=1, reason=None)
+        return kept == Step()
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ def keeps_shape(node: Node, scores: Node, step: Step) -> bool:
     before, after = (n.meta.get("example_value") for n in (scores, node))
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
+    if step.merged is not None or step.split is not None:  # read off the shapes
+        return True
     order = step.order or range(before.dim())
     return before.dim() == after.dim() and all(
         is_same(before.shape[d], size) for d, size in zip(order, after.shape, strict=True)
@@ -213,6 +221,41 @@ def transposed(given: Given) -> Step | None:
     else:
         order[-2:] = order[:-3:-1]
     return Step(order=tuple(order)) if sorted(order) == list(range(rank)) else None
+
+
+def reshaped(given: Given) -> Step | None:
+    """Two neighbouring dimensions become one, or one becomes two; the rest stays as it is.
+
+    Elements keep their order, so that shapes say all. Where they allow several readings, by extents
+    of 1, all of these are right.
+    """
+    if operation(given.node) not in _RESHAPES or given.args.take("self") is not given.scores:
+        return None
+    before, after = (shape_of(n) for n in (given.scores, given.node))
+    if before is None or after is None:
+        return None
+    given.args.take_all(except_for="out")
+    few, many = sorted(([expression(n) for n in t] for t in (before, after)), key=len)
+    if few == many:
+        return Step()
+    fits = (
+        d for d in range(len(few)) if few[:d] == many[:d] and few[d + 1 :] == many[d + 2 :]
+    )  # fmt: skip
+    place = next(fits, None)
+    if place is None or len(many) != len(few) + 1:
+        return None
+    heads = (before if len(before) > len(after) else after)[place + 1]
+    if not isinstance(heads, int):
+        return None
+    if len(before) > len(after):
+        return Step(merged=place, heads=heads)
+    return Step(split=place, heads=heads)
+
+
+_RESHAPES = frozenset({
+    "view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", "view_as",
+    "reshape_as",
+})  # fmt: skip
 
 
 def is_softmax(node: Node) -> bool:

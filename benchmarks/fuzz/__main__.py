@@ -60,7 +60,7 @@ def main() -> int:
         case = draw(given.seed, failure.index, focus)
         print(f"\n# {failure.verdict.outcome}: {failure.verdict.detail}\n{case.source}")
     print({key: record[key] for key in ("tried", "outcomes", "plain_attentions",
-                                        "plain_attentions_rewritten")})  # fmt: skip
+                                        "plain_attentions_rewritten", "share_found")})  # fmt: skip
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         arguments = {"graphs": given.graphs, "seed": given.seed, "first": given.first}

@@ -446,11 +446,7 @@ class _Writer:
         if c["mask"] != "none":
             table = APPLICATIONS if self.form.score_dims else ARGUMENTS
             found += [CONTENTS[c["mask"]].expect, table[c["put"]].expect]
-        if (
-            c["bias"] != "none"
-            or self.d not in (32, 40, 64)
-            or c["scale"] in ("parameter", "negative")
-        ):
+        if c["bias"] != "none" or self.d not in (32, 40, 64) or c["scale"] == "parameter":
             found.append("reason")
         if c["scale"] in ("constant_written", "constant_of_dtype"):
             found.append("equal")

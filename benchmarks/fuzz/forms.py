@@ -154,6 +154,22 @@ FORMS: dict[str, Form] = {
         "s = torch.einsum('bhid,bjd->bhij', q, k[:, 0])",
     ), ("o = torch.einsum('bhij,bjd->bhid', w, v[:, 0])",), heads="one"),
     "bmm_folded": Form("fnd", "fqk", _BMM, _BMM_OUT, weight=2),
+    "bmm_apart": Form("fnd", "bhqk", (
+        "s = torch.bmm(q, k.mT).view(b, %(h)d, n, m)", "s = (q @ k.mT).unflatten(0, (b, %(h)d))",
+        "s = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.mT, alpha=.3).reshape(b, %(h)d, n, m)",
+        "s = torch.einsum('xid,xjd->xij', q, k).view(b, -1, n, m)",
+    ), ("o = torch.bmm(w.flatten(0, 1), v)", "o = w.reshape(-1, n, m) @ v",
+        "o = torch.bmm(w.view(b * %(h)d, n, m), v)",
+        "o = (w @ v.view(b, %(h)d, m, %(d)d)).flatten(0, 1)")),
+    "matmul_folded": Form("bhnd", "fqk", (
+        "s = (q @ k.mT).flatten(0, 1)", "s = torch.matmul(q, k.transpose(2, 3)).view(-1, n, m)",
+        "s = torch.einsum('bhid,bhjd->bhij', q, k).reshape(b * %(h)d, n, m)",
+    ), ("o = w.view(b, %(h)d, n, m) @ v", "o = w.unflatten(0, (b, %(h)d)) @ v",
+        "o = torch.bmm(w, v.flatten(0, 1)).view(b, %(h)d, n, %(d)d)")),
+    "matmul_float32": Form("bhnd", "bhqk", (
+        "s = q.float() * 0.3 @ k.float().mT", "s = torch.matmul(q.float(), k.float().mT)",
+        "s = (0.5 * q.to(torch.float32)) @ (k.float() / 2).transpose(2, 3)",
+    ), ("o = w.to(v.dtype) @ v", "o = torch.matmul(w.type_as(v), v)")),
     "baddbmm": Form("fnd", "fqk", (
         "s = torch.baddbmm(torch.empty(q.shape[0], n, m, dtype=q.dtype), q, k.mT, beta=0, "
         "alpha=0.4)",

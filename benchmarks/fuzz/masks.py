@@ -227,8 +227,8 @@ APPLICATIONS: dict[str, Application] = {
     ), expect="equal", makes_nan=False),
     "subtracted": Application((
         "s = s - (~mask).to(s.dtype) * 1e4", "s -= (~mask) * 3e4",
-        "s = torch.sub(s, (1 - mask.to(s.dtype)) * 1e4)",
-    ), expect="reason", makes_nan=False),
+        "s = torch.sub(s, (1 - mask.to(s.dtype)) * 1e4)", "s.sub_((1 - mask.int()) * 20000)",
+    ), makes_nan=False),
     "multiplied_and_added": Application((
         "s = s * mask - 1e4 * (1 - mask.to(s.dtype))", "s = s * mask + (~mask) * -1e4",
     ), expect="reason", makes_nan=False),

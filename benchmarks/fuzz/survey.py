@@ -39,15 +39,17 @@ class Survey:
         outcomes: cases by outcome.
         by_choice: for each axis and choice, cases by outcome.
         reasons: sites that were left, by reason.
-        plain, found: attentions that the pass has to rewrite, and those of them that it did.
+        plain, found: by form, the true attentions and those of them that were rewritten. True are
+            those that the pass has to rewrite (see `forms.Expect`). A form, mask
+            or scale that is expected to give a reason counts in no share, nor does an invalid text.
         failures: cases that are missed, wrong or crashed, with what is wrong.
     """
 
     outcomes: Counter[str] = field(default_factory=Counter)
     by_choice: dict[str, dict[str, Counter[str]]] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
-    plain: int = 0
-    found: int = 0
+    plain: Counter[str] = field(default_factory=Counter)
+    found: Counter[str] = field(default_factory=Counter)
     failures: list[Outcome] = field(default_factory=list)
 
     def add(self, outcome: Outcome) -> None:
@@ -59,8 +61,9 @@ class Survey:
             self.by_choice.setdefault(axis, {}).setdefault(choice, Counter())[verdict.outcome] += 1
         self.reasons.update(verdict.reasons)
         if outcome.expect == "rewrite" and verdict.outcome != "invalid":
-            self.plain += 1
-            self.found += verdict.rewritten > 0
+            form = outcome.choices["form"]
+            self.plain[form] += 1
+            self.found[form] += verdict.rewritten > 0
         if verdict.outcome in BAD:
             self.failures.append(outcome)
 
@@ -69,8 +72,13 @@ class Survey:
         return {
             "tried": self.outcomes.total(),
             "outcomes": {name: self.outcomes[name] for name in OUTCOMES},
-            "plain_attentions": self.plain,
-            "plain_attentions_rewritten": self.found,
+            "plain_attentions": self.plain.total(),
+            "plain_attentions_rewritten": self.found.total(),
+            "share_found": self.found.total() / max(self.plain.total(), 1),
+            "by_form": {
+                form: {"true": count, "found": self.found[form]}
+                for form, count in sorted(self.plain.items())
+            },
             "reasons": dict(self.reasons.most_common()),
             "by_choice": {
                 axis: {choice: dict(counts) for choice, counts in sorted(choices.items())}
@@ -93,12 +101,28 @@ class Survey:
                 cells = [counts.total(), *(counts[name] for name in OUTCOMES)]
                 table.add_row(choice, *(str(cell or "") for cell in cells))
             yield table
+        yield self._shares()
         table = Table(title="Left, by reason")
         table.add_column("reason")
         table.add_column("sites", justify="right")
         for reason, count in self.reasons.most_common():
             table.add_row(reason, str(count))
         yield table
+
+    def _shares(self) -> Table:
+        """Which share of the true attentions was found; forms that are never true are left out."""
+        table = Table(
+            title="True attentions found, by form",
+            caption="True: has to be rewritten. Share: found / (found + left + missed).",
+        )
+        for column in ("form", "true", "found", "share"):
+            table.add_column(column, justify="left" if column == "form" else "right")
+        every = ("all forms", self.plain.total(), self.found.total())
+        for form, true, found in (
+            *((form, self.plain[form], self.found[form]) for form in sorted(self.plain)), every
+        ):  # fmt: skip
+            table.add_row(form, str(true), str(found), f"{found / true:.1%}" if true else "")
+        return table
 
 
 def run(

@@ -97,8 +97,8 @@ def _numbers_keep_no_dtype(monkey: Monkey) -> None:
         numbers = [a for a in value.args if isinstance(a, float)] if isinstance(value, Node) else []
         return numbers[-1] if number is not None and numbers else number
 
-    found = steps._number
-    monkey.setattr(steps, "_number", as_given)
+    found = steps.number
+    monkey.setattr(steps, "number", as_given)
 
 
 def _numbers_may_be_added_to_weights(monkey: Monkey) -> None:

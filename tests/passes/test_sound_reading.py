@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import arithmetic_cases
+import fold_cases
+import mask_cases
 import memory_cases
 import pytest
 import torch
@@ -80,7 +82,9 @@ def check(body: Body, wanted: Reason | int, dtype: torch.dtype = torch.float32) 
         assert (out.double() - precise).norm() <= allowed
 
 
-KINDS = {**arithmetic_cases.KINDS, **memory_cases.KINDS}
+KINDS = {
+    **arithmetic_cases.KINDS, **mask_cases.KINDS, **fold_cases.KINDS, **memory_cases.KINDS
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
