@@ -71,6 +71,7 @@ _ODD: tuple[Any, ...] = (
     -5.0, 1e-320, 1e308, math.nan, math.inf, -math.inf, "", "a", "0.1", "\x1b[2J", "[bold]",
     "\ud800", "\u202e", "\0", "x" * 5000, "dense", "tuned", [], [1], {}, {"": 0}, [[[]]],
 )  # fmt: skip
+_NUMBER = re.compile(rb"(?<=[ \[])-?[0-9]+(\.[0-9]+)?(e-?[0-9]+)?(?=[,\n\]}])")
 _LITERALS = (
     b"NaN", b"-Infinity", b"1e999", b"-1e999", b"1E400", b"9" * 5000, b"0" * 99, b"[" * 200,
     b"[" * 100_000, b'{"a":' * 20_000, b'"' + b'\\"' * 2000, b"\xff\xfe", b"\xef\xbb\xbf", b"\x00",
@@ -155,8 +156,20 @@ def mutated_bytes(content: bytes, random_: random.Random) -> bytes:
 def spoiled(path: Path, random_: random.Random) -> str:
     """Change a file that holds JSON, or put something else in its place; returns how."""
     content = path.read_bytes()
-    how = random_.choice(("data", "data", "bytes", "bytes", "repeated key", "nested", "special"))
-    if how == "data":
+    how = random_.choice(
+        ("number", "number", "data", "data", "bytes", "bytes", "repeated key", "nested", "special",
+         "nothing")
+    )  # fmt: skip
+    if how == "nothing":  # a control: what is sound has to be used
+        return how
+    if how == "number":
+        start, end = random_.choice([m.span() for m in _NUMBER.finditer(content)])
+        value = float(content[start:end])
+        other = random_.choice((-value, value / 2, 2 * value + 1, value + 17, -5.0, 0.0, 17.0))
+        whole = content[start:end].isdigit()
+        text = str(int(other) if whole else other).encode()
+        path.write_bytes(content[:start] + text + content[end:])
+    elif how == "data":
         data = mutated_data(json.loads(content), random_)
         path.write_text(json.dumps(data), encoding="utf-8")
     elif how == "bytes":
