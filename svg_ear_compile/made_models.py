@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from svg_ear_compile.capture import ModelCall
 from svg_ear_compile.kernels.checked import InvalidValueError, shown
-from svg_ear_compile.recording import ModelCall
 
 _Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

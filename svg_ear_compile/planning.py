@@ -17,7 +17,7 @@ from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.site import AttentionSite, Reason, TextSpan
 from svg_ear_compile.passes.symbolic import hint
-from svg_ear_compile.passes.workload import RestOfModel, rest_of_model
+from svg_ear_compile.passes.workload import NonAttentionCost, non_attention_cost
 from svg_ear_compile.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class GraphReport:
     """All attention calls of one compiled graph, and what the rest of it costs."""
 
     sites: list[SiteReport] = field(default_factory=list)
-    rest: RestOfModel = field(default_factory=lambda: RestOfModel(0, 0))
+    non_attention: NonAttentionCost = field(default_factory=lambda: NonAttentionCost(0, 0))
 
     @property
     def sparse(self) -> int:
@@ -79,11 +79,13 @@ class GraphReport:
 
 
 def decide_sites(
-    sites: list[AttentionSite], rest: RestOfModel, settings: Settings
+    sites: list[AttentionSite], non_attention: NonAttentionCost, settings: Settings
 ) -> list[Decision | Reason]:
     """What each site shall do, or why it cannot be sparse whatever it would gain."""
     able = [site for site in sites if site.reason is None]
-    decided = iter(decide([_facts(site) for site in able], rest.flops, rest.bytes, settings))
+    decided = iter(
+        decide([_facts(site) for site in able], non_attention.flops, non_attention.bytes, settings)
+    )
     return [site.reason or next(decided) for site in sites]
 
 
@@ -118,16 +120,16 @@ def rewrite_graph(gm: GraphModule, settings: Settings) -> GraphReport:
     Raises:
         ValueError: the settings have the budget of another model.
     """
-    rest = rest_of_model(gm)
+    non_attention = non_attention_cost(gm)
     try:
         found = find_sites(gm)
     except Exception as fault:  # whatever it is, Inductor can still compile the graph
         _warn_of(fault)
-        return GraphReport([], rest)
+        return GraphReport([], non_attention)
     if settings.budget is not None:
         refuse_foreign(settings.budget, found)
     sites = [_with_given_text(site, settings) for site in found]
-    decided = decide_sites(sites, rest, settings)
+    decided = decide_sites(sites, non_attention, settings)
     plans = [plan_site(*pair, settings) for pair in zip(sites, decided, strict=True)]
     notes = [_text_note(site, settings) for site in found]
     planned = [(s, plan) for s, plan in zip(sites, plans, strict=True) if plan is not None]
@@ -145,7 +147,7 @@ def rewrite_graph(gm: GraphModule, settings: Settings) -> GraphReport:
             ]
             plans = [None] * len(sites)
     rows = zip(sites, decided, plans, notes, strict=True)
-    return GraphReport([_report(*row) for row in rows], rest)
+    return GraphReport([_report(*row) for row in rows], non_attention)
 
 
 def _graph_modules(gm: GraphModule) -> list[GraphModule]:

@@ -15,9 +15,9 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from svg_ear_compile.backend import svg_ear
+from svg_ear_compile.capture import ModelCall
 from svg_ear_compile.cost_model.budget import Budget
 from svg_ear_compile.planning import rewrite_graph
-from svg_ear_compile.recording import ModelCall
 from svg_ear_compile.session import bind
 from svg_ear_compile.settings import Settings
 

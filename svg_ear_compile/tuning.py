@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,21 +19,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from svg_ear_compile.capture import CapturedCall, ModelCall, capture_attention
+from svg_ear_compile.checkpoint import Checkpoint
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import knapsack
 from svg_ear_compile.cost_model.allotment import Allotment, Layers, Wish
-from svg_ear_compile.cost_model.budget import DENSE, Budget, Choice, Outcome, Point
+from svg_ear_compile.cost_model.budget import DENSE, Budget, Choice, Performance, Point
 from svg_ear_compile.cost_model.error import Measurement, fit_curve
 from svg_ear_compile.cost_model.margin import KEPT_BY, unseen_error
 from svg_ear_compile.deciding import calibration_of
 from svg_ear_compile.fingerprint import fingerprint_of
-from svg_ear_compile.journal import Journal
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.ranks import rank, ranks, share_largest
-from svg_ear_compile.recording import ModelCall
 from svg_ear_compile.trial_runs import TrialRuns
 from svg_ear_compile.tuning_plan import Cost, Trial, TuningSettings, kinds_of, schedule_of, sites_of
-from svg_ear_compile.watching import SeenCall, watch
 
 _ROUNDS = 3  # corrections of a solution by what it was measured to do
 
@@ -45,6 +45,7 @@ def tune(
     max_error: float | None = None,
     density: float | None = None,
     settings: TuningSettings | None = None,
+    checkpoint: Path | None = None,
     journal: Path | None = None,
     on_cost: Callable[[Cost], None] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
@@ -63,25 +64,29 @@ def tune(
             in 19 of 20 cases.
         density: mean share of the attention area computed exactly.
         settings: see `TuningSettings`.
-        journal: file that keeps finished measurements, so that an interrupted tuning goes on.
+        checkpoint: file of finished measurements; an interrupted tuning is resumed from it.
+        journal: the former name of `checkpoint`.
         on_cost: hears what it will cost before measuring starts.
         on_progress: hears what is being done, how much of it is done, and of how much.
 
     Returns:
-        The budget; its `verdict` is ``"uniform"`` where tuning was not better than one density.
+        The budget; its `outcome` is ``"uniform"`` where tuning was not better than one density.
 
     Raises:
         ValueError: not exactly one wish is given or it is out of range, the model has no attention
             that could be sparse, or the wish cannot be met; the message names the best that can.
         ImportError: scipy, part of the extra ``tune``, is missing.
     """
+    if journal is not None:
+        warnings.warn("journal is called checkpoint now", DeprecationWarning, stacklevel=2)
+        checkpoint = journal if checkpoint is None else checkpoint
     wish = Wish.of(target_speedup, max_error, density)
     if not calls:
         raise ValueError("tune needs at least one call of the model")
     with torch.no_grad():
         work = _Tuning(model, calls, settings or TuningSettings(), wish, on_progress)
         try:
-            return work.run(journal, on_cost)
+            return work.run(checkpoint, on_cost)
         finally:
             work.runs.close()
 
@@ -130,16 +135,16 @@ class _Tuning:
             fingerprint=self.fingerprint,
             tokens=self.tokens,
             device=self.calibration.device,
-            wish=str(self.wish),
-            verdict="tuned",
+            objective=str(self.wish),
+            outcome="tuned",
             schedule=dataclasses.replace(self.schedule, dense_steps=0, dense_from=None),
             layers={layer: layers.get(layer, dense) for layer in self.layers},
         )
 
-    def run(self, journal: Path | None, on_cost: Callable[[Cost], None] | None) -> Budget:
+    def run(self, checkpoint: Path | None, on_cost: Callable[[Cost], None] | None) -> Budget:
         """Measure on all ranks, decide on the first."""
         trials = list(self._trials())
-        allotment = self._fitted(trials, self._measure(trials, journal, on_cost))
+        allotment = self._fitted(trials, self._measure(trials, checkpoint, on_cost))
         # Times are one machine's: rank 0 decides, the others hear of it, refusals included.
         found: list[Budget | ValueError | None] = [None]
         if rank() == 0:
@@ -163,7 +168,7 @@ class _Tuning:
                         yield Trial(layer, dataclasses.replace(kind, density=density), call)
 
     def _measure(
-        self, trials: list[Trial], journal: Path | None, on_cost: Callable[[Cost], None] | None
+        self, trials: list[Trial], checkpoint: Path | None, on_cost: Callable[[Cost], None] | None
     ) -> list[float]:
         own, count, calls = rank(), ranks(), len(self.runs.calls)
         each = self.runs.measure_references(
@@ -173,7 +178,7 @@ class _Tuning:
         inputs = [f"{float(r.double().norm()):.4e}" for r in self.runs.references]
         kernels = self.calibration.device.kernels
         facts = [dataclasses.asdict(self.fingerprint), self.tokens, kernels, inputs]
-        with Journal(journal, facts, own) as notes:
+        with Checkpoint(checkpoint, facts, own) as notes:
             # -1 is unknown. All ranks agree on what is known before any of them writes.
             known = [notes.finished.get(trial.key, -1.0) for trial in trials]
             found = torch.tensor(known, dtype=torch.float64)
@@ -214,7 +219,7 @@ class _Tuning:
         uniform, ms = self._uniform_like(allotment, layers)
         uniform_errors = self.runs.errors(self.budget(uniform))
         measured = {
-            name: Outcome(max(e), ms[name], ms["plain"] / ms[name], allotment.density(each))
+            name: Performance(max(e), ms[name], ms["plain"] / ms[name], allotment.density(each))
             for name, each, e in (("tuned", layers, errors), ("uniform", uniform, uniform_errors))
         }
         better = _rms(errors) <= _rms(uniform_errors)
@@ -234,7 +239,7 @@ class _Tuning:
             note = f"tuning was not better, so one density is kept: {note}"
             layers = uniform
         whole = self._whole_ms(allotment, layers)
-        predicted = Outcome(
+        predicted = Performance(
             allotment.error(layers), whole, self.plain_ms / whole, allotment.density(layers)
         )
         frontier = tuple(
@@ -249,12 +254,12 @@ class _Tuning:
                 self.runs.errors(self.budget(layers)),
                 self._times(tuned=layers)["tuned"],
             )
-            outcome = Outcome(max(routed), again, ms["plain"] / again)
+            outcome = Performance(max(routed), again, ms["plain"] / again)
             note += f"; routed by threshold {_rms(routed):.3g} at {again:.4g} ms"
         return dataclasses.replace(
             self.budget(layers),
             schedule=self.schedule,
-            verdict="tuned" if better else "uniform",
+            outcome="tuned" if better else "uniform",
             predicted=predicted,
             measured=outcome,
             uniform=measured["uniform"],
@@ -381,7 +386,7 @@ class _Tuning:
         found: dict[tuple[str, int], tuple[float, float]] = {}
         for phase, first in enumerate(self.first):
 
-            def see(seen: SeenCall, phase: int = phase) -> None:
+            def see(seen: CapturedCall, phase: int = phase) -> None:
                 choice = layers[seen.layer][phase]
                 if choice.density < 1.0:
                     error = seen.error(seen.sparse(choice.plan(AttentionPlan())))
@@ -389,7 +394,7 @@ class _Tuning:
                     found[seen.layer, phase] = (error, square)
 
             call = self.runs.calls[first]
-            watch(self.model, call.args, call.kwargs, see)
+            capture_attention(self.model, call.args, call.kwargs, see)
         return found
 
 

@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import json_record
-from svg_ear_compile.cost_model.budget import Budget, Choice, Outcome, Point, Schedule, fingerprint
+from svg_ear_compile.cost_model.budget import (
+    Budget,
+    Choice,
+    Performance,
+    Point,
+    Schedule,
+    fingerprint,
+)
 from svg_ear_compile.kernels.checked import InvalidValueError
 from svg_ear_compile.kernels.plan import AttentionPlan
 
@@ -150,10 +157,10 @@ def test_another_model_is_told(other: budgets.Fingerprint, message: str) -> None
         ({"schedule": Schedule(phase_starts=(1.0, 2.0))}, "phase_starts must run"),
         ({"schedule": Schedule(-1, (1.0,))}, "dense_steps must not be negative"),
         ({"layers": {"a": (Choice(17.0), Choice(1.0))}}, "density must be in"),
-        ({"predicted": Outcome(error=-5.0)}, "predicted.error must not be negative"),
-        ({"uniform": Outcome(density=1.5)}, "uniform.density must be in"),
+        ({"predicted": Performance(error=-5.0)}, "predicted.error must not be negative"),
+        ({"uniform": Performance(density=1.5)}, "uniform.density must be in"),
         ({"frontier": (Point(1.0, 0.1), Point(-1.0, 0.1))}, r"frontier\[1\].ms must not be"),
-        ({"verdict": "splendid"}, "verdict must be one of"),
+        ({"outcome": "splendid"}, "outcome must be one of"),
         ({"tokens": 10**12}, "tokens must be at most"),
         ({"schedule": Schedule(phase_starts=(1e300,))}, "must be at most"),
     ],
@@ -169,6 +176,21 @@ def test_a_budget_whose_parts_do_not_fit_is_refused(
     with pytest.raises(ValueError, match=message) as caught:
         budgets.load(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_file_of_version_1_is_read_under_its_former_names(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    former = TEXT.replace('"objective"', '"wish"').replace('"outcome"', '"verdict"')
+    path.write_text(former.replace('"version": 2', '"version": 1'))
+    assert budgets.load(path) == BUDGET
+    for text, message in (
+        (former, "'wish' is not known"),
+        (TEXT.replace('"version": 2', '"version": 1'), "names of version 2, but says version 1"),
+        (TEXT.replace('"version": 2', '"version": 3'), "version 3; this package reads 1 and 2"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            budgets.load(path)
 
 
 @given(st.data())
@@ -209,13 +231,13 @@ TEXT = json.dumps(dataclasses.asdict(BUDGET))
         (TEXT.replace("500.0", "1e999"), "too large: '1e999'"),
         (TEXT.replace("500.0", "NaN"), "NaN is not a finite"),
         (TEXT.replace("500.0", "-Infinity"), "-Infinity is not a finite"),
-        (TEXT.replace('"note"', '"wish": "", "note"'), "the key 'wish' stands twice"),
+        (TEXT.replace('"note"', '"objective": "", "note"'), "the key 'objective' stands twice"),
         (TEXT.replace('"blocks.1.attn"', '"blocks.0.attn"'), "'blocks.0.attn' stands twice"),
         (TEXT.replace("500.0", "[" * 1000 + "]" * 1000), "nested deeper"),
         ("[" * 100_000, "nested deeper"),
         ('{"a":' * 100_000, "nested deeper"),
         ('"' + '\\"' * 400_000, "not JSON"),
-        (TEXT.replace('"tuned"', "true"), "verdict must be str, got True"),
+        (TEXT.replace('"tuned"', "true"), "outcome must be str, got True"),
         (TEXT.replace('"note"', '"\x1b[31mnote"'), "not JSON"),
         (TEXT.replace('"note"', r'"\u001b[31mnote"'), r"'\x1b[31mnote' is not known"),
         (TEXT.replace('"note"', r'"\ud800"'), r"'\ud800' is not known"),
