@@ -64,8 +64,8 @@ def tune(
             in 19 of 20 cases.
         density: mean share of the attention area computed exactly.
         settings: see `TuningSettings`.
-        checkpoint: file of finished measurements; an interrupted tuning is resumed from it.
-        journal: the former name of `checkpoint`.
+        checkpoint: file of finished measurements, formerly `journal`; an interrupted tuning is
+            resumed from it.
         on_cost: hears what it will cost before measuring starts.
         on_progress: hears what is being done, how much of it is done, and of how much.
 
@@ -79,7 +79,7 @@ def tune(
     """
     if journal is not None:
         warnings.warn("journal is called checkpoint now", DeprecationWarning, stacklevel=2)
-        checkpoint = journal if checkpoint is None else checkpoint
+        checkpoint = checkpoint or journal
     wish = Wish.of(target_speedup, max_error, density)
     if not calls:
         raise ValueError("tune needs at least one call of the model")
@@ -250,10 +250,8 @@ class _Tuning:
         if self.settings.thresholds and better:
             layers = allotment.thresholds(layers, self._attention_errors(layers))
             # The area follows from the data now, so error and time are measured once more.
-            routed, again = (
-                self.runs.errors(self.budget(layers)),
-                self._times(tuned=layers)["tuned"],
-            )
+            routed = self.runs.errors(self.budget(layers))
+            again = self._times(tuned=layers)["tuned"]
             outcome = Performance(max(routed), again, ms["plain"] / again)
             note += f"; routed by threshold {_rms(routed):.3g} at {again:.4g} ms"
         return dataclasses.replace(

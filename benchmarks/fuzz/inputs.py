@@ -5,6 +5,8 @@
 A case fails if it raises anything but our own errors, says something that a terminal cannot show,
 takes longer than two seconds, or is accepted although what was read is not valid. Files are mutated
 as text and as data; a calibration or a measurement that was changed must not be read at all.
+
+Longer than other files: the four kinds of input share their mutations and the judge of a case.
 """
 
 from __future__ import annotations
