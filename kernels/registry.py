@@ -1,8 +1,8 @@
-"""Implementations of sparse attention: what each supports, and which one serves a call.
+"""Implementations of sparse attention: the calls that each supports, and the choice among them.
 
 An implementation has two stages. `cluster_and_route` groups the tokens into clusters and chooses
-the exact blocks; `attend` is a pure function of its arguments and what the first stage found. An
-implementation registers when its module is imported; Triton is imported only where a GPU asks.
+the exact blocks; `attend` is a pure function of the tensors and of the first stage's result.
+An implementation registers when its module is imported. Triton is imported only for a GPU call.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class Unsupported(Protocol):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to carry out sparse attention.
+    """An implementation of sparse attention.
 
     Attributes:
-        name: what it is asked for by.
+        name: name by which it can be requested.
         unsupported: see `Unsupported`.
         cluster_and_route, attend: its two stages.
     """
@@ -120,7 +120,7 @@ class Implementation:
 
 
 _REGISTERED: dict[str, Implementation] = {}
-# Modules that register what they hold, and the order of preference within a kind of device.
+# The module that registers each implementation, and the order of preference for each device type.
 _MODULES = {
     "cpu": "kernels.cpu",
     "hopper": "kernels.gpu.attention",
@@ -130,7 +130,7 @@ _PREFERRED = {"cuda": ("hopper", "triton")}
 
 
 def register(implementation: Implementation) -> Implementation:
-    """Make an implementation known under its name."""
+    """Register an implementation under its name; returns it."""
     _REGISTERED[implementation.name] = implementation
     return implementation
 
@@ -139,7 +139,7 @@ def get(name: str) -> Implementation:
     """The implementation of that name.
 
     Raises:
-        ValueError: there is none; the message lists those that there are.
+        ValueError: no implementation has this name; the message lists all names.
     """
     if name not in _REGISTERED:
         if name not in _MODULES:
@@ -149,14 +149,14 @@ def get(name: str) -> Implementation:
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, name: str | None = None) -> Implementation:
-    """The implementation that serves a call: the one asked for, else the first that supports it.
+    """The implementation that serves a call: the requested one, else the first that supports it.
 
     Args:
         q, k, v: tensors of the call.
-        name: an implementation that must serve it; nothing else is tried.
+        name: the requested implementation; no other is tried.
 
     Raises:
-        ValueError: the one asked for does not support the call, or none does.
+        ValueError: the requested implementation does not support the call, or none does.
     """
     refused: list[str] = []
     for candidate in _PREFERRED.get(q.device.type, ("cpu",)) if name is None else (name,):
@@ -170,14 +170,14 @@ def choose(q: Tensor, k: Tensor, v: Tensor, name: str | None = None) -> Implemen
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, **more: Any) -> Result:
-    """`Implementation.sparse_attention` of the one that serves the call."""
+    """`Implementation.sparse_attention` of the implementation that `choose` returns."""
     return choose(q, k, v).sparse_attention(q, k, v, plan, **more)
 
 
 def captured_attention(device: torch.device) -> Callable[..., Result]:
-    """`sparse_attention`; on a GPU with captured graphs of its own, as the calls of a session have.
+    """`sparse_attention`; on a GPU with captured graphs, as for the calls of a session.
 
-    For measurements: what is captured is held as long as the returned function is.
+    For measurements. The returned function owns the captured graphs.
     """
     if device.type != "cuda":
         return sparse_attention

@@ -155,9 +155,7 @@ def _objective(key: str, value: object) -> dict[str, object]:
 def _check_objectives(given: Mapping[str, Any]) -> None:
     objectives = [key for key in ("density", *_OBJECTIVES) if key in given]
     if len(objectives) > 1:
-        raise InvalidValueError(
-            f"{' and '.join(objectives)} contradict each other: give one of them"
-        )
+        raise InvalidValueError(f"{' and '.join(objectives)} are objectives: give one of them")
     for objective in objectives:
         taken = {"density": (), "budget": _DECIDED_BY_BUDGET}.get(objective, _DECIDED_BY_OBJECTIVE)
         for key in taken:
