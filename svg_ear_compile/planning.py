@@ -189,7 +189,7 @@ def _text_fits(site: AttentionSite, settings: Settings) -> bool:
 def _text_note(site: AttentionSite, settings: Settings) -> str:
     if site.reason is not None or _text_fits(site, settings):
         return ""
-    return " The given text_prefix and text_suffix leave no video token: ignored here."
+    return " The given text_prefix and text_suffix leave it no video token: ignored here."
 
 
 def _report(

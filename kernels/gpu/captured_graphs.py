@@ -168,7 +168,7 @@ class CapturedGraphs:
         return result
 
     def _is_due(self, kind: Hashable, arguments: _Arguments, result: Result, number: int) -> bool:
-        """Whether to capture a call that has just run: a later one of its kind, with memory left."""
+        """Whether to capture a call that has just run: a later one of its kind, with room left."""
         if kind in self._refused:
             return False
         if kind not in self._seen:  # the first call of its kind

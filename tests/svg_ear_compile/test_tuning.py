@@ -204,8 +204,8 @@ def test_a_checkpoint_reads_its_own_sound_lines_and_nothing_else(tmp_path: Path)
 def test_a_checkpoint_that_cannot_be_kept_is_refused(make: Any, tmp_path: Path) -> None:
     make(tmp_path / "kept")
     with (
-        pytest.raises((OSError, ValueError), match="checkpoint"),
-        Checkpoint(tmp_path / "checkpoint", []),
+        pytest.raises((OSError, ValueError), match="kept"),
+        Checkpoint(tmp_path / "kept", []),
     ):
         pass
 
