@@ -1,7 +1,7 @@
-"""A budget: what every layer may spend at every phase of the denoising, and how that was found.
+"""Budget: density, clusters and compensation of each layer in each phase of the denoising.
 
-Written and read as JSON with the schema `schema()`. A budget belongs to one model and one number of
-tokens; `Budget.fits` says whether it can be used for another.
+A budget is written and read as JSON, see `schema`. It belongs to one model and to one number of
+tokens: `Budget.check_model` refuses another model, `Budget.scaled` adapts it to other lengths.
 """
 
 from __future__ import annotations
@@ -31,22 +31,26 @@ from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 
 VERSION = 2
 
+_RENAMED_IN_2 = {"wish": "objective", "verdict": "outcome"}
+
 Timestep = Annotated[float, Range(-1e9, 1e9)]
 
 SCALED_WITHIN = 2.0
-"""A budget is scaled to token counts up to this factor away from its own: cluster counts grow in
-proportion, densities stay. Further away its errors and times say nothing."""
+"""Largest factor between a budget's number of tokens and one that it is scaled to. Further away its
+measured errors and times say nothing."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one layer does in one phase.
+    """How one layer attends in one phase.
 
     Attributes:
-        density: fraction of the area computed exactly; 1 is dense.
-        q_clusters, k_clusters: cluster counts at the budget's token count, None for the default.
-        compensation: form of the blocks that are skipped.
-        threshold: smallest `rho` computed exactly; where given, it routes instead of the density.
+        density: fraction of the query-key area computed exactly; 1 is dense.
+        q_clusters, k_clusters: cluster counts at the budget's number of tokens, None for the
+            default.
+        compensation: compensation of the skipped blocks.
+        threshold: routing threshold: blocks whose score `rho` reaches it are computed exactly. None
+            routes by density.
     """
 
     density: Fraction
@@ -56,7 +60,7 @@ class Choice:
     threshold: NotNegative | None = None
 
     def plan(self, base: AttentionPlan) -> AttentionPlan:
-        """`base` (iterations, seed, score) with this choice in it."""
+        """`base` with the density, clusters, compensation and routing of this choice."""
         if self.density >= 1.0:
             return replace(base, density=self.density)
         routed: dict[str, Any] = {"routing": "density"}
@@ -77,16 +81,13 @@ DENSE = Choice(1.0)
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which phase a denoising step belongs to.
-
-    Timesteps are those that the model gets. They fall from noise to video, or rise where
-    `ascending`.
+    """Assignment of denoising steps to phases, by the timestep that the model gets.
 
     Attributes:
-        dense_steps: leading steps of a generation that stay dense.
-        phase_starts: timestep from which each phase but the first counts, from noise to video.
-        dense_from: timestep from which the last steps stay dense again, None for never.
-        ascending: the timestep rises from noise to video.
+        dense_steps: leading dense steps of a generation (warm-up).
+        phase_starts: first timestep of each phase but the first, ordered from noise to video.
+        dense_from: timestep from which the last steps are dense, None for no such steps.
+        ascending: True if timesteps rise from noise to video; by default they fall.
     """
 
     dense_steps: Count = 0
@@ -95,7 +96,7 @@ class Schedule:
     ascending: bool = False
 
     def phase(self, timestep: float) -> int | None:
-        """Index of the phase, None where the last steps are dense."""
+        """Index of the phase of a timestep, None from `dense_from` on."""
         sign = 1.0 if self.ascending else -1.0
         if self.dense_from is not None and sign * timestep >= sign * self.dense_from:
             return None
@@ -109,7 +110,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Performance:
-    """Error, time and density of a budget, predicted or measured; None for unknown values.
+    """Predicted or measured performance of a budget; None for a number that is not known.
 
     Attributes:
         error: largest relative RMS error of the model's output in one forward.
@@ -126,7 +127,7 @@ class Performance:
 
 @dataclass(frozen=True)
 class Point:
-    """A budget that was not chosen: milliseconds of a forward and predicted error."""
+    """A point of the frontier: predicted milliseconds of a forward and predicted error."""
 
     ms: NotNegative
     error: NotNegative
@@ -134,11 +135,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Which model a budget is for.
+    """Identity of the model that a budget belongs to.
 
     Attributes:
         model: class name.
-        config: digest of its configuration, "" where it has none.
+        config: digest of its configuration, "" if it has none.
         parameters: digest of the names and shapes of its parameters.
     """
 
@@ -150,7 +151,7 @@ class Fingerprint:
 def fingerprint(
     model: str, config: Mapping[str, Any] | None, shapes: Mapping[str, Sequence[int]]
 ) -> Fingerprint:
-    """Fingerprint of plain facts: class name, configuration, parameter shapes by name."""
+    """Fingerprint of a model from its class name, configuration and parameter shapes by name."""
 
     def digest(data: object) -> str:
         text = json.dumps(data, sort_keys=True, default=str)
@@ -165,22 +166,22 @@ def fingerprint(
 
 @dataclass(frozen=True)
 class Budget:
-    """See the module.
+    """A budget and the measurements behind it.
 
     Attributes:
-        version: of this format.
-        fingerprint: the model.
+        version: version of the file format, see `VERSION`.
+        fingerprint: the model that the budget belongs to.
         tokens: tokens of its attention, text included.
-        device: what its times hold for.
+        device: the device on which times were predicted and measured.
         objective: objective of the tuning, e.g. ``"target_speedup 2"``.
-        outcome: ``"tuned"``, or ``"uniform"`` where tuning was not better than one density for
-            all, with the reason in `note`.
+        outcome: ``"tuned"``, or ``"uniform"`` if tuning was not better than one density for all
+            layers; `note` says why.
         schedule: see `Schedule`.
         layers: layer path to one choice for each phase of the schedule.
-        predicted, measured: see `Performance`.
+        predicted, measured: performance of this budget.
         uniform: measured performance of one density for all layers at the same time.
-        frontier: other budgets on the way from dense to sparse.
-        note: anything that a reader should know.
+        frontier: predicted performance of other budgets, from dense to sparse.
+        note: remarks of the tuning, for people.
     """
 
     version: Count
@@ -198,7 +199,7 @@ class Budget:
     note: str = ""
 
     def choice(self, layer: str, timestep: float) -> Choice | None:
-        """What a layer does at a timestep; None for a layer that the budget does not know."""
+        """The choice of a layer at a timestep; None if the budget has no such layer."""
         choices = self.layers.get(layer)
         if choices is None:
             return None
@@ -206,9 +207,9 @@ class Budget:
         return DENSE if phase is None else choices[phase]
 
     def densest(self, layer: str) -> Choice | None:
-        """The densest choice that is not dense: for a call that cannot know its phase.
+        """The sparse choice of largest density, for a call whose phase is not known.
 
-        None for a layer that the budget does not know; dense where it is dense in every phase.
+        `DENSE` if the layer is dense in every phase; None if the budget has no such layer.
         """
         choices = self.layers.get(layer)
         if choices is None:
@@ -217,17 +218,17 @@ class Budget:
         return max(sparse, key=lambda c: c.density, default=DENSE)
 
     def scaled(self, tokens: int) -> Budget:
-        """The budget for another number of tokens: cluster counts in proportion.
+        """The budget for another number of tokens: cluster counts change in proportion.
 
         Raises:
-            ValueError: `tokens` is further than `SCALED_WITHIN` from the budget's own.
+            ValueError: `tokens` differs from the budget's own by more than `SCALED_WITHIN`.
         """
         if tokens == self.tokens:
             return self
         factor = tokens / self.tokens
         if not 1 / SCALED_WITHIN <= factor <= SCALED_WITHIN:
             raise InvalidValueError(
-                f"the budget was made for {self.tokens:,} tokens and is good from "
+                f"the budget was tuned at {self.tokens:,} tokens and is good from "
                 f"{math.ceil(self.tokens / SCALED_WITHIN):,} to "
                 f"{math.floor(self.tokens * SCALED_WITHIN):,}, not for {tokens:,}"
             )
@@ -248,7 +249,7 @@ class Budget:
         )
 
     def check_model(self, other: Fingerprint) -> None:
-        """Raise a ValueError that says in what another model differs from the budget's."""
+        """Raise a ValueError if `other` is not the fingerprint of the budget's model."""
         mine = self.fingerprint
         if mine.model != other.model:
             raise InvalidValueError(
@@ -261,11 +262,11 @@ class Budget:
 
 
 def check(budget: Budget) -> Budget:
-    """The budget itself if its fields are in their ranges and fit together.
+    """Return the budget if its fields are in their ranges and consistent.
 
     Raises:
-        ValueError: the format is another one, a field is of the wrong type or out of its range, or
-            a layer has not one choice for each phase; the message says which.
+        ValueError: the format version differs, a field has the wrong type or is out of range, or a
+            layer has not one choice for each phase; the message names the fault.
     """
     _check_version(budget.version)
     json_record.check(budget)
@@ -283,13 +284,6 @@ def check(budget: Budget) -> Budget:
     return budget
 
 
-def _check_version(version: int) -> None:
-    if version != VERSION:
-        raise InvalidValueError(
-            f"its format has version {shown(version)}; this package reads {VERSION}: tune it again"
-        )
-
-
 def schema() -> dict[str, Any]:
     """JSON Schema of a budget file."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | json_record.schema(Budget)
@@ -301,15 +295,32 @@ def save(budget: Budget, path: Path) -> None:
 
 
 def load(path: Path) -> Budget:
-    """Read a budget file.
+    """Read a budget file of this format version or of version 1.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is broken; the message names the file and what is wrong in it.
+        OSError: the file cannot be read.
+        ValueError: the file is broken or has another version; the message names file and fault.
     """
     with json_record.naming(path):
-        data = json_record.parse(json_record.read_bytes(path))
-        # The version comes first: a budget of another version may have other fields.
-        if isinstance(data, dict) and type(data.get("version")) is int:
-            _check_version(data["version"])
+        data = _with_current_names(json_record.parse(json_record.read_bytes(path)))
         return check(json_record.decode(Budget, data))
+
+
+def _with_current_names(data: object) -> object:
+    """Parsed JSON of a budget in the names of the current version."""
+    version = data.get("version") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or type(version) is not int:
+        return data  # `json_record.decode` says what is wrong
+    if version != 1:
+        _check_version(version)
+        return data
+    if data.keys() & _RENAMED_IN_2.values():
+        raise InvalidValueError("it has names of version 2, but says version 1")
+    return {_RENAMED_IN_2.get(name, name): x for name, x in data.items()} | {"version": VERSION}
+
+
+def _check_version(version: int) -> None:
+    if version != VERSION:
+        raise InvalidValueError(
+            f"its format has version {shown(version)}; this package reads 1 and {VERSION}"
+        )

@@ -238,7 +238,7 @@ def calibrate(
     host_ms = _host_ms(device, workload) if device.type == "cuda" else 0.0
     return Calibration(
         VERSION,
-        "measured",
+        "calibrated",
         facts,
         roofs,
         host_ms,

@@ -1,7 +1,8 @@
-"""What a device was measured to do: roofs, and how far each stage stays below them.
+"""Calibration of a device: its roofs, and how many times longer each stage takes.
 
-Kept as versioned JSON: measured on this machine (the user's cache folder), recorded for a known GPU
-(`recorded/`, part of the package), or a conservative guess that says so. `calibrate` measures.
+A calibration is a versioned JSON file. It is calibrated on this machine (a file in the user's
+cache folder), recorded on another device of that name (`recorded/`, part of the package), or a
+conservative prior for devices that were never measured. `calibrate.py` does the measurements.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ log = logging.getLogger(__name__)
 
 VERSION = 6
 RECORDED = Path(__file__).with_name("recorded")
-Origin = Literal["measured", "recorded", "guess"]
+Origin = Literal["calibrated", "recorded", "prior"]
 
-# Wide enough for any device; what lies outside is no measurement.
+# Ranges wide enough for any device: a value outside cannot have been measured.
 Rate = Annotated[float, Range(1e-6, 1e9)]
 Milliseconds = Annotated[float, Range(0.0, 1e9)]
 Times = Annotated[float, Range(0.0, 1e6)]
@@ -45,12 +46,12 @@ Times = Annotated[float, Range(0.0, 1e6)]
 
 @dataclass(frozen=True)
 class Roofs:
-    """What the device does at best.
+    """Highest measured rates of a device.
 
     Attributes:
-        flops: TFLOP/s of a large matrix product by dtype.
+        flops: TFLOP/s of a large matrix product, by dtype.
         bandwidth: GB/s of a large copy, reads and writes counted.
-        launch_ms: milliseconds from one small operator to the next.
+        launch_ms: milliseconds from the launch of one small operator to the launch of the next.
     """
 
     flops: dict[str, Rate]
@@ -60,7 +61,7 @@ class Roofs:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """How many times what the roofs allow a stage takes: for operations, bytes and launches."""
+    """Factors by which a stage is slower than the roofs: for operations, bytes and launches."""
 
     flops: Times
     bytes: Times
@@ -69,15 +70,16 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Sample:
-    """One measured call, for the plot of predicted against measured time.
+    """One measured attention call, for the plot of predicted against measured time.
 
     Attributes:
-        batch, heads, tokens, text, head_dim, dtype: of the call, as in `AttentionShape`; as many
-            heads of keys as of queries.
-        density, compensation, q_clusters, k_clusters: of its plan.
-        dense_ms, op_ms: milliseconds of dense attention and of the whole sparse call.
+        batch, heads, tokens, text, head_dim, dtype: shape of the call, as in `AttentionShape`; keys
+            have as many heads as queries.
+        density, compensation, q_clusters, k_clusters: fields of its plan.
+        dense_ms: milliseconds of dense attention.
+        op_ms: milliseconds of the whole sparse call.
         stages_ms: milliseconds by stage.
-        fitted: whether the coefficients were fitted to it; the others test them.
+        fitted: True if the efficiencies were fitted to this sample; the other samples test the fit.
     """
 
     tokens: Size
@@ -98,18 +100,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Times of one device.
+    """Device profile from which times are predicted.
 
     Attributes:
-        version: of this format.
-        origin: ``"measured"`` here, ``"recorded"`` on such a device, or a ``"guess"``.
-        device: what it holds for.
+        version: version of the file format, see `VERSION`.
+        origin: ``"calibrated"`` on this machine, ``"recorded"`` on another device of that name, or
+            ``"prior"``: not measured at all.
+        device: the device and software that the profile holds for.
         roofs: see `Roofs`.
-        host_ms: milliseconds in which a short call can be issued; one that has less work takes that
-            long. Long calls take the host longer, and the device longer still.
-        stages: class of call (``"dtype/head_dim"``) to stage, ``"dense"`` among them.
-        seconds: what measuring took.
-        samples: what was measured.
+        host_ms: milliseconds that the host needs to issue a short call, the least that any call
+            takes. Longer calls need more host time, and device time exceeds it.
+        stages: call class (``"dtype/head_dim"``) to stage name to efficiency; the stage ``"dense"``
+            is dense attention.
+        seconds: duration of the calibration.
+        samples: the measured calls.
     """
 
     version: Count
@@ -123,22 +127,25 @@ class Calibration:
 
     @property
     def basis(self) -> str:
-        """Where the times come from, in words for people."""
+        """Origin of the times, as words for a report."""
         return {
-            "measured": "calibrated on this machine",
+            "calibrated": "calibrated on this machine",
             "recorded": f"recorded on {self.device.name}",
-            "guess": "guess: not calibrated",
+            "prior": "prior: not calibrated",
         }[self.origin]
 
     def stage_ms(self, stage: str, amount: Amount, dtype: str, head_dim: int) -> float:
-        """Milliseconds of one stage: operations, bytes and launches over the roofs, each times its
-        measured efficiency."""
+        """Predicted milliseconds of one stage.
+
+        The operations, bytes and launches of `amount` are divided by the roofs and multiplied by
+        the stage's efficiencies.
+        """
         found = self.stages[self._class(dtype, head_dim)][stage]
         flops, moved, launched = ideal_ms(amount, self.roofs, dtype)
         return found.flops * flops + found.bytes * moved + found.launches * launched
 
     def _class(self, dtype: str, head_dim: int) -> str:
-        """The class that was measured nearest: element size first, then head dim, then dtype."""
+        """Nearest measured call class: by element size, then by head dim, then by dtype."""
 
         def distance(name: str) -> tuple[bool, float, bool]:
             other, dim = name.split("/")
@@ -152,7 +159,7 @@ class Calibration:
 
 
 def ideal_ms(amount: Amount, roofs: Roofs, dtype: str) -> tuple[float, float, float]:
-    """Milliseconds of an amount of work at the roofs: operations, bytes, launches."""
+    """Milliseconds that the operations, bytes and launches of `amount` take at the roofs."""
     rate = roofs.flops.get(dtype, min(roofs.flops.values()))
     return (
         amount.flops / rate / 1e9,
@@ -162,11 +169,11 @@ def ideal_ms(amount: Amount, roofs: Roofs, dtype: str) -> tuple[float, float, fl
 
 
 def check(calibration: Calibration) -> Calibration:
-    """The calibration itself if times can be predicted with it.
+    """Return the calibration if it is valid.
 
     Raises:
-        ValueError: its format is another one, a field is of the wrong type or out of its range, or
-            a stage is missing or takes no time; the message says which.
+        ValueError: the format version differs, a field has the wrong type or is out of range, or a
+            stage is missing, or dense attention takes no time; the message names the fault.
     """
     if calibration.version != VERSION:
         raise InvalidValueError(
@@ -178,7 +185,7 @@ def check(calibration: Calibration) -> Calibration:
     for name, stages in calibration.stages.items():
         dtype, _, dim = name.partition("/")
         if dtype not in ELEMENT_SIZES or not re.fullmatch("[1-9][0-9]{0,3}", dim):
-            raise InvalidValueError(f"stages has {shown(name)}, which is no class of call")
+            raise InvalidValueError(f"stages has {shown(name)}, which is no call class")
         for stage in (*STAGES[calibration.device.kind], "dense"):
             if stage not in stages:
                 raise InvalidValueError(f"stages[{shown(name)}] has no {stage!r}")
@@ -189,12 +196,12 @@ def check(calibration: Calibration) -> Calibration:
 
 
 def cache_folder() -> Path:
-    """The user's folder of calibrations; it need not exist.
+    """Folder of the user's calibrations; it need not exist.
 
     Raises:
-        RuntimeError: the user has no home, as in a container under a bare user number.
+        RuntimeError: the user has no home folder, as in a container under a bare user number.
     """
-    # The standard of these folders has relative ones ignored.
+    # The XDG specification has relative paths ignored.
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (
         (Path(base) if os.path.isabs(base) else Path.home() / ".cache")
@@ -204,10 +211,10 @@ def cache_folder() -> Path:
 
 
 def file_of(device: Device) -> Path:
-    """The file that `save` writes, in a folder that is made for the user alone if need be.
+    """Path of the file that `save` writes; creates its folder, readable by the user alone.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: the file cannot be written.
     """
     try:
         folder = cache_folder()
@@ -221,7 +228,7 @@ def file_of(device: Device) -> Path:
 
 
 def save(calibration: Calibration) -> Path:
-    """Put a calibration into the cache, with a seal that damage breaks; returns its file.
+    """Write a calibration to the cache with a checksum; returns the path of the file.
 
     Raises:
         OSError: the cache cannot be written.
@@ -229,62 +236,67 @@ def save(calibration: Calibration) -> Path:
     """
     data = asdict(check(calibration))
     path = file_of(calibration.device)
-    json_record.write(path, {**data, "seal": _seal(data)})
+    json_record.write(path, {**data, "checksum": _checksum(data)})
     return path
 
 
 def load(device: Device) -> Calibration:
-    """The best that is known of a device: measured here, recorded elsewhere, or a guess.
+    """The calibration of a device: calibrated here, else recorded elsewhere, else a prior.
 
-    A file that cannot be used is reported in the log, once, and passed over.
+    A file that cannot be used is skipped; the log says why, once.
     """
     try:
         cached = cache_folder() / f"{device.key}.json"
     except RuntimeError as error:
-        _passed_over(str(error))
+        _warn_of_skipped(str(error))
     else:
-        found = _read(cached, sealed=True)
+        found = _read(cached, with_checksum=True)
         if found is not None and found.device == device:
             return found
     for path in sorted(RECORDED.glob("*.json")):
-        found = _read(path, sealed=False)
+        found = _read(path, with_checksum=False)
         if found is not None and found.device.name == device.name:
             return replace(found, origin="recorded")
-    return guess(device)
+    return prior(device)
 
 
-def _read(path: Path, sealed: bool) -> Calibration | None:
-    """What `save` wrote, or None; a copy of it that a person may have edited needs no seal."""
+def _read(path: Path, with_checksum: bool) -> Calibration | None:
+    """The calibration in a file of `save`; None if there is none or it cannot be used.
+
+    Args:
+        with_checksum: the checksum has to match. Recorded files may be edited and need none.
+    """
     try:
         with json_record.naming(path):
             data = json_record.parse(json_record.read_bytes(path))
-            seal = data.pop("seal", None) if isinstance(data, dict) else None
+            found_sum = data.pop("checksum", None) if isinstance(data, dict) else None
             found = check(json_record.decode(Calibration, data))
-            if sealed and seal != _seal(data):
-                raise InvalidValueError("its seal is broken: the file is not as it was written")
+            if with_checksum and found_sum != _checksum(data):
+                raise InvalidValueError("its checksum does not match: the file was changed")
             return found
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        _passed_over(str(error))
+        _warn_of_skipped(str(error))
         return None
 
 
-def _seal(data: object) -> str:
+def _checksum(data: object) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache
-def _passed_over(problem: str) -> None:
-    log.warning("calibration passed over: %s", printable(problem))
+def _warn_of_skipped(problem: str) -> None:
+    log.warning("calibration skipped: %s", printable(problem))
 
 
-# Conservative on purpose: an early sparse site that turns out slower is worse than a late one. The
-# ratios are rounded up from stage times seen with early kernels on one GPU (benchmarks/NOTES.md)
-# and on a two-core CPU; the roofs are those of an older data-centre GPU and a small CPU. With them
-# the default at density 0.2, cold, breaks even near 45,000 tokens of 128 channels on a GPU, near
-# 37,000 on Hopper (an H200 is 1.5 times as fast as dense at 32,760), and near 14,000 on a CPU.
-_GUESSES = {
+# The priors are conservative: a sparse call slower than dense is worse than a dense call that could
+# have been faster. The efficiencies are rounded up from stage times of early kernels on one GPU
+# (benchmarks/NOTES.md) and on a two-core CPU. The roofs are those of an older data-centre GPU and a
+# small CPU. With these numbers a cold call at density 0.2 breaks even with dense near 45,000 tokens
+# of 128 channels on a GPU, near 37,000 on Hopper (where an H200 is 1.5 times as fast as dense at
+# 32,760), and near 14,000 on a CPU.
+_PRIORS = {
     "cuda": (
         Roofs({"bfloat16": 250.0, "float16": 250.0, "float32": 15.0}, 1500.0, 0.006),
         2.0,
@@ -308,7 +320,7 @@ _GUESSES = {
 }
 
 
-def guess(device: Device) -> Calibration:
-    """A calibration of a device that was never measured."""
-    roofs, host_ms, efficiencies = _GUESSES[device.kind]
-    return Calibration(VERSION, "guess", device, roofs, host_ms, {"bfloat16/128": efficiencies})
+def prior(device: Device) -> Calibration:
+    """Conservative calibration for a device that was never measured."""
+    roofs, host_ms, efficiencies = _PRIORS[device.kind]
+    return Calibration(VERSION, "prior", device, roofs, host_ms, {"bfloat16/128": efficiencies})

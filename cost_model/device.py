@@ -1,4 +1,4 @@
-"""Facts of the device that times are predicted for: its name, and what makes a timing stale."""
+"""Device facts: the device for which times are predicted, and the software that they depend on."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from svg_ear_compile.kernels.gpu.launch import architecture
 
 @dataclass(frozen=True)
 class Device:
-    """A device and the software whose speed on it is spoken of.
+    """A device and the versions of the software that runs on it.
 
     Attributes:
         kind: ``"cuda"`` or ``"cpu"``.
-        name: of the GPU; of a CPU its model, vector width and number of threads in use.
+        name: name of the GPU; for a CPU its model, vector width and number of threads in use.
         torch: version of torch.
-        triton: version of Triton, "" where it is not installed and on a CPU, where it does not run.
-        kernels: digest of this package's kernels: other kernels have other times.
-        architecture: of a GPU, e.g. ``"sm_90"``: it decides which tiles the kernels take. Budgets
-            that are older than this field have "".
+        triton: version of Triton; "" if it is not installed, and for a CPU.
+        kernels: digest of this package's kernels, since other kernels have other times.
+        architecture: architecture of a GPU, e.g. ``"sm_90"``, which decides the tiles of the
+            kernels. "" in budgets that are older than this field.
     """
 
     kind: Literal["cuda", "cpu"]
@@ -41,7 +41,7 @@ class Device:
 
     @property
     def key(self) -> str:
-        """File name of its calibration: every fact is in it, so a change of any is a miss."""
+        """File name of the calibration; it contains all facts, so a change of any is a miss."""
         facts = (self.name, "torch", self.torch, "triton" if self.triton else "", self.triton)
         return re.sub(r"[^a-z0-9.]+", "-", " ".join(facts).lower()).strip("-") + f"-{self.kernels}"
 
@@ -71,7 +71,7 @@ def _device(given: torch.device | str) -> torch.device:
     if device.type not in ("cuda", "cpu"):
         raise InvalidValueError(f"there are no kernels for a device of type {device.type!r}")
     if device.type == "cuda":
-        # Also false where torch is built without CUDA, in which case to count would raise.
+        # A build of torch without CUDA has no device; counting would raise there.
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise InvalidValueError(f"there is no device {str(device)!r}: torch sees {count} GPUs")
@@ -81,7 +81,7 @@ def _device(given: torch.device | str) -> torch.device:
 def _triton_version() -> str:
     try:
         return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:  # under another name, as in AMD's builds
+    except importlib.metadata.PackageNotFoundError:  # AMD's builds name the package otherwise
         return ""
 
 

@@ -1,12 +1,12 @@
-"""Every JSON file that we read or write, and the dataclasses that say what stands in it.
+"""Reader and writer of all JSON files, whose content is described by dataclasses.
 
-For files that a user may edit or hand us, or that another process may have damaged. One reader
-takes them all: regular files of bounded size, UTF-8, bounded nesting, no key twice, finite numbers,
-and then the fields, types and ranges that the annotations of a dataclass allow. What is refused is
-refused in one printable sentence that names the file and the field; nothing is executed.
+Users may edit these files, and other processes may damage them. The reader accepts regular files of
+bounded size in UTF-8, with bounded nesting, unique keys and finite numbers. The annotations of a
+dataclass then say which fields, types and ranges are allowed. Any other file is refused by one
+printable sentence that names the file and the field. Nothing in a file is executed.
 
-(The general readers that fit, pydantic and msgspec, take the last of two equal keys and do not look
-at the file itself; what they would save is `_decode`, half of this file.)
+(pydantic and msgspec were considered. They accept repeated keys and do not check the file itself;
+they would replace `_decode`, half of this file.)
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ from svg_ear_compile.kernels.checked import (
 Record = TypeVar("Record")
 
 MOST_BYTES = 4 << 20
-"""Of a file: a budget of a thousand layers in ten phases has half of that."""
+"""Largest file that is read; a budget of a thousand layers in ten phases has half of it."""
 MOST_LEVELS = 32
 MOST_DIGITS = 20
 
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-# Brackets become +1 and -1, everything else goes.
+# Brackets become +1 and -1, all other bytes are dropped.
 _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """What a regular file holds; never waits for another process.
+    """Content of a regular file; never waits for another process.
 
     Args:
-        path: of the file.
-        most: bytes that it may have.
+        path: path of the file.
+        most: largest size in bytes.
 
     Raises:
-        OSError: it cannot be opened or read.
-        ValueError: it is no regular file, or too large.
+        OSError: the file cannot be opened or read.
+        ValueError: the file is not regular, or is too large.
     """
     # A pipe without a writer would keep an ordinary open waiting.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -84,8 +84,8 @@ def parse(data: bytes) -> Any:
     """Plain data from JSON.
 
     Raises:
-        ValueError: it is not JSON in UTF-8, is nested too deep, has a key twice in one object, a
-            number that is not finite, or a whole number of more than 20 digits.
+        ValueError: `data` is not JSON in UTF-8, is nested too deep, or has a repeated key in an
+            object, a number that is not finite, or a whole number of more than 20 digits.
     """
     if _levels(data) > MOST_LEVELS:
         raise InvalidValueError(f"it is nested deeper than {MOST_LEVELS} levels")
@@ -100,8 +100,8 @@ def parse(data: bytes) -> Any:
 
 
 def _levels(data: bytes) -> int:
-    """Depth of nesting, without the recursion that a parser needs for it."""
-    # Without its escapes, what lies between an odd and an even quotation mark is a string.
+    """Depth of nesting, computed without recursion."""
+    # Without escapes, every second part between quotation marks is a string.
     plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     outside = b"".join(plain.split(b'"')[::2])
     steps = array("b", outside.translate(_STEPS, _NO_BRACKETS))
@@ -153,7 +153,7 @@ def decode(kind: type[Record], data: object, where: str = "") -> Record:
 
 
 def check(record: Record) -> Record:
-    """The record itself if `decode` would take what `write` makes of it; see there."""
+    """Return the record if `decode` would accept it; raises what `decode` raises."""
     decode(type(record), record)
     return record
 
@@ -200,7 +200,7 @@ def _decode_record(kind: Any, data: object, where: str) -> Any:
 
 
 def schema(kind: Any) -> dict[str, Any]:
-    """JSON Schema of what `decode` takes for `kind`."""
+    """JSON Schema of the data that `decode` accepts for `kind`."""
     if is_dataclass(kind):
         record: Any = kind
         hints = field_kinds(record)
@@ -232,8 +232,8 @@ def schema(kind: Any) -> dict[str, Any]:
 def write(path: Path, record: Any) -> None:
     """Write a dataclass, or plain data, as JSON.
 
-    A reader sees the old file or the new one, never a part. A symbolic link is replaced and not
-    followed; who may read the file is for the umask to say.
+    The write is atomic: a reader sees the old file or the new one. A symbolic link is replaced, not
+    followed. The umask decides who may read the file.
     """
     data = asdict(record) if is_dataclass(record) and not isinstance(record, type) else record
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
@@ -250,7 +250,7 @@ def write(path: Path, record: Any) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise an OSError unless `write` could put a file there; for what takes long to make."""
+    """Raise an OSError unless `write` could write this file; for use before long computations."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a file")
     _new_beside(path).unlink()
@@ -265,7 +265,7 @@ def _new_beside(path: Path) -> Path:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Put the name of a file before what a ValueError says of its content, all of it printable."""
+    """Prefix the message of a ValueError with the name of the file, and make it printable."""
     try:
         yield
     except ValueError as error:
@@ -273,11 +273,12 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def read(kind: type[Record], path: Path) -> Record:
-    """Read what `write` wrote.
+    """Read a dataclass from a file of `write`.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not JSON, or not that of `kind`; the message names the file and the field.
+        ValueError: the file is not JSON, or does not describe a `kind`; the message names the file
+            and the field.
     """
     with naming(path):
         return decode(kind, parse(read_bytes(path)))

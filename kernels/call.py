@@ -1,9 +1,9 @@
-"""How one attention call is carried out, and who says so.
+"""Attention calls at run time: request, call, and the source that answers requests by calls.
 
-A compiled graph names its attention calls and their plans. What a call starts from is known only
-while the model runs: whoever runs it is the *source* of its calls (a session, for example). The
-operator asks the source that is active, carries out what it answers, and hands each result back.
-Without a source a call is pure: it runs as compiled and leaves nothing behind.
+A compiled graph names its attention calls and their plans. Centroids and block masks to reuse are
+known only while the model runs, to the *source* of its calls (a session, for example). The operator
+sends a request to the active source, carries out the calls that the source answers, and returns
+each result to the source. Without a source a call runs as compiled, and nothing is kept.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class CallRequest:
-    """What the operator tells a source of the call at hand.
+    """Description of one call of the operator, for the source.
 
     Attributes:
         layer: parameter or buffer of the layer that attends; its identity tells layers apart.
-        layer_owner: path of the module that `layer` belongs to, relative to what was compiled.
+        layer_owner: path of the module that holds `layer`, relative to the compiled module.
         site: name of the call in its graph.
         plan: the plan that the call was compiled with.
         q_shape: (B, H, N_q, D). k_shape: (B, H_kv, N_k, D).
         text: text tokens at the start and the end of both sequences.
         device: of q, k and v.
-        dense_only: the call can only be dense, whatever its plan: it is too short, or its mask is
-            no padding.
+        dense_only: the call is dense whatever its plan, because it is too short or its mask is not
+            padding.
     """
 
     layer: Tensor | None
@@ -58,15 +58,15 @@ class CallRequest:
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """How a call, or a part of its batch, is carried out.
+    """Instructions for a call, or for a part of its batch.
 
     Attributes:
         plan: clusters, routing and compensation.
         rows: the part of the batch that the call covers, None for all of it.
-        centroids: (B, H, Qc, D) of the queries and (B, H_kv, Kc, D) of the keys that k-means starts
-            from, or None: cold.
-        blocks: clusters and block mask to reuse, with their `centroids`, or None: recomputed.
-        captured: graphs that the call may be captured into and replayed from, or None.
+        centroids: (B, H, Qc, D) of the queries and (B, H_kv, Kc, D) of the keys, from which k-means
+            starts; None for a cold call.
+        blocks: clusters and block mask to reuse, which belong to `centroids`; None recomputes them.
+        captured: captured graphs that may serve the call, or None.
     """
 
     plan: AttentionPlan
@@ -77,22 +77,23 @@ class AttentionCall:
 
 
 class CallSource(Protocol):
-    """Says how the attention calls are carried out that are made while it is active."""
+    """Answers the requests of all attention calls that are made while it is active."""
 
     def calls(self, request: CallRequest) -> Iterator[AttentionCall]:
-        """The calls that `request` is carried out as; together their rows are its batch.
+        """The calls for a request; their rows together are its batch.
 
-        Each is asked for after the one before has finished. A dense one covers the whole batch.
+        The next call is drawn after the previous one has finished. A dense call covers the whole
+        batch.
         """
         ...
 
     def finished(self, call: AttentionCall, result: Result) -> None:
-        """Hear what a sparse call of `calls` gave; its tensors are the source's to keep."""
+        """Take the result of a sparse call of `calls`; the source may keep its tensors."""
         ...
 
 
 class Unbound:
-    """The source of calls that nobody runs: as compiled, from nothing, leaving nothing."""
+    """The source outside of all sessions: calls run as compiled and cold, results are dropped."""
 
     def calls(self, request: CallRequest) -> Iterator[AttentionCall]:
         """See `CallSource`."""
@@ -103,18 +104,18 @@ class Unbound:
 
 
 UNBOUND = Unbound()
-# A context variable, not a thread's: a coroutine that is suspended takes its source along.
+# A context variable and not a thread-local: each coroutine keeps its own source.
 _SOURCE: ContextVar[CallSource] = ContextVar("svg_ear_call_source", default=UNBOUND)
 
 
 def active_source() -> CallSource:
-    """The innermost source that is active here, `UNBOUND` outside of all."""
+    """The innermost active source, `UNBOUND` if there is none."""
     return _SOURCE.get()
 
 
 @contextmanager
 def calls_from(source: CallSource) -> Iterator[None]:
-    """Let `source` say how the attention calls inside the with block are carried out."""
+    """Make `source` the active source inside the with block."""
     token = _SOURCE.set(source)
     try:
         yield

@@ -1,8 +1,8 @@
-"""Values that users hand us, and the annotations that they are checked against.
+"""Checks of values that users give, by the annotations of dataclass fields.
 
-A field says once what it takes, as ``Annotated[float, Range(0.0, 1.0)]``. Options, plans and files
-are all checked by that. What is refused is refused with one of the two errors below: one sentence,
-fit to be printed, whatever the value was.
+The annotation of a field, e.g. ``Annotated[float, Range(0.0, 1.0)]``, states its type and range
+once; options, plans and files are all checked by it. An invalid value raises one of the two errors
+below, with one printable sentence, whatever the value is.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ _SHOWN = 60
 
 
 class InvalidValueError(ValueError):
-    """An option, a file or an argument cannot be used; the message says which and why."""
+    """An invalid option, file or argument; the message names it and the reason."""
 
 
 class InvalidTypeError(TypeError):
-    """An option or an argument is of the wrong type; the message says which."""
+    """An option or argument of the wrong type; the message names it."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Smallest and largest value of a number, both of them allowed."""
+    """Range of a number, both ends included."""
 
     least: float
     most: float = LARGEST
 
     def refusal(self, value: float) -> str | None:
-        """How a finite number falls out of the range, None where it does not."""
+        """The fault of a finite number outside the range, in words; None inside it."""
         if self.least <= value <= self.most:
             return None
         if self.most <= 1:
@@ -54,9 +54,9 @@ _NAMES = {float: "float", int: "int", str: "str", bool: "bool", types.NoneType: 
 
 
 def printable(text: str) -> str:
-    """The text with everything escaped that a terminal may not show as one character.
+    """The text with all characters escaped that are not printable.
 
-    Control characters, line ends, marks of writing direction and lone surrogates.
+    These are control characters, line ends, marks of writing direction and lone surrogates.
     """
     if text.isprintable():
         return text
@@ -64,7 +64,7 @@ def printable(text: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value for a message: short, printable, and never by code of the value's own."""
+    """A value for a message: short, printable, and without calling code of the value's class."""
     if value is None or type(value) in (bool, float):
         return repr(value)
     if type(value) is int:
@@ -78,7 +78,7 @@ def shown(value: object) -> str:
 
 @functools.cache
 def field_kinds(kind: type[Any]) -> dict[str, Any]:
-    """The annotation of each field of a dataclass, ranges included."""
+    """Field name to annotation of a dataclass, ranges included."""
     return get_type_hints(kind, include_extras=True)
 
 
@@ -95,11 +95,11 @@ def check_fields(record: Any) -> None:
 
 
 def checked(name: str, value: object, kind: Any) -> Any:
-    """The value if it is one of an annotation of plain type, a float from a whole number.
+    """Return the value if it fits an annotation; a whole number becomes a float where one is due.
 
     Args:
-        name: of the field, for the message.
-        value: anything.
+        name: name of the field, for the message.
+        value: any object.
         kind: ``str``, ``bool``, ``int``, ``float``, a ``Literal`` of strings, an ``Annotated``
             number with a `Range`, or one of these or None.
 

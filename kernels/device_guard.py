@@ -1,7 +1,7 @@
-"""The one place where a device becomes the current one.
+"""The current CUDA device, set in one place.
 
-Triton launches on the current device and CUDA's streams and events are its own: whatever touches
-them runs under the device of its tensors.
+Triton launches on the current device, and streams and events belong to it. Code that uses them has
+to run while the device of its tensors is the current one.
 """
 
 from __future__ import annotations
@@ -12,5 +12,5 @@ import torch
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make a CUDA device the current one inside the with block; other devices need nothing."""
+    """Make a CUDA device the current one inside the with block; does nothing for other devices."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

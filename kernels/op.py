@@ -41,26 +41,26 @@ def attention(
     averages_empty_rows: bool = False,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """SVG-EAR attention of every head, or dense attention where the plan or the moment says so.
+    """SVG-EAR attention of every head, or dense attention if the plan or the source says so.
 
     Args:
         q: (B, H, N_q, D) float16, bfloat16 or float32, any strides.
         k, v: (B, H_kv, N_k, D), same dtype and device; H_kv divides H.
-        attn_mask: (B|1, H_kv|1, 1, N_k) bool key-padding mask, True takes part. With the three
-            results of `key_padding` for it, any mask that PyTorch's attention takes: what is no
-            padding makes the call dense.
-        padding_rows: (B|1, H_kv|1, N_q|1, 1) bool, queries that take part; the others give 0.
+        attn_mask: (B|1, H_kv|1, 1, N_k) bool key-padding mask, True takes part. If the three
+            results of `key_padding` are given, any mask that PyTorch's attention takes; a mask that
+            is not padding makes the call dense.
         layer: any parameter or buffer of the layer; its identity tells layers apart.
-        padding_keys, padding_proven: see `kernels.padding.key_padding`.
+        padding_keys, padding_proven: results of `kernels.padding.key_padding` for `attn_mask`.
+        padding_rows: (B|1, H_kv|1, N_q|1, 1) bool, queries that take part; the others give 0.
         plan: `AttentionPlan.encode` of the plan.
         site: name of the call in its graph.
-        layer_owner: path of the module that `layer` belongs to, relative to what was compiled.
+        layer_owner: path of the module that holds `layer`, relative to the compiled module.
         scale: logit scale, 1/sqrt(D) by default.
-        text_prefix, text_suffix: tokens at the start and the end of both sequences that are text:
-            their keys are exact for every query, their queries attend to every key. A sequence of
-            no more tokens makes the call dense.
-        averages_empty_rows: a row whose keys are all masked gives the mean of all values, as a mask
-            that fills in a large negative number does, instead of 0.
+        text_prefix, text_suffix: number of text tokens at the start and the end of both sequences.
+            Text keys are exact for every query, text queries attend to every key. A sequence
+            without further tokens makes the call dense.
+        averages_empty_rows: a row whose keys are all masked gives the mean of all values instead of
+            0, as softmax does with a large negative bias.
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -85,7 +85,7 @@ def attention(
         sparse = _sparse(q, k, v, key_mask, request, terms)
         if sparse is None:
             out, lse = dense_attention(q, k, v, attn_mask, terms.scale, return_lse)
-            # A mask whose padding was read off the graph is one of keys: its rows come apart.
+            # A mask whose padding was read off the graph masks keys; rows are masked here.
             rows = padding_rows if padding_proven is None else None
             mask = attn_mask
         else:
@@ -121,7 +121,7 @@ def _(
 
 
 class _Terms(NamedTuple):
-    """What all parts of a call have in common; see `attention`."""
+    """Arguments that all parts of a call have in common; see `attention`."""
 
     scale: float
     text: tuple[int, int]
@@ -131,7 +131,7 @@ class _Terms(NamedTuple):
 def _sparse(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, request: CallRequest, terms: _Terms
 ) -> tuple[Tensor, Tensor] | None:
-    """Output and log-sum-exp as the active source says, None where it or the call says dense."""
+    """Output and log-sum-exp of the calls of the active source; None for a dense call."""
     source = active_source()
     parts: tuple[Tensor, Tensor] | None = None
     for call in source.calls(request):
@@ -159,7 +159,7 @@ def _sparse(
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's own attention in the layout that the operator promises; see `attention`."""
+    """PyTorch's own attention, with an output in the layout of q; see `attention`."""
     grouped = q.shape[1] != k.shape[1]
     mask = attn_mask
     if mask is not None and mask.shape[1] not in (1, q.shape[1]):
@@ -198,7 +198,7 @@ def dense_lse(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor
 
 
 def _leave_out(out: Tensor, lse: Tensor, rows: Tensor) -> None:
-    """Make the rows (B|1, H_kv|1, N_q|1, 1) that are False what a row without keys gives."""
+    """Set rows where `rows` (B|1, H_kv|1, N_q|1, 1) is False to 0, their log-sum-exp to -inf."""
     if rows.shape[1] > 1:
         rows = rows.repeat_interleave(out.shape[1] // rows.shape[1], 1)
     out.masked_fill_(~rows, 0.0)
@@ -207,9 +207,11 @@ def _leave_out(out: Tensor, lse: Tensor, rows: Tensor) -> None:
 
 
 def _average_empty_rows(out: Tensor, v: Tensor, mask: Tensor, rows: Tensor | None) -> None:
-    """Write the mean of all values where a bool mask (B|1, H|1, N_q|1, N_k) leaves a row no key.
+    """Set rows without keys to the mean of all values.
 
-    `rows` (B|1, H_kv|1, N_q|1, 1) may leave out whole rows besides.
+    Args:
+        mask: (B|1, H|1, N_q|1, N_k) bool; a row without keys has no True.
+        rows: (B|1, H_kv|1, N_q|1, 1) bool, where False the row has no keys either; or None.
     """
     taken = mask.any(-1, keepdim=True)
     rows = taken if rows is None else taken & rows
@@ -226,7 +228,7 @@ def _empty_lse(q: Tensor, return_lse: bool) -> Tensor:
 def check_arguments(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, text_prefix: int, text_suffix: int
 ) -> None:
-    """Raise a ValueError or TypeError that names the first argument that cannot be right."""
+    """Raise a ValueError or TypeError that names the first invalid argument."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be (B, H, N, D), got shape {tuple(tensor.shape)}")
@@ -280,6 +282,6 @@ def check_proof(
     whole = all(proof) and attn_mask is not None and padding_rows is not None
     if any(proof) and not whole:
         raise ValueError(
-            "padding_keys and padding_proven are results of key_padding: they come with its third, "
-            "padding_rows, and with the attn_mask that they are about"
+            "padding_keys and padding_proven are results of key_padding: they need its third "
+            "result, padding_rows, and the attn_mask that it was called with"
         )

@@ -1,8 +1,8 @@
-"""`torch.ops.svg_ear.key_padding`: whether a mask is only padding, proven on its values.
+"""`torch.ops.svg_ear.key_padding`: proves on its values that a mask is padding only.
 
 The sparse operator takes masks that leave out whole keys. A mask with one row per query, or one
-that is added to the logits, may hold anything (causality, windows, biases) and its shape does not
-tell. One pass over its values does, once for all layers that share the mask.
+that is added to the logits, may express anything (causality, windows, biases), and its shape does
+not tell. This operator reads the values, once for all layers that share the mask.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 NEGLIGIBLE = -9000.0
-"""A bias from here on leaves a key out: models write -10000 (-9984 in bfloat16), and e^-9000 is 0
-in every dtype next to any other key."""
+"""A bias of at most this value leaves a key out. Models write -10000 (-9984 in bfloat16), and
+e^-9000 is 0 in every dtype beside any other key."""
 
 _ROWS_AT_A_TIME = 4096
 
@@ -21,21 +21,20 @@ _ROWS_AT_A_TIME = 4096
     "svg_ear::key_padding", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
 )
 def key_padding(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Take a mask apart into keys and queries that take part, if that is all it says.
+    """Split a mask into the keys and the queries that take part, if it is padding only.
 
-    ``mask[b, h, i, t] == rows[b, h, i] and keys[b, h, t]`` is what padding of keys and of queries
-    makes. Waits for the device.
+    A mask is padding if ``mask[b, h, i, t] == rows[b, h, i] and keys[b, h, t]`` everywhere. Waits
+    for the device.
 
-    Nothing is remembered from call to call. A tensor tells of no write through `.data`, NumPy or a
-    replayed CUDA graph, so a remembered proof could be that of other values, and to compare values
-    with remembered ones waits as long as to prove them. The layers of one graph share a call;
-    blocks that are compiled one by one prove once each, which is a wait and three reads of the mask
-    beside attention that takes milliseconds.
+    Proofs are not cached. Writes through `.data`, NumPy or a replayed CUDA graph do not change the
+    version of a tensor, so a cached proof could belong to other values; comparing values takes as
+    long as a proof. The layers of one graph share a call. Blocks that are compiled one by one prove
+    once each, which costs a wait and three reads of the mask beside milliseconds of attention.
 
     Args:
-        mask: (B|1, H|1, N_q|1, N_k) bool, True takes part, or float, added to the logits: 0 takes
-            part, a value of `NEGLIGIBLE` or less does not, any other is no padding. A row without
-            keys refutes a float mask: softmax knows no difference from a row with all keys.
+        mask: (B|1, H|1, N_q|1, N_k). Bool: True takes part. Float, added to the logits: 0 takes
+            part, `NEGLIGIBLE` and below does not, any other value is no padding. A float mask with
+            a row without keys is no padding: softmax treats such a row like one with all keys.
 
     Returns:
         keys (B|1, H|1, 1, N_k) bool, rows (B|1, H|1, N_q|1, 1) bool, and proven, () bool on the

@@ -1,9 +1,8 @@
-"""Registry of the implementations of sparse attention, and the choice of one for a call.
+"""Implementations of sparse attention: the calls that each supports, and the choice among them.
 
 An implementation has two stages. `cluster_and_route` groups the tokens into clusters and chooses
-the exact blocks. `attend` is a pure function of its arguments, one of which is the result of the
-first stage. An implementation registers when its module is imported. Modules of GPU implementations
-import Triton, so they are imported only when a call asks for one of them.
+the exact blocks; `attend` is a pure function of the tensors and of the first stage's result.
+An implementation registers when its module is imported. Triton is imported only for a GPU call.
 """
 
 from __future__ import annotations
@@ -66,10 +65,10 @@ class Unsupported(Protocol):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation of sparse attention.
+    """An implementation of sparse attention.
 
     Attributes:
-        name: its key in the registry.
+        name: name by which it can be requested.
         unsupported: see `Unsupported`.
         cluster_and_route, attend: the two stages.
     """
@@ -122,7 +121,7 @@ class Implementation:
 
 
 _REGISTERED: dict[str, Implementation] = {}
-# Name to the module that registers it, and device type to names in order of preference.
+# The module that registers each implementation, and the order of preference for each device type.
 _MODULES = {
     "cpu": "kernels.cpu",
     "hopper": "kernels.gpu.attention",
@@ -132,7 +131,7 @@ _PREFERRED = {"cuda": ("hopper", "triton")}
 
 
 def register(implementation: Implementation) -> Implementation:
-    """Add an implementation to the registry under its name; returns the implementation."""
+    """Register an implementation under its name; returns it."""
     _REGISTERED[implementation.name] = implementation
     return implementation
 
@@ -141,7 +140,7 @@ def get(name: str) -> Implementation:
     """The implementation of that name.
 
     Raises:
-        ValueError: there is no such implementation; the message lists the names.
+        ValueError: no implementation has this name; the message lists all names.
     """
     if name not in _REGISTERED:
         if name not in _MODULES:
@@ -151,14 +150,14 @@ def get(name: str) -> Implementation:
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, name: str | None = None) -> Implementation:
-    """The implementation that serves a call: the named one, else the first that supports the call.
+    """The implementation that serves a call: the requested one, else the first that supports it.
 
     Args:
         q, k, v: tensors of the call.
-        name: name of the only implementation to try; None tries all in order of preference.
+        name: the requested implementation; no other is tried.
 
     Raises:
-        ValueError: no implementation that was tried supports the call; the message says why.
+        ValueError: the requested implementation does not support the call, or none does.
     """
     refused: list[str] = []
     for candidate in _PREFERRED.get(q.device.type, ("cpu",)) if name is None else (name,):
@@ -172,14 +171,14 @@ def choose(q: Tensor, k: Tensor, v: Tensor, name: str | None = None) -> Implemen
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, **more: Any) -> Result:
-    """`Implementation.sparse_attention` of the implementation that serves the call."""
+    """`Implementation.sparse_attention` of the implementation that `choose` returns."""
     return choose(q, k, v).sparse_attention(q, k, v, plan, **more)
 
 
 def captured_attention(device: torch.device) -> Callable[..., Result]:
-    """`sparse_attention`; on a GPU with captured graphs of its own, as the calls of a session have.
+    """`sparse_attention`; on a GPU with captured graphs, as for the calls of a session.
 
-    For measurements: what is captured is held as long as the returned function is.
+    For measurements. The returned function owns the captured graphs.
     """
     if device.type != "cuda":
         return sparse_attention

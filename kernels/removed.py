@@ -1,4 +1,4 @@
-"""Options that earlier versions had, and what to say to those who still name them."""
+"""Options and values of earlier versions, with the sentence that answers whoever gives them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ _TUNE_AGAIN = "a budget that names it has to be tuned again"
 REMOVED = {
     "first_order": f'compensation "first_order" was replaced by "gaussian": {_TUNE_AGAIN}',
     "second_order": f'compensation "second_order" was replaced by "gaussian": {_TUNE_AGAIN}',
-    "cost_exponent": f"cost_exponent was removed, its value is always 1 now: {_TUNE_AGAIN}",
+    "cost_exponent": f"cost_exponent was removed, it is always 1 now: {_TUNE_AGAIN}",
     "max_error": "max_error needs a tuned budget: "
     "let `svg-ear tune --max-error` make one and give it as the option budget",
 }
-"""By the name of an option, or by a value that one of them had."""
+"""Name of a removed option, or a removed value of an option, to its sentence."""

@@ -1,4 +1,4 @@
-"""What the rest of the model costs, as plain data for whoever weighs attention against it."""
+"""Non-attention cost: FLOPs and bytes of a graph without its attention calls, as plain data."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from svg_ear_compile.passes.symbolic import hint
 
 
 @dataclass(frozen=True)
-class RestOfModel:
-    """Everything in a graph that is not an attention call.
+class NonAttentionCost:
+    """FLOPs and bytes of every node of a graph that is not an attention call.
 
     Attributes:
         flops: multiply-adds of linear layers and convolutions, times two.
@@ -28,7 +28,7 @@ class RestOfModel:
     bytes: int
 
 
-def rest_of_model(gm: GraphModule) -> RestOfModel:
+def non_attention_cost(gm: GraphModule) -> NonAttentionCost:
     """FLOPs and bytes of a Dynamo graph without its attention calls, at the traced sizes."""
     flops = moved = 0
     for node in gm.graph.nodes:
@@ -38,7 +38,7 @@ def rest_of_model(gm: GraphModule) -> RestOfModel:
             if isinstance(value, torch.Tensor):
                 moved += _numel(value) * value.element_size()
         flops += _projection_flops(node)
-    return RestOfModel(flops, moved)
+    return NonAttentionCost(flops, moved)
 
 
 def _projection_flops(node: Node) -> int:

@@ -29,12 +29,12 @@ def svg_ear(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compile a Dynamo graph: attention that pays goes sparse, Inductor compiles the rest.
+    """Compile a Dynamo graph: rewrite attention that is faster sparse, then call Inductor.
 
     Args:
         gm: the graph; Inductor takes ownership of it.
         example_inputs: its inputs, fake or real, SymInts among them.
-        mode: a mode of Inductor's, e.g. "max-autotune".
+        mode: one of Inductor's modes, e.g. "max-autotune".
         options: see `Settings.parse`.
 
     Returns:
@@ -52,9 +52,9 @@ def svg_ear(
         log.info("%s (%s, %s): %s", site.site, site.role, site.shape, site.sentence)
     if not report.sparse:
         return _inductor(gm, example_inputs, settings)
-    # Schemas and fake implementations of operators are not in the compile caches' keys: without the
-    # tag an artefact made by other sources of ours would be served. (mypy: `patch` is installed at
-    # run time.)
+    # The keys of the compile caches hold no schemas and fake implementations of operators. Without
+    # the tag, a cache could serve an artefact that another version of this package made. (mypy:
+    # `patch` is installed at run time.)
     tag = f"{torch.compiler.config.cache_key_tag}svg_ear:{sources_digest()}"
     with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         return _inductor(gm, example_inputs, settings)
@@ -63,7 +63,7 @@ def svg_ear(
 def _inductor(
     gm: GraphModule, example_inputs: Sequence[Any], settings: Settings
 ) -> Callable[..., Any]:
-    compiled: Any  # compile_fx is typed for all its uses, ahead-of-time ones included
+    compiled: Any  # the type of compile_fx covers ahead-of-time compilation, too
     compiled = compile_fx(gm, list(example_inputs), config_patches=dict(settings.inductor))
     return compiled
 
@@ -71,12 +71,11 @@ def _inductor(
 def needs_gradients(gm: GraphModule) -> bool:
     """True if an output of the graph requires gradients.
 
-    Whether they are recorded where the graph is called does not say it: the model may switch them
-    off inside of the graph.
+    `torch.is_grad_enabled()` does not tell: the model may switch gradients off inside the graph.
     """
     (output,) = gm.graph.find_nodes(op="output")
-    made = (node for node in output.all_input_nodes if node.op != "placeholder")
-    values = (node.meta.get("example_value") for node in made)
+    computed = (node for node in output.all_input_nodes if node.op != "placeholder")
+    values = (node.meta.get("example_value") for node in computed)
     return any(x.requires_grad for x in tree_leaves(tuple(values)) if isinstance(x, torch.Tensor))
 
 

@@ -1,4 +1,4 @@
-"""`calibrate`: measures a device and remembers it for every later compilation."""
+"""`calibrate`: measures a device and saves its calibration for later compilations."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from svg_ear_compile.policy import calibration_of
 def calibrate(
     device: torch.device | str, *, on_sample: Callable[[str, float], None] | None = None
 ) -> Calibration:
-    """Measure a device in under a minute and keep the result in the user's cache.
+    """Measure a device in under a minute and save the calibration in the user's cache.
 
     Args:
-        device: CUDA or CPU; nothing else should be running on it.
-        on_sample: hears what was measured, and the share of the time that has passed.
+        device: CUDA device or CPU; no other work should run on it.
+        on_sample: called with the name of each measurement and the fraction of the time used.
+
+    Returns:
+        The calibration.
 
     Raises:
         ValueError: there is no such device here, or there are no kernels for it.
-        OSError: the cache cannot be written; said before anything is measured.
+        OSError: the cache cannot be written; raised before the measurements start.
         ImportError: scipy, part of the extra ``tune``, is missing.
     """
     keeping.file_of(describe(device))

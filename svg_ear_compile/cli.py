@@ -21,15 +21,15 @@ from svg_ear_compile.made_models import model_and_inputs
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage before it."""
+    """Answers a mistake by one sentence, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         raise InvalidValueError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code: 2 for a mistake, 130 for Ctrl-C."""
-    # Read beforehand: the arguments themselves may be what is wrong.
+    """Run a subcommand; returns the exit code: 2 after an error, 130 after Ctrl-C."""
+    # Read before parsing, which may fail.
     given = list(sys.argv[1:] if argv is None else argv)
     with_traceback = "--traceback" in given
     try:
@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed.run(parsed)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        again = "; the same command goes on where it stopped" if "tune" in given[:2] else ""
+        again = "; the same command resumes it" if "tune" in given[:2] else ""
         print(f"svg-ear: interrupted{again}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever was reading has gone, `head` for one
+    except BrokenPipeError:  # the reader of the output has ended, e.g. `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -52,11 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    """One printable line that says what went wrong."""
+    """One printable line for an error."""
     text = next((line for line in str(error).splitlines() if line.strip()), "")
     if text and isinstance(error, (ValueError, TypeError, OSError, ImportError)):
         return printable(text)
-    # From the user's model, or a fault of ours: either has to be found.
+    # An error of the user's model or a fault of this package: its place matters.
     return printable(f"{type(error).__name__}: {text} (--traceback shows where)")
 
 
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=about)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    about = "list every attention of a model: layer, role, shape, plan and why"
+    about = "list every attention call of a model: layer, role, shape, plan, reason"
     command = commands.add_parser("explain", help=about, description=about)
     command.add_argument(
         "--model",
@@ -77,9 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="as in options={...}"
     )
-    command.add_argument(
-        "--budget", metavar="FILE", help="a tuned budget, as options={'budget': …}"
-    )
+    command.add_argument("--budget", metavar="FILE", help="tuned budget, as options={'budget': …}")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.add_argument(
         "--draw", metavar="FOLDER", help="also draw each kind of site before and after"
@@ -113,7 +111,7 @@ def _option(text: str) -> tuple[str, Any]:
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return key, value  # a word
+        return key, value  # a string without quotes
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which denoising step it is: a clock that reads the model's own timestep argument."""
+"""Clock of a generation: counts denoising steps by the timestep argument of the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 log = logging.getLogger(__name__)
 
-_SHORT = 2  # steps; few-step models have generations as short, but all start at one timestep
+# Few-step models have generations as short, but all start at the same timestep.
+_SHORT = 2  # steps
 _RESTARTS = 3
 
 
@@ -17,10 +18,10 @@ class Clock:
     """The denoising step of one generation; a new generation is a new clock.
 
     Attributes:
-        timestep: of the current step, None before the first.
+        timestep: timestep of the current step, None before the first.
         step: index of the current step, -1 before the first.
         started_at: timestep of the first step.
-        forwards: forwards of each model at this timestep.
+        forwards: number of forwards of each model at this timestep.
     """
 
     timestep: float | None = None
@@ -29,7 +30,7 @@ class Clock:
     forwards: Counter[int] = field(default_factory=Counter)
 
     def tick(self, model: int, timestep: float) -> int:
-        """Move on to a forward of a model; its place among those at this timestep."""
+        """Count a forward of a model; returns its index among its forwards at this timestep."""
         if timestep != self.timestep:
             self.timestep = timestep
             self.step += 1
@@ -41,23 +42,23 @@ class Clock:
 
 
 def is_noisier(timestep: float, other: float, ascending: bool) -> bool:
-    """Whether a timestep is nearer to noise than another.
+    """Whether `timestep` is nearer to noise than `other`.
 
     Args:
-        ascending: timesteps rise from noise to video.
+        ascending: True if timesteps rise from noise to video.
     """
     return timestep < other if ascending else timestep > other
 
 
 @dataclass
 class RestartWatch:
-    """Warns of generations that keep being restarted, which no scheduler does."""
+    """Warns once if generations keep ending after a step or two, as no scheduler makes them."""
 
     restarts: int = 0
     warned: bool = False
 
     def restarted(self, ended: Clock, timestep: float, ascending: bool) -> None:
-        """Note that a generation ended because a forward came at a noisier timestep."""
+        """Count a generation that ended because a forward had a noisier timestep."""
         unlike = ended.step < _SHORT and ended.started_at != timestep
         self.restarts = self.restarts + 1 if unlike else 0
         if self.restarts == _RESTARTS and not self.warned:

@@ -47,7 +47,7 @@ from svg_ear_compile.tuning import Cost, TuningSettings, tune
 
 Read = TypeVar("Read")
 
-PICTURES = ("png", "svg", "pdf", "jpg", "webp")
+PLOT_FORMATS = ("png", "svg", "pdf", "jpg", "webp")
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -58,7 +58,7 @@ def add(commands: Any) -> None:
     command.add_argument("--device", default=_DEVICE, help=f"default: {_DEVICE}")
     command.set_defaults(run=_calibrate)
 
-    about = "measure a model and write the best budget for one objective"
+    about = "measure a model and write its best budget for one objective"
     command = commands.add_parser("tune", help=about, description=about)
     command.add_argument(
         "--model",
@@ -69,48 +69,60 @@ def add(commands: Any) -> None:
     )
     objective = command.add_mutually_exclusive_group(required=True)
     objective.add_argument(
-        "--target-speedup", type=_finite, help="of one sparse forward over Inductor's"
+        "--target-speedup",
+        type=_finite,
+        help="speed-up of one sparse forward over a forward compiled by Inductor",
     )
-    objective.add_argument("--max-error", type=_finite, help="relative RMS of the model's output")
+    objective.add_argument(
+        "--max-error", type=_finite, help="relative RMS error of the model's output"
+    )
     objective.add_argument(
         "--density", type=_finite, help="mean fraction of the area computed exactly"
     )
     command.add_argument("--out", type=Path, required=True, help="budget file to write")
     command.add_argument(
-        "--densities", type=_densities, default="0.05,0.1,0.2,0.4", help="tried in each layer"
+        "--densities",
+        type=_densities,
+        default="0.05,0.1,0.2,0.4",
+        help="densities tried in each layer",
     )
     command.add_argument(
         "--clusters",
         type=_cluster_sizes,
         default="default",
-        help="mean cluster sizes that are tried, e.g. default,256x64 (queries x keys)",
+        help="mean cluster sizes that are tried: QUERIESxKEYS or default, e.g. default,256x64",
     )
     command.add_argument(
-        "--forms", type=_forms, default=AttentionPlan.compensation, help="e.g. gaussian,centroid"
+        "--forms",
+        type=_forms,
+        default=AttentionPlan.compensation,
+        help="compensations that are tried, e.g. gaussian,centroid",
     )
     command.add_argument(
-        "--phases", type=_number(1, 1000), default=1, help="parts of the denoising"
+        "--phases", type=_number(1, 1000), default=1, help="phases of the denoising"
     )
     command.add_argument("--dense-steps", type=_number(0), default=0, help="leading dense steps")
-    command.add_argument("--dense-from", type=_finite, help="timestep from which the end is dense")
+    command.add_argument("--dense-from", type=_finite, help="timestep from which steps are dense")
     command.add_argument("--thresholds", action="store_true", help="route by threshold")
     command.add_argument("--timestep", help="name of the model's timestep argument")
     command.add_argument(
-        "--ascending", action="store_true", help="timesteps rise towards the video"
+        "--ascending", action="store_true", help="timesteps rise from noise to video"
     )
-    command.add_argument("--eager", action="store_true", help="without Inductor: a quick look")
+    command.add_argument(
+        "--eager", action="store_true", help="without Inductor: quick, no real times"
+    )
     command.set_defaults(run=_tune)
 
-    about = "draw a budget, its frontier, predicted against measured times, or a block map"
+    about = "plot a budget, its frontier, predicted against measured times, or a block mask"
     command = commands.add_parser("plot", help=about, description=about)
     command.add_argument("what", choices=("budget", "frontier", "times", "blocks"))
     command.add_argument("--budget", type=Path, metavar="FILE", help="for budget and frontier")
-    command.add_argument("--device", default=_DEVICE, help="whose calibration, for times")
+    command.add_argument("--device", default=_DEVICE, help="calibrated device, for times")
     command.add_argument("--model", metavar="MODULE:CALLABLE", help="as for explain, for blocks")
-    command.add_argument("--layer", help="layer path, for blocks; the first by default")
-    command.add_argument("--head", type=_number(0), default=0, help="for blocks")
-    command.add_argument("--density", type=_finite, default=0.2, help="for blocks")
-    command.add_argument("--out", type=Path, required=True, help="picture to write, e.g. a .png")
+    command.add_argument("--layer", help="layer path, for blocks (default: the first)")
+    command.add_argument("--head", type=_number(0), default=0, help="head, for blocks")
+    command.add_argument("--density", type=_finite, default=0.2, help="density, for blocks")
+    command.add_argument("--out", type=Path, required=True, help="image file to write, e.g. a .png")
     command.set_defaults(run=_plot)
 
 
@@ -119,7 +131,7 @@ def _finite(text: str) -> float:
 
 
 def _number(least: int, most: int = LARGEST) -> Callable[[str], int]:
-    """A type of argument: whole numbers of a range."""
+    """Parser of an argument that is a whole number from `least` to `most`."""
 
     def read(text: str) -> int:
         kind = Annotated[int, Range(least, most)]
@@ -166,12 +178,12 @@ def _calibrate(given: argparse.Namespace) -> None:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("roofs", total=1.0)
 
-        def show(what: str, share: float) -> None:
-            progress.update(task, description=what, completed=share)
+        def show(what: str, fraction: float) -> None:
+            progress.update(task, description=what, completed=fraction)
 
         found = calibrate(given.device, on_sample=show)
     console.print(_calibration_table(found))
-    console.print(plain(f"kept in {calibrations.cache_folder()}"), soft_wrap=True)
+    console.print(plain(f"saved in {calibrations.cache_folder()}"), soft_wrap=True)
 
 
 def _calibration_table(found: Calibration) -> Table:
@@ -193,9 +205,9 @@ def _calibration_table(found: Calibration) -> Table:
 
 
 def _tune(given: argparse.Namespace) -> None:
-    if given.out.suffix == ".journal":
+    if given.out.suffix == ".checkpoint":
         raise InvalidValueError(
-            "--out must not end in .journal, the ending of what it writes beside"
+            "--out must not end in .checkpoint: the checkpoint of the tuning has that name"
         )
     given.out.parent.mkdir(parents=True, exist_ok=True)
     json_record.check_writable(given.out)
@@ -203,7 +215,7 @@ def _tune(given: argparse.Namespace) -> None:
     if ranks > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(rank)
-        # Single numbers are exchanged, and rank 0 may measure for hours while the others wait.
+        # Ranks exchange single numbers, and rank 0 may measure for hours while the others wait.
         dist.init_process_group("gloo", timeout=timedelta(days=2))
     try:
         found = _tuned(given)
@@ -216,7 +228,7 @@ def _tune(given: argparse.Namespace) -> None:
 
 
 def _environment(name: str) -> int:
-    """A number that torchrun sets, 0 where it is not set."""
+    """A number that torchrun sets, 0 if it is not set."""
     text = os.environ.get(name, "0")
     if not re.fullmatch("[0-9]{1,6}", text):
         raise InvalidValueError(f"{name} must be a number, got {shown(text)}")
@@ -241,8 +253,8 @@ def _tuned(given: argparse.Namespace) -> Budget:
         def say(cost: Cost) -> None:
             each = f" on each of {cost.ranks} ranks" if cost.ranks > 1 else ""
             console.print(
-                f"{cost.forwards} forwards to measure ({cost.finished} are in the journal): about "
-                f"{cost.seconds / 60:.1f} minutes{each}, then whole budgets are run"
+                f"{cost.forwards} forwards to measure ({cost.finished} are in the checkpoint): "
+                f"about {cost.seconds / 60:.1f} minutes{each}, then whole budgets are run"
             )
 
         return tune(
@@ -252,7 +264,7 @@ def _tuned(given: argparse.Namespace) -> Budget:
             max_error=given.max_error,
             density=given.density,
             settings=_settings(given),
-            journal=given.out.with_suffix(".journal"),
+            checkpoint=given.out.with_suffix(".checkpoint"),
             on_cost=say,
             on_progress=show,
         )
@@ -274,9 +286,9 @@ def _settings(given: argparse.Namespace) -> TuningSettings:
 
 
 def budget_table(found: Budget) -> Table:
-    """Choices by layer and phase, and what they were predicted and measured to do."""
-    outcomes = {"predicted": found.predicted, "measured": found.measured, "uniform": found.uniform}
-    lines = [f"{name}: {_performance(outcome)}" for name, outcome in outcomes.items()]
+    """Table of the choices by layer and phase, with predicted and measured performance."""
+    known = {"predicted": found.predicted, "measured": found.measured, "uniform": found.uniform}
+    lines = [f"{name}: {_figures(performance)}" for name, performance in known.items()]
     table = Table(
         title=plain(f"{found.objective}: {found.outcome}"),
         caption=plain(*lines, found.note),
@@ -303,7 +315,7 @@ def _words(choice: budgets.Choice) -> str:
     return ", ".join(words)
 
 
-def _performance(found: Performance) -> str:
+def _figures(found: Performance) -> str:
     known = {
         "error": found.error, "ms": found.ms, "speed-up": found.speedup, "density": found.density,
     }  # fmt: skip
@@ -313,8 +325,8 @@ def _performance(found: Performance) -> str:
 def _plot(given: argparse.Namespace) -> None:
     from svg_ear_compile import plots
 
-    if given.out.suffix[1:] not in PICTURES:
-        raise InvalidValueError(f"--out must end in one of {', '.join(PICTURES)}")
+    if given.out.suffix[1:] not in PLOT_FORMATS:
+        raise InvalidValueError(f"--out must end in one of {', '.join(PLOT_FORMATS)}")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     if given.what in ("budget", "frontier"):
         if given.budget is None:

@@ -1,4 +1,4 @@
-"""Every attention of a model: what was found, what was decided, and why."""
+"""`explain`: every attention call of a model, its plan, and the reason for it."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from svg_ear_compile.tracing import run_once
 
 @dataclass(frozen=True)
 class GraphBreak:
-    """Where Dynamo gave up tracing: what runs between two graphs, no backend sees.
+    """A graph break of Dynamo. Code between two graphs runs eagerly, where no backend sees it.
 
     Attributes:
-        reason: Dynamo's, its first line.
-        hints: what Dynamo proposes.
-        count: how often.
+        reason: first line of Dynamo's message.
+        hints: Dynamo's proposals.
+        count: number of breaks with this message.
     """
 
     reason: str
@@ -51,12 +51,12 @@ class GraphBreak:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Reports of every graph that a model was traced into, in the order of compilation.
+    """Reports of the graphs that a model was traced into.
 
     Attributes:
-        graphs: a report for each graph.
-        breaks: why there is more than one.
-        unseen: attention calls that ran outside of all graphs and so stay as they are.
+        graphs: a report for each graph, in the order of compilation.
+        breaks: the graph breaks between them.
+        unseen: number of attention calls outside of all graphs, which stay as they are.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Explanation:
         return [site for graph in self.graphs for site in graph.sites]
 
     def to_json(self) -> str:
-        """Everything, as JSON."""
+        """The whole report as JSON."""
         return json.dumps(
             {
                 "graphs": [graph.to_dict() for graph in self.graphs],
@@ -80,7 +80,7 @@ class Explanation:
         )
 
     def table(self) -> Table:
-        """One row for each attention call; below, what times rest on and what broke the graph."""
+        """One row for each attention call; notes on times, errors and graph breaks below."""
         sparse = sum(graph.sparse for graph in self.graphs)
         table = Table(
             title=f"{len(self.sites)} attention calls, {len(self.graphs)} graphs, {sparse} sparse",
@@ -113,7 +113,7 @@ class Explanation:
         if self.unseen:
             lines.append(
                 f"{self.unseen} attention calls ran outside of all graphs, where no backend sees "
-                "them: take away the breaks."
+                "them: remove the graph breaks."
             )
         for found in self.breaks:
             lines.append(f"Graph break, {found.count} times: {found.reason}")
@@ -155,19 +155,21 @@ def explain(
     draw_to: Path | str | None = None,
     **kwargs: Any,
 ) -> Explanation:
-    """What `torch.compile(model, backend="svg_ear", options=options)` would do, without Inductor.
+    """Report what `torch.compile(model, backend="svg_ear", options=options)` would rewrite.
 
-    Runs the model once on the given inputs, eagerly, without gradients; once more where Dynamo
-    breaks its graph, to count the attention that no graph holds.
+    Runs the model once on the given inputs, eagerly and without gradients. If there are graph
+    breaks, runs it once more to count the attention calls outside of all graphs.
 
     Args:
         model: an `nn.Module`, compiled or not, or a function.
         args, kwargs: its inputs.
         options: see `Settings.parse`.
-        draw_to: folder for pictures of the sparse sites before and after, one for each kind.
+        draw_to: folder for drawings of the graph around sparse sites before and after the rewrite,
+            one for each kind of site.
 
     Raises:
-        ValueError, TypeError: see `Settings.parse`; or the budget is for another model.
+        ValueError: see `Settings.parse`; or the budget is for another model.
+        TypeError: see `Settings.parse`.
         OSError: the folder cannot be written.
     """
     settings = Settings.parse(options)
@@ -197,7 +199,7 @@ def explain(
     before = Counter(counters["graph_break"])
     try:
         run_once(model, args, kwargs, record)
-    except BackendCompilerFailed as error:  # Dynamo's wrapping hides what was raised above
+    except BackendCompilerFailed as error:  # Dynamo's wrapper of an error of the backend
         raise error.inner_exception from None
     breaks = [_break(*item) for item in (Counter(counters["graph_break"]) - before).items()]
     unseen = 0
@@ -214,13 +216,13 @@ def _draw(
     after: Mapping[str, Surroundings],
     drawn: set[object],
 ) -> None:
-    """One picture for each rewritten site that looks unlike those drawn before."""
+    """Draw each rewritten site whose surroundings differ from those drawn before."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rewritten in after.items():
         if rewritten.outline not in drawn:
             drawn.add(rewritten.outline)
             title = name or "(function)"
-            # Keys of a ModuleDict may hold anything, slashes among it; dollars are formulas.
+            # A key of a ModuleDict may hold any character; matplotlib reads dollars as formulas.
             file = re.sub(r"[^\w.()#-]+", "_", title)[:100]
             picture = folder / f"{len(drawn):02d}-{file}.svg"
             draw(picture, printable(title).replace("$", r"\$"), before[name], rewritten)

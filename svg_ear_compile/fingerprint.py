@@ -1,4 +1,4 @@
-"""Which model a budget is for: class, configuration and parameter shapes of a module."""
+"""Fingerprint of a module: its class, configuration and parameter shapes."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def _config(module: nn.Module) -> dict[str, Any] | None:
         config = config.to_dict()
     if not isinstance(config, Mapping):
         return None
-    # Names of files and versions of the library that wrote them are no part of the model.
+    # Private keys hold file names and library versions, which are no part of the model.
     return {str(key): value for key, value in config.items() if not str(key).startswith("_")}

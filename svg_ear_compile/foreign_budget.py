@@ -1,4 +1,4 @@
-"""Refuses the budget of another model as far as Dynamo's graph tells which model it is of."""
+"""Refuses the budget of another model, if Dynamo's graph shows which model is compiled."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from svg_ear_compile.passes.site import AttentionSite
 
 
 def refuse_foreign(budget: Budget, sites: Sequence[AttentionSite]) -> None:
-    """Raise a ValueError if the graph that Dynamo is tracing is that of another model.
+    """Raise a ValueError if Dynamo is tracing another model than the budget's.
 
-    A graph whose layers have the paths of the budget is that of a whole model, and the model is
-    compared. One block of a model, or a model inside of a wrapper, does not show whose it is:
-    `bind`, which has the model, compares these.
+    If a layer of the graph has a path of the budget, the graph is that of a whole model, and the
+    model's fingerprint is compared. A graph of one block, or of a model inside a wrapper, does not
+    show the model; `bind` compares it there.
     """
     whole = [site.call.node for site in sites if site.layer in budget.layers]
     model = _traced_module(whole[0]) if whole else None
@@ -28,12 +28,12 @@ def refuse_foreign(budget: Budget, sites: Sequence[AttentionSite]) -> None:
 
 
 def _traced_module(node: Node) -> nn.Module | None:
-    """The module that Dynamo's names of layers start from; None where it does not show."""
+    """The module at the root of Dynamo's layer names; None if Dynamo's state does not show it."""
     stack = node.meta.get("nn_module_stack") or {"": ("", None)}
     root = re.match(r"L\['(\w+)'\]", next(iter(stack.values()))[0])
     try:
         scope = InstructionTranslator.current_tx().output.local_scope
-    except AttributeError:  # nothing is being traced: the graph was kept
+    except AttributeError:  # Dynamo traces nothing now: the graph was traced before
         return None
     found = None if root is None else scope.get(root[1])
     return found if isinstance(found, nn.Module) else None

@@ -1,6 +1,6 @@
-"""One stream of generations: its clock, its guidance branches, and what its layers remember.
+"""One stream of generations: its clock, its guidance branches, and the memories of its layers.
 
-It is the source of every attention call made during a forward of its models.
+A generation is the source of all attention calls made during a forward of its models.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Held:
     """Device memory that a session holds.
 
     Attributes:
-        generation: name of the generation that it belongs to.
+        generation: name of the generation that holds it.
         what: ``"centroids and block masks"``, ``"latents"`` or ``"captured graphs"``.
-        nbytes: how much, in bytes.
+        nbytes: size in bytes.
     """
 
     generation: str
@@ -48,7 +48,7 @@ class Held:
 class _Layer:
     identity: Identity = "order"
     index: int = 0
-    # By site, forward at its step, and place among the branches that one forward carries.
+    # By site, index of the forward at its step, and position of the branch in the batch.
     memories: dict[tuple[str, int, int], Memory] = field(default_factory=dict)
     branches: set[tuple[int, int]] = field(default_factory=set)
     last_sparse: Memory | None = None
@@ -56,27 +56,30 @@ class _Layer:
 
 @dataclass
 class _State:
-    """Everything that ends with a generation."""
+    """State that is dropped when a new generation starts."""
 
     clock: Clock
     branches: Branches
     latents: dict[int, tuple[object, ...]] = field(default_factory=dict)  # kind, by model
     layers: dict[tuple[int, str], _Layer] = field(default_factory=dict)  # by model and path
-    thread: int | None = None  # that started it
+    thread: int | None = None  # identifier of the thread that started the generation
 
 
 @dataclass
 class _Forward:
-    """The forward under way.
+    """The forward that is running.
 
     Attributes:
-        index: place among the forwards of its model at this timestep.
-        reference: index of the reference branch, where this is another branch.
-        in_batch: branches along its batch.
-        batch: of its latents.
-        thread: that runs it.
-        calls: calls so far, by site.
-        order: layer path to position.
+        model: position of the model among the bound models.
+        index: index among the forwards of this model at this timestep.
+        timestep: timestep of the forward.
+        dense: True if all its attention is dense.
+        reference: index of the forward that is its reference branch; None if it is one itself.
+        in_batch: guidance branches along its batch.
+        batch: batch size of its latents.
+        thread: identifier of the thread that runs it.
+        calls: number of calls so far, by site.
+        order: layer path to position in the order of execution.
     """
 
     model: int
@@ -94,8 +97,9 @@ class _Forward:
 class Generation:
     """A named stream of generations; made by `Session.generation`, a context manager.
 
-    Forwards inside of the with block belong to it. In a generator function enter it around each
-    forward, not around a ``yield``: until it goes on, whoever runs then would be inside, too.
+    Forwards inside the with block belong to this generation. In a generator function, enter it
+    around each forward and not around a ``yield``: code that runs between two resumptions of the
+    function would be inside the with block, too.
     """
 
     def __init__(
@@ -137,18 +141,18 @@ class Generation:
         return None if clock.timestep is None else clock.step
 
     def reset(self) -> None:
-        """Forget what is remembered: the next forward starts a new generation."""
+        """Drop all clusters and the clock: the next forward starts a new generation."""
         self._state = self._fresh()
 
     def clear_cache(self) -> None:
-        """Free all device memory: `reset`, and the captured graphs."""
+        """Free all device memory: `reset`, and drop the captured graphs."""
         self.reset()
         if self._captured is not None:
             self._captured.clear()
         self._captured = None
 
     def held(self) -> list[Held]:
-        """All device memory held, by what it is for."""
+        """Device memory held, by use."""
         memories = (m for layer in self._state.layers.values() for m in layer.memories.values())
         latents = self._state.branches.references.values()
         return [
@@ -185,10 +189,10 @@ class Generation:
     def running(
         self, model: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Iterator[None]:
-        """Be the source of the attention calls of one forward of a model inside the with block.
+        """Act as the source of attention calls while one forward of a model runs.
 
         Raises:
-            RuntimeError: another thread runs a forward, or the generation is another thread's.
+            RuntimeError: another thread runs a forward, or another thread started the generation.
             ValueError: the timestep or the declared latents are missing.
         """
         if not self._running.acquire(blocking=False):
@@ -204,7 +208,7 @@ class Generation:
                 with calls_from(self):
                     yield
             except BaseException:
-                # What an interrupted forward leaves behind is no step of any generation.
+                # An interrupted forward has recomputed the clusters of some layers only.
                 self.reset()
                 raise
         finally:
@@ -212,7 +216,7 @@ class Generation:
             self._running.release()
 
     def _begin(self, model: int, timestep: float, latents: Latents) -> _Forward:
-        """Move the clock on to a forward."""
+        """Advance the clock to a forward and find its guidance branches."""
         thread, ascending = threading.get_ident(), self._plans.ascending
         state = self._state
         last = state.clock.timestep
@@ -234,7 +238,7 @@ class Generation:
         index = state.clock.tick(model, timestep)
         dense = self._plans.is_dense_step(model, state.clock.step, timestep)
         in_batch, reference = 1, None
-        if not dense:  # dense forwards share nothing: they need not wait for a comparison
+        if not dense:  # dense forwards reuse nothing: latents need no comparison
             in_batch = state.branches.in_batch(model, latents)
             reference = state.branches.reference_of(model, index, latents)
         return _Forward(
@@ -255,7 +259,7 @@ class Generation:
         layer = self._state.layers.setdefault((forward.model, path), _Layer())
         layer.identity = identity
         layer.index = forward.order.setdefault(path, len(forward.order))
-        # Frames that were folded into the batch carry no branches.
+        # A call whose batch holds frames (folded into it) has no branches along its batch.
         places = forward.in_batch if request.q_shape[0] == forward.batch else 1
         if request.dense_only or forward.dense:
             plan = at_density(request.plan, 1.0)
@@ -281,7 +285,7 @@ class Generation:
             if plan.shared_branches and forward.reference is not None:
                 reference = layer.memories.get((request.site, forward.reference, 0))
                 if reference is not None and reference.step != step:
-                    reference = None  # its forward left this layer out: a cache of features does
+                    reference = None  # the reference forward skipped this layer (feature caches)
             for memory in memories:
                 memory.step = step
             yield from calls_by_branch(
@@ -294,7 +298,7 @@ class Generation:
         call.finished(result)
 
     def _graphs(self, device: torch.device) -> CapturedGraphs | None:
-        """The captured graphs of this generation; there are none but on a GPU."""
+        """The captured graphs of this generation; None without a GPU."""
         if device.type == "cuda" and self._captured is None:
             from svg_ear_compile.kernels.gpu.captured_graphs import CapturedGraphs
 
@@ -303,5 +307,5 @@ class Generation:
 
 
 def entered_generation(plans: LayerPlans) -> Generation | None:
-    """The generation of a session that is entered here, if one is."""
+    """The generation of the session with these plans that is entered here, or None."""
     return next((g for g in reversed(_ENTERED.get()) if g._plans is plans), None)

@@ -1,7 +1,8 @@
-"""Which forwards, or parts of a batch, are guidance branches of one video.
+"""Guidance branches: which forwards, or parts of a batch, belong to the same video.
 
-Branches of one video have the same latents. Where the layout is not declared it is told by the
-values of the latents. They are copied: a pipeline may write every step into one static buffer.
+Guidance branches of one video have equal latents. A layout that is not declared is detected by
+comparing the values of latents. The latents of reference branches are copied for it, because a
+pipeline may write the latents of every step into one static buffer.
 """
 
 from __future__ import annotations
@@ -20,42 +21,42 @@ LATENT_NAMES = ("hidden_states", "latents", "latent_model_input", "noisy_latents
 """Names under which the arguments of a model are searched for its latents, in this order."""
 
 MAX_BRANCHES = 8
-"""Forwards at one timestep that are remembered: guidance branches, and a few other videos. A model
-that is called at one timestep over and over (a benchmark loop) must not fill the device."""
+"""Forwards at one timestep whose clusters are kept: guidance branches and a few other videos. A
+model that is called at one timestep over and over (a benchmark loop) must not fill the device."""
 
-_DETECTED_COUNTS = (2, 3)  # branches that a batch carries
+_DETECTED_COUNTS = (2, 3)  # branches along a batch
 
 
 @dataclass(frozen=True)
 class Latents:
-    """The latents that a forward was given: one tensor, or a list of one for each video."""
+    """The latents of a forward: one tensor, or one tensor for each video."""
 
     tensors: tuple[Tensor, ...] = ()
 
     @property
     def batch(self) -> int:
-        """Videos, counting every guidance branch."""
+        """Number of videos, each guidance branch counted."""
         if len(self.tensors) == 1 and self.tensors[0].dim():
             return self.tensors[0].shape[0]
         return max(1, len(self.tensors))
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What stays the same in a generation: the shape of one video and the device."""
+        """Shape of one video and device, which do not change within a generation."""
         if not self.tensors:
             return ()
         first = self.tensors[0]
         return (first.shape[1:] if len(self.tensors) == 1 else first.shape, first.device)
 
     def parts(self, count: int) -> list[Latents]:
-        """The batch cut into equal parts."""
+        """The batch in `count` equal parts."""
         size = self.batch // count
         if len(self.tensors) == 1:
             return [Latents((part,)) for part in self.tensors[0].split(size)]
         return [Latents(self.tensors[i * size : (i + 1) * size]) for i in range(count)]
 
     def equal(self, other: Latents) -> bool:
-        """Whether the values are the same; waits for the device."""
+        """Whether all values are equal; waits for the device."""
         return len(self.tensors) == len(other.tensors) > 0 and all(
             a.device == b.device and torch.equal(a, b)
             for a, b in zip(self.tensors, other.tensors, strict=True)
@@ -101,12 +102,12 @@ def _floats(value: object) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a model is given its guidance branches.
+    """Declared guidance layout of a model.
 
     Attributes:
         layout: ``"batched"`` (along the batch, one branch of all videos after the other),
             ``"sequential"`` (forwards that follow each other), or None to detect both by values.
-        branches: how many branches a declared layout has.
+        branches: number of branches of a declared layout, None for 2.
 
     Raises:
         ValueError: the layout is unknown, or the branches are fewer than 2, more than
@@ -130,7 +131,7 @@ class Guidance:
 
     @property
     def count(self) -> int:
-        """Branches of a declared layout."""
+        """Number of branches of a declared layout."""
         return self.branches or 2
 
 
@@ -139,10 +140,10 @@ class Branches:
     """The guidance branches of one generation.
 
     Attributes:
-        guidance: what was declared.
-        largest: largest batch of each model: a smaller one carries one branch of each video only.
-        references: latents of reference branches at this timestep, by model and forward.
-        stream: CUDA stream that copied those.
+        guidance: the declared layout.
+        largest: largest batch of each model; a smaller batch has one branch of each video.
+        references: copied latents of reference branches at this timestep, by model and forward.
+        stream: CUDA stream that copied the latents.
     """
 
     guidance: Guidance
@@ -151,7 +152,7 @@ class Branches:
     stream: torch.cuda.Stream | None = None
 
     def in_batch(self, model: int, latents: Latents) -> int:
-        """Branches along the batch of a forward; waits for the device where it has to detect."""
+        """Number of branches along the batch of a forward; waits for the device to detect it."""
         batch = latents.batch
         self.largest[model] = max(batch, self.largest.get(model, 1))
         if self.guidance.layout == "sequential":
@@ -167,16 +168,16 @@ class Branches:
         return 1
 
     def reference_of(self, model: int, forward: int, latents: Latents) -> int | None:
-        """The earlier forward at this timestep that is the reference branch of this one.
+        """Index of the forward at this timestep that is the reference branch of this forward.
 
-        None where this one is a reference branch itself. Waits for the device where it has to
-        detect.
+        None if this forward is a reference branch. Waits for the device to detect an undeclared
+        layout.
         """
         if self.guidance.layout == "batched":
             return None
         if self.guidance.layout == "sequential":
-            place = forward % self.guidance.count
-            return forward - place if place else None
+            branch = forward % self.guidance.count
+            return forward - branch if branch else None
         self._hand_over(latents)
         for (other, reference), kept in self.references.items():
             if other == model and kept.equal(latents):
@@ -186,11 +187,11 @@ class Branches:
         return None
 
     def next_step(self) -> None:
-        """Forget the latents of the step before."""
+        """Drop the latents of the step before."""
         self.references.clear()
 
     def _hand_over(self, latents: Latents) -> None:
-        """Let the current stream read what another one copied."""
+        """Make the current stream wait for the stream that copied the latents."""
         devices = {t.device for t in latents.tensors if t.is_cuda}
         for device in devices:
             current = torch.cuda.current_stream(device)

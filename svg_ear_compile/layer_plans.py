@@ -1,4 +1,4 @@
-"""Which plan a layer gets at a denoising step: dense steps and layers, and what a budget says."""
+"""The plan of each layer at each denoising step: dense steps, dense layers, budget."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LayerPlans:
     """The plans of all layers of the bound models; see `bind` for the arguments.
 
     Raises:
-        TypeError: a count is no integer.
+        TypeError: a count or a density has the wrong type.
         ValueError: see `bind`.
     """
 
@@ -68,11 +68,11 @@ class LayerPlans:
 
     @property
     def ascending(self) -> bool:
-        """Whether timesteps rise from noise to video, as declared or as the budget in use says."""
+        """Whether timesteps rise from noise to video, by declaration or by the budget in use."""
         return self._declared_ascending or any(b.schedule.ascending for b in self._tuned)
 
     def is_dense_step(self, model: int, step: int, timestep: float) -> bool:
-        """Whether all attention of a model is dense at a step."""
+        """Whether all attention of a model is dense at a step; see `bind` for the rules."""
         bound = self._dense_above_timestep
         leading = self._tuned[model].schedule.dense_steps if self._tuned else 0
         return step < max(leading, self._dense_steps) or (
@@ -93,18 +93,18 @@ class LayerPlans:
         Args:
             compiled: the plan that the call was compiled with.
             model, path, identity, index: see `LayerReport`.
-            timestep: of the step.
+            timestep: timestep of the step.
         """
         if index < self._dense_layers:
             return at_density(compiled, 1.0)
         if self._tuned:
             choice = self._tuned[model].choice(path, timestep)
             if choice is None:
-                self._warn(path, "it keeps what the compiler's options say")
+                self._warn(path, "it keeps the plan of the options of torch.compile")
                 return compiled
             return _chosen(compiled, choice)
         if path not in self._densities:
-            # Its own entry, else the first that matches.
+            # An entry of this path, else the first pattern that matches.
             matching = (d for pattern, d in self._budget.items() if fnmatchcase(path, pattern))
             self._densities[path] = self._budget.get(path, next(matching, None))
         density = self._densities[path]
@@ -117,7 +117,7 @@ class LayerPlans:
     def _warn(self, path: str, reason: str) -> None:
         if path not in self._warned:
             self._warned.add(path)
-            log.warning("the budget knows nothing of %s: %s", path, reason)
+            log.warning("the budget has no entry for %s: %s", path, reason)
 
 
 @lru_cache(maxsize=1024)

@@ -1,7 +1,7 @@
-"""Which layer an attention call belongs to.
+"""Layers of a bound model: which layer makes an attention call.
 
-A graph that is compiled for one block serves all blocks of its class. What tells them apart at run
-time is a parameter or buffer of the layer, whose identity survives compilation.
+A graph compiled for one block serves all blocks of its class. A parameter or buffer of the layer is
+passed to each attention call; its identity survives compilation and tells the layer.
 """
 
 from __future__ import annotations
@@ -20,25 +20,27 @@ from svg_ear_compile.guidance import Latents, find_latents
 Identity = Literal["parameter", "order"]
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma")
-"""Names under which the forward of a model is searched for its timestep, in this order."""
+"""Argument names that are tried for the timestep of a model, in this order."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What a session knows of one layer in the current generation.
+    """One layer in the current generation.
 
     Attributes:
         model: position of the model among the arguments of `bind`.
         path: module path of the layer in its model.
-        identity: ``"parameter"`` where a parameter or buffer told the layer, ``"order"`` where only
-            the order of execution did.
+        identity: ``"parameter"`` if a parameter or buffer tells the layer, ``"order"`` if only the
+            order of execution does.
         index: position in the order of first execution within the model's last forward.
-        branches: guidance branches and other videos seen, whether in one batch or in turns.
-        density: density that the last sparse call reached, None if every call was dense.
-        cold: sparse calls that clustered from nothing.
-        recomputed: sparse calls that clustered from the centroids of the step before.
-        reused: sparse calls that reused clusters and block mask, of the step before or of the
-            reference branch.
+        branches: number of guidance branches and other videos, along a batch or in forwards of
+            their own.
+        density: fraction of the area that the last sparse call computed exactly, None if every call
+            was dense.
+        cold: number of sparse calls that clustered without earlier centroids.
+        recomputed: number of sparse calls that clustered from the centroids of the step before.
+        reused: number of sparse calls that reused clusters and block mask, of the step before or of
+            the reference branch.
     """
 
     model: int
@@ -53,7 +55,7 @@ class LayerReport:
 
     @property
     def reused_fraction(self) -> float | None:
-        """Fraction of the sparse calls that reused their blocks, None if every call was dense."""
+        """Fraction of the sparse calls that reused clusters; None if every call was dense."""
         calls = self.cold + self.recomputed + self.reused
         return self.reused / calls if calls else None
 
@@ -62,12 +64,12 @@ class BoundModel:
     """One bound model: its layers, its timestep argument, its latents.
 
     Args:
-        module: what is called, compiled or not.
-        timestep: name of its timestep argument, or None to look for one of `TIMESTEP_NAMES`.
-        latents: name of its latents, or None to find them at each call.
+        module: the module that is called, compiled or not.
+        timestep: name of its timestep argument, None for the first of `TIMESTEP_NAMES`.
+        latents: name of the argument with its latents, None to find it at each call.
 
     Raises:
-        ValueError: forward has no such argument.
+        ValueError: the forward has no such argument.
     """
 
     def __init__(self, module: nn.Module, timestep: str | None, latents: str | None) -> None:
@@ -101,10 +103,10 @@ class BoundModel:
             )
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[float, Latents]:
-        """Timestep (waits for its device) and latents of a forward.
+        """Timestep and latents of a forward; waits for the device of the timestep.
 
         Raises:
-            ValueError: one of them is missing.
+            ValueError: the timestep or the declared latents are missing.
         """
         given = dict(self.signature.bind_partial(*args, **kwargs).arguments)
         for name, parameter in self.signature.parameters.items():
@@ -121,10 +123,10 @@ class BoundModel:
     def later(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], fraction: float
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments whose timestep lies a fraction of itself, at least one unit, further down."""
+        """The arguments with a timestep lower by a fraction of itself, at least by one unit."""
         bound = self.signature.bind_partial(*args, **kwargs)
         given = bound.arguments
-        if self.timestep not in given:  # taken by **kwargs
+        if self.timestep not in given:  # part of **kwargs
             (given,) = (v for v in given.values() if isinstance(v, dict) and self.timestep in v)
         value = given[self.timestep]
         integral = isinstance(value, int) or (
@@ -140,9 +142,9 @@ class BoundModel:
         """Path of the layer that makes the `call`-th call of `site` in a forward.
 
         Args:
-            layer: parameter or buffer inside of the layer, or None.
-            owner: path of the module that it belongs to, relative to what was compiled.
-            site: name of the call, relative to the same.
+            layer: parameter or buffer inside the layer, or None.
+            owner: path of the module that holds `layer`, relative to the compiled module.
+            site: name of the call, relative to the compiled module.
         """
         bare = site.partition("#")[0]
         found = None if layer is None else self.owners.get(layer)
@@ -157,14 +159,14 @@ class BoundModel:
 
 
 def inner_of(module: nn.Module) -> nn.Module:
-    """The model itself, of what `torch.compile` made of it."""
+    """The model itself, if `module` is the result of `torch.compile`."""
     while isinstance(module, OptimizedModule):
         module = module._orig_mod
     return module
 
 
 def _owners(model: nn.Module) -> WeakTensorKeyDictionary:
-    """Parameters and buffers to the path of their module; one that is shared proves nothing."""
+    """Parameter or buffer to the path of its module; tensors shared by modules are left out."""
     paths: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
     for path, module in model.named_modules(remove_duplicate=False):
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -178,12 +180,12 @@ def _owners(model: nn.Module) -> WeakTensorKeyDictionary:
 
 
 def _clean(path: str) -> str:
-    """A module path as it is without compiled blocks in it."""
+    """A module path without the wrappers of compiled modules."""
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
 def _without_suffix(path: str, suffix: str) -> str | None:
-    """The path above `suffix`, None if it does not end so."""
+    """The path above `suffix`; None if `path` does not end with it."""
     if not suffix:
         return path
     if path == suffix:

@@ -1,4 +1,4 @@
-"""MODULE:CALLABLE of the command line: a callable that makes a model and what it is called with."""
+"""MODULE:CALLABLE of the command line: a callable that returns a model and its inputs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 from torch import nn
 
+from svg_ear_compile.capture import ModelCall
 from svg_ear_compile.kernels.checked import InvalidValueError, shown
-from svg_ear_compile.recording import ModelCall
 
 _Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def model_and_inputs(path: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """What the callable makes for one call: a model or function, arguments, keyword arguments.
+    """The model or function, arguments and keyword arguments that the callable returns.
 
     Raises:
-        ValueError: `path` names no callable, or it returns something else.
+        ValueError: `path` names no callable, or the callable returns something else.
         ImportError: the module is not found.
     """
     found = callable_of(path, "--model")()
@@ -35,10 +35,10 @@ def model_and_inputs(path: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 
 
 def model_and_calls(path: str) -> tuple[nn.Module, list[ModelCall]]:
-    """What the callable makes for several calls: a module, and inputs for each.
+    """The module and the inputs of several calls that the callable returns.
 
     Raises:
-        ValueError: `path` names no callable, or it returns something else.
+        ValueError: `path` names no callable, or the callable returns something else.
         ImportError: the module is not found.
     """
     found = callable_of(path, "--model")()
@@ -69,14 +69,14 @@ def _inputs(args: object, kwargs: object, wanted: str) -> _Inputs:
 
 
 def callable_of(path: str, option: str) -> Callable[[], Any]:
-    """What MODULE:CALLABLE names.
+    """The callable that MODULE:CALLABLE names.
 
     Args:
-        path: as it was given.
-        option: of the command line that it was given to.
+        path: MODULE:CALLABLE.
+        option: option of the command line that `path` was given to, for the message.
 
     Raises:
-        ValueError: it names no callable.
+        ValueError: `path` names no callable.
         ImportError: the module is not found.
     """
     module, _, name = path.partition(":")

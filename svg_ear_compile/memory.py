@@ -1,7 +1,8 @@
-"""What one layer and guidance branch keeps from one denoising step to the next.
+"""Memory of one layer and guidance branch from one denoising step to the next.
 
-Centroids start the next k-means. Clusters and block masks are reused whole: by the other guidance
-branches of a step, and by the next step while few tokens are expected to have changed cluster.
+Centroids start the next k-means. Clusters and block masks are reused as a whole: by the other
+guidance branches of the step, and by the next step if few tokens are expected to have changed their
+cluster.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ if TYPE_CHECKING:
     from svg_ear_compile.kernels.gpu.captured_graphs import CapturedGraphs
 
 MOST_AGE = 1
-"""Calls in a row that may reuse the same blocks, however little their tokens drift. Blocks that
-serve longer repeat their error step by step, and it adds up to more than they save."""
+"""Largest number of successive calls that reuse the same blocks, however little their tokens drift.
+Blocks that are reused longer repeat their error in every step, and the sum outweighs the saving."""
 
-_DTYPE_OF_LABELS = torch.int16  # half the memory, where there are few enough clusters
+_DTYPE_OF_LABELS = torch.int16  # half the memory of int32; holds up to 32,766 clusters
 
 
 class Drift:
-    """Fraction of the tokens whose cluster changed, on its way from the device to the host.
+    """Fraction of the tokens whose cluster changed, copied from the device to the host.
 
-    It is asked for a whole forward later, so that nothing is left to wait for; waiting all the same
-    where there is keeps the same calls giving the same bits.
+    The fraction is read one forward later, when the copy has usually arrived. Otherwise the host
+    waits for it, so that the same calls always give the same bits.
 
     Args:
-        before, after: clusters of the same tokens when they were made, and recomputed.
-        calls: how many calls lie between.
+        before, after: clusters of the same tokens, first computed and recomputed.
+        calls: number of calls from `before` to `after`.
     """
 
     def __init__(self, before: Blocks, after: Blocks, calls: int) -> None:
@@ -52,7 +53,7 @@ class Drift:
             self._arrived.record()
 
     def of_a_call(self) -> float:
-        """Fraction of the tokens that change their cluster from one call to the next."""
+        """Mean fraction of the tokens that change their cluster from one call to the next."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._changed.item() / self._calls
@@ -60,28 +61,27 @@ class Drift:
 
 @dataclass
 class Memory:
-    """What one layer and guidance branch keeps from one denoising step to the next.
+    """Memory of one layer and guidance branch.
 
     Attributes:
         q_centroids: (B, H, Qc, D) in the dtype of q, or None.
         k_centroids: (B, H_kv, Kc, D) in the dtype of k, or None.
         blocks: clusters and block mask of the last call that computed them.
-        made_under: the plan of that call.
-        age: calls that have reused them.
-        drift: of the clusters, when they were last recomputed.
-        exact_pairs: () float64 on the device of the call, query-key pairs of video tokens computed
-            exactly by the last call, or None. Kept as a tensor so that nothing waits for it.
-        pairs: query-key pairs of video tokens of that call.
-        cold, recomputed, reused: sparse calls so far that clustered from nothing, from remembered
-            centroids, and not at all.
-        step: denoising step of the last sparse call, None where nobody counts them.
+        blocks_plan: the plan of that call.
+        age: number of calls that have reused the blocks.
+        drift: drift of the clusters when they were last recomputed, or None.
+        exact_pairs: () float64 on the device of the call, query-key pairs of video tokens that the
+            last call computed exactly, or None. It stays a tensor so that the host need not wait.
+        pairs: query-key pairs of video tokens of the last call.
+        cold, recomputed, reused: numbers of sparse calls, see `LayerReport`.
+        step: denoising step of the last sparse call, None before the first.
         stream: CUDA stream that wrote these tensors last, None on other devices.
     """
 
     q_centroids: Tensor | None = None
     k_centroids: Tensor | None = None
     blocks: Blocks | None = None
-    made_under: AttentionPlan | None = None
+    blocks_plan: AttentionPlan | None = None
     age: int = 0
     drift: Drift | None = None
     exact_pairs: Tensor | None = None
@@ -94,24 +94,24 @@ class Memory:
 
     @property
     def calls(self) -> int:
-        """Sparse calls so far."""
+        """Number of sparse calls."""
         return self.cold + self.recomputed + self.reused
 
     def warm_start(
         self, q_shape: tuple[int, ...], k_shape: tuple[int, ...], device: torch.device
     ) -> tuple[Tensor, Tensor] | None:
-        """Remembered centroids if they are of these shapes and on this device, else None."""
+        """The centroids, if they have these shapes and are on this device, else None."""
         q, k = self.q_centroids, self.k_centroids
         if q is None or k is None or q.device != device:
             return None
         return (q, k) if q.shape == q_shape and k.shape == k_shape else None
 
     def lasting_blocks(self, plan: AttentionPlan, q_tokens: int, k_tokens: int) -> Blocks | None:
-        """Blocks that the next call under `plan` may reuse.
+        """The blocks, if the next call under `plan` may reuse them, else None.
 
-        It may while fewer than `plan.max_drift` of the tokens are expected in another cluster than
-        would be theirs, if they drift as they did before, but never where that is not known: a
-        model of few steps moves far in each.
+        Blocks may be reused while the expected fraction of tokens in an outdated cluster is below
+        `plan.max_drift`. The expectation extrapolates the last measured drift. Without one, as in
+        the first steps, blocks are not reused: models of few steps move far in each.
         """
         if plan.max_drift == 0.0 or self.drift is None or self.age >= MOST_AGE:
             return None
@@ -120,22 +120,22 @@ class Memory:
         return self.blocks_of(plan, q_tokens, k_tokens)
 
     def blocks_of(self, plan: AttentionPlan, q_tokens: int, k_tokens: int) -> Blocks | None:
-        """The blocks, if they were computed under this plan for as many tokens."""
-        if self.blocks is None or plan != self.made_under:
+        """The blocks, if they were computed under `plan` for these numbers of tokens, else None."""
+        if self.blocks is None or plan != self.blocks_plan:
             return None
         return self.blocks if _tokens(self.blocks) == (q_tokens, k_tokens) else None
 
     def remember(
         self, result: Result, plan: AttentionPlan, pairs: int, *, warm: bool, reused: bool
     ) -> None:
-        """Keep what a call leaves behind.
+        """Store the clusters and the block mask of a call.
 
         Args:
-            result: of the call.
-            plan: of the call.
+            result: result of the call.
+            plan: plan of the call.
             pairs: query-key pairs of its video tokens.
-            warm: it started from the remembered centroids.
-            reused: and from the remembered blocks.
+            warm: the call started from the centroids of this memory.
+            reused: the call reused the blocks of this memory.
         """
         dtype = result.out.dtype
         self.q_centroids = result.queries.centroids.to(dtype)
@@ -144,17 +144,18 @@ class Memory:
         if reused:
             self.age += 1
             return
-        before, made = self.blocks, None
+        before, computed = self.blocks, None
         if plan.max_drift > 0.0 or plan.shared_branches:
-            made = _packed(result.blocks)
+            computed = _packed(result.blocks)
         self.drift = None
-        # Only clusters that grew out of those before have the same numbers.
-        if before and made and warm and plan.max_drift > 0.0 and _tokens(before) == _tokens(made):
-            self.drift = Drift(before, made, self.age + 1)
-        self.blocks, self.made_under, self.age = made, plan, 0
+        # Clusters keep their numbers only if k-means started from the earlier centroids.
+        warm_drift = warm and plan.max_drift > 0.0
+        if warm_drift and before and computed and _tokens(before) == _tokens(computed):
+            self.drift = Drift(before, computed, self.age + 1)
+        self.blocks, self.blocks_plan, self.age = computed, plan, 0
 
     def count(self, result: Result, pairs: int, *, warm: bool, reused: bool) -> None:
-        """Note what a call computed, see `remember`; all that is kept of a follower's call."""
+        """Count a call and store its exact area; see `remember` for the arguments."""
         self.exact_pairs, self.pairs = result.exact_pairs, pairs
         self.reused += reused
         self.recomputed += warm and not reused
@@ -163,11 +164,11 @@ class Memory:
             self.stream = torch.cuda.current_stream(result.out.device)
 
     def skip(self) -> None:
-        """A dense call came between: the blocks would be older than their age says."""
+        """Drop the blocks after a dense call, which their age does not count."""
         self.blocks = None
 
     def tensors(self) -> list[Tensor]:
-        """Everything held on the device."""
+        """All tensors held on the device."""
         held = (self.q_centroids, self.k_centroids, self.exact_pairs, *(self.blocks or ()))
         return [t for t in held if t is not None]
 
@@ -176,12 +177,12 @@ class Memory:
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
     def hand_over(self, device: torch.device) -> None:
-        """Let the current stream of a device read and outlive what another stream remembered."""
+        """Make the tensors safe to read on the current stream of a device."""
         if self.stream is None or device.type != "cuda":
             return
         current = torch.cuda.current_stream(device)
         if current == self.stream or self.stream.device != device:
-            return  # of another device nothing is taken, see `warm_start`
+            return  # tensors of another device are not used, see `warm_start`
         current.wait_stream(self.stream)
         for tensor in self.tensors():
             tensor.record_stream(current)
@@ -189,7 +190,7 @@ class Memory:
 
     @property
     def density(self) -> float | None:
-        """Density that the last sparse call reached; waits for the device."""
+        """Fraction of the area that the last sparse call computed exactly; waits for the device."""
         if self.stream is not None:
             self.stream.synchronize()
         return None if self.exact_pairs is None else self.exact_pairs.item() / self.pairs
@@ -197,11 +198,12 @@ class Memory:
 
 @dataclass(frozen=True, eq=False)
 class RememberedCall(AttentionCall):
-    """A call that knows where its result is kept.
+    """An attention call with the memory that its result goes to.
 
     Attributes:
-        memory: of the branch that the call is.
-        follows: it reuses what a reference branch computed, and keeps nothing of its own.
+        memory: memory of the guidance branch of the call, or None.
+        follows: the call is that of a follower: it reuses the clusters of the reference branch and
+            stores none of its own.
         pairs: query-key pairs of its video tokens.
     """
 
@@ -210,7 +212,7 @@ class RememberedCall(AttentionCall):
     pairs: int = 0
 
     def finished(self, result: Result) -> None:
-        """Keep what the call leaves behind."""
+        """Store the result of the call in its memory."""
         if self.memory is None:
             return
         warm, reused = self.centroids is not None, self.blocks is not None
@@ -227,14 +229,14 @@ def calls_by_branch(
     reference: Memory | None = None,
     captured: CapturedGraphs | None = None,
 ) -> Iterator[RememberedCall]:
-    """One call for each guidance branch that a batch carries.
+    """One call for each guidance branch along a batch.
 
     Args:
-        request: the call, whose batch is a multiple of the branches.
-        plan: of all branches, not dense.
-        memories: of the branches, in the order of the batch.
-        reference: memory of the reference branch if that was an earlier forward; otherwise the
-            first of `memories` is, and the others follow it.
+        request: the call; its batch size is a multiple of the number of branches.
+        plan: plan of all branches, not dense.
+        memories: memories of the branches, in the order of the batch.
+        reference: memory of the reference branch if it ran in an earlier forward. None makes the
+            first of `memories` the reference branch and the others its followers.
         captured: see `AttentionCall`.
     """
     count = len(memories)
@@ -279,7 +281,7 @@ def _tokens(blocks: Blocks) -> tuple[int, int]:
 
 
 def _packed(blocks: Blocks) -> Blocks:
-    """The same in less memory, where the labels fit."""
+    """The blocks with labels of 16 bits, if the labels fit."""
     _, _, q_clusters, k_clusters = blocks.block_mask.shape
     if max(q_clusters, k_clusters) + 1 > torch.iinfo(_DTYPE_OF_LABELS).max:
         return blocks

@@ -1,4 +1,4 @@
-"""From settings and sites to plans, and what was decided for each site."""
+"""Plans of the sites of a graph, by settings and cost model, and a report of each decision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.site import AttentionSite, Reason, TextSpan
 from svg_ear_compile.passes.symbolic import hint
-from svg_ear_compile.passes.workload import RestOfModel, rest_of_model
+from svg_ear_compile.passes.workload import NonAttentionCost, non_attention_cost
 from svg_ear_compile.policy import Decision, Expectation, SiteFacts, decide
 from svg_ear_compile.settings import Settings
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SiteReport:
-    """What was decided for one attention call, as plain data.
+    """The decision for one attention call, as plain data.
 
     Attributes:
         layer: path of the module that attends.
@@ -33,14 +33,14 @@ class SiteReport:
         role: see `passes.site.Role`.
         shape: (B, H, N_q, N_k, D) as traced.
         text: text tokens before and after the video tokens.
-        dtype, device: of the output.
+        dtype: dtype of the output. device: type of its device.
         plan: the plan of a sparse site, else None.
         clusters: (Qc, Kc) of a sparse site, else None.
-        reason: code of why the site stays dense, else None.
-        sentence: the same in words.
-        conditions: what a call of a sparse site still has to meet at run time, in words.
-        bound_by: parameter that tells the layer apart at run time, or None.
-        expected: predicted milliseconds and error that decided it, None where nothing was weighed.
+        reason: code of the reason why the site stays dense, else None.
+        sentence: the decision and its reason in words.
+        bound_by: name of the parameter that tells the layer at run time, or None.
+        conditions: conditions in words that a call of a sparse site has to meet at run time.
+        expected: predicted milliseconds and error, None if nothing was predicted.
         kv_heads: heads of k and v.
     """
 
@@ -63,10 +63,10 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """All attention calls of one compiled graph, and what the rest of it costs."""
+    """All attention calls of one compiled graph, and its non-attention cost."""
 
     sites: list[SiteReport] = field(default_factory=list)
-    rest: RestOfModel = field(default_factory=lambda: RestOfModel(0, 0))
+    non_attention: NonAttentionCost = field(default_factory=lambda: NonAttentionCost(0, 0))
 
     @property
     def sparse(self) -> int:
@@ -79,23 +79,25 @@ class GraphReport:
 
 
 def decide_sites(
-    sites: list[AttentionSite], rest: RestOfModel, settings: Settings
+    sites: list[AttentionSite], non_attention: NonAttentionCost, settings: Settings
 ) -> list[Decision | Reason]:
-    """What each site shall do, or why it cannot be sparse whatever it would gain."""
+    """The decision for each site, or the reason why it cannot be sparse at all."""
     able = [site for site in sites if site.reason is None]
-    decided = iter(decide([_facts(site) for site in able], rest.flops, rest.bytes, settings))
+    decided = iter(
+        decide([_facts(site) for site in able], non_attention.flops, non_attention.bytes, settings)
+    )
     return [site.reason or next(decided) for site in sites]
 
 
 def plan_site(
     site: AttentionSite, decided: Decision | Reason, settings: Settings
 ) -> AttentionPlan | None:
-    """The plan that the site is rewritten with, None where it stays as it is."""
+    """The plan that the site is rewritten with; None if the site stays as it is."""
     if isinstance(decided, Reason):
         return None
     if isinstance(site.q_shape[2], torch.SymInt) and decided.least_tokens is not None:
-        # The graph serves other lengths too. A guard on this one would compile once more for the
-        # others, so each call decides.
+        # The graph serves other lengths, too. A guard on this length would compile again for the
+        # others, so each call decides by its own length.
         return replace(decided.plan or settings.plan, min_tokens=decided.least_tokens)
     return decided.plan
 
@@ -110,24 +112,24 @@ def _facts(site: AttentionSite) -> SiteFacts:
 
 
 def rewrite_graph(gm: GraphModule, settings: Settings) -> GraphReport:
-    """Find, plan and rewrite every site of a graph in place; report each.
+    """Find, plan and rewrite the sites of a graph in place; report every attention call.
 
-    A graph on which the pass fails stays as it was, with a warning: a fault of ours must not keep a
-    model from running.
+    A graph on which the pass fails stays as it was, with a warning: a fault of this package must
+    not keep a model from running.
 
     Raises:
         ValueError: the settings have the budget of another model.
     """
-    rest = rest_of_model(gm)
+    non_attention = non_attention_cost(gm)
     try:
         found = find_sites(gm)
-    except Exception as fault:  # whatever it is, Inductor can still compile the graph
+    except Exception as fault:  # Inductor can compile the graph all the same
         _warn_of(fault)
-        return GraphReport([], rest)
+        return GraphReport([], non_attention)
     if settings.budget is not None:
         refuse_foreign(settings.budget, found)
     sites = [_with_given_text(site, settings) for site in found]
-    decided = decide_sites(sites, rest, settings)
+    decided = decide_sites(sites, non_attention, settings)
     plans = [plan_site(*pair, settings) for pair in zip(sites, decided, strict=True)]
     notes = [_text_note(site, settings) for site in found]
     planned = [(s, plan) for s, plan in zip(sites, plans, strict=True) if plan is not None]
@@ -145,7 +147,7 @@ def rewrite_graph(gm: GraphModule, settings: Settings) -> GraphReport:
             ]
             plans = [None] * len(sites)
     rows = zip(sites, decided, plans, notes, strict=True)
-    return GraphReport([_report(*row) for row in rows], rest)
+    return GraphReport([_report(*row) for row in rows], non_attention)
 
 
 def _graph_modules(gm: GraphModule) -> list[GraphModule]:
@@ -163,7 +165,7 @@ def _warn_of(fault: Exception) -> None:
 
 
 def _with_given_text(site: AttentionSite, settings: Settings) -> AttentionSite:
-    """The site with the text that the options give, if they leave it video tokens."""
+    """The site with the text tokens of the options, if any video tokens are left then."""
     if site.reason is not None or not _text_fits(site, settings):
         return site
     prefix, suffix = settings.text_prefix, settings.text_suffix
@@ -187,7 +189,7 @@ def _text_fits(site: AttentionSite, settings: Settings) -> bool:
 def _text_note(site: AttentionSite, settings: Settings) -> str:
     if site.reason is not None or _text_fits(site, settings):
         return ""
-    return " The text_prefix and text_suffix that are given leave it no video token: ignored here."
+    return " The given text_prefix and text_suffix leave it no video token: ignored here."
 
 
 def _report(

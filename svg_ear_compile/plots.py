@@ -18,10 +18,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 
+from svg_ear_compile.capture import CapturedCall, capture_attention
 from svg_ear_compile.cost_model.budget import Budget
 from svg_ear_compile.cost_model.calibrate import Comparison
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.watching import SeenCall, watch
 
 _STEPS = 40
 _DENSE, _EXACT, _COMPENSATED = "#303848", "#d9622b", "#f3ead8"
@@ -162,7 +162,7 @@ def blocks(
     seen: list[str] = []
     drawn = False
 
-    def see(call: SeenCall) -> None:
+    def see(call: CapturedCall) -> None:
         nonlocal drawn
         seen.append(call.layer)
         if drawn or (layer is not None and call.layer != layer):
@@ -172,12 +172,12 @@ def blocks(
         drawn = True
         _draw_blocks(call, head, density, path)
 
-    watch(model, args, kwargs, see)
+    capture_attention(model, args, kwargs, see)
     if not drawn:
         raise ValueError(f"no layer {layer!r} could be sparse; those that could: {seen}")
 
 
-def _draw_blocks(call: SeenCall, head: int, density: float, path: Path) -> None:
+def _draw_blocks(call: CapturedCall, head: int, density: float, path: Path) -> None:
     result = call.sparse(AttentionPlan(density=density))
     kv_head = head // (call.q.shape[1] // call.k.shape[1])
     block_mask = result.block_mask[0, head].cpu()

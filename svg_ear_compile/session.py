@@ -1,9 +1,9 @@
-"""`bind`: gives models a session, which knows their layers, their denoising step and their past.
+"""`bind`: gives models a session, which knows their layers, denoising steps and earlier clusters.
 
-A compiled graph names its attention calls but cannot know these. A graph shared by all blocks
-(regional compilation) does not even know the layer: the operator gets a parameter of the layer, and
-the session knows where each parameter lives. The denoising step is read from the model's own
-timestep argument, so it survives guidance branches, several experts and skipped steps.
+A compiled graph names its attention calls, but does not know the denoising step. A graph shared by
+all blocks (regional compilation) does not know the layer either: the operator gets a parameter of
+the layer, and the session knows the module of each parameter. The denoising step is read from the
+model's own timestep argument, which holds for guidance branches, several experts and skipped steps.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from svg_ear_compile.tracing import runs_once
 log = logging.getLogger(__name__)
 
 MAX_GENERATIONS = 8
-"""Named generations that a session has at a time: each holds memory of its own."""
+"""Largest number of generations of a session: each holds device memory of its own."""
 
 DEFAULT = "default"
-"""Name of the generation of forwards outside of any that is entered."""
+"""Name of the generation of forwards that run while no generation is entered."""
 
 _OPEN: WeakSet[Session] = WeakSet()
-# Calls by number, because Dynamo hands numbers to `_warn_of_compilation` while it traces.
+# Calls by number: while Dynamo traces, `_warn_of_compilation` can take numbers only.
 _CALLS: WeakValueDictionary[int, _BoundCall] = WeakValueDictionary()
 _NUMBERS = itertools.count()
 
@@ -45,9 +45,9 @@ _NUMBERS = itertools.count()
 class Session:
     """Bound models and their generations; made by `bind`, a context manager too.
 
-    Forwards belong to the generation that is entered, see `generation`, otherwise to a default one.
-    A generation belongs to the thread that started it: a forward in another thread is refused,
-    unless its timestep jumps back to noise and so starts a new one.
+    A forward belongs to the generation that is entered, see `generation`, else to the default one.
+    A generation belongs to the thread that started it. A forward in another thread is refused,
+    unless its timestep jumps back to noise and so starts a new generation in that thread.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Session:
         _OPEN.add(self)
 
     def generation(self, name: str) -> Generation:
-        """The generation of this name, made if there is none: a context manager.
+        """The generation of this name, a context manager; created if it does not exist.
 
             with session.generation("left"):
                 left = pipe(prompt)
@@ -104,24 +104,24 @@ class Session:
         return self._generations[name]
 
     def end(self, name: str) -> None:
-        """Drop the generation of this name, and free its memory; one that is not there is fine."""
+        """Drop the generation of this name, if it exists, and free its memory."""
         generation = self._generations.pop(name, None)
         if generation is not None:
             generation.clear_cache()
 
     @property
     def generations(self) -> tuple[str, ...]:
-        """Names of the generations that there are."""
+        """Names of all generations."""
         return tuple(self._generations)
 
     def _current(self) -> Generation:
         return entered_generation(self._plans) or self.generation(DEFAULT)
 
     def use(self, budget: Budget | Sequence[Budget]) -> None:
-        """Follow tuned budgets from now on, one for each bound model; all generations restart.
+        """Use tuned budgets from now on, one for each bound model; all generations restart.
 
         Raises:
-            ValueError: a budget is for another model, or there is not one for each.
+            ValueError: a budget is for another model, or models and budgets differ in number.
         """
         self._plans.use(budget)
         for generation in self._generations.values():
@@ -129,19 +129,19 @@ class Session:
 
     @property
     def step(self) -> int | None:
-        """Index of the current denoising step in its generation, None before the first."""
+        """Index of the denoising step of the current generation, None before the first."""
         return self._current().step
 
     def timestep_of(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], model: int = 0
     ) -> float:
-        """The timestep that a bound model is given by such arguments."""
+        """The timestep among the arguments of a forward of a bound model."""
         return self._models[model].read(args, kwargs)[0]
 
     def later(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], fraction: float, model: int = 0
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments as of a later step of the same generation, to measure a warm forward.
+        """Arguments of a later step of the same generation, to measure a warm forward.
 
         The timestep moves by `fraction` of itself, towards the video; nothing else changes.
         """
@@ -149,16 +149,16 @@ class Session:
         return self._models[model].later(args, kwargs, sign * fraction)
 
     def reset(self) -> None:
-        """Forget what the current generation remembers: the next forward starts a new one."""
+        """End the current generation and drop its clusters: the next forward starts a new one."""
         self._current().reset()
 
     def clear_cache(self) -> None:
-        """Free all device memory of all generations, captured graphs too; each starts anew."""
+        """Free the device memory of all generations, captured graphs included; each restarts."""
         for generation in self._generations.values():
             generation.clear_cache()
 
     def close(self) -> None:
-        """Give the models back as they were and free all device memory; the report stays empty."""
+        """Release the models, which are then as before, and free all device memory."""
         for call in self._calls:
             call.restore()
         self._calls.clear()
@@ -185,7 +185,7 @@ class Session:
     def report(self) -> list[LayerReport]:
         """The layers seen in the current generation, by model and order; waits for the device.
 
-        Warns of models that run past the session, because they were compiled after `bind`.
+        Warns of models that bypass the session because they were compiled after `bind`.
         """
         for call in self._calls:
             if call.is_bypassed:
@@ -193,11 +193,11 @@ class Session:
         return self._current().report()
 
     def held(self) -> list[Held]:
-        """All device memory that is held, by generation and what it is for.
+        """Device memory held, by generation and use.
 
-        Centroids and block masks: one for each attention call of a model and guidance branch
-        (`guidance.MAX_BRANCHES`). Latents: copies, to tell guidance branches. Captured graphs: at
-        most `captured_graphs.MOST_HELD` a generation.
+        Centroids and block masks are held for each attention call and guidance branch (at most
+        `guidance.MAX_BRANCHES`). Latents are copies from which guidance branches are detected.
+        Captured graphs hold at most `captured_graphs.MOST_HELD` bytes in each generation.
         """
         return [held for generation in self._generations.values() for held in generation.held()]
 
@@ -207,11 +207,11 @@ class Session:
 
 
 class _BoundCall:
-    """Stands in for the call of a module, around whatever compiled call it has.
+    """Wrapper of the call of a module, compiled or not.
 
-    `nn.Module.__call__` goes through `_compiled_call_impl` before hooks and forward, in eager
-    modules and in what `torch.compile` returns alike. Unlike a forward hook it can guard against
-    a KeyboardInterrupt, and it is never traced with the module's own graph.
+    `nn.Module.__call__` goes through `_compiled_call_impl` before hooks and forward, both in eager
+    modules and in results of `torch.compile`. Unlike a forward hook, the wrapper ends a forward
+    that a KeyboardInterrupt interrupts, and it is never traced with the module's own graph.
     """
 
     def __init__(self, session: Session, model: int, module: nn.Module) -> None:
@@ -225,8 +225,8 @@ class _BoundCall:
         _CALLS[self.number] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Bound first and compiled afterwards: nothing of the session belongs into the graph. Not
-        # `is_compiling`, which is also true while another thread compiles.
+        # True if the module was compiled after it was bound: the session must not get into the
+        # graph. `is_compiling` would not do, it is also true while another thread compiles.
         if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
             _warn_of_compilation(self.number)
             return self.call(*args, **kwargs)
@@ -235,11 +235,11 @@ class _BoundCall:
 
     @property
     def is_bypassed(self) -> bool:
-        """Whether the module runs without this call: it was compiled after it was bound."""
+        """Whether the module bypasses this call, because it was compiled after it was bound."""
         return self.traced or self.module.__dict__.get("_compiled_call_impl") is not self
 
     def restore(self) -> None:
-        """Give the module its own call back, unless it was compiled in place since."""
+        """Restore the module's own call, unless the module was compiled in place meanwhile."""
         if self.module.__dict__.get("_compiled_call_impl") is not self:
             return
         if self.compiled is None:
@@ -248,7 +248,7 @@ class _BoundCall:
             self.module._compiled_call_impl = self.compiled
 
 
-@torch.compiler.assume_constant_result  # Dynamo runs it while it traces, and leaves no call behind
+@torch.compiler.assume_constant_result  # run while Dynamo traces; leaves no call in the graph
 def _warn_of_compilation(number: int) -> bool:
     call = _CALLS.get(number)
     if call is not None and not call.traced and not runs_once():
@@ -259,8 +259,8 @@ def _warn_of_compilation(number: int) -> bool:
 
 def _warn_of_bypass(module: nn.Module) -> None:
     log.warning(
-        "this %s was compiled after it was bound: its session sees nothing of it, and every "
-        "attention runs as compiled. Compile first, and bind what torch.compile returns",
+        "this %s was compiled after it was bound: it bypasses its session, and every attention "
+        "runs as compiled. Compile first, and bind the result of torch.compile",
         type(inner_of(module)).__name__,
     )
 
@@ -278,7 +278,7 @@ def _check_models(models: tuple[nn.Module, ...]) -> None:
         if any(inner_of(call.module) is inner_of(module) for s in _OPEN for call in s._calls):
             raise ValueError(
                 f"this {type(inner_of(module)).__name__} is bound already, once as the model and "
-                "once as what torch.compile returned: close that session first"
+                "once as the result of torch.compile: close that session first"
             )
     if len({id(inner_of(module)) for module in models}) < len(models):
         raise ValueError("bind got the same model twice")
@@ -296,48 +296,50 @@ def bind(
     branches: int | None = None,
     latents: str | None = None,
 ) -> Session:
-    """Let models know their layers, their denoising step and what they remember from the last one.
+    """Give models a session: layers with plans of their own, clusters reused between steps.
 
-    Bind what is called: the result of ``torch.compile(model)``, or the model whose blocks are
-    compiled, or after ``model.compile()``. A model that is bound and then compiled runs past its
-    session, which warns. Bind after weights are loaded, adapters added and offloading set up:
-    parameters made later are told apart by the order of execution only.
+    Bind the object that is called: the result of ``torch.compile(model)``, or the model if its
+    blocks are compiled or after ``model.compile()``. A model that is bound and then compiled
+    bypasses its session, which warns. Bind after weights are loaded, adapters added and offloading
+    set up: layers whose parameters are created later are told by the order of execution only.
 
     A generation starts when the timestep jumps back to noise, when the shape of a video or its
-    device changes, after an error inside a forward, and by `Session.reset`, which two generations
-    of a single step need between them. A batch that changes, because guidance is switched on or
-    off, starts none. All memory is dropped at the start, so the same seed gives the same bits. The
-    timestep is the largest value of the timestep argument; reading it, and comparing latents, costs
-    one wait for the device per forward. Steps whose timesteps are equal as the model gets them
-    (rounded to bfloat16, say) count as one. Generations that take turns have names, see
-    `Session.generation`.
+    device changes, after an error inside a forward, and by `Session.reset`, which has to come
+    between two generations of a single step. A change of batch size, as when guidance is switched
+    off, does not start one. All clusters are dropped at the start, so the same seed gives the same
+    bits. Generations that take turns need names, see `Session.generation`.
 
-    Guidance branches have the same latents, and the first is the reference branch: the others reuse
-    its clusters and block mask, unless the option ``shared_branches`` is off. Other videos at that
-    timestep or in that batch are clustered by themselves.
+    The timestep is the largest value of the timestep argument. Steps whose timesteps are equal
+    when the model gets them (rounded to bfloat16, for example) count as one step. Reading the
+    timestep and comparing latents costs one wait for the device in each forward.
+
+    Guidance branches of a video have equal latents. The first is the reference branch; the others
+    reuse its clusters and block mask, unless the option ``shared_branches`` is off. Other videos at
+    that timestep or in that batch are clustered separately.
 
     Args:
         models: models that take turns in one generation, such as Wan 2.2's two experts.
         dense_steps: leading denoising steps with dense attention.
-        dense_above_timestep: dense wherever the timestep is noisier than this one.
+        dense_above_timestep: attention is dense at every timestep noisier than this one.
         dense_layers: leading layers, in order of execution, with dense attention.
-        budget: layer path or `fnmatch` pattern to density; a path goes before patterns, and of
-            those the first that matches counts. Replaces the plan's density, so a plan routed by
-            top-p or threshold heeds only 1. Or a tuned budget (a `Budget` or its file; for several
-            models one `Budget` each), which also gives clusters, form and schedule.
+        budget: a tuned budget, which gives density, clusters, compensation and schedule: a `Budget`
+            or its file; for several models a list of one `Budget` each. Or a dict from layer path
+            or `fnmatch` pattern to density, in which a path takes precedence over patterns, and the
+            first matching pattern over others. These densities replace the plan's, so a plan with
+            top-p or threshold routing heeds only density 1.
         timestep: name of the timestep argument of forward, by default one of `TIMESTEP_NAMES`.
         ascending: the timestep rises from noise to video, as in Mochi.
-        guidance: how guidance branches come: ``"batched"`` along the batch, the first branch of
-            all videos, then the next; or ``"sequential"``, as forwards that follow each other at
-            one timestep. By default both are told by the values of the latents.
-        branches: of a declared layout, 2 by default.
-        latents: name of the argument that holds the noisy video. By default the first of
-            `guidance.LATENT_NAMES` that there is, else the largest floating-point tensor.
+        guidance: layout of the guidance branches. ``"batched"``: along the batch, the first branch
+            of all videos, then the next. ``"sequential"``: forwards that follow each other at one
+            timestep. By default both are detected by comparing latents.
+        branches: number of branches of a declared layout, 2 by default.
+        latents: name of the argument that holds the noisy video. By default the first argument of
+            `guidance.LATENT_NAMES`, else the largest floating-point tensor.
 
     Raises:
-        ValueError: forward has no such timestep or latents, the budget names no module or a density
-            outside of [0, 1], its file is broken or is for another model, a count is negative, or a
-            model is given twice or bound already.
+        ValueError: the forward has no such timestep or latents; the budget names no module, has a
+            density outside [0, 1], is for another model, or its file is broken; a count is
+            negative; a model is given twice or is bound already.
         TypeError: one of the models is not a module, or a count is no integer.
     """
     if isinstance(budget, (str, Path)):

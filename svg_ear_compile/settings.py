@@ -26,33 +26,34 @@ from svg_ear_compile.kernels.checked import (
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.removed import REMOVED
 
-_COMPARED = 64  # characters of an unknown name that are looked at: comparing takes their square
+_COMPARED = 64  # characters of an unknown name that are compared, in quadratic time
 
-# A plan's own min_tokens is for graphs of several lengths; the option is the same number for all.
+# AttentionPlan.min_tokens is set for graphs of several lengths; the option of that name is one
+# number for all sites.
 _PLAN_FIELDS = {f.name: field_kinds(AttentionPlan)[f.name] for f in fields(AttentionPlan)}
 del _PLAN_FIELDS["min_tokens"]
 _NUMBER_OF = {"top_p": "top_p", "min_block_ratio": "top_p", "threshold": "threshold"}
 
 _COUNTS = ("min_tokens", "text_prefix", "text_suffix")
-_WISHES = ("target_speedup", "budget")
-_OURS = (*_PLAN_FIELDS, *_WISHES, *_COUNTS, "mode")
-# What a wish decides by itself, and so cannot be given beside it.
-_DECIDED_BY_WISH = ("routing", "top_p", "min_block_ratio", "threshold")
-_DECIDED_BY_BUDGET = (*_DECIDED_BY_WISH, "q_clusters", "k_clusters", "compensation")
+_OBJECTIVES = ("target_speedup", "budget")
+_OURS = (*_PLAN_FIELDS, *_OBJECTIVES, *_COUNTS, "mode")
+# Options that follow from the objective and cannot be given beside it.
+_DECIDED_BY_OBJECTIVE = ("routing", "top_p", "min_block_ratio", "threshold")
+_DECIDED_BY_BUDGET = (*_DECIDED_BY_OBJECTIVE, "q_clusters", "k_clusters", "compensation")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a user asked for.
+    """The options of a compilation.
 
     Attributes:
         plan: the plan of every sparse site.
-        target_speedup: wished speed-up of one forward of the whole model, above 1, or None.
+        target_speedup: objective: speed-up of one forward of the whole model, above 1, or None.
         budget: a tuned budget, or None.
         min_tokens: fewest video tokens of a sparse site; None leaves it to the cost model.
         text_prefix, text_suffix: text tokens at the start and the end of joint sequences, for
-            models whose graph does not show them; None reads them off the graph. A call that they
-            leave no video token does as if they were not given.
+            models whose graph does not show them; None reads them off the graph. They are ignored
+            in a call that would have no video token left.
         inductor: Inductor's own configuration, mode included.
     """
 
@@ -66,7 +67,7 @@ class Settings:
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Settings:
-        """Settings of the two arguments that `torch.compile` hands to a backend.
+        """Settings from the arguments `options` and `mode` of `torch.compile`.
 
         Keys are the fields of `AttentionPlan`, those of `Settings`, ``"mode"``, or Inductor's.
 
@@ -80,7 +81,7 @@ class Settings:
             if mode is not None:
                 raise InvalidValueError("mode is given twice: as an argument and in options")
             mode = given.pop("mode")
-        _check_wishes(given)
+        _check_objectives(given)
         inductor = _mode(mode)
         plan: dict[str, Any] = {}
         own: dict[str, Any] = {}
@@ -89,8 +90,8 @@ class Settings:
                 plan[key] = checked(key, value, _PLAN_FIELDS[key])
             elif key in _COUNTS:
                 own[key] = checked(key, value, Count | None)
-            elif key in _WISHES:
-                own |= _wish(key, value)
+            elif key in _OBJECTIVES:
+                own |= _objective(key, value)
             elif key in REMOVED:
                 raise InvalidValueError(REMOVED[key])
             else:
@@ -110,7 +111,7 @@ class Settings:
 
 
 def _named(options: object) -> dict[str, Any]:
-    """The options if they are values by name."""
+    """The options as a dict; raises an InvalidTypeError unless their names are strings."""
     if options is None:
         return {}
     if not isinstance(options, Mapping):
@@ -122,7 +123,7 @@ def _named(options: object) -> dict[str, Any]:
 
 
 def _mode(mode: object) -> dict[str, Any]:
-    """Inductor's configuration for one of its modes, none for None."""
+    """Inductor's configuration for one of its modes; empty for None."""
     modes = list_mode_options()
     if mode is None:
         return {}
@@ -134,8 +135,8 @@ def _mode(mode: object) -> dict[str, Any]:
     return dict(modes[mode])
 
 
-def _wish(key: str, value: object) -> dict[str, object]:
-    """The fields of `Settings` that a wish sets."""
+def _objective(key: str, value: object) -> dict[str, object]:
+    """The fields of `Settings` that an objective sets."""
     if key != "budget":
         number = checked(key, value, NotNegative)
         if not number > 1.0:
@@ -151,21 +152,19 @@ def _wish(key: str, value: object) -> dict[str, object]:
     return {"budget": found}
 
 
-def _check_wishes(given: Mapping[str, Any]) -> None:
-    wishes = [key for key in ("density", *_WISHES) if key in given]
-    if len(wishes) > 1:
-        raise InvalidValueError(
-            f"{' and '.join(wishes)} are ways to say the same thing: give one of them"
-        )
-    for wish in wishes:
-        taken = {"density": (), "budget": _DECIDED_BY_BUDGET}.get(wish, _DECIDED_BY_WISH)
+def _check_objectives(given: Mapping[str, Any]) -> None:
+    objectives = [key for key in ("density", *_OBJECTIVES) if key in given]
+    if len(objectives) > 1:
+        raise InvalidValueError(f"{' and '.join(objectives)} are objectives: give one of them")
+    for objective in objectives:
+        taken = {"density": (), "budget": _DECIDED_BY_BUDGET}.get(objective, _DECIDED_BY_OBJECTIVE)
         for key in taken:
             if key in given:
-                raise InvalidValueError(f"{wish} decides {key} by itself: leave one of them out")
+                raise InvalidValueError(f"{objective} decides {key}: leave one of them out")
 
 
 def _checked_inductor(key: str, name: str, value: object) -> object:
-    """Inductor takes any value and fails later: the type of its own default is asked for here."""
+    """The value, if it has the type of Inductor's default; Inductor itself would fail later."""
     known = list_options()
     if name not in known:
         raise InvalidValueError(f"unknown option {shown(key)}{_nearest(key, known)}")

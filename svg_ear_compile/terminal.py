@@ -1,4 +1,4 @@
-"""Text that came from files, keys and errors, on its way to a terminal."""
+"""Text from files, keys and errors, made safe for a terminal."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from svg_ear_compile.kernels.checked import printable
 
 
 def plain(*lines: str) -> Text:
-    """Lines as they are: brackets are no markup, control characters are escaped."""
+    """Lines as literal text: brackets are no markup, control characters are escaped."""
     return Text("\n".join(map(printable, lines)))

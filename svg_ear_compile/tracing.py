@@ -1,4 +1,4 @@
-"""Runs a model once through Dynamo and a backend of ours, beside whatever the user compiled."""
+"""Runs a model once through Dynamo and a given backend, without touching compiled code of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _RUNS_ONCE: ContextVar[bool] = ContextVar("svg_ear_runs_once", default=False)
 
 
 def runs_once() -> bool:
-    """Whether a model is being run by `run_once` here."""
+    """Whether `run_once` is running a model in this context."""
     return _RUNS_ONCE.get()
 
 
@@ -24,22 +24,22 @@ def run_once(
     kwargs: Mapping[str, Any],
     backend: Callable[..., Any],
 ) -> Any:
-    """What the model returns, run without gradients on graphs that `backend` was given.
+    """Run a model once, compiled by `backend`, without gradients; returns its output.
 
     Args:
         model: an `nn.Module`, compiled or not, or a function.
         args, kwargs: its inputs.
-        backend: as `torch.compile` takes it.
+        backend: a backend of `torch.compile`.
     """
     target = getattr(model, "_orig_mod", model)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return target(*args, **kwargs)
 
-    # Dynamo keeps what it compiled on the code object: one of its own leaves the user's alone.
+    # Dynamo caches compiled code by code object: a copy of it leaves the user's cache alone.
     fresh = types.FunctionType(call.__code__.replace(), globals(), "traced", None, call.__closure__)
-    # Frames after a graph break are the model's own code objects: at its limit Dynamo runs them
-    # eagerly, and their attention would never reach the backend.
+    # Frames after a graph break have code objects of the model. Beyond the recompile limit Dynamo
+    # would run them eagerly, and their attention would not reach the backend.
     unlimited = torch._dynamo.config.patch(
         recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize
     )

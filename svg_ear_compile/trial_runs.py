@@ -15,14 +15,13 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from svg_ear_compile.backend import svg_ear
+from svg_ear_compile.capture import CapturedCall, ModelCall, capture_attention
 from svg_ear_compile.cost_model.allocation import Allocation
 from svg_ear_compile.cost_model.budget import Budget
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.planning import rewrite_graph
-from svg_ear_compile.recording import ModelCall
 from svg_ear_compile.session import bind
 from svg_ear_compile.settings import Settings
-from svg_ear_compile.watching import SeenCall, watch
 
 REPEATS = 5  # of a timing, fewer where forwards are slow
 PATIENCE_S = 60.0  # for one timing
@@ -138,14 +137,15 @@ class TrialRuns:
         found: dict[tuple[str, int], tuple[float, float]] = {}
         for phase, index in enumerate(first):
 
-            def see(seen: SeenCall, phase: int = phase) -> None:
+            def see(seen: CapturedCall, phase: int = phase) -> None:
                 choice = allocation[seen.layer][phase]
                 if choice.density < 1.0:
                     error = seen.error(seen.sparse(choice.plan(AttentionPlan())))
                     square = float(seen.out.float().square().sum(-1).mean())
                     found[seen.layer, phase] = (error, square)
 
-            watch(self._model, self.calls[index].args, self.calls[index].kwargs, see)
+            call = self.calls[index]
+            capture_attention(self._model, call.args, call.kwargs, see)
         return found
 
     def _timed(self, budget: Budget | None, phase: int, call: ModelCall) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from svg_ear_compile.capture import ModelCall
+from svg_ear_compile.checkpoint import Checkpoint
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import knapsack
 from svg_ear_compile.cost_model.allocation import Allocation, AllocationProblem, Objective
@@ -25,10 +28,8 @@ from svg_ear_compile.cost_model.budget import DENSE, Budget, Choice, Performance
 from svg_ear_compile.cost_model.error import Measurement, fit_curve
 from svg_ear_compile.cost_model.margin import KEPT_BY, unseen_error
 from svg_ear_compile.fingerprint import fingerprint_of
-from svg_ear_compile.journal import Journal
 from svg_ear_compile.policy import calibration_of
 from svg_ear_compile.ranks import all_reduce_max, rank, ranks
-from svg_ear_compile.recording import ModelCall
 from svg_ear_compile.trial_runs import TrialRuns
 from svg_ear_compile.tuning_plan import Cost, Trial, TuningSettings, kinds_of, schedule_of, sites_of
 
@@ -43,6 +44,7 @@ def tune(
     max_error: float | None = None,
     density: float | None = None,
     settings: TuningSettings | None = None,
+    checkpoint: Path | None = None,
     journal: Path | None = None,
     on_cost: Callable[[Cost], None] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
@@ -62,7 +64,8 @@ def tune(
             forwards on other inputs shall keep.
         density: mean fraction of the attention area computed exactly, in (0, 1).
         settings: see `TuningSettings`.
-        journal: checkpoint file of finished measurements; an interrupted tuning continues from it.
+        checkpoint: file of finished measurements, formerly `journal`; an interrupted tuning
+            continues from it.
         on_cost: called with the expected cost before measuring starts.
         on_progress: called with the name of the current part, the number of finished steps, and the
             number of all steps of that part.
@@ -76,13 +79,16 @@ def tune(
             message names the best possible value.
         ImportError: scipy, part of the extra ``tune``, is missing.
     """
+    if journal is not None:
+        warnings.warn("journal is called checkpoint now", DeprecationWarning, stacklevel=2)
+        checkpoint = checkpoint or journal
     objective = Objective.of(target_speedup, max_error, density)
     if not calls:
         raise ValueError("tune needs at least one call of the model")
     with torch.no_grad():
         work = _Tuning(model, calls, settings or TuningSettings(), objective, on_progress)
         try:
-            return work.run(journal, on_cost)
+            return work.run(checkpoint, on_cost)
         finally:
             work.runs.close()
 
@@ -141,10 +147,10 @@ class _Tuning:
             layers={layer: allocation.get(layer, dense) for layer in self.layers},
         )
 
-    def run(self, journal: Path | None, on_cost: Callable[[Cost], None] | None) -> Budget:
+    def run(self, checkpoint: Path | None, on_cost: Callable[[Cost], None] | None) -> Budget:
         """Measure on all ranks, and make the budget on rank 0."""
         trials = list(self._trials())
-        problem = self._fitted(trials, self._measure(trials, journal, on_cost))
+        problem = self._fitted(trials, self._measure(trials, checkpoint, on_cost))
         # Times differ between machines, so rank 0 decides; it sends the budget, or its error.
         found: list[Budget | ValueError | None] = [None]
         if rank() == 0:
@@ -168,7 +174,7 @@ class _Tuning:
                         yield Trial(layer, dataclasses.replace(kind, density=density), call)
 
     def _measure(
-        self, trials: list[Trial], journal: Path | None, on_cost: Callable[[Cost], None] | None
+        self, trials: list[Trial], checkpoint: Path | None, on_cost: Callable[[Cost], None] | None
     ) -> list[float]:
         own, count, calls = rank(), ranks(), len(self.runs.calls)
         each = self.runs.measure_references(
@@ -178,7 +184,7 @@ class _Tuning:
         inputs = [f"{float(r.double().norm()):.4e}" for r in self.runs.references]
         kernels = self.calibration.device.kernels
         facts = [dataclasses.asdict(self.fingerprint), self.tokens, kernels, inputs]
-        with Journal(journal, facts, own) as notes:
+        with Checkpoint(checkpoint, facts, own) as notes:
             # -1 means not measured. All ranks agree on what is measured before any of them writes.
             known = [notes.finished.get(trial.key, -1.0) for trial in trials]
             found = torch.tensor(known, dtype=torch.float64)

@@ -9,11 +9,11 @@ from typing import Literal
 
 from torch import nn
 
+from svg_ear_compile.capture import ModelCall
 from svg_ear_compile.cost_model.budget import Choice, Schedule
 from svg_ear_compile.cost_model.stages import AttentionShape
 from svg_ear_compile.explain import explain
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
-from svg_ear_compile.recording import ModelCall
 
 
 @dataclass(frozen=True)

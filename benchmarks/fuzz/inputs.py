@@ -1,10 +1,12 @@
-"""Mutated budgets, calibrations, journals and options: each is used or refused in one sentence.
+"""Mutated budgets, calibrations, checkpoints and options: each is used or refused in one sentence.
 
     python -m benchmarks.fuzz.inputs --cases 10000 --seed 1 --record
 
 A case fails if it raises anything but our own errors, says something that a terminal cannot show,
 takes longer than two seconds, or is accepted although what was read is not valid. Files are mutated
 as text and as data; a calibration or a measurement that was changed must not be read at all.
+
+Longer than other files: the four kinds of input share their mutations and the judge of a case.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import provenance
+from svg_ear_compile.checkpoint import Checkpoint
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import calibration as calibrations
 from svg_ear_compile.cost_model.budget import (
@@ -41,7 +44,6 @@ from svg_ear_compile.cost_model.budget import (
 )
 from svg_ear_compile.cost_model.device import Device
 from svg_ear_compile.cost_model.stages import ELEMENT_SIZES, Amount
-from svg_ear_compile.journal import Journal
 from svg_ear_compile.kernels.checked import InvalidTypeError, InvalidValueError
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.settings import Settings
@@ -60,7 +62,8 @@ _BUDGET = Budget(
         "blocks.2.attn": (Choice(0.2, threshold=1e-4), Choice(0.1, threshold=2e-4)),
     },
     Performance(0.01, 12.5, 2.0, 0.2), Performance(0.011, 12.7, 1.97, 0.2),
-    frontier=(Point(1.5, 0.25),), note="made by hand",
+    frontier=(Point(1.5, 0.25),),
+    note="made by hand",
 )  # fmt: skip
 _MEASURED = {
     f"blocks.{i} 0.1 None/None gaussian {c}": 0.1 * i + c for i in range(4) for c in (0, 1)
@@ -93,7 +96,7 @@ class Outcomes:
     """What became of the cases of one kind.
 
     Attributes:
-        accepted, refused: how many were used, and how many were refused or passed over.
+        accepted, refused: how many were used, and how many were refused or skipped.
         slowest_s: seconds of the slowest.
         failures: seed of the case and what went wrong.
     """
@@ -236,7 +239,7 @@ def try_budget(folder: Path, random_: random.Random) -> bool:
 
 def try_calibration(folder: Path, random_: random.Random) -> bool:
     """A spoiled calibration in the cache; True if it was read, unchanged."""
-    saved = asdict(calibrations.guess(_DEVICE)) | {"origin": "measured"}
+    saved = asdict(calibrations.prior(_DEVICE)) | {"origin": "calibrated"}
     known = calibrations.json_record.decode(calibrations.Calibration, saved)
     path = calibrations.save(known)
     if random_.random() < 0.05:  # the folder itself
@@ -244,23 +247,23 @@ def try_calibration(folder: Path, random_: random.Random) -> bool:
         path.parent.rmdir()
         how = random_.choice(("pipe", "loop", "device", "empty", "gone"))
         _SPECIAL[how](path.parent)
-    else:
+    elif random_.random() < 0.9:  # the checksum refuses every change: some files stay as they are
         spoiled(path, random_)
     found = calibrations.load(_DEVICE)
     for dtype in ELEMENT_SIZES:
         ms = found.stage_ms("dense", Amount(1e12, 1e9, 1.0), dtype, 128)
         if not 0.0 < ms < 1e9:
             raise WrongError(f"predicted {ms} ms")
-    if found.origin == "measured" and found != known:
+    if found.origin == "calibrated" and found != known:
         raise WrongError("a changed calibration was read")
-    return found.origin == "measured"
+    return found.origin == "calibrated"
 
 
-def try_journal(folder: Path, random_: random.Random) -> bool:
-    """A spoiled journal among a neighbour's files; True if all of it was read."""
-    path = folder / random_.choice(("tuned.journal", "a[b]*.journal", "\x1b[31m?.journal"))
+def try_checkpoint(folder: Path, random_: random.Random) -> bool:
+    """A spoiled checkpoint among a neighbour's files; True if all of it was read."""
+    path = folder / random_.choice(("tuned.checkpoint", "a[b]*.checkpoint", "\x1b[31m?.checkpoint"))
     facts = ["model", 1000, ["1.0e0"]]
-    with Journal(path, facts) as written:
+    with Checkpoint(path, facts) as written:
         for key, value in _MEASURED.items():
             written.add(key, value)
     for name in (b".bak", b"\xff\xfe", b".1", b".01", b".1x", b".2"):
@@ -275,10 +278,10 @@ def try_journal(folder: Path, random_: random.Random) -> bool:
         _SPECIAL[random_.choice(("folder", "pipe", "loop", "empty", "gone"))](path)
     else:
         path.write_bytes(mutated_bytes(path.read_bytes(), random_))
-    with Journal(path, facts) as found:
+    with Checkpoint(path, facts) as found:
         if not found.finished.items() <= _MEASURED.items():
             raise WrongError("a changed measurement was read")
-    with Journal(path, ["another"]) as other:
+    with Checkpoint(path, ["another"]) as other:
         if other.finished:
             raise WrongError("a measurement of something else was read")
     return len(found.finished) == len(_MEASURED)
@@ -327,7 +330,7 @@ def try_options(folder: Path, random_: random.Random) -> bool:
 KINDS: dict[str, Callable[[Path, random.Random], bool]] = {
     "budget": try_budget,
     "calibration": try_calibration,
-    "journal": try_journal,
+    "checkpoint": try_checkpoint,
     "options": try_options,
 }
 

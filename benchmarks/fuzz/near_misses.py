@@ -1,6 +1,8 @@
 """Near misses: graphs that look like plain attention and are not quite, or are in an odd setting.
 
 Texts as in `forms` and `masks`. Each changes one stage of the attention, or the whole module.
+
+Longer than other files: it is one list, and every entry is a text of its own.
 """
 
 from __future__ import annotations

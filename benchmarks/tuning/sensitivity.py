@@ -21,6 +21,7 @@ import torch
 from benchmarks.tuning.video_dit import device, forward_error, long, short
 from svg_ear_compile import bind, explain
 from svg_ear_compile.backend import svg_ear
+from svg_ear_compile.capture import CapturedCall, capture_attention
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import calibration as calibrations
 from svg_ear_compile.cost_model.budget import Budget, Choice, Schedule
@@ -29,7 +30,6 @@ from svg_ear_compile.cost_model.latency import dense_ms, non_attention_ms
 from svg_ear_compile.cost_model.stages import AttentionShape
 from svg_ear_compile.fingerprint import fingerprint_of
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.watching import SeenCall, watch
 
 
 def sensitivities(model: Any, calls: list[Any], density: float) -> list[dict[str, Any]]:
@@ -39,10 +39,10 @@ def sensitivities(model: Any, calls: list[Any], density: float) -> list[dict[str
     for index, call in enumerate(calls):
         local: dict[str, float] = {}
 
-        def see(seen: SeenCall, local: dict[str, float] = local) -> None:
+        def see(seen: CapturedCall, local: dict[str, float] = local) -> None:
             local[seen.layer] = seen.error(seen.sparse(AttentionPlan(density=density)))
 
-        dense = watch(model, call.args, call.kwargs, see)
+        dense = capture_attention(model, call.args, call.kwargs, see)
         every = dict.fromkeys(local, (Choice(1.0),))
         base = Budget(
             budgets.VERSION, fingerprint_of(model), 1, describe(device()), "", "", Schedule(), every
@@ -61,8 +61,8 @@ def sensitivities(model: Any, calls: list[Any], density: float) -> list[dict[str
 def non_attention(model: Any, call: Any, repeats: int) -> dict[str, float]:
     """The non-attention cost: FLOPs and bytes, milliseconds measured and predicted."""
     calibration = calibrations.load(describe(device()))
-    if calibration.origin == "guess":
-        raise SystemExit("run svg-ear calibrate first: a guess cannot be compared with anything")
+    if calibration.origin == "prior":
+        raise SystemExit("run svg-ear calibrate first: a prior predicts no measured time")
     found = explain(model, *call.args, **call.kwargs)
     attention = 0.0
     for site in found.sites:
@@ -81,8 +81,8 @@ def non_attention(model: Any, call: Any, repeats: int) -> dict[str, float]:
                 torch.cuda.synchronize()
             samples.append(1e3 * (time.perf_counter() - began))
     measured = (min if device() == "cpu" else statistics.median)(samples[1:])
-    flops = sum(graph.rest.flops for graph in found.graphs)
-    moved = sum(graph.rest.bytes for graph in found.graphs)
+    flops = sum(graph.non_attention.flops for graph in found.graphs)
+    moved = sum(graph.non_attention.bytes for graph in found.graphs)
     dtype = found.sites[0].dtype
     compute = flops / calibration.roofs.flops[dtype] / 1e9
     memory = moved / calibration.roofs.bandwidth / 1e6

@@ -38,7 +38,7 @@ def calibration_for(record: dict[str, Any]) -> Calibration:
     kind = "cuda" if record["cuda"] else "cpu"
     device = Device(kind, record["device"], versions["torch"], versions.get("triton", ""), "")
     found = calibrations.load(device)
-    if found.origin == "guess":
+    if found.origin == "prior":
         raise ValueError(f"no calibration of {device.name}: put one into cost_model/recorded")
     return found
 

@@ -29,7 +29,7 @@ from benchmarks.video_dit.data import LABELS
 from benchmarks.video_dit.pixel_dit import PixelDiT
 from benchmarks.video_dit.sample import generate
 from benchmarks.video_dit.zoo import MODELS, Shape
-from svg_ear_compile import ModelCall, TuningSettings, bind, plots, record_calls, tune
+from svg_ear_compile import ModelCall, TuningSettings, bind, capture_calls, plots, tune
 from svg_ear_compile.backend import svg_ear
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model.budget import Budget, Choice
@@ -79,7 +79,7 @@ def calls_of(
         for seed in seeds:
             clip(model, shape, steps, seed)
 
-    return record_calls(model, run, keep=lambda index: index % steps in at)
+    return capture_calls(model, run, keep=lambda index: index % steps in at)
 
 
 def short() -> tuple[PixelDiT, list[ModelCall]]:
@@ -136,7 +136,7 @@ class Proof:
             self.model,
             self.tuning_calls,
             settings=self.settings,
-            journal=folder / "journal",
+            checkpoint=folder / "checkpoint",
             **objective,
         )
         budgets.save(found, folder / f"budget-{found.objective.replace(' ', '-')}.json")

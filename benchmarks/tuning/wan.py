@@ -8,7 +8,7 @@ The weights are random, since nothing is downloaded here: times are real, errors
 are not. With trained weights, record the calls of a pipeline instead:
 
     pipe = diffusers.WanPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).to("cuda")
-    calls = svg_ear_compile.record_calls(
+    calls = svg_ear_compile.capture_calls(
         pipe.transformer, lambda: pipe(prompt, num_inference_steps=50),
         keep=lambda index: index in (24, 50, 76),  # two forwards a step under guidance
     )

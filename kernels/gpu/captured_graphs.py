@@ -1,10 +1,11 @@
-"""Calls of short videos as captured CUDA graphs.
+"""Captured CUDA graphs of attention calls, for short videos.
 
-The host takes 2 to 6 ms to issue the two hundred kernels of a call, more than the device needs for
-them up to about 40,000 tokens of 12 heads. The second call of a kind is captured after it has run,
-and those that follow are one launch. Inputs are copied in and results out, so that nothing of one
-replay is needed after it: the graphs of one stream share their tensors and their workspace, and a
-budget with choices of many kinds takes no more memory than one.
+The host takes 2 to 6 ms to issue the two hundred kernels of a call. Up to about 40,000 tokens of 12
+heads, the device needs less time than that. Calls with equal shapes and settings are of one kind.
+The second call of a kind is captured after it has run; later calls replay the graph by one launch.
+Inputs are copied into tensors of the graph and results out of them, so nothing of a replay is
+needed after it. The graphs of one stream therefore share tensors and workspace, and a budget with
+choices of many kinds takes no more memory than a budget of one kind.
 """
 
 from __future__ import annotations
@@ -30,33 +31,33 @@ from svg_ear_compile.kernels.plan import AttentionPlan
 log = logging.getLogger(__name__)
 
 MOST_BYTES = 128 << 20
-"""Bytes of q up to which calls are captured: beyond, the device takes longer than the host."""
+"""Largest q in bytes whose calls are captured: beyond, the device is slower than the host."""
 
 MOST_HELD = 2 << 30
-"""Bytes that the graphs of one `CapturedGraphs` may hold: inputs, outputs and workspace."""
+"""Largest number of bytes that one `CapturedGraphs` may hold: inputs, outputs and workspace."""
 
 STALE_CALLS = 2000
-"""A graph that so many calls of any kind have passed over makes room for another. Sooner would be
-worse than none: a budget has layers of many kinds, which would take turns in being captured."""
+"""A graph that was not replayed during so many calls may be dropped for another one. With a smaller
+number, layers of different kinds would replace each other's graphs again and again."""
 
 MOST_SEEN = 256
-"""Kinds of calls that are remembered as having been made."""
+"""Largest number of kinds that are remembered after their first call."""
 
 _Arguments = tuple[
     Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, Blocks | None, Tensor | None
 ]
-"""Tensors of a call: q, k, v, centroids, blocks and mask."""
+"""Tensor arguments of a call: q, k, v, centroids, blocks and mask."""
 
 
 @dataclass
 class _Workspace:
-    """Memory between the stages, for the graphs of one stream.
+    """Memory for intermediate results, shared by the graphs of one stream.
 
     Attributes:
-        pool: handle of the graphs' memory.
-        side: stream that they are captured on: memory is only used again by the stream that it was
-            made for.
-        nbytes: of that memory.
+        pool: handle of the memory pool of the graphs.
+        side: stream on which all of them are captured, because PyTorch reuses memory only on the
+            stream for which it was allocated.
+        nbytes: size of the pool in bytes.
     """
 
     pool: Any  # opaque to everybody but PyTorch
@@ -66,14 +67,15 @@ class _Workspace:
 
 @dataclass
 class _Captured:
-    """A graph and everything that it reads, writes and works in.
+    """A captured graph with the tensors that it uses.
 
     Attributes:
-        graph: what is replayed.
-        inputs, outputs: tensors that a call's are copied into and out of.
+        graph: the CUDA graph.
+        inputs: tensors into which the arguments of a call are copied.
+        outputs: tensors from which the result of a call is copied.
         constants: further tensors that the graph reads.
         workspace: see `_Workspace`.
-        used: number of its last call.
+        used: number of the last call that replayed the graph.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -86,17 +88,17 @@ class _Captured:
 
 @dataclass(eq=False)
 class CapturedGraphs:
-    """Captured graphs with one owner, whose calls come one at a time.
+    """Captured graphs of one owner, which makes one call at a time.
 
-    The owner holds this object and with it all memory of the graphs; `clear` gives it back.
+    This object holds all memory of the graphs; `clear` frees it.
     """
 
     _graphs: OrderedDict[Hashable, _Captured] = field(default_factory=OrderedDict)
-    # Kinds that were called once, and those that there was no memory to capture.
+    # Kinds that were called once, and kinds whose capture ran out of memory.
     _seen: OrderedDict[Hashable, None] = field(default_factory=OrderedDict)
     _refused: set[Hashable] = field(default_factory=set)
     _number: itertools.count[int] = field(default_factory=itertools.count)
-    # Both live as long as a graph that uses them.
+    # Workspaces and tensors live as long as a graph that uses them.
     _workspaces: WeakValueDictionary[Hashable, _Workspace] = field(
         default_factory=WeakValueDictionary
     )
@@ -116,10 +118,10 @@ class CapturedGraphs:
         blocks: Blocks | None = None,
         return_lse: bool = False,
     ) -> Result:
-        """`registry.sparse_attention` as a graph where that is worth while.
+        """`registry.sparse_attention`, replayed from a captured graph where that saves time.
 
-        Bit by bit, unless rows start between multiples of 16 bytes: those of the copies never do.
-        The device of q is the current one.
+        The result is equal bit by bit, unless rows of q, k or v are not aligned to 16 bytes; rows
+        of the copies always are. The device of q has to be the current one.
         """
 
         def call(arguments: _Arguments) -> Result:
@@ -160,22 +162,22 @@ class CapturedGraphs:
                 except torch.cuda.OutOfMemoryError as error:
                     self._refused.add(kind)
                     log.warning(
-                        "no memory to capture the graph of a call of %d tokens: it goes on "
-                        "without (%s)", q.shape[2], str(error).partition(".")[0],
+                        "no memory to capture the graph of a call of %d tokens: such calls run "
+                        "without one (%s)", q.shape[2], str(error).partition(".")[0],
                     )  # fmt: skip
         return result
 
     def _is_due(self, kind: Hashable, arguments: _Arguments, result: Result, number: int) -> bool:
-        """Whether a call that has just run is to be captured: not its first, and there is room."""
+        """Whether to capture a call that has just run: a later one of its kind, with room left."""
         if kind in self._refused:
             return False
-        if kind not in self._seen:  # once is no reason
+        if kind not in self._seen:  # the first call of its kind
             self._seen[kind] = None
             while len(self._seen) > MOST_SEEN:
                 self._seen.popitem(last=False)
             return False
         q, k = arguments[:2]
-        # As if nothing were shared yet, with the tables and what else is between the stages.
+        # An upper bound: as if no tensor were shared yet.
         tensors = sum(map(_nbytes, (*_tensors_of(arguments), *_parts(result))))
         nbytes = tensors + max(_nbytes(q) + _nbytes(k), WORKSPACE_FLOOR)
         free, _ = torch.cuda.mem_get_info(q.device)
@@ -189,17 +191,17 @@ class CapturedGraphs:
         constants: list[Tensor],
         number: int,
     ) -> _Captured:
-        """The graph of a call that has run just now with these arguments and this result.
+        """Capture the graph of a call that has just run with these arguments and this result.
 
         Raises:
-            torch.cuda.OutOfMemoryError: there is no memory for it.
+            torch.cuda.OutOfMemoryError: the device has no memory for it.
         """
         device = result.out.device
         stream = torch.cuda.current_stream(device)
         place = (device, stream.cuda_stream)
 
         def shared(role: Hashable, like: Tensor) -> Tensor:
-            """The tensor of this role, shape and dtype that all graphs of the stream use."""
+            """The tensor of this role, shape and dtype, shared by all graphs of the stream."""
             key = (place, role, like.shape, like.stride(), like.dtype)
             tensor = self._tensors.get(key)
             if tensor is None:
@@ -242,19 +244,19 @@ class CapturedGraphs:
 
     @property
     def count(self) -> int:
-        """Graphs held."""
+        """Number of graphs held."""
         return len(self._graphs)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory that all graphs hold together."""
+        """Device memory held by all graphs, in bytes."""
         graphs = self._graphs.values()
         tensors = {id(t): t for g in graphs for t in (*g.inputs, *g.outputs, *g.constants)}
         workspaces = {id(g.workspace): g.workspace for g in graphs}
         return sum(map(_nbytes, tensors.values())) + sum(w.nbytes for w in workspaces.values())
 
     def has_room(self, nbytes: int, number: int) -> bool:
-        """Whether so many bytes more may be held at that call; drops stale graphs for it."""
+        """Whether `nbytes` more may be held at call `number`; drops stale graphs to make room."""
         while self.nbytes + nbytes > MOST_HELD:
             oldest = next(iter(self._graphs), None)
             if oldest is None or number - self._graphs[oldest].used < STALE_CALLS:
@@ -264,7 +266,7 @@ class CapturedGraphs:
 
 
 def _end_capture(graph: torch.cuda.CUDAGraph, out_of_memory: bool) -> None:
-    """End a capture; one that ran out of memory may have been invalidated by that."""
+    """End a capture; running out of memory may have invalidated it."""
     try:
         graph.capture_end()
     except RuntimeError:
@@ -277,13 +279,13 @@ def _nbytes(tensor: Tensor) -> int:
 
 
 def _tensors_of(arguments: _Arguments) -> list[Tensor]:
-    """What a call reads, in one order."""
+    """The tensors that a call reads, in a fixed order."""
     q, k, v, centroids, blocks, mask = arguments
     return [t for t in (q, k, v, *(centroids or ()), *(blocks or ()), mask) if t is not None]
 
 
 def is_worth_while(q: Tensor) -> bool:
-    """Whether calls with such queries are captured at all."""
+    """Whether calls with these queries are captured at all."""
     return (
         q.is_cuda
         and torch.version.hip is None  # graphs were never run there
@@ -294,13 +296,13 @@ def is_worth_while(q: Tensor) -> bool:
 
 
 def _parts(result: Result) -> list[Tensor]:
-    """The tensors of a result, in one order."""
+    """The tensors of a result, in a fixed order."""
     return [
         result.out, result.lse, *result.queries, *result.keys, result.block_mask, result.row_area
     ]  # fmt: skip
 
 
 def _result(parts: Sequence[Tensor]) -> Result:
-    """What `_parts` took apart."""
+    """The result whose tensors `_parts` gave."""
     out, lse, *clusters, exact, row_area = parts
     return Result(out, lse, Clusters(*clusters[:3]), Clusters(*clusters[3:]), exact, row_area)

@@ -47,8 +47,8 @@ class _Axis:
 
     def at(self, value: float) -> float:
         """The pixel of a value; infinite values lie at the upper end."""
-        share = 1.0 if math.isinf(value) else (value - self.low) / (self.high - self.low)
-        return self.start + share * (self.end - self.start)
+        fraction = 1.0 if math.isinf(value) else (value - self.low) / (self.high - self.low)
+        return self.start + fraction * (self.end - self.start)
 
     def ticks(self) -> list[float]:
         """About five round values."""

@@ -24,7 +24,7 @@ class Compiled:
         self._session = session
 
     def start(self) -> None:
-        """Forget the last generation: one of a single step does not end by itself."""
+        """End the last generation: one of a single step does not end by itself."""
         if self._session is not None:
             self._session.reset()
 

@@ -11,10 +11,10 @@ import pytest
 
 from benchmarks.fuzz import inputs
 from svg_ear_compile import settings
+from svg_ear_compile.checkpoint import Checkpoint
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import calibration as calibrations
 from svg_ear_compile.cost_model import json_record
-from svg_ear_compile.journal import Journal
 from svg_ear_compile.kernels import checked
 
 CASES = 400
@@ -47,9 +47,9 @@ def _no_check_of_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budgets, "check", lambda found: found)
 
 
-def _no_seal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrations, "_seal", lambda data: None)
-    monkeypatch.setattr(Journal, "_seal", lambda self, key, value: None)
+def _no_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrations, "_checksum", lambda data: None)
+    monkeypatch.setattr(Checkpoint, "_checksum", lambda self, key, value: None)
 
 
 def _slow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,9 +64,9 @@ def _slow(monkeypatch: pytest.MonkeyPatch) -> None:
         (_raw_messages, "budget"),
         (_python_errors, "budget"),
         (_no_check_of_budgets, "budget"),
-        (_no_seal, "calibration"),
-        (_no_seal, "journal"),
-        (_slow, "journal"),
+        (_no_checksum, "calibration"),
+        (_no_checksum, "checkpoint"),
+        (_slow, "checkpoint"),
     ],
 )
 def test_a_fault_that_is_put_back_is_found(

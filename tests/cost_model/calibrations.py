@@ -16,7 +16,7 @@ def even(kind: str = "cuda", slower: float = 2.0, host_ms: float = 0.0) -> Calib
     stages = {stage: Efficiency(slower, slower, 1.0) for stage in STAGES[kind]}
     return Calibration(
         VERSION,
-        "measured",
+        "calibrated",
         dataclasses.replace(DEVICE, kind=kind, name="Test"),
         Roofs({"bfloat16": 500.0, "float32": 50.0}, 2000.0, 0.005),
         host_ms,

@@ -46,10 +46,10 @@ def test_a_saved_calibration_is_read_back_and_closed_to_others(cache: Path) -> N
 
 
 @pytest.mark.parametrize("change", ["name", "torch", "triton", "kernels", "architecture"])
-def test_any_other_fact_of_a_device_is_a_guess(change: str) -> None:
+def test_any_other_fact_of_a_device_has_the_prior(change: str) -> None:
     keeping.save(dataclasses.replace(even(), device=DEVICE))
     other = keeping.load(dataclasses.replace(DEVICE, **{change: "9.9"}))
-    assert other.origin == "guess"
+    assert other.origin == "prior"
 
 
 @pytest.mark.parametrize("broken", ["", "{", "[]", '{"version": 1}', '{"version": 99}', "\x00\xff"])
@@ -58,7 +58,7 @@ def test_a_broken_file_is_passed_over_and_reported(
 ) -> None:
     path = keeping.save(dataclasses.replace(even(), device=DEVICE))
     path.write_text(broken, encoding="latin-1")
-    assert keeping.load(DEVICE).origin == "guess"
+    assert keeping.load(DEVICE).origin == "prior"
     assert str(path) in caplog.text
 
 
@@ -72,8 +72,8 @@ ZERO = Efficiency(0.0, 0.0, 0.0)
         ({"version": keeping.VERSION + 1}, "its format has version"),
         ({"stages": {}}, "is empty"),
         ({"stages": {"bfloat16/128": {}}}, "has no 'cluster'"),
-        ({"stages": {"bfloat16/0": SAVED.stages["bfloat16/128"]}}, "no class of call"),
-        ({"stages": {"int3/128": SAVED.stages["bfloat16/128"]}}, "no class of call"),
+        ({"stages": {"bfloat16/0": SAVED.stages["bfloat16/128"]}}, "no call class"),
+        ({"stages": {"int3/128": SAVED.stages["bfloat16/128"]}}, "no call class"),
         (
             {"stages": {"bfloat16/128": SAVED.stages["bfloat16/128"] | {"dense": ZERO}}},
             "takes no time",
@@ -93,8 +93,8 @@ def test_what_cannot_predict_times_is_neither_saved_nor_read(
         keeping.save(wrong)
     path = keeping.save(SAVED)
     data = dataclasses.asdict(wrong)
-    json_record.write(path, data | {"seal": keeping._seal(json.loads(json.dumps(data)))})
-    assert keeping.load(DEVICE).origin == "guess"
+    json_record.write(path, data | {"checksum": keeping._checksum(json.loads(json.dumps(data)))})
+    assert keeping.load(DEVICE).origin == "prior"
     assert message in caplog.text
 
 
@@ -109,13 +109,13 @@ def test_a_flipped_bit_is_noticed(data: st.DataObject) -> None:
         path.write_bytes(content)
         found = keeping.load(DEVICE)
         # A flip in a space or between e and E changes nothing that is read.
-        assert found.origin == "guess" or found == SAVED
+        assert found.origin == "prior" or found == SAVED
 
 
-def test_an_old_or_edited_calibration_without_a_seal_is_passed_over(cache: Path) -> None:
+def test_an_old_or_edited_calibration_without_a_checksum_is_skipped(cache: Path) -> None:
     path = keeping.save(SAVED)
     json_record.write(path, SAVED)
-    assert keeping.load(DEVICE).origin == "guess"
+    assert keeping.load(DEVICE).origin == "prior"
 
 
 @pytest.mark.parametrize("place", ["file", "folder", "pipe", "cache is a file", "no home"])
@@ -139,7 +139,7 @@ def test_a_cache_that_cannot_be_read_is_passed_over_with_one_warning(
         else:
             path.write_text("\x1b[31m")
     for _ in range(3):
-        assert keeping.load(DEVICE).origin == "guess"
+        assert keeping.load(DEVICE).origin == "prior"
     assert len(caplog.records) == (place != "cache is a file")
     assert all(record.getMessage().isprintable() for record in caplog.records)
 
@@ -151,7 +151,7 @@ def test_an_unreadable_cache_folder_is_passed_over(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(json_record, "read_bytes", denied)  # the tests may run as root
-    assert keeping.load(DEVICE).origin == "guess"
+    assert keeping.load(DEVICE).origin == "prior"
     assert "Permission denied" in caplog.text
 
 
@@ -292,7 +292,7 @@ def test_this_cpu_is_measured_and_predicted(monkeypatch: pytest.MonkeyPatch) -> 
     heard: list[str] = []
     found = calibrate("cpu", on_sample=lambda what, share: heard.append(what))
     assert found.device == describe(torch.device("cpu"))
-    assert found.origin == "measured"
+    assert found.origin == "calibrated"
     assert found.roofs.flops["float32"] > 0
     assert heard[0] == "roofs"
     assert {s.fitted for s in found.samples} == {True, False}

@@ -228,7 +228,7 @@ def test_no_memory_to_capture_costs_no_result(
     assert all(torch.equal(out, outs[0]) for out in outs)
     assert (graphs.count, graphs.nbytes, len(calls)) == (0, 0, 5)
     assert [r.getMessage() for r in caplog.records] == [
-        "no memory to capture the graph of a call of 61 tokens: it goes on without "
+        "no memory to capture the graph of a call of 61 tokens: such calls run without one "
         "(CUDA out of memory)"
     ]
     # Another kind is tried, and another fault is not swallowed.

@@ -1,4 +1,7 @@
-"""`torch.ops.svg_ear.attention`: its contract, its errors, its odd inputs and its memory."""
+"""`torch.ops.svg_ear.attention`: its contract, its errors, its odd inputs and its memory.
+
+Longer than other files: every part of the contract of the one operator has its test here.
+"""
 
 from __future__ import annotations
 

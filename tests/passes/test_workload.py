@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from traced_graphs import graphs_of
 
-from svg_ear_compile.passes.workload import RestOfModel, rest_of_model
+from svg_ear_compile.passes.workload import NonAttentionCost, non_attention_cost
 
 
-def cost(fn: Callable[..., Tensor], *args: Tensor) -> RestOfModel:
+def cost(fn: Callable[..., Tensor], *args: Tensor) -> NonAttentionCost:
     (graph,) = graphs_of(fn, *args)
-    return rest_of_model(graph)
+    return non_attention_cost(graph)
 
 
 def test_a_linear_layer() -> None:
@@ -53,4 +53,4 @@ def test_attention_is_not_part_of_the_rest(tokens: int) -> None:
         return F.scaled_dot_product_attention(q, k, v)
 
     found = cost(call, *(torch.randn(1, 2, tokens, 32) for _ in range(3)))
-    assert found == RestOfModel(flops=0, bytes=3 * 4 * 2 * tokens * 32)
+    assert found == NonAttentionCost(flops=0, bytes=3 * 4 * 2 * tokens * 32)

@@ -106,8 +106,8 @@ def test_layers_that_the_budget_does_not_know_keep_the_compiled_plan(
         run(model, x, 900.0)
         run(model, x, 800.0)
     assert taken(calls) == [0.4, 0.2] * 2
-    assert [r.getMessage() for r in caplog.records if "knows nothing" in r.getMessage()] == [
-        "the budget knows nothing of blocks.0: it keeps what the compiler's options say"
+    assert [r.getMessage() for r in caplog.records if "has no entry" in r.getMessage()] == [
+        "the budget has no entry for blocks.0: it keeps the plan of the options of torch.compile"
     ]
 
 

@@ -71,4 +71,4 @@ def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str], tmp_pat
     assert capsys.readouterr().err == "svg-ear: interrupted\n"
     tune = ["tune", "--model", "transformer_models:interrupted", "--density", "0.2"]
     assert main([*tune, "--out", str(tmp_path / "x.json")]) == 130
-    assert "the same command goes on where it stopped" in capsys.readouterr().err
+    assert "the same command resumes it" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def test_calibrate_then_explain_and_plot(
     small = _Workload((("float32", 32),), (256, 512), (384,), 1, 128, 1 << 20)
     monkeypatch.setitem(measuring._WORKLOADS, "cpu", small)
     assert main(["explain", *MODEL]) == 0
-    assert "guess: not calibrated" in " ".join(capsys.readouterr().out.split())
+    assert "prior: not calibrated" in " ".join(capsys.readouterr().out.split())
     assert main(["plot", "times", "--device", "cpu", "--out", str(tmp_path / "x.png")]) == 2
     assert "run svg-ear calibrate first" in capsys.readouterr().err
     assert main(["calibrate", "--device", "cpu"]) == 0
@@ -67,7 +67,7 @@ def test_tune_then_explain_and_plot(tmp_path: Path, capsys: pytest.CaptureFixtur
     out = tmp_path / "made" / "budget.json"
     assert main([*TUNE, "--out", str(out), "--phases", "2", "--dense-steps", "2"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "24 forwards to measure (0 are in the journal)" in printed
+    assert "24 forwards to measure (0 are in the checkpoint)" in printed
     assert "blocks.2" in printed
     assert budgets.load(out).schedule.phases == 2
     assert json.loads(out.read_text())["objective"] == "density 0.3"
@@ -127,7 +127,7 @@ def test_two_ranks_make_the_budget_that_one_makes(tmp_path: Path) -> None:
     # Each rank kept what it measured.
     keys = [
         {json.loads(line)["key"] for line in path.read_text().splitlines() if '"key"' in line}
-        for path in (tmp_path / "shared.journal", tmp_path / "shared.journal.1")
+        for path in (tmp_path / "shared.checkpoint", tmp_path / "shared.checkpoint.1")
     ]
     assert [len(found) for found in keys] == [12, 12]
     assert not keys[0] & keys[1]
@@ -157,7 +157,7 @@ def test_two_ranks_make_the_budget_that_one_makes(tmp_path: Path) -> None:
         ([*TUNE, "--out", "x", "--phases", "0"], "takes a whole number from 1"),
         ([*TUNE, "--out", "x", "--phases", "9" * 5000], "takes a whole number from 1"),
         ([*TUNE, "--out", "x", "--dense-from", "inf"], "takes a finite number"),
-        ([*TUNE, "--out", "x.journal"], "must not end in .journal"),
+        ([*TUNE, "--out", "x.checkpoint"], "must not end in .checkpoint"),
         ([*TUNE, "--out", "."], "is a folder"),
         ([*TUNE, "--out", "/dev/null/x"], "/dev/null"),
         ([*TUNE, "--out", "x", "--max-error", "0.1"], "not allowed with"),

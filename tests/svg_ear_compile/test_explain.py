@@ -26,7 +26,7 @@ def test_every_attention_has_a_row_with_its_reason() -> None:
         ("blocks.1.attn1", "self", True, None),
         ("blocks.1.attn2", "cross", False, "cross_attention"),
     ]
-    assert found.graphs[0].rest.flops > 0
+    assert found.graphs[0].non_attention.flops > 0
     text = str(found)
     assert "density 0.3" in text
     assert "cross_attention: Queries and keys" in text

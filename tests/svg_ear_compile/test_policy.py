@@ -17,7 +17,7 @@ from transformer_models import TOKENS, stack, wan
 from svg_ear_compile import explain, policy
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model.budget import Choice, Schedule
-from svg_ear_compile.cost_model.calibration import Calibration, Efficiency, guess
+from svg_ear_compile.cost_model.calibration import Calibration, Efficiency, prior
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.cost_model.stages import STAGES, AttentionShape
 from svg_ear_compile.kernels.checked import InvalidValueError
@@ -30,9 +30,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def calibration(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calibration]:
     """A calibration of sparse stages at the roofs, without launches, so that few tokens pay."""
-    base = guess(describe("cpu"))
+    base = prior(describe("cpu"))
     ideal = dict.fromkeys((*STAGES["cpu"], "dense"), Efficiency(1.0, 1.0, 0.0))
-    known = dataclasses.replace(base, origin="measured", stages={"float32/64": ideal})
+    known = dataclasses.replace(base, origin="calibrated", stages={"float32/64": ideal})
     monkeypatch.setattr(policy, "calibration_of", lambda device: known)
     yield known
     calibration_of.cache_clear()

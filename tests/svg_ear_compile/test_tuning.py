@@ -14,15 +14,15 @@ import torch
 from torch import nn
 from transformer_models import stack, tuned_stack
 
-from svg_ear_compile import ModelCall, TuningSettings, bind, record_calls, trial_runs, tune, tuning
+from svg_ear_compile import ModelCall, TuningSettings, bind, capture_calls, trial_runs, tune, tuning
+from svg_ear_compile.checkpoint import Checkpoint
 from svg_ear_compile.cost_model.allocation import AllocationProblem
 from svg_ear_compile.cost_model.budget import Budget, Choice, check
-from svg_ear_compile.cost_model.calibration import Efficiency, guess
+from svg_ear_compile.cost_model.calibration import Efficiency, prior
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.cost_model.margin import unseen_error
 from svg_ear_compile.cost_model.stages import STAGES, AttentionShape
 from svg_ear_compile.cost_model.threshold import routing_threshold
-from svg_ear_compile.journal import Journal
 
 QUICK = TuningSettings(densities=(0.1, 0.3), compiler="eager", cluster_sizes=((32, 16),))
 
@@ -79,7 +79,7 @@ def test_an_error_objective_is_kept_on_the_calls_with_room_for_others(
 ) -> None:
     # On this device only operations take time, so that sparse attention of few tokens pays.
     ideal = dict.fromkeys((*STAGES["cpu"], "dense"), Efficiency(1.0, 0.0, 0.0))
-    known = dataclasses.replace(guess(describe("cpu")), stages={"float32/64": ideal})
+    known = dataclasses.replace(prior(describe("cpu")), stages={"float32/64": ideal})
     monkeypatch.setattr(tuning, "calibration_of", lambda device: known)
     model, calls = model_and_calls()
     loose = tune(model, calls, density=0.15, settings=QUICK).measured.error
@@ -128,7 +128,7 @@ def test_finished_measurements_survive_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, calls = model_and_calls()
-    journal = tmp_path / "notes.journal"
+    path = tmp_path / "notes.checkpoint"
     whole = tune(model, calls, density=0.3, settings=QUICK)
 
     def interrupt(what: str, done: int, total: int) -> None:
@@ -136,11 +136,11 @@ def test_finished_measurements_survive_an_interruption(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune(model, calls, density=0.3, settings=QUICK, journal=journal, on_progress=interrupt)
-    with journal.open("a") as file:
+        tune(model, calls, density=0.3, settings=QUICK, checkpoint=path, on_progress=interrupt)
+    with path.open("a") as file:
         file.write('{"key": "blocks.0 0.1')  # cut off in the middle of a line
     costs: list[tuning.Cost] = []
-    resumed = tune(model, calls, density=0.3, settings=QUICK, journal=journal, on_cost=costs.append)
+    resumed = tune(model, calls, density=0.3, settings=QUICK, checkpoint=path, on_cost=costs.append)
     assert (costs[0].finished, costs[0].forwards) == (10, 14)
     assert resumed.layers == whole.layers
     # The model can be bound again after an interruption.
@@ -150,55 +150,58 @@ def test_finished_measurements_survive_an_interruption(
 
 def test_measurements_of_other_inputs_are_not_taken_over(tmp_path: Path) -> None:
     model, calls = model_and_calls()
-    journal = tmp_path / "notes.journal"
-    tune(model, calls, density=0.3, settings=QUICK, journal=journal)
+    path = tmp_path / "notes.checkpoint"
+    tune(model, calls, density=0.3, settings=QUICK, checkpoint=path)
     other = [ModelCall((call.args[0] + 1, call.args[1])) for call in calls]
     costs: list[tuning.Cost] = []
-    tune(model, other, density=0.3, settings=QUICK, journal=journal, on_cost=costs.append)
+    tune(model, other, density=0.3, settings=QUICK, checkpoint=path, on_cost=costs.append)
     assert costs[0].finished == 0
 
 
-def test_a_journal_keeps_apart_what_differs(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    with Journal(path, ["a"]) as first:
+def test_a_checkpoint_keeps_apart_what_differs(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    with Checkpoint(path, ["a"]) as first:
         first.add("x", 1.0)
-    with Journal(path, ["b"], rank=1) as second:
+    with Checkpoint(path, ["b"], rank=1) as second:
         assert not second.finished
         second.add("x", 2.0)
     path.write_text(path.read_text() + '[1]\n{"key": "y", "value": NaN}\nnonsense\n')
-    with Journal(path, ["a"], rank=3) as third:
+    with Checkpoint(path, ["a"], rank=3) as third:
         assert third.finished == {"x": 1.0}
-    with Journal(path, ["b"]) as fourth:
+    with Checkpoint(path, ["b"]) as fourth:
         assert fourth.finished == {"x": 2.0}
     assert all(
-        json.loads(line) for line in (tmp_path / "journal.1").read_text().split("\n") if line
+        json.loads(line) for line in (tmp_path / "checkpoint.1").read_text().split("\n") if line
     )
 
 
-def test_a_journal_reads_its_own_sound_lines_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "a[b]*.journal"
-    with Journal(path, ["a"]) as first:
+def test_a_checkpoint_reads_its_own_sound_lines_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a[b]*.kept"
+    with Checkpoint(path, ["a"]) as first:
         first.add("x", 1.0)
         first.add("y", 2.0)
-    with Journal(path, ["a"], rank=2) as second:
+    with Checkpoint(path, ["a"], rank=2) as second:
         second.add("z", 3.0)
     lines = path.read_bytes().splitlines()
     (y,) = (line for line in lines if b'"y"' in line)
     spoiled = [y.replace(b"2.0", b"3.0"), y.replace(b'"y"', b'"w"'), b"\xff\xfe", b"[" * 10**5]
     path.write_bytes(b"\n".join([*spoiled, *lines]))
     # Other files in the folder, none of which belongs to a rank.
-    for name in (b"a[b]*.journal.bak", b"a[b]*.journal\xff", b"axb.journal", b"a[b]*.journal.01"):
+    for name in (b"a[b]*.kept.bak", b"a[b]*.kept\xff", b"axb.kept", b"a[b]*.kept.01"):
         (tmp_path / os.fsdecode(name)).write_bytes(y.replace(b'"y"', b'"n"'))
-    (tmp_path / "a[b]*.journal.3").mkdir()
-    os.mkfifo(tmp_path / "a[b]*.journal.4")
-    with Journal(path, ["a"]) as found:
+    (tmp_path / "a[b]*.kept.3").mkdir()
+    os.mkfifo(tmp_path / "a[b]*.kept.4")
+    with Checkpoint(path, ["a"]) as found:
         assert found.finished == {"x": 1.0, "y": 2.0, "z": 3.0}
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
-def test_a_journal_that_cannot_be_kept_is_refused(make: Any, tmp_path: Path) -> None:
-    make(tmp_path / "journal")
-    with pytest.raises((OSError, ValueError), match="journal"), Journal(tmp_path / "journal", []):
+def test_a_checkpoint_that_cannot_be_kept_is_refused(make: Any, tmp_path: Path) -> None:
+    make(tmp_path / "kept")
+    with (
+        pytest.raises((OSError, ValueError), match="kept"),
+        Checkpoint(tmp_path / "kept", []),
+    ):
         pass
 
 
@@ -273,7 +276,7 @@ def test_calls_of_a_pipeline_are_recorded_with_their_own_tensors() -> None:
             model(latents, timestep=timestep - step)
             latents += 1  # in place, as schedulers do
 
-    calls = record_calls(model, pipeline, keep=lambda index: index % 3 == 1)
+    calls = capture_calls(model, pipeline, keep=lambda index: index % 3 == 1)
     assert [float(call.kwargs["timestep"]) for call in calls] == [499.0, 496.0]
     torch.testing.assert_close(calls[0].args[0], x + 1)
     assert not model._forward_pre_hooks

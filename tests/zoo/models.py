@@ -3,6 +3,8 @@
 A family is one builder and one entry of `FAMILIES`. Unless its docstring says otherwise a model
 gets latents (1, 4, 3, 16, 16), which are 3 · 8 · 8 = 192 tokens, and text (1, 9, 16) of which 6
 tokens are valid where it takes a mask; it has 2 heads of 32 channels and 2 blocks of each kind.
+
+Longer than other files: it is one list of families, each with its configuration and inputs.
 """
 
 from __future__ import annotations
