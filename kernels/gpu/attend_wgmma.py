@@ -11,7 +11,7 @@ The work of a row of blocks is one sequence of tiles: the keys in its list, the 
 block and the always exact keys, then the proxy tokens. The copies do not stop between these parts;
 only the softmax distinguishes tiles that need a bias.
 
-The file is longer than 400 lines because it is one kernel whose parts no other kernel can use.
+Longer than 400 lines: one kernel, whose parts no other kernel can use.
 """
 
 from __future__ import annotations
