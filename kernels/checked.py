@@ -17,6 +17,7 @@ from svg_ear_compile.kernels.removed import REMOVED
 
 LARGEST = 2**31 - 1
 _SHOWN = 60
+_LONGEST = 800  # characters of a message
 
 
 class InvalidValueError(ValueError):
@@ -54,10 +55,12 @@ _NAMES = {float: "float", int: "int", str: "str", bool: "bool", types.NoneType: 
 
 
 def printable(text: str) -> str:
-    """The text with all characters escaped that are not printable.
+    """The text with all characters escaped that are not printable, shortened to one screen.
 
     These are control characters, line ends, marks of writing direction and lone surrogates.
     """
+    if len(text) > _LONGEST:  # a path of the user's, for example
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 4 :]}"
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

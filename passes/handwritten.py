@@ -2,8 +2,9 @@
 
 The walk starts at a softmax. Every tensor on the way has a letter for each of its dimensions, as in
 einsum's notation, so that it does not matter in which order somebody keeps them: it is attention if
-the letter under the softmax is the one that the second product contracts. Longer than 400 lines:
-one walk, whose steps share the letters.
+the letter under the softmax is the one that the second product contracts.
+
+Longer than 400 lines: it is one walk, whose steps hand the same letters on.
 """
 
 from __future__ import annotations

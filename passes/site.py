@@ -77,7 +77,7 @@ _SENTENCES = {
     Reason.TENSOR_TYPE: "A nested, sparse, quantised or wrapped tensor, or one in a transform.",
     Reason.LAYOUT: "q, k, v are not (batch, heads, tokens, head dim) with matching heads.",
     Reason.SHORT: "Too few tokens: clustering would cost more than it saves.",
-    Reason.BUDGET: "The wish or the budget is served best with this call dense.",
+    Reason.BUDGET: "The objective or the budget is served best with this call dense.",
     Reason.FAULT: "The pass failed on this graph, which is a fault of ours; the log names it.",
 }
 

@@ -64,8 +64,7 @@ def tune(
             forwards on other inputs shall keep.
         density: mean fraction of the attention area computed exactly, in (0, 1).
         settings: see `TuningSettings`.
-        checkpoint: file of finished measurements, formerly `journal`; an interrupted tuning
-            continues from it.
+        checkpoint: file of finished measurements (formerly `journal`), from which tuning resumes.
         on_cost: called with the expected cost before measuring starts.
         on_progress: called with the name of the current part, the number of finished steps, and the
             number of all steps of that part.
@@ -224,12 +223,10 @@ class _Tuning:
         allocation, errors = self._solved(problem)
         uniform, ms = self._uniform_like(problem, allocation)
         uniform_errors = self.runs.errors(self.budget(uniform))
+        tried = (("tuned", allocation, errors), ("uniform", uniform, uniform_errors))
         measured = {
             name: Performance(max(e), ms[name], ms["plain"] / ms[name], problem.density(each))
-            for name, each, e in (
-                ("tuned", allocation, errors),
-                ("uniform", uniform, uniform_errors),
-            )
+            for name, each, e in tried
         }
         better = _rms(errors) <= _rms(uniform_errors)
         note = (
@@ -261,10 +258,8 @@ class _Tuning:
                 allocation, self.runs.attention_errors(allocation, self.first)
             )
             # With thresholds the area depends on the data, so error and time are measured again.
-            routed, again = (
-                self.runs.errors(self.budget(allocation)),
-                self._times(tuned=allocation)["tuned"],
-            )
+            routed = self.runs.errors(self.budget(allocation))
+            again = self._times(tuned=allocation)["tuned"]
             outcome = Performance(max(routed), again, ms["plain"] / again)
             note += f"; routed by threshold {_rms(routed):.3g} at {again:.4g} ms"
         return dataclasses.replace(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -288,6 +289,8 @@ def is_worth_while(q: Tensor) -> bool:
     """Whether calls with these queries are captured at all."""
     return (
         q.is_cuda
+        # Without the caching allocator a capture would have to call cudaMalloc, which it may not.
+        and os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING", "0") == "0"
         and torch.version.hip is None  # graphs were never run there
         and not triton.knobs.runtime.interpret
         and _nbytes(q) <= MOST_BYTES
