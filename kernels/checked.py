@@ -17,7 +17,7 @@ from svg_ear_compile.kernels.removed import REMOVED
 
 LARGEST = 2**31 - 1
 _SHOWN = 60
-_LONGEST = 800  # characters of a message
+_LONGEST = 400  # characters of a message
 
 
 class InvalidValueError(ValueError):
