@@ -252,10 +252,10 @@ def test_nonsense_in_a_file_is_one_printable_sentence(
 ) -> None:
     path = tmp_path / "budget\n.json"
     path.write_text(text, encoding="utf-8")
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(InvalidValueError) as caught:
         budgets.load(path)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     said = str(caught.value)
     assert message in said
     assert said.isprintable()
@@ -279,7 +279,7 @@ def test_only_regular_files_of_some_size_are_read(tmp_path: Path) -> None:
     folder.mkdir()
     with large.open("wb") as file:
         file.truncate(100 << 20)
-    began = time.perf_counter()
+    began = time.process_time()
     for path, message in ((pipe, "a pipe"), (folder, "a folder"), (large, "larger than 4 MiB")):
         with pytest.raises(InvalidValueError, match=message):
             budgets.load(path)
@@ -287,7 +287,7 @@ def test_only_regular_files_of_some_size_are_read(tmp_path: Path) -> None:
         budgets.load(Path("/dev/zero"))
     with pytest.raises(FileNotFoundError):
         budgets.load(tmp_path / "nowhere")
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644)])

@@ -93,8 +93,8 @@ def test_the_default_curve_is_the_recorded_one() -> None:
         ))  # fmt: skip
         mine = (known.intercept, known.density, known.queries, known.keys)
         assert mine == pytest.approx(tuple(fitted), abs=0.01)
-    share = json.loads((RESULTS / "sensitivity.json").read_text())["median_share"]
-    assert pytest.approx(share, rel=0.1) == default_error.MODEL_ERROR_RATIO
+    sensitivity = json.loads((RESULTS / "sensitivity.json").read_text())["median_sensitivity"]
+    assert pytest.approx(sensitivity, rel=0.1) == default_error.MODEL_ERROR_RATIO
     assert model_error(0.2, AttentionPlan(), 4096, 4096) == pytest.approx(
         default_error.MODEL_ERROR_RATIO * attention_error(0.2, 128, 64, "gaussian")
     )

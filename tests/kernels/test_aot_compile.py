@@ -16,7 +16,7 @@ import pytest
 from svg_ear_compile.kernels.gpu.launch import HOPPER, LaunchConfig, all_launch_configs
 
 # Five targets on two cores, beside whatever else tests run there.
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 COMPILER = Path(__file__).parent / "aot_compiler.py"
 

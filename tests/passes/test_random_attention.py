@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from attention_writer import Layer, Written, inputs, near_misses, written
 from hypothesis import example, given, settings
@@ -54,6 +55,7 @@ def check(
 @example(
     how=Written("operator", "in_place", "fill_statement"), seed=1, low=False, dynamic=False, batch=2
 )
+@pytest.mark.slow
 def test_every_true_attention_is_found(
     how: Written, seed: int, low: bool, dynamic: bool, batch: int
 ) -> None:
@@ -62,5 +64,6 @@ def test_every_true_attention_is_found(
 
 @MORE
 @given(how=near_misses(), seed=SEEDS, dynamic=st.booleans())
+@pytest.mark.slow
 def test_no_near_miss_is_touched(how: Written, seed: int, dynamic: bool) -> None:
     check(how, seed, torch.float32, dynamic, batch=2, sites=0)

@@ -323,7 +323,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path, capsys):
         (("--densities", "0.2", "--seeds", "0"), "--seeds must be 1 or more"),
         (("--settings", "missing.json"), "missing.json"),
         (("--densities", "0.2", "--pipeline", "no_colon"), "MODULE:CALLABLE"),
-        (("--densities", "0.2", "--pipeline", f"{__name__}:not_callable"), "not callable"),
+        (("--densities", "0.2", "--pipeline", f"{__name__}:not_callable"), "no callable"),
         (("--densities", "0.2", "--prompts", "missing.txt"), "missing.txt"),
     ],
 )

@@ -106,13 +106,13 @@ def test_every_plan_field_is_an_option() -> None:
 def test_wrong_options_are_named(
     options: Any, mode: Any, error: type[Exception], message: str
 ) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(error, match=message) as caught:
         Settings.parse(options, mode)
     assert isinstance(caught.value, (InvalidValueError, InvalidTypeError))
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 500
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 class Unfriendly:
