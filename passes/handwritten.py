@@ -85,6 +85,15 @@ class _Reading:
         if dtype is not None:  # the lowest float32 is -inf in float16
             self.fill = float(torch.tensor(self.fill, dtype=torch.float64).to(dtype))
 
+    def round(self, node: Node) -> None:
+        """The logits, with the mask that has been added to them, have the dtype of this node."""
+        dtype = _dtype(node)
+        self.masks = [
+            replace(m, rounded=dtype)
+            if m.added and (m.rounded is None or _is_narrower(dtype, m.rounded)) else m
+            for m in self.masks
+        ]  # fmt: skip
+
     def _fold(self, letters: str, heads: int, apart: bool) -> None:
         """Two letters become one, or one becomes two."""
         if not self.folded:
@@ -143,8 +152,10 @@ def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
     reading = _Reading(product.out_dims, scale=product.factor)
     if product.added is not None:
         reading.take(added_by_product(product.added, flow), product_node)
+        reading.round(product_node)
     for taken in score_steps:
         reading.take(taken.step, taken.node)
+        reading.round(taken.node)
     normalised = reading.letters[dim]
     for taken in weight_steps:
         reading.take(taken.step, taken.node)

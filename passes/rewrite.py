@@ -83,6 +83,9 @@ class _Rewriter:
                     self._conjunction(graph, padding.keys, call.mask.inverted), None,
                     self._conjunction(graph, padding.rows, False),
                 )  # fmt: skip
+            if call.mask is not None and call.mask.absorbing is not None:
+                assert mask[0] is not None
+                q = _without_lost_logits(graph, q, mask[0], call.mask.absorbing)
             scale = self._now(call.scale) if isinstance(call.scale, Node) else call.scale
             done = graph.call_function(
                 torch.ops.svg_ear.attention.default,
@@ -143,8 +146,10 @@ class _Rewriter:
     def _bias(self, graph: Graph, mask: Mask, dtype: torch.dtype | None) -> Node:
         """What a mask adds to the logits, as a float."""
         node = self._in_order(graph, mask.tensor, "bhqk")
-        if not mask.tensor.node.meta["example_value"].is_floating_point():
-            node = graph.call_method("to", (node, dtype))
+        held = mask.tensor.node.meta["example_value"].dtype
+        wanted = mask.rounded or (held if held.is_floating_point else dtype)
+        if held != wanted:
+            node = graph.call_method("to", (node, wanted))
         if mask.factor != 1.0:
             node = graph.call_function(operator.mul, (node, mask.factor))
         return node
@@ -218,6 +223,29 @@ def _in_dims(graph: Graph, out: Node, dims: str) -> Node:
     if "f" in dims:
         out = graph.call_method("flatten", (out, dims.index("f"), dims.index("f") + 1))
     return out
+
+
+def _largest(graph: Graph, bias: Node) -> Node:
+    """The largest bias (B|1, H|1, N_q|1, 1) of every row."""
+    return graph.call_function(torch.amax, (bias, -1), {"keepdim": True})
+
+
+def _without_offset(graph: Graph, bias: Node) -> Node:
+    """The bias less the largest of its row, which a softmax does not see but a sum rounds by."""
+    largest = _largest(graph, bias)
+    infinite = graph.call_function(torch.isinf, (largest,))
+    offset = graph.call_method("masked_fill", (largest, infinite, 0.0))
+    return graph.call_function(operator.sub, (bias, offset))
+
+
+def _without_lost_logits(graph: Graph, q: Node, bias: Node, absorbing: float) -> Node:
+    """q (B, H, N_q, D) with 0 in rows whose bias is so large that a sum keeps nothing else.
+
+    Such rows are queries of padding: the softmax sees the bias alone, and so it does after this.
+    """
+    size = graph.call_function(torch.abs, (_largest(graph, bias),))
+    lost = graph.call_function(operator.ge, (size, absorbing))
+    return graph.call_method("masked_fill", (q, lost, 0.0))
 
 
 def _without_empty_rows(

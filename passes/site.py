@@ -121,6 +121,11 @@ class Operand:
         return tuple(extents.get(letter, 1) for letter in order)
 
 
+_COARSEST_UNIT = 8.0
+"""The unit in the last place of a bias from which on logits count as rounded away: that of the
+-10000 that models write, in float16. The lowest number of float16 has one of 32."""
+
+
 @dataclass(frozen=True)
 class Mask:
     """A mask of an attention call.
@@ -131,6 +136,9 @@ class Mask:
         empty_row: what a row without any key gives.
         added: it is added to the logits, also where it is no float.
         factor: it is multiplied by this number before it is added.
+        rounded: the coarsest dtype that the logits have once it is added, None where PyTorch's
+            attention adds it. A bias whose unit in the last place is larger than the logits leaves
+            nothing of them.
     """
 
     tensor: Operand
@@ -138,6 +146,14 @@ class Mask:
     empty_row: EmptyRow = EmptyRow.ZERO
     added: bool = False
     factor: float = 1.0
+    rounded: torch.dtype | None = None
+
+    @property
+    def absorbing(self) -> float | None:
+        """The least bias that leaves nothing of the logits; None for a mask that rounds nothing."""
+        if self.rounded is None:
+            return None
+        return _COARSEST_UNIT / torch.finfo(self.rounded).eps * abs(self.factor)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,9 @@ def _nearby(
 
 
 def _numel(node: Node) -> object:
-    """Number of elements as an expression, None for what is no tensor."""
+    """Number of elements as an expression, of a list of tensors together; None for anything else."""
     value = node.meta.get("example_value")
-    return expression(value.numel()) if is_plain(value) else None
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    if not parts or not all(is_plain(part) for part in parts):
+        return None
+    return expression(sum(part.numel() for part in parts))
