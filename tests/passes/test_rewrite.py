@@ -128,7 +128,6 @@ def test_a_symbolic_text_length_is_read_off_the_graph() -> None:
     (gm,) = graphs_of(SingleStreamTextFirst(), *inputs(), dynamic=True)
     rewrite_all(gm)
     (call,) = (n for n in gm.graph.nodes if n.target is OP)
-    length = call.kwargs["text_prefix"]
+    length = call.kwargs["clustered_keys"]
     assert isinstance(length, Node)
-    assert length.target is torch.ops.aten.sym_size.int
-    assert call.kwargs["text_suffix"] == 0
+    assert length.meta["example_value"].node.hint == 96
