@@ -45,10 +45,10 @@ def _nearby(
 
 
 def _numel(node: Node) -> object:
-    """Number of elements as an expression, of a list of tensors together; None for other values."""
+    """Number of elements as an expression, of a list together; None for anything else."""
     value = node.meta.get("example_value")
     parts = value if isinstance(value, (list, tuple)) else [value]
-    tensors = [part for part in parts if is_plain(part)]
-    if not tensors or len(tensors) != len(parts):
+    plain = [part for part in parts if is_plain(part)]
+    if not plain or len(plain) < len(parts):
         return None
-    return expression(sum(tensor.numel() for tensor in tensors))
+    return expression(sum(part.numel() for part in plain))
