@@ -299,7 +299,7 @@ def _run_on_fakes(after: Node, end: Node) -> None:
         values = {n: n.meta.get("example_value") for n in node.all_input_nodes}
         args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
         target: Any = node.target
-        mode = fake_mode_of(*values.values())
+        mode = fake_mode_of(*values.values(), end.meta.get("example_value"))
         with mode or contextlib.nullcontext(), torch.no_grad():
             if node.op == "call_method":
                 node.meta["example_value"] = getattr(args[0], target)(*args[1:], **kwargs)
