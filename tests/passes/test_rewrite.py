@@ -131,4 +131,4 @@ def test_a_symbolic_text_length_is_read_off_the_graph() -> None:
     (call,) = (n for n in gm.graph.nodes if n.target is OP)
     length = call.kwargs["clustered_keys"]
     assert isinstance(length, Node)
-    assert length.meta["example_value"].node.hint == 96
+    assert length.meta["example_value"].node.hint == VIDEO
