@@ -45,9 +45,10 @@ def _nearby(
 
 
 def _numel(node: Node) -> object:
-    """Number of elements as an expression, of a list of tensors together; None for anything else."""
+    """Number of elements as an expression, of a list together; None for anything else."""
     value = node.meta.get("example_value")
     parts = value if isinstance(value, (list, tuple)) else [value]
-    if not parts or not all(is_plain(part) for part in parts):
+    plain = [part for part in parts if is_plain(part)]
+    if not plain or len(plain) < len(parts):
         return None
-    return expression(sum(part.numel() for part in parts))
+    return expression(sum(part.numel() for part in plain))
