@@ -49,6 +49,8 @@ class Reason(str, Enum):
     LAYOUT = "layout"
     SHORT = "short"
     BUDGET = "budget"
+    UNLISTED = "unlisted"
+    DEVICE = "device"
     FAULT = "fault"
 
     @property
@@ -81,6 +83,8 @@ _SENTENCES = {
     Reason.LAYOUT: "q, k, v are not (batch, heads, tokens, head dim) with matching heads.",
     Reason.SHORT: "Too few tokens: clustering would cost more than it saves.",
     Reason.BUDGET: "The objective or the budget is served best with this call dense.",
+    Reason.UNLISTED: "The budget has no entry for this layer.",
+    Reason.DEVICE: "There are no kernels for this kind of device.",
     Reason.FAULT: "The pass failed on this graph, which is a fault of ours; the log names it.",
 }
 
