@@ -25,6 +25,7 @@ from svg_ear_compile.explain import Explanation, explain
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.session import Session, bind
 from svg_ear_compile.settings import Settings
+from svg_ear_compile.summary import NotSparseError
 from svg_ear_compile.torch_version import warn_if_untried
 from svg_ear_compile.tuning import TuningSettings, tune
 
@@ -35,6 +36,7 @@ __all__ = [
     "Budget",
     "Explanation",
     "ModelCall",
+    "NotSparseError",
     "Session",
     "Settings",
     "TuningSettings",
