@@ -116,26 +116,42 @@ class _Rewriter:
                     "averages_empty_rows": (
                         call.mask is not None and call.mask.empty_row is EmptyRow.MEAN
                     ),
+                    "return_lse": call.lse is not None,
                 },
             )
             out = graph.call_function(operator.getitem, (done, 0))
             if call.mask is not None and call.mask.empty_row is EmptyRow.NAN:
                 rows = mask[2] if site.padding else None
                 out = _without_empty_rows(graph, out, mask[0], rows, call.mask.added)
-            out = _in_dims(graph, out, call.out_dims)
-            _run_on_fakes(last, old)
-            last = out
-            out = _in_strides_of(graph, out, old)
-            _run_on_fakes(last, old)
+            out = self._take_place(site, _in_dims(graph, out, "bhnd", call.out_dims), old, last)
+            if call.lse is not None:
+                last = old.prev
+                lse = graph.call_function(operator.getitem, (done, 1))
+                lse = _in_dims(graph, lse, "bhn", call.lse.dims)
+                self._take_place(site, lse, call.lse.node, last)
+        for key in _KEPT_META:
+            if key in old.meta and key != "example_value":
+                done.meta[key] = old.meta[key]
+        self._remove(list(call.steps))
+        return out
+
+    def _take_place(self, site: AttentionSite, made: Node, old: Node, after: Node) -> Node:
+        """Give the users of `old` a new result instead, in memory that looks as the old one did.
+
+        Args:
+            made: the result, the last of the nodes that were inserted behind `after`.
+        """
+        graph, end = old.graph, made.next
+        _run_on_fakes(after, end)
+        with graph.inserting_before(end):
+            out = _in_strides_of(graph, made, old)
+        _run_on_fakes(made, end)
         _check(site, out, old)
         for key in _KEPT_META:
             if key in old.meta:
                 out.meta[key] = old.meta[key]
-                if key != "example_value":
-                    done.meta[key] = old.meta[key]
         old.replace_all_uses_with(out)
         self.replaced[old] = out
-        self._remove(list(call.steps))
         return out
 
     def _now(self, node: Node) -> Node:
@@ -188,9 +204,12 @@ class _Rewriter:
     def _in_order(self, graph: Graph, operand: Operand, order: str) -> Node:
         """A view of the operand with these dimensions."""
         node, dims = self._now(operand.node), operand.dims
-        if "f" in dims:
-            parts = (node, dims.index("f"), (-1, operand.heads))
-            node, dims = graph.call_method("unflatten", parts), dims.replace("f", "bh")
+        for letter, apart, extents in (
+            ("f", "bh", (-1, operand.heads)), ("p", "bn", (operand.batch, -1)),
+        ):  # fmt: skip
+            if letter in dims:
+                parts = (node, dims.index(letter), extents)
+                node, dims = graph.call_method("unflatten", parts), dims.replace(letter, apart)
         for letter in order:
             if letter not in dims:
                 node, dims = graph.call_method("unsqueeze", (node, 0)), letter + dims
@@ -248,17 +267,18 @@ class _Rewriter:
         return not self.effects.written(node) and not node.is_impure()
 
 
-def _in_dims(graph: Graph, out: Node, dims: str) -> Node:
-    """A view of the operator's output (B, H, N, D) with the dimensions that the call had."""
-    apart = dims.replace("f", "bh")
-    order = "".join(letter for letter in "bhnd" if letter not in apart) + apart
-    if order != "bhnd":
-        out = graph.call_method("permute", (out, ["bhnd".index(letter) for letter in order]))
-    for _ in range(4 - len(apart)):
+def _in_dims(graph: Graph, out: Node, held: str, dims: str) -> Node:
+    """A view of a result, of dimensions `held` (B, H, N, D), with those that the call had."""
+    apart = dims.replace("f", "bh").replace("p", "bn").replace("1", "")
+    order = "".join(letter for letter in held if letter not in apart) + apart
+    if order != held:
+        out = graph.call_method("permute", (out, [held.index(letter) for letter in order]))
+    for _ in range(len(held) - len(apart)):
         out = graph.call_method("squeeze", (out, 0))
-    if "f" in dims:
-        out = graph.call_method("flatten", (out, dims.index("f"), dims.index("f") + 1))
-    return out
+    for letter in "fp":
+        if letter in dims:
+            out = graph.call_method("flatten", (out, dims.index(letter), dims.index(letter) + 1))
+    return graph.call_method("unsqueeze", (out, -1)) if dims.endswith("1") else out
 
 
 def _without_offset(graph: Graph, bias: Node, absorbing: float) -> tuple[Node, Node]:

@@ -112,9 +112,9 @@ class _Backend:
             if faults.found:
                 self.error = faults.found[0]
                 return gm.forward
-            self.rewritten.append(report.sparse)
+            self.rewritten.append(report.rewritten)
             made[density] = graph.forward
-            if self.through_aot and report.sparse:
+            if self.through_aot and report.rewritten:
                 made[density] = aot_eager(graph, list(example_inputs))
         self.reasons += [site.reason for site in report.sites if site.reason is not None]
         return lambda *args: made[self.density](*args)
