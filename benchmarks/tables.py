@@ -69,10 +69,11 @@ def models_table(zoo: dict[str, Any]) -> str:
     for name, found in zoo.items():
         sparse: dict[str, None] = {}
         left: dict[str, None] = {}
-        for _, layer, role, text, what in found["sites"]:
+        for _, layer, role, places, what in found["sites"]:
             short = ".".join(layer.split(".")[-2:]).replace("*.", "").replace("*", "N")
             if what.startswith("sparse"):
-                side = "" if text == [0, 0] else ", text first" if text[0] else ", text last"
+                first = places.startswith("0:")
+                side = "" if not places else ", text first" if first else ", text last"
                 when = re.sub(r"^sparse( from \d+ video tokens on)?,?", "", what)
                 sparse[f"`{short}` ({role}{side}{when})"] = None
             else:
