@@ -102,6 +102,8 @@ def _signatures(node: Node) -> Sequence[Sequence[_Parameter]]:
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         return [_of_schema(target)]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [_of_schema(getattr(target, name)) for name in target.overloads()]
     if node.op == "call_function":
         if target is torch.einsum:
             return [[_Parameter("equation"), _Parameter("tensors", "List")]]
@@ -136,11 +138,12 @@ def _of_python(target: Callable[..., Any]) -> tuple[_Parameter, ...] | None:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):  # has none that Python knows
         return None
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
     return tuple(
         _Parameter(p.name, "", _MISSING if p.default is p.empty else p.default)
         for p in parameters
+        if p.kind is not p.VAR_KEYWORD  # a call that gives more than the others is not bound
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from svg_ear_compile.passes.handwritten import read_handwritten
 from svg_ear_compile.passes.mask import judge_mask
 from svg_ear_compile.passes.media import carries_media
 from svg_ear_compile.passes.memory import is_plain
+from svg_ear_compile.passes.operators import may_be_kernel, read_kernel
 from svg_ear_compile.passes.role import TokenSources, projected
 from svg_ear_compile.passes.sdpa import LEAF_TARGETS, SDPA_TARGETS, read_flex, read_leaf, read_sdpa
 from svg_ear_compile.passes.site import AttentionSite, Call, Padding, Reason, Role, Size, TextSpan
@@ -69,6 +70,7 @@ def _may_be_attention(node: Node) -> bool:
         node.target in SDPA_TARGETS
         or node.target in LEAF_TARGETS
         or node.target is torch.ops.higher_order.flex_attention
+        or may_be_kernel(node)
     ):
         return True
     return is_softmax(node)
@@ -77,7 +79,7 @@ def _may_be_attention(node: Node) -> bool:
 def _read(node: Node, flow: Dataflow) -> Call | None:
     if not _may_be_attention(node):
         return None
-    found = read_sdpa(node) or read_flex(node) or read_leaf(node)
+    found = read_sdpa(node) or read_flex(node) or read_leaf(node) or read_kernel(node, flow)
     return found or read_handwritten(node, flow)
 
 

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from svg_ear_compile.passes.dataflow import projected_input
+from svg_ear_compile.passes.operators import is_kernel
 from svg_ear_compile.passes.sdpa import SDPA_TARGETS
 from svg_ear_compile.passes.symbolic import hint
 
@@ -32,7 +33,7 @@ def non_attention_cost(gm: GraphModule) -> NonAttentionCost:
     """FLOPs and bytes of a Dynamo graph without its attention calls, at the traced sizes."""
     flops = moved = 0
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target in SDPA_TARGETS:
+        if node.op == "call_function" and (node.target in SDPA_TARGETS or is_kernel(node)):
             continue
         for value in tree_leaves(node.meta.get("example_value")):
             if isinstance(value, torch.Tensor):

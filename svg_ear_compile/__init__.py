@@ -22,6 +22,7 @@ from svg_ear_compile.explain import Explanation, explain
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.session import Session, bind
 from svg_ear_compile.settings import Settings
+from svg_ear_compile.summary import NotSparseError
 from svg_ear_compile.torch_version import warn_if_untried
 from svg_ear_compile.tuning import TuningSettings, tune
 
@@ -30,6 +31,7 @@ __all__ = [
     "Budget",
     "Explanation",
     "ModelCall",
+    "NotSparseError",
     "Session",
     "Settings",
     "TuningSettings",

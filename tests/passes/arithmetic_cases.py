@@ -144,6 +144,7 @@ CASTS: Cases = {
     "complex": (of_scores(lambda s: s.to(torch.complex64).abs()), Reason.PATTERN),
 }  # fmt: skip
 UNREAD: Cases = {
+    "part of a list": (of_scores(lambda s: s.chunk(1, 0)[0]), Reason.PATTERN),
     "floor": (of_scores(lambda s: torch.div(s, 0.25, rounding_mode="floor")), Reason.PATTERN),
     "trunc": (of_scores(lambda s: s.div_(0.25, rounding_mode="trunc")), Reason.PATTERN),
     "no rounding": (of_scores(lambda s: s.div(0.25, rounding_mode=None)), 1),
