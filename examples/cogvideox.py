@@ -1,14 +1,14 @@
 """CogVideoX 5B: text before the video in one attention, guidance along the batch.
 
-    python examples/cogvideox.py "a red fox in the snow"
-    python examples/cogvideox.py --tiny      # random tiny weights on a CPU
+python examples/cogvideox.py "a red fox in the snow"
+python examples/cogvideox.py --tiny      # random tiny weights on a CPU
 """
 
 import argparse
 from typing import Any
 
 import diffusers
-import tiny_pipelines
+import tiny_diffusers
 import torch
 from diffusers.utils import export_to_video
 
@@ -27,8 +27,8 @@ def main() -> None:
     # calibrated GPU the cost model would leave it dense.
     options: dict[str, Any] = {"min_tokens": 16_000}
     if given.tiny:
-        pipe, call = tiny_pipelines.cogvideox()
-        options = tiny_pipelines.OPTIONS
+        pipe, call = tiny_diffusers.cogvideox()
+        options = tiny_diffusers.OPTIONS
     else:
         pipe = diffusers.CogVideoXPipeline.from_pretrained(
             "THUDM/CogVideoX-5b", torch_dtype=torch.bfloat16

@@ -1,7 +1,7 @@
 """Dense and sparse clips of Wan 2.1 side by side, on a page that needs no network.
 
-    python examples/compare.py --out compared      # then open compared/index.html
-    python examples/compare.py --tiny --out compared
+python examples/compare.py --out compared      # then open compared/index.html
+python examples/compare.py --tiny --out compared
 """
 
 import argparse
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import tiny_pipelines
+import tiny_diffusers
 import torch
 
 import svg_ear_compile
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()
 
-    make, options = (tiny_pipelines.wan, tiny_pipelines.OPTIONS) if given.tiny else (wan, {})
+    make, options = (tiny_diffusers.wan, tiny_diffusers.OPTIONS) if given.tiny else (wan, {})
     found = svg_ear_compile.compare(
         make,
         given.prompt or ["a red fox in the snow"],

@@ -1,14 +1,14 @@
 """HunyuanVideo 1.5, text to video at 720p: text and video in one attention.
 
-    python examples/hunyuan_video.py "a red fox in the snow"
-    python examples/hunyuan_video.py --tiny      # random tiny weights on a CPU
+python examples/hunyuan_video.py "a red fox in the snow"
+python examples/hunyuan_video.py --tiny      # random tiny weights on a CPU
 """
 
 import argparse
 from typing import Any
 
 import diffusers
-import tiny_pipelines
+import tiny_diffusers
 import torch
 from diffusers.utils import export_to_video
 
@@ -25,8 +25,8 @@ def main() -> None:
 
     options: dict[str, Any] = {}
     if given.tiny:
-        pipe, call = tiny_pipelines.hunyuan_video()
-        options = tiny_pipelines.OPTIONS
+        pipe, call = tiny_diffusers.hunyuan_video()
+        options = tiny_diffusers.OPTIONS
     else:
         pipe = diffusers.HunyuanVideo15Pipeline.from_pretrained(
             "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v", torch_dtype=torch.bfloat16

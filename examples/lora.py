@@ -1,13 +1,13 @@
 """Wan 2.1 with a LoRA: load it first, accelerate last; its strength may change in between calls.
 
-    python examples/lora.py --lora some/lora.safetensors "a red fox in the snow"
-    python examples/lora.py --tiny      # random tiny weights and a random LoRA on a CPU
+python examples/lora.py --lora some/lora.safetensors "a red fox in the snow"
+python examples/lora.py --tiny      # random tiny weights and a random LoRA on a CPU
 """
 
 import argparse
 
 import diffusers
-import tiny_pipelines
+import tiny_diffusers
 import torch
 from diffusers.utils import export_to_video
 from peft import LoraConfig
@@ -24,8 +24,8 @@ def main() -> None:
     given = parser.parse_args()
 
     if given.tiny:
-        pipe, call = tiny_pipelines.wan()
-        options = tiny_pipelines.OPTIONS
+        pipe, call = tiny_diffusers.wan()
+        options = tiny_diffusers.OPTIONS
         random = LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
         pipe.transformer.add_adapter(random, "style")
     else:

@@ -1,14 +1,14 @@
 """MiniMax-H3, text to video with sound: one sequence of text, sound and video.
 
-    python examples/minimax_h3.py "a red fox in the snow"
-    python examples/minimax_h3.py --tiny      # random tiny weights on a CPU
+python examples/minimax_h3.py "a red fox in the snow"
+python examples/minimax_h3.py --tiny      # random tiny weights on a CPU
 """
 
 import argparse
 from typing import Any
 
 import diffusers
-import tiny_pipelines
+import tiny_diffusers
 import torch
 from diffusers.utils import export_to_video
 
@@ -25,8 +25,8 @@ def main() -> None:
 
     options: dict[str, Any] = {}
     if given.tiny:
-        pipe, call = tiny_pipelines.minimax_h3()
-        options = tiny_pipelines.OPTIONS
+        pipe, call = tiny_diffusers.minimax_h3()
+        options = tiny_diffusers.OPTIONS
     else:
         pipe = diffusers.ModularPipeline.from_pretrained("MiniMaxAI/MiniMax-H3")
         pipe.load_components(dtype=torch.bfloat16)

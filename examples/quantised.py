@@ -1,14 +1,14 @@
 """Wan 2.1 with linear layers in 8 bits by torchao: quantise first, accelerate last.
 
-    pip install torchao
-    python examples/quantised.py "a red fox in the snow"
-    python examples/quantised.py --tiny      # random tiny weights on a CPU
+pip install torchao
+python examples/quantised.py "a red fox in the snow"
+python examples/quantised.py --tiny      # random tiny weights on a CPU
 """
 
 import argparse
 
 import diffusers
-import tiny_pipelines
+import tiny_diffusers
 import torch
 from diffusers.utils import export_to_video
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -24,8 +24,8 @@ def main() -> None:
     given = parser.parse_args()
 
     if given.tiny:
-        pipe, call = tiny_pipelines.wan()
-        options = tiny_pipelines.OPTIONS
+        pipe, call = tiny_diffusers.wan()
+        options = tiny_diffusers.OPTIONS
     else:
         pipe = diffusers.WanPipeline.from_pretrained(
             "Wan-AI/Wan2.1-T2V-14B-Diffusers", torch_dtype=torch.bfloat16

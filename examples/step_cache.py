@@ -1,13 +1,13 @@
 """Wan 2.1 with a step cache: steps that change little skip all blocks but the first.
 
-    python examples/step_cache.py "a red fox in the snow"
-    python examples/step_cache.py --tiny      # random tiny weights on a CPU
+python examples/step_cache.py "a red fox in the snow"
+python examples/step_cache.py --tiny      # random tiny weights on a CPU
 """
 
 import argparse
 
 import diffusers
-import tiny_pipelines
+import tiny_diffusers
 import torch
 from diffusers.utils import export_to_video
 
@@ -23,8 +23,8 @@ def main() -> None:
     given = parser.parse_args()
 
     if given.tiny:
-        pipe, call = tiny_pipelines.wan()
-        options = tiny_pipelines.OPTIONS
+        pipe, call = tiny_diffusers.wan()
+        options = tiny_diffusers.OPTIONS
     else:
         pipe = diffusers.WanPipeline.from_pretrained(
             "Wan-AI/Wan2.1-T2V-14B-Diffusers", torch_dtype=torch.bfloat16

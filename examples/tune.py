@@ -1,16 +1,16 @@
 """A budget that is tuned on Wan 2.1: how sparse each layer may be in each phase of the denoising.
 
-    python examples/tune.py --out wan.json          # an hour or more; run it again to go on
-    python examples/tune.py --tiny --out tiny.json  # random tiny weights on a CPU
+python examples/tune.py --out wan.json          # an hour or more; run it again to go on
+python examples/tune.py --tiny --out tiny.json  # random tiny weights on a CPU
 
-    handle = svg_ear_compile.accelerate(pipe, budget="wan.json")
+handle = svg_ear_compile.accelerate(pipe, budget="wan.json")
 """
 
 import argparse
 from pathlib import Path
 
 import diffusers
-import tiny_pipelines
+import tiny_diffusers
 import torch
 
 import svg_ear_compile
@@ -27,7 +27,7 @@ def main() -> None:
     given = parser.parse_args()
 
     if given.tiny:
-        pipe, call = tiny_pipelines.wan()
+        pipe, call = tiny_diffusers.wan()
         tried = svg_ear_compile.TuningSettings(densities=(0.2, 0.5), phases=2, compiler="eager")
     else:
         pipe = diffusers.WanPipeline.from_pretrained(

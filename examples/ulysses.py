@@ -1,13 +1,13 @@
 """Wan 2.1 on several GPUs by Ulysses: every GPU has all tokens and a part of the heads.
 
-    torchrun --nproc-per-node 2 examples/ulysses.py "a red fox in the snow"
-    torchrun --nproc-per-node 2 examples/ulysses.py --tiny      # two processes on a CPU
+torchrun --nproc-per-node 2 examples/ulysses.py "a red fox in the snow"
+torchrun --nproc-per-node 2 examples/ulysses.py --tiny      # two processes on a CPU
 """
 
 import argparse
 
 import diffusers
-import tiny_pipelines
+import tiny_diffusers
 import torch
 import torch.distributed as dist
 from diffusers.utils import export_to_video
@@ -26,8 +26,8 @@ def main() -> None:
     rank = dist.get_rank()
     if given.tiny:
         torch.accelerator.device_count = lambda: 1  # diffusers counts GPUs, and a CPU is none
-        pipe, call = tiny_pipelines.wan()
-        options = tiny_pipelines.OPTIONS
+        pipe, call = tiny_diffusers.wan()
+        options = tiny_diffusers.OPTIONS
     else:
         torch.cuda.set_device(rank)
         pipe = diffusers.WanPipeline.from_pretrained(

@@ -1,13 +1,13 @@
 """Wan 2.1 14B, text to video at 720p.
 
-    python examples/wan.py "a red fox in the snow"
-    python examples/wan.py --tiny      # random tiny weights on a CPU
+python examples/wan.py "a red fox in the snow"
+python examples/wan.py --tiny      # random tiny weights on a CPU
 """
 
 import argparse
 
 import diffusers
-import tiny_pipelines
+import tiny_diffusers
 import torch
 from diffusers.utils import export_to_video
 
@@ -24,8 +24,8 @@ def main() -> None:
     given = parser.parse_args()
 
     if given.tiny:
-        pipe, call = tiny_pipelines.wan()
-        options = tiny_pipelines.OPTIONS
+        pipe, call = tiny_diffusers.wan()
+        options = tiny_diffusers.OPTIONS
     else:
         pipe = diffusers.WanPipeline.from_pretrained(
             "Wan-AI/Wan2.1-T2V-14B-Diffusers", torch_dtype=torch.bfloat16

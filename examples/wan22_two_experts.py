@@ -1,13 +1,13 @@
 """Wan 2.2 A14B, whose two experts take turns: one session serves both.
 
-    python examples/wan22_two_experts.py "a red fox in the snow"
-    python examples/wan22_two_experts.py --tiny      # random tiny weights on a CPU
+python examples/wan22_two_experts.py "a red fox in the snow"
+python examples/wan22_two_experts.py --tiny      # random tiny weights on a CPU
 """
 
 import argparse
 
 import diffusers
-import tiny_pipelines
+import tiny_diffusers
 import torch
 from diffusers.utils import export_to_video
 
@@ -23,8 +23,8 @@ def main() -> None:
     given = parser.parse_args()
 
     if given.tiny:
-        pipe, call = tiny_pipelines.wan22()
-        options = tiny_pipelines.OPTIONS
+        pipe, call = tiny_diffusers.wan22()
+        options = tiny_diffusers.OPTIONS
     else:
         pipe = diffusers.WanPipeline.from_pretrained(
             "Wan-AI/Wan2.2-T2V-A14B-Diffusers", torch_dtype=torch.bfloat16
