@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -63,6 +63,7 @@ class _State:
     latents: dict[int, tuple[object, ...]] = field(default_factory=dict)  # kind, by model
     layers: dict[tuple[int, str], _Layer] = field(default_factory=dict)  # by model and path
     thread: int | None = None  # identifier of the thread that started the generation
+    all_dense: bool = True  # the schedule has made every forward dense so far
 
 
 @dataclass
@@ -142,6 +143,11 @@ class Generation:
 
     def reset(self) -> None:
         """Drop all clusters and the clock: the next forward starts a new generation."""
+        self._plans.ended(self._state.clock.step + 1, self._state.all_dense)
+        self.drop()
+
+    def drop(self) -> None:
+        """`reset` of a generation that was interrupted, which says nothing about its schedule."""
         self._state = self._fresh()
 
     def clear_cache(self) -> None:
@@ -188,8 +194,11 @@ class Generation:
     @contextmanager
     def running(
         self, model: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Iterator[None]:
+    ) -> Iterator[Collection[str]]:
         """Act as the source of attention calls while one forward of a model runs.
+
+        Returns:
+            In the with statement, the layers that have made calls so far.
 
         Raises:
             RuntimeError: another thread runs a forward, or another thread started the generation.
@@ -206,10 +215,10 @@ class Generation:
             self._forward = self._begin(model, timestep, latents)
             try:
                 with calls_from(self):
-                    yield
+                    yield self._forward.order.keys()
             except BaseException:
                 # An interrupted forward has recomputed the clusters of some layers only.
-                self.reset()
+                self.drop()
                 raise
         finally:
             self._forward = outer
@@ -237,6 +246,7 @@ class Generation:
             state.branches.next_step()
         index = state.clock.tick(model, timestep)
         dense = self._plans.is_dense_step(model, state.clock.step, timestep)
+        state.all_dense = state.all_dense and dense
         in_batch, reference = 1, None
         if not dense:  # dense forwards reuse nothing: latents need no comparison
             in_batch = state.branches.in_batch(model, latents)
