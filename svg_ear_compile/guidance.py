@@ -140,12 +140,14 @@ class Branches:
 
     Attributes:
         guidance: the declared layout.
+        videos: least number of different videos in a batch.
         largest: largest batch of each model; a smaller batch has one branch of each video.
         references: copied latents of reference branches at this timestep, by model and forward.
         stream: CUDA stream that copied the latents.
     """
 
     guidance: Guidance
+    videos: int = 1
     largest: dict[int, int] = field(default_factory=dict)
     references: dict[tuple[int, int], Latents] = field(default_factory=dict)
     stream: torch.cuda.Stream | None = None
@@ -160,7 +162,7 @@ class Branches:
             count = self.guidance.count
             return count if batch == self.largest[model] and batch % count == 0 else 1
         for count in _DETECTED_COUNTS:
-            if batch % count == 0:
+            if batch % (count * self.videos) == 0:
                 first, *others = latents.parts(count)
                 if all(first.equal(other) for other in others):
                     return count

@@ -151,19 +151,25 @@ class LayerPlans:
                     + (f"; nearest: {near[0]!r}" if near else "")
                 )
 
-    def ended(self, steps: int, all_dense: bool) -> None:
+    def ended(self, steps: int, dense_steps: int, announced: int | None) -> None:
         """Warn, at the end of a generation, if the schedule has left it no sparse step.
 
         Args:
             steps: number of its denoising steps.
-            all_dense: whether `is_dense_step` held for each of its forwards.
+            dense_steps: number of those that were dense by the schedule.
+            announced: leading dense steps that were checked against the number of steps before the
+                generation began; None if that number was not known.
         """
-        if steps and all_dense:
-            leading = max([self._dense_steps, *(b.schedule.dense_steps for b in self._tuned)])
+        if steps == 0 or dense_steps < steps:
+            return
+        leading = max([self._dense_steps, *(b.schedule.dense_steps for b in self._tuned)])
+        if leading >= steps and announced is None:
             why = f"dense_steps is {leading}"
-            if leading < steps:
-                why = f"dense_above_timestep is {self._dense_above_timestep:g}"
-            self._warn_once(f"no step of a generation of {steps} steps was sparse: {why}")
+        elif self._dense_above_timestep is not None and max(leading, announced or 0) < steps:
+            why = f"dense_above_timestep is {self._dense_above_timestep:g}"
+        else:
+            return
+        self._warn_once(f"no step of a generation of {steps} steps was sparse: {why}")
 
     def _warn(self, path: str, reason: str) -> None:
         self._warn_once(f"the budget has no entry for {path}: {reason}")

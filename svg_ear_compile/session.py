@@ -114,8 +114,13 @@ class Session:
         """Names of all generations."""
         return tuple(self._generations)
 
+    @property
+    def entered(self) -> Generation | None:
+        """The generation that is entered here, None if none is."""
+        return entered_generation(self._plans)
+
     def _current(self) -> Generation:
-        return entered_generation(self._plans) or self.generation(DEFAULT)
+        return self.entered or self.generation(DEFAULT)
 
     def use(self, budget: str | Path | Budget | Sequence[str | Path | Budget]) -> None:
         """Use tuned budgets from now on, one for each bound model; all generations restart.
