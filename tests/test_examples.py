@@ -1,4 +1,4 @@
-"""Every file in examples/ runs with `--tiny`; graphs run as the pass leaves them, without Inductor."""
+"""Every file in examples/ runs with `--tiny`; graphs run as the pass leaves them."""
 
 from __future__ import annotations
 
