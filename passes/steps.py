@@ -14,7 +14,7 @@ from svg_ear_compile.passes.constants import number
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.operation import CASTS, operation
 from svg_ear_compile.passes.site import Reason
-from svg_ear_compile.passes.symbolic import expression, is_same, shape_of
+from svg_ear_compile.passes.symbolic import Size, expression, is_same, shape_of
 
 _LARGEST_SHIFT = 30.0
 """A larger number added to every logit rounds them: what eager computes then is another thing."""
@@ -33,8 +33,7 @@ class Step:
         inverted: True in `mask` leaves a key out.
         fill: the logit of a key that is left out.
         order: dimensions are permuted so.
-        merged: this dimension and the next one become one.
-        split: this dimension becomes two, of which the second has the extent `heads`.
+        shape: they are viewed in this shape.
         reason: why attention with this step has to stay as it is, or None.
     """
 
@@ -46,15 +45,13 @@ class Step:
     inverted: bool = False
     fill: float = -math.inf
     order: tuple[int, ...] | None = None
-    merged: int | None = None
-    split: int | None = None
-    heads: int = 1
+    shape: tuple[Size, ...] | None = None
     reason: Reason | None = None
 
     @property
     def keeps_weights(self) -> bool:
         """True if weights may pass it, not only scores."""
-        kept = replace(self, order=None, merged=None, split=None, heads=1, reason=None)
+        kept = replace(self, order=None, shape=None, reason=None)
         return kept == Step()
 
 
@@ -80,7 +77,7 @@ def keeps_shape(node: Node, scores: Node, step: Step) -> bool:
     before, after = (n.meta.get("example_value") for n in (scores, node))
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
-    if step.merged is not None or step.split is not None:  # read off the shapes
+    if step.shape is not None:  # read off the shapes
         return True
     order = step.order or range(before.dim())
     return before.dim() == after.dim() and all(
@@ -224,32 +221,15 @@ def transposed(given: Given) -> Step | None:
 
 
 def reshaped(given: Given) -> Step | None:
-    """Two neighbouring dimensions become one, or one becomes two; the rest stays as it is.
-
-    Elements keep their order, so that shapes say all. Where they allow several readings, by extents
-    of 1, all of these are right.
-    """
+    """The same elements in the same order in another shape, which says all."""
     if operation(given.node) not in _RESHAPES or given.args.take("self") is not given.scores:
         return None
     before, after = (shape_of(n) for n in (given.scores, given.node))
     if before is None or after is None:
         return None
     given.args.take_all(except_for="out")
-    few, many = sorted(([expression(n) for n in t] for t in (before, after)), key=len)
-    if few == many:
-        return Step()
-    fits = (
-        d for d in range(len(few)) if few[:d] == many[:d] and few[d + 1 :] == many[d + 2 :]
-    )  # fmt: skip
-    place = next(fits, None)
-    if place is None or len(many) != len(few) + 1:
-        return None
-    heads = (before if len(before) > len(after) else after)[place + 1]
-    if not isinstance(heads, int):
-        return None
-    if len(before) > len(after):
-        return Step(merged=place, heads=heads)
-    return Step(split=place, heads=heads)
+    same = [expression(n) for n in before] == [expression(n) for n in after]
+    return Step() if same else Step(shape=after)
 
 
 _RESHAPES = frozenset({
