@@ -22,6 +22,7 @@ from svg_ear_compile.passes.arguments import Arguments
 from svg_ear_compile.passes.dataflow import Dataflow, values_read
 from svg_ear_compile.passes.letters import Group, Letters
 from svg_ear_compile.passes.memory import is_same_view
+from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.patterns import read_product, read_step
 from svg_ear_compile.passes.products import Product
 from svg_ear_compile.passes.site import Call, EmptyRow, Mask, Operand, Reason
@@ -53,8 +54,11 @@ class _Reading:
     """What has been read of one attention so far; letters as in `Product`."""
 
     letters: Letters
-    tangled: bool = False  # a step's shape does not line up with the letters
+    scores: Node  # what the softmax takes
     scale: float = 1.0
+    zeroes_empty_rows: bool = False  # instead of leaving them NaN
+    tangled: bool = False  # a step's shape does not line up with the letters
+    beside: list[Node] = field(default_factory=list)  # nodes that only look at the scores
     masks: list[Mask] = field(default_factory=list)
     aligned: list[Group] = field(default_factory=list)  # letters of each mask's dimensions
     fill: float = -math.inf  # the logit of a key that a mask leaves out, scaled since
@@ -65,6 +69,10 @@ class _Reading:
             self.letters.reorder(step.order)
         if step.shape is not None:
             self.tangled |= not self.letters.reshape(step.shape)
+        if step.emptied is not None:
+            self.zeroes_empty_rows = True
+            self.beside += step.beside
+            self._leave(None if step.emptied is self.scores else Reason.PATTERN)
         self._leave(step.reason)
         self._scale(step.factor)
         tensor = step.added or step.mask
@@ -106,11 +114,12 @@ class _Reading:
         """The mask, once all steps have been taken."""
         if not self.masks:
             return None
+        empty_row = EmptyRow.ZERO if self.zeroes_empty_rows else EmptyRow.NAN
         if self.masks[0].added:  # a row of nothing but -inf
-            return replace(self.masks[0], empty_row=EmptyRow.NAN)
+            return replace(self.masks[0], empty_row=empty_row)
         if not self.fill <= NEGLIGIBLE:  # a key that is left out would still take part
             self._leave(Reason.PATTERN)
-        empty_row = EmptyRow.MEAN if math.isfinite(self.fill) else EmptyRow.NAN
+        empty_row = EmptyRow.MEAN if math.isfinite(self.fill) else empty_row
         return replace(self.masks[0], empty_row=empty_row, factor=1.0)
 
 
@@ -120,11 +129,10 @@ def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
     The call has a reason where it is attention that must stay as it is.
     """
     read = read_softmax(softmax)
-    after = _descend(softmax, flow) if read is not None else None
-    before = _climb(read[0], softmax, flow) if read is not None else None
+    after = _descend(read.weights, flow) if read is not None else None
+    before = _climb(read.scores, softmax, flow) if read is not None else None
     if read is None or after is None or before is None:
         return unread(softmax, flow)
-    _, dim, reason = read
     (weight_steps, out), (product_node, score_steps) = after, before
     product, value_product = read_product(product_node), read_product(out)
     assert product is not None
@@ -132,30 +140,33 @@ def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
     # Whatever a product with the values does besides is a step on the output.
     alone = value_product.factor == 1.0 and value_product.added is None
     reasons = (
-        product.reason, reason, value_product.reason, None if alone else Reason.PATTERN
+        product.reason, read.reason, value_product.reason, None if alone else Reason.PATTERN
     )  # fmt: skip
     shape = shape_of(product_node)
     if shape is None or len(shape) != len(product.out_dims):
         return unread(softmax, flow)
-    reading = _Reading(Letters(product.out_dims, shape), scale=product.factor)
+    reading = _Reading(
+        Letters(product.out_dims, shape), read.scores, product.factor, read.zeroes_empty_rows
+    )
     if product.added is not None:
         reading.take(added_by_product(product.added, flow), product_node)
         reading.round(product_node)
     for taken in score_steps:
         reading.take(taken.step, taken.node)
         reading.round(taken.node)
-    normalised = "" if reading.tangled else reading.letters.groups[dim]
+    normalised = "" if reading.tangled else reading.letters.groups[read.dim]
     for taken in weight_steps:
         reading.take(taken.step, taken.node)
     reading.reason = next((r for r in reasons if r is not None), reading.reason)
-    weights = weight_steps[-1].node if weight_steps else softmax
+    weights = weight_steps[-1].node if weight_steps else read.weights
     operands = None
     if not reading.tangled and len(reading.letters.apart(normalised)) == 1:
         operands = _operands(product, value_product, weights, reading, normalised)
     if operands is None:
         return unread(softmax, flow) if reading.letters.reshaped else None
-    nodes = [product_node, *(t.node for t in score_steps), softmax, *(t.node for t in weight_steps)]
-    return _call(flow, operands, [*nodes, out], reading)
+    softmaxes = dict.fromkeys((softmax, read.weights))
+    taken_nodes = [t.node for t in (*score_steps, *weight_steps)]
+    return _call(flow, operands, [product_node, *softmaxes, *taken_nodes, out], reading)
 
 
 def _climb(
@@ -317,10 +328,10 @@ def _call(
     q = named(found.q.node, found.q.groups, tokens)
     k, v = (named(operand.node, operand.groups, keys) for operand in (found.k, found.v))
     out_dims = named(nodes[-1], found.out, tokens).dims
-    steps = tuple(sorted(nodes, key=flow.position.__getitem__))
-    reason = reading.reason
+    reason = reading.reason or _reason_of_dtypes(nodes)
+    checks = (u for n in nodes[:-1] for u in n.users if operation(u) == "_assert_tensor_metadata")
+    steps = tuple(sorted((*nodes, *reading.beside, *checks), key=flow.position.__getitem__))
     reason = reason or _reason_to_leave(flow, steps, [q, k, v, *tensors])
-    reason = reason or _reason_of_dtypes(steps)
     scale = reading.scale
     if _dtype(q.node) != _dtype(v.node):
         q, of_q = _before_upcast(q, v.node, flow, steps)
@@ -366,7 +377,7 @@ def _reason_to_leave(
     return None
 
 
-def _reason_of_dtypes(steps: tuple[Node, ...]) -> Reason | None:
+def _reason_of_dtypes(steps: list[Node]) -> Reason | None:
     """Why the dtypes on the way matter: scores that are rounded more than attention rounds."""
     out = _dtype(steps[-1])
     held = [_dtype(n) for n in steps if n.meta.get("example_value") is not None]
