@@ -22,7 +22,7 @@ from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.effects import Effects
 from svg_ear_compile.passes.find import owner_path
 from svg_ear_compile.passes.memory import fake_mode_of
-from svg_ear_compile.passes.site import AttentionSite, EmptyRow, Mask, Operand, TokenCount
+from svg_ear_compile.passes.site import AttentionSite, EmptyRow, Mask, Operand, TextSpan, TokenCount
 from svg_ear_compile.passes.symbolic import hint, is_same
 
 _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
@@ -85,9 +85,6 @@ class _Rewriter:
         call, old = site.call, site.call.node
         graph, last = old.graph, old.prev
         with graph.inserting_before(old):
-            prefix, suffix = (
-                self._count(graph, parts) for parts in (site.text.prefix, site.text.suffix)
-            )
             # Autocast knows PyTorch's attention, not ours: the casts it would make are made here.
             q, k, v = (
                 self._tensor(graph, operand, site.dtype) for operand in (call.q, call.k, call.v)
@@ -103,17 +100,19 @@ class _Rewriter:
                 mask = proof.arguments
                 if proof.heard is not None:  # a product, since NaN must stay
                     q = graph.call_function(operator.mul, (q, proof.heard))
+            exact = [self._exact(graph, x, site) for x in (q, k)]
+            padding = (*mask[1:], None, None, None)[:3]
             scale = self._now(call.scale) if isinstance(call.scale, Node) else call.scale
             done = graph.call_function(
                 torch.ops.svg_ear.attention.default,
-                (q, k, v, mask[0], site.layer_parameter, *mask[1:]),
+                (q, k, v, mask[0], site.layer_parameter, *padding, exact[0][0], exact[1][0]),
                 {
                     "plan": plan.encode(),
                     "site": site.name,
                     "layer_owner": owner_path(site.layer_parameter) if site.layer_parameter else "",
                     "scale": scale,
-                    "text_prefix": prefix,
-                    "text_suffix": suffix,
+                    "clustered_queries": exact[0][1],
+                    "clustered_keys": exact[1][1],
                     "averages_empty_rows": (
                         call.mask is not None and call.mask.empty_row is EmptyRow.MEAN
                     ),
@@ -226,6 +225,23 @@ class _Rewriter:
         same = operand.node.meta["example_value"].dtype == dtype
         return node if same else graph.call_method("to", (node, dtype))
 
+    def _exact(
+        self, graph: Graph, x: Node, site: AttentionSite
+    ) -> tuple[Node | None, int | Node | None]:
+        """Which tokens of x (B, H, N, D) are text, (1, N) bool, and how many are not."""
+        text = site.text
+        if text == TextSpan():
+            return None, None
+        prefix, suffix = (self._count(graph, parts) for parts in (text.prefix, text.suffix))
+        tokens = graph.call_method("size", (x, 2))
+        place = graph.call_function(torch.arange, (tokens,), {"device": site.device})
+        last = graph.call_function(operator.sub, (tokens, suffix))
+        before = graph.call_function(operator.lt, (place, prefix))
+        after = graph.call_function(operator.ge, (place, last))
+        exact = graph.call_function(operator.or_, (before, after))
+        clustered = graph.call_function(operator.sub, (last, prefix))
+        return graph.call_method("unsqueeze", (exact, 0)), clustered
+
     def _count(self, graph: Graph, parts: tuple[int | TokenCount, ...]) -> int | Node:
         total: int | Node = sum(part for part in parts if isinstance(part, int))
         for part in parts:
@@ -309,7 +325,7 @@ def _run_on_fakes(after: Node, end: Node) -> None:
         values = {n: n.meta.get("example_value") for n in node.all_input_nodes}
         args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
         target: Any = node.target
-        mode = fake_mode_of(*values.values())
+        mode = fake_mode_of(*values.values(), end.meta.get("example_value"))
         with mode or contextlib.nullcontext(), torch.no_grad():
             if node.op == "call_method":
                 node.meta["example_value"] = getattr(args[0], target)(*args[1:], **kwargs)
