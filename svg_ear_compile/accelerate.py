@@ -113,8 +113,10 @@ class Accelerated:
                         seconds=seconds,
                         compiled=_graphs_compiled() > graphs,
                     )
-            finally:
                 generation.reset()
+            except BaseException:
+                generation.drop()
+                raise
 
     @contextmanager
     def _generation(self) -> Iterator[Generation]:

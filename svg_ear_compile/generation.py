@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -114,7 +114,7 @@ class Generation:
         self._captured: CapturedGraphs | None = None
         self._running = threading.RLock()
         self._forward: _Forward | None = None
-        self._dense_steps = 0
+        self._dense_steps: int | None = None  # of a call that has said its number of steps
         self._videos = 1
         self._state = self._fresh()
 
@@ -171,6 +171,11 @@ class Generation:
 
     def reset(self) -> None:
         """Drop all clusters and the clock: the next forward starts a new generation."""
+        self._plans.ended(self._state.clock.step + 1, self.dense_steps, self._dense_steps)
+        self.drop()
+
+    def drop(self) -> None:
+        """`reset` of a generation that was interrupted, which says nothing about its schedule."""
         self._state = self._fresh()
 
     def clear_cache(self) -> None:
@@ -217,8 +222,11 @@ class Generation:
     @contextmanager
     def running(
         self, model: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Iterator[None]:
+    ) -> Iterator[Collection[str]]:
         """Act as the source of attention calls while one forward of a model runs.
+
+        Returns:
+            In the with statement, the layers that have made calls so far.
 
         Raises:
             RuntimeError: another thread runs a forward, or another thread started the generation.
@@ -235,10 +243,10 @@ class Generation:
             self._forward = self._begin(model, timestep, latents)
             try:
                 with calls_from(self):
-                    yield
+                    yield self._forward.order.keys()
             except BaseException:
                 # An interrupted forward has recomputed the clusters of some layers only.
-                self.reset()
+                self.drop()
                 raise
         finally:
             self._forward = outer
@@ -265,7 +273,7 @@ class Generation:
         if timestep != state.clock.timestep:
             state.branches.next_step()
         index = state.clock.tick(model, timestep)
-        dense = state.clock.step < self._dense_steps or self._plans.is_dense_step(
+        dense = state.clock.step < (self._dense_steps or 0) or self._plans.is_dense_step(
             model, state.clock.step, timestep
         )
         if dense:

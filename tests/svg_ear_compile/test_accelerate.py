@@ -259,7 +259,7 @@ class Unlike:
         ("wan", {"options": {"dencity": 0.3}}, ValueError, "did you mean 'density'"),
         ("wan", {"dense_steps": 1.5}, ValueError, r"a fraction in \[0, 1\), got 1.5"),
         ("wan", {"dense_steps": -1}, ValueError, "dense_steps must not be negative"),
-        ("wan", {"dense_steps": "2"}, TypeError, "dense_steps must be an integer"),
+        ("wan", {"dense_steps": "2"}, TypeError, "dense_steps must be int"),
         ("wan", {"budget": "missing.json"}, ValueError, "the budget cannot be used.*missing.json"),
         ("wan", {"budget": {"blocks.9.attn1": 0.2}}, ValueError, "matches no module"),
         (Model(whole=True), {"dense_steps": 0.2}, ValueError, "which a module does not know"),
