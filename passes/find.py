@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from svg_ear_compile.kernels.op import DTYPES
 from svg_ear_compile.kernels.plan import HEAD_DIMS
 from svg_ear_compile.passes.dataflow import Dataflow, projected_input
-from svg_ear_compile.passes.folding import folds, role_in_clip
+from svg_ear_compile.passes.folding import Axes, folds, role_in_clip
 from svg_ear_compile.passes.handwritten import read_handwritten
 from svg_ear_compile.passes.mask import judge_mask
 from svg_ear_compile.passes.media import carries_media
@@ -102,7 +102,7 @@ class _Describer:
 
     flow: Dataflow
     texts: TextSpans
-    parts: dict[Node, int]
+    axes: dict[Node, Axes]
     media: dict[Node, bool]
     transformed: bool
 
@@ -118,7 +118,7 @@ class _Describer:
         role = sources.role
         if role in (Role.SELF, Role.JOINT) and q_shape:
             tokens = hint(q_shape[2])
-            within = (role_in_clip(source, tokens, self.parts) for source in of_q)
+            within = (role_in_clip(source, tokens, self.axes) for source in of_q)
             role = next((found for found in within if found is not None), role)
         dtype = _computed_in(call)
         padding = None
