@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from svg_ear_compile.passes.arguments import Arguments, arguments
-from svg_ear_compile.passes.dataflow import Dataflow
+from svg_ear_compile.passes.dataflow import Dataflow, is_weight
 from svg_ear_compile.passes.letters import regroup
 from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.site import Role
@@ -72,8 +72,8 @@ def _sizes(node: Node) -> tuple[int, ...] | None:
 
 
 def _data(node: Node, flow: Dataflow, found: dict[Node, Axes]) -> Node | None:
-    """Of several inputs, the data is the largest; conditions and tables are small."""
-    sources = [source for source in flow.sources(node) if source in found]
+    """Of several inputs, the data is the largest; conditions and tables are small, weights not."""
+    sources = [s for s in flow.sources(node) if s in found and not is_weight(s)]
     return max(sources, key=lambda source: _numel(found[source]), default=None)
 
 

@@ -393,9 +393,11 @@ class Folded(Projections):
     def __init__(self, fold: Fold, frames: int) -> None:
         super().__init__()
         self.fold, self.frames = fold, frames
+        self.wide, self.narrow = nn.Linear(WIDTH, 900), nn.Linear(900, WIDTH)  # larger than tokens
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         tokens = F.layer_norm(self.fold(x, self.frames), (WIDTH,))
+        tokens = tokens + self.narrow(F.gelu(self.wide(tokens)))
         q, k, v = (split(layer(tokens)) for layer in (self.to_q, self.to_k, self.to_v))
         return F.scaled_dot_product_attention(q, k, v)
 
