@@ -20,9 +20,16 @@ from svg_ear_compile.passes.handwritten import read_handwritten
 from svg_ear_compile.passes.mask import judge_mask
 from svg_ear_compile.passes.media import carries_media
 from svg_ear_compile.passes.memory import is_plain
-from svg_ear_compile.passes.operators import may_be_kernel, read_kernel
+from svg_ear_compile.passes.operators import is_kernel, may_be_kernel, read_kernel
 from svg_ear_compile.passes.role import TokenSources, projected
-from svg_ear_compile.passes.sdpa import LEAF_TARGETS, SDPA_TARGETS, read_flex, read_leaf, read_sdpa
+from svg_ear_compile.passes.sdpa import (
+    FLEX,
+    LEAF_TARGETS,
+    SDPA_TARGETS,
+    read_flex,
+    read_leaf,
+    read_sdpa,
+)
 from svg_ear_compile.passes.site import AttentionSite, Call, Padding, Reason, Role, Size, TextSpan
 from svg_ear_compile.passes.steps import is_softmax
 from svg_ear_compile.passes.symbolic import hint
@@ -77,14 +84,15 @@ def _is_transformed(gm: GraphModule) -> bool:
 
 
 def _may_be_attention(node: Node) -> bool:
-    if node.op == "call_function" and (
-        node.target in SDPA_TARGETS
-        or node.target in LEAF_TARGETS
-        or node.target is torch.ops.higher_order.flex_attention
-        or may_be_kernel(node)
-    ):
+    if node.op == "call_function" and (is_attention(node.target) or may_be_kernel(node)):
         return True
     return is_softmax(node) or is_exponential(node)
+
+
+def is_attention(target: object) -> bool:
+    """True for a function or operator that computes attention by itself."""
+    known = target in SDPA_TARGETS or target in LEAF_TARGETS or target is FLEX
+    return known or is_kernel(target)
 
 
 def _read(node: Node, flow: Dataflow) -> Call | None:

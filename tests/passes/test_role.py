@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +11,6 @@ from traced_graphs import sites_of
 
 from svg_ear_compile.passes.site import AttentionSite, Reason, Role
 
-Fold = Callable[[Tensor, int], Tensor]
 HEADS, DIM, WIDTH, VIDEO, TEXT, FRAMES = 2, 32, 16, 48, 6, 3
 
 
@@ -359,82 +356,3 @@ def test_a_product_with_a_parameter_is_a_projection(keys: str, role: Role) -> No
     x, other = torch.randn(2, 1, VIDEO, WIDTH)
     (site,) = sites_of(Projected(keys).eval(), x, other)
     assert site.role is role
-
-
-def by_permute(x: Tensor, frames: int) -> Tensor:
-    b, _, c = x.shape
-    return x.view(b, frames, -1, c).permute(2, 0, 1, 3).reshape(-1, frames, c)
-
-
-def by_transpose(x: Tensor, frames: int) -> Tensor:
-    return x.unflatten(1, (frames, -1)).transpose(1, 2).flatten(0, 1)
-
-
-def frames_first(x: Tensor, frames: int) -> Tensor:
-    b, _, c = x.shape
-    return x.reshape(b, frames, -1, c).movedim(1, 0).reshape(-1, x.shape[1] // frames, c)
-
-
-def frames_apart(x: Tensor, frames: int) -> Tensor:
-    return x.view(x.shape[0] * frames, -1, x.shape[2])
-
-
-def from_latents(x: Tensor, frames: int) -> Tensor:
-    """(B, C, F, H, W) to (B F, H W, C)."""
-    latents = x.unflatten(1, (frames, -1)).permute(0, 3, 1, 2)[..., None]
-    return latents.permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(2).transpose(1, 2)
-
-
-def and_back(x: Tensor, frames: int) -> Tensor:
-    return torch.cat(list(F.gelu(frames_apart(x, frames)).split(1)), 0).view(x.shape)
-
-
-class Folded(Projections):
-    def __init__(self, fold: Fold, frames: int) -> None:
-        super().__init__()
-        self.fold, self.frames = fold, frames
-        self.wide, self.narrow = nn.Linear(WIDTH, 900), nn.Linear(900, WIDTH)  # larger than tokens
-
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        tokens = F.layer_norm(self.fold(x, self.frames), (WIDTH,))
-        tokens = tokens + self.narrow(F.gelu(self.wide(tokens)))
-        q, k, v = (split(layer(tokens)) for layer in (self.to_q, self.to_k, self.to_v))
-        return F.scaled_dot_product_attention(q, k, v)
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize(("frames", "places"), [(3, 20), (20, 3), (9, 9)])
-@pytest.mark.parametrize(
-    ("fold", "role"),
-    [
-        (by_permute, Role.TEMPORAL),
-        (by_transpose, Role.TEMPORAL),
-        (frames_first, Role.SPATIAL),
-        (frames_apart, Role.SPATIAL),
-        (from_latents, Role.SPATIAL),
-    ],
-)
-def test_folds_are_seen_at_any_batch_and_length(
-    fold: Fold, role: Role, frames: int, places: int, batch: int
-) -> None:
-    x, text = torch.randn(batch, frames * places, WIDTH), torch.randn(batch, TEXT, WIDTH)
-    (site,) = sites_of(Folded(fold, frames).eval(), x, text)
-    assert (site.role, site.reason) == (role, Reason.PART_OF_CLIP)
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_a_fold_that_was_taken_back_is_none(batch: int) -> None:
-    x, text = torch.randn(batch, VIDEO, WIDTH), torch.randn(batch, TEXT, WIDTH)
-    (site,) = sites_of(Folded(and_back, FRAMES).eval(), x, text)
-    assert site.role is Role.SELF
-
-
-def test_tokens_before_the_batch_are_no_fold() -> None:
-    class TokensFirst(Projections):
-        def forward(self, x: Tensor) -> Tensor:
-            t = F.gelu(x).transpose(0, 1)
-            q, k, v = (f(t).unflatten(-1, (HEADS, -1)) for f in (self.to_q, self.to_k, self.to_v))
-            return F.scaled_dot_product_attention(*(t.permute(1, 2, 0, 3) for t in (q, k, v)))
-
-    (site,) = sites_of(TokensFirst().eval(), torch.randn(2, VIDEO, WIDTH))
-    assert (site.role, site.reason) == (Role.SELF, None)
