@@ -16,18 +16,26 @@ from svg_ear_compile.kernels.op import DTYPES
 from svg_ear_compile.kernels.plan import HEAD_DIMS
 from svg_ear_compile.passes.dataflow import Dataflow, projected_input
 from svg_ear_compile.passes.exact import exact_tokens
-from svg_ear_compile.passes.folding import folds, role_in_clip
+from svg_ear_compile.passes.folding import Axes, folds, role_in_clip
 from svg_ear_compile.passes.handwritten import read_handwritten
 from svg_ear_compile.passes.mask import judge_mask
 from svg_ear_compile.passes.media import carries_media
 from svg_ear_compile.passes.memory import is_plain
-from svg_ear_compile.passes.operators import may_be_kernel, read_kernel
+from svg_ear_compile.passes.operators import is_kernel, may_be_kernel, read_kernel
 from svg_ear_compile.passes.role import TokenSources, projected
-from svg_ear_compile.passes.sdpa import LEAF_TARGETS, SDPA_TARGETS, read_flex, read_leaf, read_sdpa
+from svg_ear_compile.passes.sdpa import (
+    FLEX,
+    LEAF_TARGETS,
+    SDPA_TARGETS,
+    read_flex,
+    read_leaf,
+    read_sdpa,
+)
 from svg_ear_compile.passes.site import AttentionSite, Call, Padding, Reason, Role, Size
 from svg_ear_compile.passes.steps import is_softmax
 from svg_ear_compile.passes.streams import Streams
 from svg_ear_compile.passes.symbolic import hint
+from svg_ear_compile.passes.unread import is_exponential, unread
 from svg_ear_compile.passes.vectors import NOTHING_EXACT
 
 
@@ -36,7 +44,7 @@ def find_sites(gm: GraphModule) -> list[AttentionSite]:
     if not any(_may_be_attention(node) for node in _nodes(gm)):
         return []
     flow = Dataflow(gm)
-    calls = [call for node in _nodes(gm) if (call := _read(node, flow)) is not None]
+    calls = _calls(gm, flow)
     describe = _Describer(
         flow, Streams(flow), folds(flow), carries_media(flow), _is_transformed(gm)
     )
@@ -48,6 +56,16 @@ def find_sites(gm: GraphModule) -> list[AttentionSite]:
         name = layer if seen[layer] == 1 else f"{layer}#{seen[layer]}"
         sites.append(describe(call, layer, name))
     return sites
+
+
+def _calls(gm: GraphModule, flow: Dataflow) -> list[Call]:
+    """Every attention call once: some have several nodes that it can be told by."""
+    found: dict[Node, Call] = {}
+    for node in _nodes(gm):
+        call = _read(node, flow)
+        if call is not None and not any(node in known.steps for known in found.values()):
+            found.setdefault(call.node, call)
+    return list(found.values())
 
 
 def _nodes(gm: GraphModule) -> Iterator[Node]:
@@ -67,20 +85,23 @@ def _is_transformed(gm: GraphModule) -> bool:
 
 
 def _may_be_attention(node: Node) -> bool:
-    if node.op == "call_function" and (
-        node.target in SDPA_TARGETS
-        or node.target in LEAF_TARGETS
-        or node.target is torch.ops.higher_order.flex_attention
-        or may_be_kernel(node)
-    ):
+    if node.op == "call_function" and (is_attention(node.target) or may_be_kernel(node)):
         return True
-    return is_softmax(node)
+    return is_softmax(node) or is_exponential(node)
+
+
+def is_attention(target: object) -> bool:
+    """True for a function or operator that computes attention by itself."""
+    known = target in SDPA_TARGETS or target in LEAF_TARGETS or target is FLEX
+    return known or is_kernel(target)
 
 
 def _read(node: Node, flow: Dataflow) -> Call | None:
     if not _may_be_attention(node):
         return None
     found = read_sdpa(node) or read_flex(node) or read_leaf(node) or read_kernel(node, flow)
+    if found is None and is_exponential(node):
+        return unread(node, flow)
     return found or read_handwritten(node, flow)
 
 
@@ -90,7 +111,7 @@ class _Describer:
 
     flow: Dataflow
     streams: Streams
-    parts: dict[Node, int]
+    axes: dict[Node, Axes]
     media: dict[Node, bool]
     transformed: bool
 
@@ -106,7 +127,7 @@ class _Describer:
         role = sources.role
         if role in (Role.SELF, Role.JOINT) and q_shape:
             tokens = hint(q_shape[2])
-            within = (role_in_clip(source, tokens, self.parts) for source in of_q)
+            within = (role_in_clip(source, tokens, self.axes) for source in of_q)
             role = next((found for found in within if found is not None), role)
         dtype = _computed_in(call)
         padding = None

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.planning import GraphReport, rewrite_graph
+from svg_ear_compile.session import warn_of_bypassed
 from svg_ear_compile.settings import Settings
 from svg_ear_compile.summary import NotSparseError, announce
 
@@ -51,6 +52,7 @@ def svg_ear(
         ValueError, TypeError: see `Settings.parse`.
         NotSparseError: see `summary.announce`.
     """
+    warn_of_bypassed()
     return compile_graph(gm, example_inputs, Settings.parse(options, mode), announce)
 
 

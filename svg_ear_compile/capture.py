@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
 from torch.utils._pytree import tree_map
 
+from svg_ear_compile.given_models import check_module
+from svg_ear_compile.kernels.checked import InvalidTypeError, InvalidValueError, shown
 from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.device_guard import on_device
 from svg_ear_compile.kernels.kinds import TokenKinds, token_kinds
@@ -29,10 +31,30 @@ class ModelCall:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
+def check_calls(calls: object) -> None:
+    """Raise unless the argument is a sequence of at least one `ModelCall`.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: it is empty.
+    """
+    if not isinstance(calls, Sequence):
+        raise InvalidTypeError(f"calls must be a list of ModelCall, got {shown(calls)}")
+    for call in calls:
+        if not isinstance(call, ModelCall):
+            raise InvalidTypeError(
+                f"calls must be a list of ModelCall(args, kwargs), got {shown(call)} in it"
+            )
+    if not calls:
+        raise InvalidValueError("tune needs at least one call of the model")
+
+
 def capture_calls(
     model: nn.Module, run: Callable[[], object], *, keep: Callable[[int], bool] = lambda index: True
 ) -> list[ModelCall]:
     """Capture the inputs of a model's forwards while other code, e.g. a pipeline, runs the model.
+
+    For example::
 
         calls = capture_calls(pipe.transformer, lambda: pipe(prompt), keep=lambda i: i % 10 == 5)
 
@@ -41,7 +63,11 @@ def capture_calls(
         run: runs the model.
         keep: says by the number of a forward, from 0, whether its inputs are kept. Tensors of kept
             inputs are copied.
+
+    Raises:
+        TypeError: the model is no module.
     """
+    check_module("capture_calls", model)
     calls: list[ModelCall] = []
     count = 0
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from svg_ear_compile.kernels.checked import checked
 
 Layout = Literal["batched", "sequential"]
 
@@ -118,15 +120,12 @@ class Guidance:
     branches: int | None = None
 
     def __post_init__(self) -> None:
-        if self.layout is not None and self.layout not in get_args(Layout):
-            raise ValueError(
-                f"guidance must be one of {get_args(Layout)} or None, got {self.layout!r}"
-            )
-        if self.branches is None:
+        checked("guidance", self.layout, Layout | None)
+        if checked("branches", self.branches, int | None) is None:
             return
         if self.layout is None:
             raise ValueError("branches belongs to a declared guidance layout: give guidance=, too")
-        if not 2 <= self.branches <= MAX_BRANCHES:
+        if not 2 <= self.branches <= MAX_BRANCHES:  # type: ignore[operator]
             raise ValueError(f"branches must be in [2, {MAX_BRANCHES}], got {self.branches!r}")
 
     @property

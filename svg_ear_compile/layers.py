@@ -16,6 +16,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from svg_ear_compile.guidance import Latents, find_latents
+from svg_ear_compile.kernels.checked import checked
 
 Identity = Literal["parameter", "order"]
 
@@ -70,9 +71,12 @@ class BoundModel:
 
     Raises:
         ValueError: the forward has no such argument.
+        TypeError: a name is no string.
     """
 
     def __init__(self, module: nn.Module, timestep: str | None, latents: str | None) -> None:
+        checked("timestep", timestep, str | None)
+        checked("latents", latents, str | None)
         inner = inner_of(module)
         self.module = module
         self.read_layers()

@@ -192,14 +192,23 @@ def _objective(key: str, value: object) -> dict[str, object]:
         if not number > 1.0:
             raise InvalidValueError(f"{key} must be finite and above 1, got {shown(value)}")
         return {key: number}
+    return {"budget": usable_budget(value)}
+
+
+def usable_budget(value: object) -> Budget:
+    """The budget itself, or the one in the file that a path names.
+
+    Raises:
+        TypeError: it is neither a path nor a `Budget`.
+        ValueError: the file cannot be read, or its budget is broken.
+    """
     if not isinstance(value, (str, Path, Budget)):
         raise InvalidTypeError(f"budget must be a path or a Budget, got {shown(value)}")
     try:
-        found = budgets.check(value) if isinstance(value, Budget) else budgets.load(Path(value))
+        return budgets.check(value) if isinstance(value, Budget) else budgets.load(Path(value))
     except (OSError, ValueError) as error:
         problem = printable(str(error))
         raise InvalidValueError(f"the budget cannot be used: {problem}") from error
-    return {"budget": found}
 
 
 def _check_objectives(given: Mapping[str, Any]) -> None:
