@@ -48,7 +48,7 @@ class Variant:
         page, pages: places of a page, pages of a tile.
         stages: tiles of K, and of V, in shared memory.
         consumers: groups of warps with 64 queries each.
-        parts: float32 registers add up the tiles.
+        parts: 1 where float32 registers add up the tiles; 2 where half of the columns at a time.
         trim: keys of few in their last page go to other clusters.
     """
 
@@ -58,7 +58,7 @@ class Variant:
     pages: int
     stages: int
     consumers: int
-    parts: bool = False
+    parts: int = 0
     trim: bool = False
 
 
@@ -66,17 +66,17 @@ class Variant:
 VARIANTS = {
     "bf16-p16": Variant(False, False, 16, 4, 4, 3),
     "bf16-p8": Variant(False, False, 8, 8, 4, 3),
-    "fp8-p32-2-parts": Variant(True, True, 32, 4, 4, 2, True),
+    "fp8-p32-3-halves": Variant(True, True, 32, 2, 6, 3, 2),
+    "fp8-p32-2-parts": Variant(True, True, 32, 2, 8, 2, 1),
     "fp8-p32-3": Variant(True, True, 32, 2, 6, 3),
     "k8-p16": Variant(True, False, 16, 4, 4, 3),
     "bf16-p32": Variant(False, False, 32, 2, 4, 3),
     "bf16-p16-5": Variant(False, False, 16, 4, 5, 3),
     "bf16-p16-trim": Variant(False, False, 16, 4, 4, 3, trim=True),
+    "fp8-p32-3-halves-trim": Variant(True, True, 32, 2, 6, 3, 2, True),
+    "fp8-p32-2-halves-128": Variant(True, True, 32, 4, 4, 2, 2),
     "fp8-p32-2": Variant(True, True, 32, 4, 4, 2),
-    "fp8-p32-3-128": Variant(True, True, 32, 4, 3, 3),
-    "fp8-p32-2-parts-trim": Variant(True, True, 32, 4, 4, 2, True, True),
-    "fp8-p32-3-trim": Variant(True, True, 32, 2, 6, 3, trim=True),
-    "fp8-p64-2-parts": Variant(True, True, 64, 2, 4, 2, True),
+    "fp8-p64-3-halves": Variant(True, True, 64, 1, 6, 3, 2),
     "k8-p8": Variant(True, False, 8, 8, 4, 3),
     "bf16-p16-2": Variant(False, False, 16, 8, 2, 2),
 }
@@ -143,9 +143,7 @@ class PageCopies:
         self.v_desc = TensorDescriptor.from_tensor(
             self.v_copy,
             v_box,
-            gl.NVMMASharedLayout(
-                page if variant.v8 else 128, 8 if variant.v8 else 16, rank=2
-            ),
+            gl.NVMMASharedLayout(page if variant.v8 else 128, 8 if variant.v8 else 16, rank=2),
         )
         q_clusters = routed.q_sorted.centroids.shape[1]
         shape = (q.shape[0] * q.shape[1], q_clusters)
@@ -299,7 +297,10 @@ class Present:
         q, k, v = bench.q, bench.k, bench.v
         keys, values = routed.k_sorted.rounded, routed.value_means
         if variant and variant.k8:
-            mean, by_head = scales.k_mean[:, None].unflatten(0, k.shape[:2]), scales.k[:, None, None]
+            mean, by_head = (
+                scales.k_mean[:, None].unflatten(0, k.shape[:2]),
+                scales.k[:, None, None],
+            )
             q = rounded(q, power_of_two(q.abs().amax(-1, keepdim=True)))
             k = rounded(k - mean, by_head.unflatten(0, k.shape[:2]))
             keys = rounded(keys - scales.k_mean[:, None], by_head)
@@ -368,7 +369,9 @@ def median_ms(call: Callable[[], object], repeats: int) -> float:
 GATES = {False: 8e-3, True: 5e-2}
 
 
-def measure(bench: Bench, name: str, repeats: int, dense_ms: float) -> dict[str, Any]:
+def measure(
+    bench: Bench, name: str, repeats: int, dense_ms: float, dense_out: Tensor
+) -> dict[str, Any]:
     """A row of the table; "present" is the kernel as it is."""
     from svg_ear_compile.kernels.gpu.attention import query_tiles
 
@@ -387,6 +390,7 @@ def measure(bench: Bench, name: str, repeats: int, dense_ms: float) -> dict[str,
     want = present.attend(present_tiles, correction, weight)
     want_weight = weight.clone()
     if variant is None:
+        row["error"] = relative_error(want, dense_out)
         row["lists_ms"] = median_ms(present.make_lists, repeats)
 
         def call() -> Tensor:
@@ -397,12 +401,13 @@ def measure(bench: Bench, name: str, repeats: int, dense_ms: float) -> dict[str,
         copies = PageCopies(bench.q, bench.k, bench.v, routed, variant)
         copies.make(scales)
         copies.make_lists()
-        got = copies.attend(scales, tiles, correction, weight.fill_(math.nan))
+        got = copies.attend(scales, tiles, correction, weight.fill_(math.nan), bench.scale)
         row["gate"] = relative_error(got, want)
         row["weight_gate"] = relative_error(weight, want_weight)
+        row["error"] = relative_error(got, dense_out)
         row["empty_places"] = copies.empty_share()
         again = got.clone()
-        copies.attend(scales, tiles, correction, weight)
+        copies.attend(scales, tiles, correction, weight, bench.scale)
         row["same_twice"] = bool(torch.equal(again, copies.out))
         if not (row["gate"] < GATES[variant.v8] and row["same_twice"]):
             return row  # no time for a wrong result
@@ -411,9 +416,16 @@ def measure(bench: Bench, name: str, repeats: int, dense_ms: float) -> dict[str,
         row["scales_ms"] = median_ms(lambda: scales_of(bench.k, bench.v, variant), repeats)
 
         def call() -> Tensor:
-            return copies.attend(scales, tiles, correction, weight)
+            return copies.attend(scales, tiles, correction, weight, bench.scale)
 
     row["attend_ms"] = median_ms(call, repeats)
+    parts = (
+        "attend_ms",
+        "lists_ms",
+        "copies_ms",
+        *(["scales_ms"] if variant and variant.k8 else []),
+    )
+    row["together_ms"] = sum(row.get(part, 0.0) for part in parts)
     useful = 4.0 * pairs * DIM / row["attend_ms"]
     row["useful_tflops"] = useful / 1e9
     row["over_dense_rate"] = useful / (dense_flop / dense_ms)
@@ -432,7 +444,9 @@ def said(row: dict[str, Any]) -> str:
     text += f"attend {row['attend_ms']:7.2f} ms useful {row['useful_tflops']:4.0f} TF/s "
     text += f"({row['over_dense_rate']:.3f} of dense) lists {row['lists_ms']:.2f}"
     if "copies_ms" in row:
+        text += f" work {row['useful_tflops'] / (1 - row['empty_places']):.0f} TF/s"
         text += f" copies {row['copies_ms']:.2f} scales {row['scales_ms']:.2f}"
+    text += f" together {row['together_ms']:.2f} ms, error {row['error']:.4f}"
     return text
 
 
@@ -451,13 +465,14 @@ def work(given: argparse.Namespace) -> None:
 
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         dense_ms = median_ms(dense, 3)
+        dense_out = dense()
     rate = 4e-9 * given.heads * given.tokens**2 * DIM / dense_ms
     found = {"name": "cudnn", "dense_ms": dense_ms, "dense_tflops": rate}
     print("ROW " + json.dumps(found), flush=True)
     for name in given.names.split(","):
         for bench in benches:
             print(f"START {name}", flush=True)
-            row = measure(bench, name, given.repeats, dense_ms)
+            row = measure(bench, name, given.repeats, dense_ms, dense_out)
             print("ROW " + json.dumps(row), flush=True)
             torch.cuda.empty_cache()
 
@@ -471,13 +486,13 @@ def supervise(given: argparse.Namespace) -> None:
     compiled = [n for n in names if n in VARIANTS]
     began = time.monotonic()
     parts = [compiled[i::8] for i in range(8) if compiled[i::8]]
-    compilers = [
-        subprocess.Popen([*base, "--warm", "--names", ",".join(part)], stdout=subprocess.DEVNULL)
-        for part in parts
-    ]
+    asked = [["--warm", "--names", ",".join(part)] for part in parts]
+    # One head of the same length compiles what the present operator runs.
+    asked.append(["--work", "--names", "present", "--heads", "1", "--tokens", str(given.tokens)])
+    compilers = [subprocess.Popen([*base, *more], stdout=subprocess.DEVNULL) for more in asked]
     for compiler in compilers:
         try:
-            compiler.wait(timeout=max(1.0, min(75.0, ends - time.monotonic())))
+            compiler.wait(timeout=max(0.1, began + 90.0 - time.monotonic()))
         except subprocess.TimeoutExpired:
             compiler.kill()
     print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)

@@ -65,7 +65,10 @@ def copy_pages_kernel(
         first = tl.load(start_ptr + g * (clusters + 3) + j)
         size = tl.load(start_ptr + g * (clusters + 3) + j + 1) - first
         page = tl.load(first_page_ptr + g * clusters + j)
-        k_base, v_base = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
+        k_base, v_base = (
+            k_ptr + b * stride_kb + h * stride_kh,
+            v_ptr + b * stride_vb + h * stride_vh,
+        )
         k_stride, v_stride = stride_kn, stride_vn
     else:
         first = (j - clusters) * ROWS
@@ -90,7 +93,9 @@ def copy_pages_kernel(
             k_mean = tl.load(k_mean_ptr + g * D + d)
             k = (k - k_mean[None, :]) / tl.load(k_scale_ptr + g)
             k = tl.where((at < size)[:, None], tl.clamp(k, -448.0, 448.0), 0.0)
-        tl.store(k_copy_ptr + to[:, None] * D + d[None, :], k.to(k_copy_ptr.dtype.element_ty), mask=there)
+        tl.store(
+            k_copy_ptr + to[:, None] * D + d[None, :], k.to(k_copy_ptr.dtype.element_ty), mask=there
+        )
         if V8:
             at_v = begin + place_of_weight(n)
             token = first + at_v
@@ -140,7 +145,9 @@ def page_list_kernel(
 
 
 @gluon.jit
-def page_of(at, tile, key_tiles, pages_listed, list_row, first_proxy, last_page, PAGES: gl.constexpr):
+def page_of(
+    at, tile, key_tiles, pages_listed, list_row, first_proxy, last_page, PAGES: gl.constexpr
+):
     """Page at place `at` of a row's pages, those of the proxy tokens after those of its keys."""
     listed = gl.load(list_row + at, mask=at < pages_listed, other=0)
     proxy = gl.minimum(first_proxy + at - key_tiles * PAGES, last_page)
@@ -200,24 +207,42 @@ def produce(shared, copies, PAGE: gl.constexpr, PAGES: gl.constexpr):
         mbarrier.wait(k_empty.index(stage), free)
         mbarrier.expect(k_full.index(stage), K_BYTES)
         for p in gl.static_range(PAGES):
-            copy_page(head_page + pages[p], p, stage, k_desc, k_full, k_chunks, PAGES, K_HALVES, PAGE)
+            copy_page(
+                head_page + pages[p], p, stage, k_desc, k_full, k_chunks, PAGES, K_HALVES, PAGE
+            )
         mbarrier.wait(v_empty.index(stage), free)
         mbarrier.expect(v_full.index(stage), V_BYTES)
         for p in gl.static_range(PAGES):
-            copy_page(head_page + pages[p], p, stage, v_desc, v_full, v_chunks, PAGES, V_HALVES, V_ROWS)
+            copy_page(
+                head_page + pages[p], p, stage, v_desc, v_full, v_chunks, PAGES, V_HALVES, V_ROWS
+            )
         to = t + 1
         at = to * PAGES
         a = page_of(at, to, key_tiles, pages_listed, list_row, first_proxy, last_page, PAGES)
         if PAGES > 1:
-            b = page_of(at + 1, to, key_tiles, pages_listed, list_row, first_proxy, last_page, PAGES)
+            b = page_of(
+                at + 1, to, key_tiles, pages_listed, list_row, first_proxy, last_page, PAGES
+            )
         if PAGES > 2:
-            c = page_of(at + 2, to, key_tiles, pages_listed, list_row, first_proxy, last_page, PAGES)
-            d = page_of(at + 3, to, key_tiles, pages_listed, list_row, first_proxy, last_page, PAGES)
+            c = page_of(
+                at + 2, to, key_tiles, pages_listed, list_row, first_proxy, last_page, PAGES
+            )
+            d = page_of(
+                at + 3, to, key_tiles, pages_listed, list_row, first_proxy, last_page, PAGES
+            )
         if PAGES > 4:
-            e = page_of(at + 4, to, key_tiles, pages_listed, list_row, first_proxy, last_page, PAGES)
-            f = page_of(at + 5, to, key_tiles, pages_listed, list_row, first_proxy, last_page, PAGES)
-            g = page_of(at + 6, to, key_tiles, pages_listed, list_row, first_proxy, last_page, PAGES)
-            h = page_of(at + 7, to, key_tiles, pages_listed, list_row, first_proxy, last_page, PAGES)
+            e = page_of(
+                at + 4, to, key_tiles, pages_listed, list_row, first_proxy, last_page, PAGES
+            )
+            f = page_of(
+                at + 5, to, key_tiles, pages_listed, list_row, first_proxy, last_page, PAGES
+            )
+            g = page_of(
+                at + 6, to, key_tiles, pages_listed, list_row, first_proxy, last_page, PAGES
+            )
+            h = page_of(
+                at + 7, to, key_tiles, pages_listed, list_row, first_proxy, last_page, PAGES
+            )
 
 
 @gluon.jit
@@ -271,48 +296,63 @@ def as_operand(weight, dtype: gl.constexpr, layout: gl.constexpr):
         M: gl.constexpr = weight.shape[0]
         N: gl.constexpr = weight.shape[1]
         weight = weight.to(dtype)
-        weight = weight.reshape((M, N // 32, 2, 2, 4, 2)).permute((0, 1, 2, 4, 3, 5)).reshape((M, N))
+        weight = (
+            weight.reshape((M, N // 32, 2, 2, 4, 2)).permute((0, 1, 2, 4, 3, 5)).reshape((M, N))
+        )
         return gl.convert_layout(weight, layout, assert_trivial=True)
     return gl.convert_layout(weight.to(dtype), layout)
 
 
 @gluon.jit
-def value_tile(v_shared, stage):
-    """Values [BN, D] of a stage; those in e4m3 lie transposed."""
+def value_tile(v_shared, stage, first: gl.constexpr, columns: gl.constexpr):
+    """Columns of the values [BN, D] of a stage; those in e4m3 lie transposed."""
     tile = v_shared.index(stage)
-    return tile.permute((1, 0)) if v_shared.dtype.primitive_bitwidth == 8 else tile
+    if v_shared.dtype.primitive_bitwidth == 8:
+        tile = tile.slice(first, columns, dim=0).permute((1, 0))
+    return tile
 
 
 @gluon.jit
 def advance(
-    t, weight, rescale, acc, total, proxy_total, largest, bias, correction, of_keys, q_subtile,
-    k_shared, v_shared, k_full, k_empty, v_full, v_empty, to_log2, BLOCK_N: gl.constexpr,
-    raised: gl.constexpr, PARTS: gl.constexpr, BIASED: gl.constexpr, CORRECTED: gl.constexpr,
+    t, weight, rescale, acc, acc_high, total, proxy_total, largest, bias, correction, of_keys,
+    q_subtile, k_shared, v_shared, k_full, k_empty, v_full, v_empty, to_log2,
+    BLOCK_N: gl.constexpr, raised: gl.constexpr, PARTS: gl.constexpr, BIASED: gl.constexpr,
+    CORRECTED: gl.constexpr,
 ):  # fmt: skip
     """Logits and softmax of tile t > 0 while the values of tile t - 1 are multiplied.
 
-    With PARTS the tensor cores add up the values of one tile only, and float32 registers the tiles.
-    `rescale` is then the factor of `acc` that the softmax of tile t - 1 asked for.
+    With PARTS the tensor cores add up the values of one tile only, and float32 registers the tiles;
+    with 2, half of the columns at a time. `rescale` is then the factor of the sums that the softmax
+    of tile t - 1 asked for.
     """
     STAGES: gl.constexpr = k_shared.shape[0]
-    acc_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    columns: gl.constexpr = acc.shape[1]
+    acc_layout: gl.constexpr = acc.type.layout
+    acc_rows: gl.constexpr = gl.SliceLayout(1, acc_layout)
     logit_layout: gl.constexpr = largest.type.layout.parent
+    operand_layout: gl.constexpr = weight.type.layout
+    operand_dtype: gl.constexpr = weight.dtype
     stage = t % STAGES
     before = (t - 1) % STAGES
     mbarrier.wait(v_full.index(before), ((t - 1) // STAGES) & 1)
     mbarrier.wait(k_full.index(stage), (t // STAGES) & 1)
+    k_tile = k_shared.index(stage).permute((1, 0))
     nothing = gl.zeros([SUBTILE, BLOCK_N], gl.float32, logit_layout)
-    logit = warpgroup_mma(
-        q_subtile, k_shared.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-    )
-    if PARTS:
-        M: gl.constexpr = acc.shape[0]
-        D: gl.constexpr = acc.shape[1]
-        acc_layout: gl.constexpr = acc.type.layout
-        empty = gl.zeros([M, D], gl.float32, acc_layout)
-        part = warpgroup_mma(weight, value_tile(v_shared, before), empty, use_acc=False, is_async=True)
+    empty = gl.zeros([SUBTILE, columns], gl.float32, acc_layout)
+    values = value_tile(v_shared, before, 0, columns)
+    if PARTS == 2:
+        part = warpgroup_mma(weight, values, empty, use_acc=False, is_async=True)
+        logit = warpgroup_mma(q_subtile, k_tile, nothing, use_acc=False, is_async=True)
+        part = warpgroup_mma_wait(1, deps=[part])
+        acc = acc * gl.expand_dims(rescale, 1) + part
+        values = value_tile(v_shared, before, columns, columns)
+        part = warpgroup_mma(weight, values, empty, use_acc=False, is_async=True)
     else:
-        part = warpgroup_mma(weight, value_tile(v_shared, before), acc, is_async=True)
+        logit = warpgroup_mma(q_subtile, k_tile, nothing, use_acc=False, is_async=True)
+        if PARTS == 1:
+            part = warpgroup_mma(weight, values, empty, use_acc=False, is_async=True)
+        else:
+            part = warpgroup_mma(weight, values, acc, is_async=True)
     logit = warpgroup_mma_wait(1, deps=[logit])
     barrier()
     mbarrier.arrive(k_empty.index(stage), count=1)
@@ -324,14 +364,14 @@ def advance(
     part = warpgroup_mma_wait(0, deps=[part])
     barrier()
     mbarrier.arrive(v_empty.index(before), count=1)
-    if PARTS:
+    if PARTS == 2:
+        acc_high = acc_high * gl.expand_dims(rescale, 1) + part
+    elif PARTS == 1:
         acc = acc * gl.expand_dims(rescale, 1) + part
     else:
         acc = part * gl.expand_dims(factor, 1)
-    operand_layout: gl.constexpr = weight.type.layout
-    operand_dtype: gl.constexpr = weight.dtype
     weight = as_operand(following, operand_dtype, operand_layout)
-    return weight, factor, acc, total, proxy_total, largest
+    return weight, factor, acc, acc_high, total, proxy_total, largest
 
 
 @gluon.jit
@@ -374,6 +414,7 @@ def consume(
     V8: gl.constexpr = v_shared.dtype.primitive_bitwidth == 8
     K8: gl.constexpr = k_shared.dtype.primitive_bitwidth == 8
     raised: gl.constexpr = RAISED if V8 else 0.0
+    COLUMNS: gl.constexpr = D // 2 if PARTS == 2 else D
     lanes: gl.constexpr = D // 8
     copied: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [warps, 1], [1, 0])
     rows_copied: gl.constexpr = gl.SliceLayout(1, copied)
@@ -381,7 +422,7 @@ def consume(
         [3, 0], [warps, 1], [16, BLOCK_N, 32 if K8 else 16]
     )
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [warps, 1], [16, D, 32 if V8 else 16]
+        [3, 0], [warps, 1], [16, COLUMNS, 32 if V8 else 16]
     )
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 4 if V8 else 2)
     logit_rows: gl.constexpr = gl.SliceLayout(1, logit_layout)
@@ -405,7 +446,8 @@ def consume(
         factor = gl.convert_layout(factor, logit_rows) * (to_log2 * gl.load(k_scale_at))
 
         n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, logit_layout))  # [BN]
-        acc = gl.zeros([SUBTILE, D], gl.float32, acc_layout)
+        acc = gl.zeros([SUBTILE, COLUMNS], gl.float32, acc_layout)
+        acc_high = acc if PARTS == 2 else 0.0
         largest = gl.full([SUBTILE], float("-inf"), gl.float32, logit_rows)
         total = gl.zeros([SUBTILE], gl.float32, logit_rows)
         proxy_total = gl.zeros([SUBTILE], gl.float32, logit_rows)
@@ -431,9 +473,9 @@ def consume(
             rescale = gl.convert_layout(rescale, acc_rows)
             weight = as_operand(weight, weight_dtype, weight_layout)
             for t in range(1, whole):
-                weight, rescale, acc, total, proxy_total, largest = advance(
-                    t, weight, rescale, acc, total, proxy_total, largest, bias, correction, True,
-                    q_subtile, k_shared, v_shared, k_full, k_empty, v_full, v_empty, factor,
+                weight, rescale, acc, acc_high, total, proxy_total, largest = advance(
+                    t, weight, rescale, acc, acc_high, total, proxy_total, largest, bias,
+                    correction, True, q_subtile, k_shared, v_shared, k_full, k_empty, v_full, v_empty, factor,
                     BLOCK_N, raised, PARTS, False, CORRECTED,
                 )  # fmt: skip
             for t in range(gl.maximum(whole, 1), count):
@@ -441,23 +483,37 @@ def consume(
                     t, n, key_tiles, pages_listed, k_clusters, list_row, fill_row, bias_row, PAGE,
                     PAGES,
                 )  # fmt: skip
-                weight, rescale, acc, total, proxy_total, largest = advance(
-                    t, weight, rescale, acc, total, proxy_total, largest, bias, correction,
-                    t < key_tiles, q_subtile, k_shared, v_shared, k_full, k_empty, v_full, v_empty,
+                weight, rescale, acc, acc_high, total, proxy_total, largest = advance(
+                    t, weight, rescale, acc, acc_high, total, proxy_total, largest, bias,
+                    correction, t < key_tiles, q_subtile, k_shared, v_shared, k_full, k_empty, v_full, v_empty,
                     factor, BLOCK_N, raised, PARTS, True, CORRECTED,
                 )  # fmt: skip
             last = (count - 1) % STAGES
             mbarrier.wait(v_full.index(last), ((count - 1) // STAGES) & 1)
             if PARTS:
                 acc = acc * gl.expand_dims(rescale, 1)
-            acc = warpgroup_mma(weight, value_tile(v_shared, last), acc, is_async=True)
+            acc = warpgroup_mma(weight, value_tile(v_shared, last, 0, COLUMNS), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
+            if PARTS == 2:
+                acc_high = acc_high * gl.expand_dims(rescale, 1)
+                values = value_tile(v_shared, last, COLUMNS, COLUMNS)
+                acc_high = warpgroup_mma(weight, values, acc_high, is_async=True)
+                acc_high = warpgroup_mma_wait(0, deps=[acc_high])
 
-        inverse = gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), acc_rows)
-        v_scale = gl.load(v_scale_row + gl.arange(0, D, gl.SliceLayout(0, acc_layout)))
-        out = acc * gl.expand_dims(inverse, 1) * gl.expand_dims(v_scale, 0)
+        inverse = gl.expand_dims(
+            gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), acc_rows), 1
+        )
+        column = gl.arange(0, COLUMNS, gl.SliceLayout(0, acc_layout))
+        v_scale = gl.expand_dims(gl.load(v_scale_row + column), 0)
         barrier()
-        out_subtile.store(out.to(out_subtile.dtype))
+        if PARTS == 2:
+            low = out_subtile.slice(0, COLUMNS, dim=1)
+            low.store((acc * inverse * v_scale).to(out_subtile.dtype))
+            v_scale = gl.expand_dims(gl.load(v_scale_row + COLUMNS + column), 0)
+            high = out_subtile.slice(COLUMNS, COLUMNS, dim=1)
+            high.store((acc_high * inverse * v_scale).to(out_subtile.dtype))
+        else:
+            out_subtile.store((acc * inverse * v_scale).to(out_subtile.dtype))
         barrier()
         token = gl.load(order_row + m, mask=m < cluster_end, other=0).to(gl.int64)
         out_row = out_base + (gl.expand_dims(token * stride_on, 1) + d)
