@@ -15,7 +15,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test lint package try-torch offline clean
+.PHONY: demo test lint docs package try-torch offline clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -30,6 +30,10 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy -p svg_ear_compile
+
+# The documentation as a site; a warning fails.
+docs: $(READY)
+	$(RUN) -m sphinx -b html -d build/doctrees --fail-on-warning --keep-going --quiet docs site
 
 # The sdist, the wheel built from it, and the check that a package index would make.
 package: $(READY)
@@ -51,11 +55,11 @@ try-torch:
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[test,demo,lint]"
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[test,demo,docs,lint]"
 	touch $@
 
 offline:
 	$(RUN) -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 
 clean:
-	rm -rf $(VENV) .venv-torch-* build dist demo_out *.egg-info
+	rm -rf $(VENV) .venv-torch-* build dist site demo_out *.egg-info

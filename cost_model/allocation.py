@@ -21,6 +21,7 @@ from svg_ear_compile.cost_model.error import ErrorCurve, together
 from svg_ear_compile.cost_model.latency import call_ms, ms_per_unit_density
 from svg_ear_compile.cost_model.stages import AttentionShape
 from svg_ear_compile.cost_model.threshold import routing_threshold
+from svg_ear_compile.kernels.checked import checked
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 Allocation = Mapping[str, tuple[Choice, ...]]
@@ -45,13 +46,14 @@ class Objective:
 
         Raises:
             ValueError: none or several arguments are given, or one is out of its range.
+            TypeError: the argument is no number.
         """
         if density is not None and target_speedup is None and max_error is None:
-            return cls("density", density)
+            return cls("density", checked("density", density, float))
         if max_error is not None and target_speedup is None and density is None:
-            return cls("max_error", max_error)
+            return cls("max_error", checked("max_error", max_error, float))
         if target_speedup is not None and max_error is None and density is None:
-            return cls("target_speedup", target_speedup)
+            return cls("target_speedup", checked("target_speedup", target_speedup, float))
         raise ValueError("give one of target_speedup, max_error and density")
 
     def __post_init__(self) -> None:

@@ -40,6 +40,7 @@ from svg_ear_compile.cost_model.timing import (
     fastest_dense_ms,
     measure_roofs,
 )
+from svg_ear_compile.kernels.kinds import exact_at_ends
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.registry import captured_attention, sparse_attention
 
@@ -157,11 +158,12 @@ def measure(
     clock = Clock(q.device)
     batch, heads, tokens, head_dim = q.shape
     sparse_attention = captured_attention(q.device)
-    cold = sparse_attention(q, k, v, plan, text=(0, text))
+    kinds = exact_at_ends(q, k, 0, text)
+    cold = sparse_attention(q, k, v, plan, kinds=kinds)
     warm = (cold.queries.centroids, cold.keys.centroids)
 
     def call() -> object:
-        return sparse_attention(q, k, v, plan, text=(0, text), centroids=warm)
+        return sparse_attention(q, k, v, plan, kinds=kinds, centroids=warm)
 
     op_ms = clock.ms(call)
     stages = stages_ms(clock, call, plan) if clock.on_gpu else {"sparse": op_ms}

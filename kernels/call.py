@@ -34,7 +34,7 @@ class CallRequest:
         site: name of the call in its graph.
         plan: the plan that the call was compiled with.
         q_shape: (B, H, N_q, D). k_shape: (B, H_kv, N_k, D).
-        text: text tokens at the start and the end of both sequences.
+        clustered: numbers of clustered queries and keys per head, see `TokenKinds`.
         device: of q, k and v.
         dense_only: the call is dense whatever its plan, because it is too short or its mask is not
             padding.
@@ -46,14 +46,9 @@ class CallRequest:
     plan: AttentionPlan
     q_shape: tuple[int, ...]
     k_shape: tuple[int, ...]
-    text: tuple[int, int]
+    clustered: tuple[int, int]
     device: torch.device
     dense_only: bool = False
-
-    @property
-    def video_tokens(self) -> tuple[int, int]:
-        """Queries and keys that are clustered, per head."""
-        return self.q_shape[2] - sum(self.text), self.k_shape[2] - sum(self.text)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from svg_ear_compile.kernels.clusters import (
     Clusters,
     QueryTile,
     initial_centroids,
-    key_mask_of,
 )
+from svg_ear_compile.kernels.kinds import CLUSTERED, EXACT, PADDING, TokenKinds
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 
@@ -21,8 +21,7 @@ def cluster(
     q: Tensor,
     k: Tensor,
     plan: AttentionPlan,
-    attn_mask: Tensor | None,
-    text: tuple[int, int],
+    kinds: TokenKinds,
     centroids: tuple[Tensor, Tensor] | None,
     blocks: Blocks | None = None,
     query_tile: QueryTile | None = None,
@@ -31,40 +30,37 @@ def cluster(
 
     For the arguments see `reference.cluster_and_route`.
     """
-    mask = key_mask_of(attn_mask, k)
     if blocks is not None:
         assert centroids is not None, "blocks come with the centroids of their clusters"
         return (
-            regrouped(q, None, centroids[0].to(q.dtype), blocks.q_labels),
-            regrouped(k, mask, centroids[1].to(k.dtype), blocks.k_labels),
+            regrouped(q, kinds.queries, centroids[0].to(q.dtype), blocks.q_labels),
+            regrouped(k, kinds.keys, centroids[1].to(k.dtype), blocks.k_labels),
         )
-    q_clusters, k_clusters = plan.clusters(q.shape[2] - sum(text), k.shape[2] - sum(text))
+    q_clusters, k_clusters = plan.clusters(*kinds.counts(q.shape[2], k.shape[2]))
     if centroids is not None:
         q_start, k_start = centroids[0].to(q.dtype), centroids[1].to(k.dtype)
         iterations = plan.warm_iterations
     else:
-        q_start = initial_centroids(q, None, q_clusters, text, plan.seed)
-        k_start = initial_centroids(k, mask, k_clusters, text, plan.seed)
+        q_start = initial_centroids(q, kinds.queries, q_clusters, plan.seed)
+        k_start = initial_centroids(k, kinds.keys, k_clusters, plan.seed)
         iterations = plan.first_iterations
     of_queries, of_keys = None, None
     if plan.cluster_metric == "logits":
-        of_queries, of_keys = logit_metrics(q, k, mask, text)
+        of_queries, of_keys = logit_metrics(q, k, kinds)
     return (
-        kmeans(q, None, q_start, text, iterations, of_queries, query_tile),
-        kmeans(k, mask, k_start, text, iterations, of_keys),
+        kmeans(q, kinds.queries, q_start, iterations, of_queries, query_tile),
+        kmeans(k, kinds.keys, k_start, iterations, of_keys),
     )
 
 
-def is_video(x: Tensor, key_mask: Tensor | None, text: tuple[int, int]) -> Tensor:
-    """(B, H, N) bool: video tokens that are not masked; for the arguments see `kmeans`."""
-    position = torch.arange(x.shape[2], device=x.device)
-    found = ((position >= text[0]) & (position < x.shape[2] - text[1])).expand(x.shape[:3])
-    return found if key_mask is None else found & key_mask
+def is_kind(x: Tensor, kinds: Tensor | None, kind: int) -> Tensor:
+    """(B, H, N) bool: tokens of a kind; for the arguments see `kmeans`."""
+    if kinds is None:
+        return torch.full(x.shape[:3], kind == CLUSTERED, device=x.device)
+    return (kinds == kind).expand(x.shape[:3])
 
 
-def logit_metrics(
-    q: Tensor, k: Tensor, key_mask: Tensor | None, text: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
+def logit_metrics(q: Tensor, k: Tensor, kinds: TokenKinds) -> tuple[Tensor, Tensor]:
     """Metrics that measure the difference of two queries, or of two keys, by their logits.
 
     Two queries that differ by ``d`` give the keys of their head the same weights where ``d . k`` is
@@ -74,17 +70,16 @@ def logit_metrics(
 
     Args:
         q: (B, H, N_q, D). k: (B, H_kv, N_k, D).
-        key_mask: (B, H_kv, N_k) bool or None.
-        text: numbers of text tokens before and after the video tokens.
+        kinds: kinds of the queries and keys.
 
     Returns:
         Metric of the queries (B, H, D, D) and metric of the keys (B, H_kv, D, D), see `as_metric`.
-        Both are moments of the video tokens. The metric of a key head is a mean over the query
+        Both are moments of the clustered tokens. The metric of a key head is a mean over the query
         heads of its group.
     """
 
-    def moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        inside = is_video(x, mask, text).unsqueeze(-1)
+    def moments(x: Tensor, kinds: Tensor | None) -> tuple[Tensor, Tensor]:
+        inside = is_kind(x, kinds, CLUSTERED).unsqueeze(-1)
         count = inside.sum(2).clamp(min=1)  # [B, H, 1]
         x = torch.where(inside, x, 0.0)
         mean = x.sum(2) / count
@@ -93,8 +88,8 @@ def logit_metrics(
         return squares, spreads
 
     kv_heads = k.shape[1]
-    of_queries = moments(q, None)[0].unflatten(1, (kv_heads, -1)).mean(2)
-    of_keys = moments(k, key_mask)[1].repeat_interleave(q.shape[1] // kv_heads, 1)
+    of_queries = moments(q, kinds.queries)[0].unflatten(1, (kv_heads, -1)).mean(2)
+    of_keys = moments(k, kinds.keys)[1].repeat_interleave(q.shape[1] // kv_heads, 1)
     return as_metric(of_keys), as_metric(of_queries)
 
 
@@ -133,9 +128,8 @@ def cluster_means(x: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Ten
 
 def kmeans(
     x: Tensor,
-    key_mask: Tensor | None,
+    kinds: Tensor | None,
     centroids: Tensor,
-    text: tuple[int, int],
     iterations: int,
     metric: Tensor | None = None,
     query_tile: QueryTile | None = None,
@@ -144,9 +138,8 @@ def kmeans(
 
     Args:
         x: (B, H, N, D).
-        key_mask: (B, H, N) bool or None.
+        kinds: (B|1, H|1, N) uint8, see `kernels.kinds`; None where all tokens are clustered.
         centroids: (B, H, C, D), finite.
-        text: numbers of text tokens before and after the video tokens.
         iterations: number of assign-and-update rounds, at least 1.
         metric: (B, H, D, D) symmetric M of the squared distance ``d' M d``; None is Euclidean.
         query_tile: tile of `tile_aligned`, which is applied in the last round, or None.
@@ -155,7 +148,8 @@ def kmeans(
         `Clusters`; the centroids are the means of the clusters that are returned.
     """
     clusters = centroids.shape[2]
-    always_exact = ~(is_video(x, None, text) & x.isfinite().all(-1))
+    always_exact = is_kind(x, kinds, EXACT) | ~x.isfinite().all(-1)
+    padding = is_kind(x, kinds, PADDING)
     finite = torch.where(always_exact.unsqueeze(-1), torch.zeros_like(x), x)
     labels = sizes = None
     for iteration in range(iterations):
@@ -163,8 +157,7 @@ def kmeans(
         norm = (centroids * aims).sum(-1)
         distance = norm.unsqueeze(2) - 2 * finite @ aims.transpose(2, 3)
         labels = torch.where(always_exact, clusters, distance.argmin(-1))
-        if key_mask is not None:
-            labels = torch.where(key_mask, labels, clusters + 1)
+        labels = torch.where(padding, clusters + 1, labels)
         if query_tile is not None and iteration == iterations - 1:
             labels = tile_aligned(labels, distance, query_tile)
         means, sizes = cluster_means(finite, labels, clusters)
@@ -218,21 +211,22 @@ def tile_aligned(labels: Tensor, distance: Tensor, query_tile: QueryTile) -> Ten
     return torch.where(moves, to, labels)
 
 
-def regrouped(x: Tensor, key_mask: Tensor | None, centroids: Tensor, labels: Tensor) -> Clusters:
+def regrouped(x: Tensor, kinds: Tensor | None, centroids: Tensor, labels: Tensor) -> Clusters:
     """Clusters with the labels of an earlier step, and the means of x under these labels.
 
     A token that was finite in the earlier step and is not now makes its whole cluster not finite.
 
     Args:
         x: (B, H, N, D).
-        key_mask: (B, H, N) bool or None. A token that was padding in the earlier step and takes
-            part now becomes always exact.
+        kinds: see `kmeans`. A token that was padding in the earlier step and takes part now becomes
+            always exact, and so does one that is of that kind only now.
         centroids: (B, H, C, D) of the earlier step, which empty clusters keep.
         labels: (B, H, N) integer, of the earlier step.
     """
     clusters = centroids.shape[2]
     labels = labels.long()
-    if key_mask is not None:
-        labels = torch.where(key_mask, labels.clamp(max=clusters), clusters + 1)
+    if kinds is not None:
+        labels = torch.where(kinds == EXACT, clusters, labels.clamp(max=clusters))
+        labels = torch.where(kinds == PADDING, clusters + 1, labels)
     means, sizes = cluster_means(x, labels, clusters)
     return Clusters(labels, torch.where(sizes.unsqueeze(-1) > 0, means, centroids), sizes)

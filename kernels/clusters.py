@@ -2,8 +2,8 @@
 
 Notation: query cluster ``i`` has ``m_i`` queries with mean ``q_i``. Key cluster ``j`` has ``n_j``
 keys with means ``k_j`` and ``v_j``. The logit scale is ``s``, the number of clusters ``C``. The
-label of a token is its cluster, or ``C`` where the token is always exact (text, or a query or key
-that is not finite), or ``C + 1`` where it is a padding key, which gets no weight.
+label of a token is its cluster, or ``C`` where the token is always exact (of that kind, see
+`kernels.kinds`, or not finite), or ``C + 1`` where it is a padding key, which gets no weight.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from svg_ear_compile.kernels.kinds import CLUSTERED
 
 
 class Clusters(NamedTuple):
@@ -123,13 +125,6 @@ class Result:
         return (self.row_area * self.queries.sizes).sum(dtype=torch.float64)
 
 
-def key_mask_of(attn_mask: Tensor | None, k: Tensor) -> Tensor | None:
-    """Key-padding mask (B, H_kv, N_k) bool of a (B|1, H|1, 1, N_k) bool mask; True takes part."""
-    if attn_mask is None:
-        return None
-    return attn_mask[:, :, 0, :].expand(k.shape[0], k.shape[1], k.shape[2])
-
-
 @functools.lru_cache(maxsize=256)
 def stratified_jitter(clusters: int, seed: int, device: torch.device) -> Tensor:
     """(clusters,) float32 in [0, 1): where in its stratum each initial centroid is drawn."""
@@ -138,38 +133,29 @@ def stratified_jitter(clusters: int, seed: int, device: torch.device) -> Tensor:
     return torch.rand(clusters, generator=generator, dtype=torch.float32).to(device)
 
 
-def initial_centroids(
-    x: Tensor, key_mask: Tensor | None, clusters: int, text: tuple[int, int], seed: int
-) -> Tensor:
-    """Initial centroids: one token from each of `clusters` equal strata of the video tokens.
+def initial_centroids(x: Tensor, kinds: Tensor | None, clusters: int, seed: int) -> Tensor:
+    """Initial centroids: one token from each of `clusters` equal strata of the clustered tokens.
 
     Neighbouring tokens of a video are alike, so strata of the token order cover space and time at
     the cost of one gather. Without the jitter the samples could lie in one column of the image.
 
     Args:
         x: (B, H, N, D) queries or keys.
-        key_mask: (B, H, N) bool or None; masked tokens are not drawn.
+        kinds: (B|1, H|1, N) uint8, see `kernels.kinds`; None where all tokens are clustered.
         clusters: C.
-        text: text tokens before and after the video tokens.
         seed: seed of the jitter.
 
     Returns:
         (B, H, C, D) in the dtype of x, finite.
     """
     tokens = x.shape[2]
-    before, after = text
     jitter = stratified_jitter(clusters, seed, x.device)
     strata = (torch.arange(clusters, device=x.device) + jitter) / clusters  # [C] in [0, 1)
-    if key_mask is None:
-        video = tokens - before - after
-        index = before + (strata * video).long().clamp(0, max(video - 1, 0))
-        drawn = x[:, :, index.clamp(max=tokens - 1)]
+    if kinds is None:
+        drawn = x[:, :, (strata * tokens).long().clamp(0, max(tokens - 1, 0))]
     else:
-        valid = key_mask.clone()
-        valid[..., :before] = False
-        valid[..., tokens - after :] = False
-        rank = valid.long().cumsum(-1)  # [B, H, N] valid tokens up to and including each
-        wanted = (strata * rank[..., -1:]).long() + 1  # [B, H, C] in 1..n
+        rank = (kinds == CLUSTERED).long().cumsum(-1)  # [B|1, H|1, N] clustered up to and with each
+        wanted = (strata * rank[..., -1:]).long() + 1  # [B|1, H|1, C] in 1..n
         index = torch.searchsorted(rank.contiguous(), wanted).clamp(max=tokens - 1)
-        drawn = x.gather(2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]))
+        drawn = x.gather(2, index.unsqueeze(-1).expand(*x.shape[:2], clusters, x.shape[3]))
     return torch.nan_to_num(drawn, 0.0, 0.0, 0.0)

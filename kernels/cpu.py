@@ -22,6 +22,7 @@ from svg_ear_compile.kernels.compensation import (
     corrections,
     proxy_tokens,
 )
+from svg_ear_compile.kernels.kinds import TokenKinds
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.registry import Implementation, register
 from svg_ear_compile.kernels.routing import BlockScores, route, row_area
@@ -47,16 +48,15 @@ def cluster_and_route(
     v: Tensor,
     plan: AttentionPlan,
     *,
-    attn_mask: Tensor | None,
+    kinds: TokenKinds,
     scale: float,
-    text: tuple[int, int],
     centroids: tuple[Tensor, Tensor] | None,
     blocks: Blocks | None,
 ) -> SortedRouting:
     """See `reference.cluster_and_route`; query clusters are not aligned to a tile."""
     groups = q.shape[1] // k.shape[1]
     float_q, float_k = q.float(), k.float()
-    queries, keys = cluster(float_q, float_k, plan, attn_mask, text, centroids, blocks)
+    queries, keys = cluster(float_q, float_k, plan, kinds, centroids, blocks)
     head_keys = keys.per_query_head(groups)
     order = head_keys.labels.argsort(dim=-1, stable=True)  # [B, H, N_k]
     bounds = _bounds(head_keys)

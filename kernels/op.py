@@ -6,6 +6,8 @@ compiled on a machine without it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from svg_ear_compile.kernels import registry
 from svg_ear_compile.kernels.call import CallRequest, active_source
 from svg_ear_compile.kernels.device_guard import on_device
+from svg_ear_compile.kernels.kinds import TokenKinds, token_kinds
 from svg_ear_compile.kernels.plan import HEAD_DIMS, AttentionPlan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -31,13 +34,15 @@ def attention(
     padding_keys: Tensor | None = None,
     padding_rows: Tensor | None = None,
     padding_proven: Tensor | None = None,
+    exact_queries: Tensor | None = None,
+    exact_keys: Tensor | None = None,
     *,
     plan: str = "{}",
     site: str = "",
     layer_owner: str = "",
     scale: float | None = None,
-    text_prefix: int = 0,
-    text_suffix: int = 0,
+    clustered_queries: int | None = None,
+    clustered_keys: int | None = None,
     averages_empty_rows: bool = False,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -52,13 +57,14 @@ def attention(
         layer: any parameter or buffer of the layer; its identity tells layers apart.
         padding_keys, padding_proven: results of `kernels.padding.key_padding` for `attn_mask`.
         padding_rows: (B|1, H_kv|1, N_q|1, 1) bool, queries that take part; the others give 0.
+        exact_queries: (B|1, N_q) bool, True for queries that attend to every key.
+        exact_keys: (B|1, N_k) bool, True for keys that are exact for every query.
         plan: `AttentionPlan.encode` of the plan.
         site: name of the call in its graph.
         layer_owner: path of the module that holds `layer`, relative to the compiled module.
         scale: logit scale, 1/sqrt(D) by default.
-        text_prefix, text_suffix: number of text tokens at the start and the end of both sequences.
-            Text keys are exact for every query, text queries attend to every key. A sequence
-            without further tokens makes the call dense.
+        clustered_queries, clustered_keys: numbers of queries and keys that are not always exact, by
+            default all; see `TokenKinds`. With none of either the call is dense.
         averages_empty_rows: a row whose keys are all masked gives the mean of all values instead of
             0, as softmax does with a large negative bias.
         return_lse: also return the log-sum-exp.
@@ -71,18 +77,24 @@ def attention(
         ValueError, TypeError: an argument has a wrong shape, dtype or device; the message names it.
     """
     key_mask = attn_mask if padding_proven is None else padding_keys
-    check_arguments(q, k, v, key_mask, text_prefix, text_suffix)
+    check_arguments(q, k, v, key_mask, exact_queries, exact_keys)
     check_proof(attn_mask, padding_keys, padding_rows, padding_proven)
-    compiled, text = AttentionPlan.decode(plan), (text_prefix, text_suffix)
-    shortest = min(q.shape[2], k.shape[2]) - sum(text)
+    compiled = AttentionPlan.decode(plan)
+    clustered = (
+        q.shape[2] if clustered_queries is None else min(clustered_queries, q.shape[2]),
+        k.shape[2] if clustered_keys is None else min(clustered_keys, k.shape[2]),
+    )
     is_padding = padding_proven is None or bool(padding_proven)
     request = CallRequest(
-        layer, layer_owner, site, compiled, tuple(q.shape), tuple(k.shape), text, q.device,
-        dense_only=shortest < max(1, compiled.min_tokens) or q.numel() == 0 or not is_padding,
+        layer, layer_owner, site, compiled, tuple(q.shape), tuple(k.shape), clustered, q.device,
+        dense_only=(
+            min(clustered) < max(1, compiled.min_tokens) or q.numel() == 0 or not is_padding
+        ),
     )  # fmt: skip
-    terms = _Terms(q.shape[-1] ** -0.5 if scale is None else scale, text, return_lse)
+    terms = _Terms(q.shape[-1] ** -0.5 if scale is None else scale, return_lse)
     with on_device(q.device):
-        sparse = _sparse(q, k, v, key_mask, request, terms)
+        kinds = partial(token_kinds, key_mask, exact_queries, exact_keys, clustered)
+        sparse = _sparse(q, k, v, kinds, request, terms)
         if sparse is None:
             out, lse = dense_attention(q, k, v, attn_mask, terms.scale, return_lse)
             # A mask whose padding was read off the graph masks keys; rows are masked here.
@@ -107,13 +119,15 @@ def _(
     padding_keys: Tensor | None = None,
     padding_rows: Tensor | None = None,
     padding_proven: Tensor | None = None,
+    exact_queries: Tensor | None = None,
+    exact_keys: Tensor | None = None,
     *,
     plan: str = "{}",
     site: str = "",
     layer_owner: str = "",
     scale: float | None = None,
-    text_prefix: int = 0,
-    text_suffix: int = 0,
+    clustered_queries: int | None = None,
+    clustered_keys: int | None = None,
     averages_empty_rows: bool = False,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -124,26 +138,30 @@ class _Terms(NamedTuple):
     """Arguments that all parts of a call have in common; see `attention`."""
 
     scale: float
-    text: tuple[int, int]
     return_lse: bool
 
 
 def _sparse(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, request: CallRequest, terms: _Terms
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kinds_of_tokens: Callable[[], TokenKinds],
+    request: CallRequest,
+    terms: _Terms,
 ) -> tuple[Tensor, Tensor] | None:
     """Output and log-sum-exp of the calls of the active source; None for a dense call."""
     source = active_source()
+    kinds: TokenKinds | None = None
     parts: tuple[Tensor, Tensor] | None = None
     for call in source.calls(request):
         if call.plan.is_dense or request.dense_only:
             return None
+        kinds = kinds or kinds_of_tokens()
         rows = slice(None) if call.rows is None else call.rows
         served = registry if call.captured is None else call.captured
         result = served.sparse_attention(
-            q[rows], k[rows], v[rows], call.plan,
-            attn_mask=mask if mask is None or mask.shape[0] == 1 else mask[rows],
-            scale=terms.scale, text=terms.text, centroids=call.centroids, blocks=call.blocks,
-            return_lse=terms.return_lse,
+            q[rows], k[rows], v[rows], call.plan, kinds=kinds.of_rows(rows), scale=terms.scale,
+            centroids=call.centroids, blocks=call.blocks, return_lse=terms.return_lse,
         )  # fmt: skip
         source.finished(call, result)
         if call.rows is None:
@@ -226,7 +244,12 @@ def _empty_lse(q: Tensor, return_lse: bool) -> Tensor:
 
 
 def check_arguments(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, text_prefix: int, text_suffix: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    exact_queries: Tensor | None,
+    exact_keys: Tensor | None,
 ) -> None:
     """Raise a ValueError or TypeError that names the first invalid argument."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -250,9 +273,18 @@ def check_arguments(
         raise ValueError(f"k must have the batch size of q ({q.shape[0]}), got {k.shape[0]}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"k must have a divisor of q's {q.shape[1]} heads, got {k.shape[1]}")
-    for name, length in (("text_prefix", text_prefix), ("text_suffix", text_suffix)):
-        if length < 0:
-            raise ValueError(f"{name} must not be negative, got {length}")
+    for name, exact, of in (("exact_queries", exact_queries, q), ("exact_keys", exact_keys, k)):
+        if exact is None:
+            continue
+        if exact.dtype != torch.bool:
+            raise TypeError(f"{name} must be bool, got {exact.dtype}")
+        batch, tokens = of.shape[0], of.shape[2]
+        if tuple(exact.shape) not in ((1, tokens), (batch, tokens)):
+            raise ValueError(
+                f"{name} must be (B|1, N) = ({batch}|1, {tokens}), got {tuple(exact.shape)}"
+            )
+        if exact.device != q.device:
+            raise ValueError(f"{name} must be on the device of q ({q.device}), got {exact.device}")
     if attn_mask is not None:
         if attn_mask.dtype != torch.bool:
             raise TypeError(f"attn_mask must be bool, got {attn_mask.dtype}")

@@ -21,7 +21,7 @@ from svg_ear_compile.kernels.clustering import (
     as_metric,
     cluster,
     cluster_means,
-    is_video,
+    is_kind,
     kmeans,
     logit_metrics,
 )
@@ -32,7 +32,6 @@ from svg_ear_compile.kernels.clusters import (
     Result,
     Routed,
     initial_centroids,
-    key_mask_of,
 )
 from svg_ear_compile.kernels.compensation import (
     LARGEST_LOGIT_CORRECTION,
@@ -41,6 +40,7 @@ from svg_ear_compile.kernels.compensation import (
     corrections,
     proxy_tokens,
 )
+from svg_ear_compile.kernels.kinds import ALL_CLUSTERED, TokenKinds
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.routing import BlockScores, route, row_area, take_until
 
@@ -48,7 +48,7 @@ from svg_ear_compile.kernels.routing import BlockScores, route, row_area, take_u
 __all__ = [
     "LARGEST_LOGIT_CORRECTION", "BlockScores", "Blocks", "Clusters", "Corrections", "ProxyTokens",
     "QueryTile", "Result", "as_metric", "attend", "cluster", "cluster_and_route", "cluster_means",
-    "corrections", "initial_centroids", "is_video", "key_mask_of", "kmeans", "logit_metrics",
+    "corrections", "initial_centroids", "is_kind", "kmeans", "logit_metrics",
     "proxy_tokens", "route", "row_area", "score_blocks", "softmax_over", "sparse_attention",
     "take_until",
 ]  # fmt: skip
@@ -102,9 +102,8 @@ def cluster_and_route(
     v: Tensor,
     plan: AttentionPlan,
     *,
-    attn_mask: Tensor | None = None,
+    kinds: TokenKinds = ALL_CLUSTERED,
     scale: float,
-    text: tuple[int, int] = (0, 0),
     centroids: tuple[Tensor, Tensor] | None = None,
     blocks: Blocks | None = None,
     query_tile: QueryTile | None = None,
@@ -114,9 +113,8 @@ def cluster_and_route(
     Args:
         q: (B, H, N_q, D) of any float dtype. k, v: (B, H_kv, N_k, D), H_kv dividing H.
         plan: see `AttentionPlan`.
-        attn_mask: (B|1, H_kv|1, 1, N_k) bool key-padding mask, True for keys that take part.
+        kinds: which tokens are clustered, always exact or padding.
         scale: logit scale.
-        text: numbers of text tokens at the start and at the end of both sequences.
         centroids: remembered centroids (B, H, Qc, D) and (B, H_kv, Kc, D); None starts cold.
         blocks: labels and block mask of an earlier call under this plan, to be reused together with
             the `centroids` of that call; None recomputes them.
@@ -124,7 +122,7 @@ def cluster_and_route(
             `clustering.tile_aligned`; None leaves the clusters as k-means ends.
     """
     groups = q.shape[1] // k.shape[1]
-    queries, keys = cluster(q, k, plan, attn_mask, text, centroids, blocks, query_tile)
+    queries, keys = cluster(q, k, plan, kinds, centroids, blocks, query_tile)
     head_keys = keys.per_query_head(groups)
     if blocks is None:
         all_k, all_v = (t.repeat_interleave(groups, 1) for t in (k, v))
@@ -185,9 +183,9 @@ def softmax_over(
 ) -> tuple[Tensor, Tensor]:
     """One softmax over exact keys and the proxy tokens of skipped blocks.
 
-    Queries labelled ``Qc`` (text or not finite) attend to every key. Keys labelled ``Kc`` are exact
-    for every query, keys labelled ``Kc + 1`` are padding. A query without any key gets output 0 and
-    log-sum-exp -inf, as with PyTorch's boolean masks.
+    Queries labelled ``Qc`` (always exact, or not finite) attend to every key. Keys labelled ``Kc``
+    are exact for every query, keys labelled ``Kc + 1`` are padding. A query without any key gets
+    output 0 and log-sum-exp -inf, as with PyTorch's boolean masks.
 
     Args:
         q: (B, H, N_q, D). k, v: (B, H, N_k, D).

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from svg_ear_compile.kernels.clusters import Blocks, Result, Routed
+from svg_ear_compile.kernels.kinds import ALL_CLUSTERED, TokenKinds
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 
 log = logging.getLogger(__name__)
@@ -33,9 +34,8 @@ class ClusterAndRoute(Protocol):
         v: Tensor,
         plan: AttentionPlan,
         *,
-        attn_mask: Tensor | None,
+        kinds: TokenKinds,
         scale: float,
-        text: tuple[int, int],
         centroids: tuple[Tensor, Tensor] | None,
         blocks: Blocks | None,
     ) -> Routed: ...
@@ -85,9 +85,8 @@ class Implementation:
         v: Tensor,
         plan: AttentionPlan,
         *,
-        attn_mask: Tensor | None = None,
+        kinds: TokenKinds = ALL_CLUSTERED,
         scale: float | None = None,
-        text: tuple[int, int] = (0, 0),
         centroids: tuple[Tensor, Tensor] | None = None,
         blocks: Blocks | None = None,
         return_lse: bool = False,
@@ -97,9 +96,8 @@ class Implementation:
         Args:
             q: (B, H, N_q, D). k, v: (B, H_kv, N_k, D), H_kv dividing H, any strides.
             plan: see `AttentionPlan`.
-            attn_mask: (B|1, H_kv|1, 1, N_k) bool key-padding mask, True for keys that take part.
+            kinds: which tokens are clustered, always exact or padding.
             scale: logit scale, 1/sqrt(D) by default.
-            text: numbers of text tokens at the start and at the end of both sequences.
             centroids: (B, H, Qc, D) and (B, H_kv, Kc, D), the initial centroids of k-means; None
                 starts cold.
             blocks: labels and block mask of an earlier call under this plan, to be reused together
@@ -111,9 +109,8 @@ class Implementation:
         """
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         routed = self.cluster_and_route(
-            q, k, v, plan,
-            attn_mask=attn_mask, scale=scale, text=text, centroids=centroids, blocks=blocks,
-        )  # fmt: skip
+            q, k, v, plan, kinds=kinds, scale=scale, centroids=centroids, blocks=blocks
+        )
         out, lse = self.attend(
             q, k, v, routed, plan.compensation, scale=scale, return_lse=return_lse
         )

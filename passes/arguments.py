@@ -75,9 +75,11 @@ def arguments(node: Node) -> Arguments | None:
         return Arguments({**_numbered(node.args), **node.kwargs}, {})
     kwargs = dict(node.kwargs)
     out = {"out": kwargs.pop("out")} if "out" in kwargs else {}
+    certain = isinstance(node.target, torch._ops.OpOverload)
     for parameters in _signatures(node):
         bound = _bind(parameters, node.args, kwargs, method=node.op == "call_method")
-        if bound is not None:
+        kinds = {p.name: p.kind for p in parameters}
+        if bound is not None and (certain or all(_fits(kinds[n], v) for n, v in bound.items())):
             defaults = {p.name: p.default for p in parameters if p.default is not _MISSING}
             return Arguments({**bound, **out}, {"out": None, **defaults})
     return None
@@ -102,6 +104,8 @@ def _signatures(node: Node) -> Sequence[Sequence[_Parameter]]:
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         return [_of_schema(target)]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [_of_schema(getattr(target, name)) for name in target.overloads()]
     if node.op == "call_function":
         if target is torch.einsum:
             return [[_Parameter("equation"), _Parameter("tensors", "List")]]
@@ -136,11 +140,12 @@ def _of_python(target: Callable[..., Any]) -> tuple[_Parameter, ...] | None:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):  # has none that Python knows
         return None
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
     return tuple(
         _Parameter(p.name, "", _MISSING if p.default is p.empty else p.default)
         for p in parameters
+        if p.kind is not p.VAR_KEYWORD  # a call that gives more than the others is not bound
     )  # fmt: skip
 
 
@@ -178,8 +183,7 @@ def _bind(
         bound[parameter_name] = value
     if any(p.default is _MISSING and p.name not in bound for p in parameters):
         return None
-    fits = all(_fits(known[name].kind, value) for name, value in bound.items())
-    return bound if fits else None
+    return bound
 
 
 def _fits(kind: str, value: object) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.effects import Effects
 from svg_ear_compile.passes.find import owner_path
 from svg_ear_compile.passes.memory import fake_mode_of
-from svg_ear_compile.passes.site import AttentionSite, EmptyRow, Mask, Operand, TokenCount
+from svg_ear_compile.passes.site import AttentionSite, EmptyRow, Mask, Operand, TextSpan, TokenCount
 from svg_ear_compile.passes.symbolic import hint, is_same
 
 _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
@@ -52,6 +53,21 @@ def rewrite(gm: GraphModule, planned: Sequence[tuple[AttentionSite, AttentionPla
     return made
 
 
+@dataclass(frozen=True)
+class _Proof:
+    """What the values of a mask prove.
+
+    Attributes:
+        at: the call for which it was made.
+        arguments: the mask (B|1, H|1, N_q|1, N_k), then the results of `key_padding`.
+        heard: rows (B|1, H|1, N_q|1, 1) whose logits count beside the mask; None for all.
+    """
+
+    at: Node
+    arguments: tuple[Node, ...]
+    heard: Node | None
+
+
 class _Rewriter:
     """Rewrites the sites of one graph module; layers that share a mask share its proof.
 
@@ -63,85 +79,104 @@ class _Rewriter:
         self.flow = flow
         self.effects = Effects()
         self.replaced: dict[Node, Node] = {}
-        self.proofs: dict[tuple[Mask, Graph], tuple[Node, tuple[Node, ...]]] = {}
+        self.proofs: dict[tuple[Mask, Graph], _Proof] = {}
 
     def rewrite(self, site: AttentionSite, plan: AttentionPlan) -> Node:
         call, old = site.call, site.call.node
         graph, last = old.graph, old.prev
         with graph.inserting_before(old):
-            prefix, suffix = (
-                self._count(graph, parts) for parts in (site.text.prefix, site.text.suffix)
-            )
             # Autocast knows PyTorch's attention, not ours: the casts it would make are made here.
             q, k, v = (
                 self._tensor(graph, operand, site.dtype) for operand in (call.q, call.k, call.v)
             )
             mask: tuple[Node | None, ...] = (None,)
-            if call.mask is not None:
-                padding = site.padding
-                mask = self._proven(site, call.mask) if padding is None else (
-                    self._conjunction(graph, padding.keys, call.mask.inverted), None,
-                    self._conjunction(graph, padding.rows, False),
+            if call.mask is not None and site.padding is not None:
+                mask = (
+                    self._conjunction(graph, site.padding.keys, call.mask.inverted), None,
+                    self._conjunction(graph, site.padding.rows, False),
                 )  # fmt: skip
-            if call.mask is not None and call.mask.absorbing is not None:
-                assert mask[0] is not None
-                q = _without_lost_logits(graph, q, mask[0], call.mask.absorbing)
+            elif call.mask is not None:
+                proof = self._proven(site, call.mask)
+                mask = proof.arguments
+                if proof.heard is not None:  # a product, since NaN must stay
+                    q = graph.call_function(operator.mul, (q, proof.heard))
+            exact = [self._exact(graph, x, site) for x in (q, k)]
+            padding = (*mask[1:], None, None, None)[:3]
             scale = self._now(call.scale) if isinstance(call.scale, Node) else call.scale
             done = graph.call_function(
                 torch.ops.svg_ear.attention.default,
-                (q, k, v, mask[0], site.layer_parameter, *mask[1:]),
+                (q, k, v, mask[0], site.layer_parameter, *padding, exact[0][0], exact[1][0]),
                 {
                     "plan": plan.encode(),
                     "site": site.name,
                     "layer_owner": owner_path(site.layer_parameter) if site.layer_parameter else "",
                     "scale": scale,
-                    "text_prefix": prefix,
-                    "text_suffix": suffix,
+                    "clustered_queries": exact[0][1],
+                    "clustered_keys": exact[1][1],
                     "averages_empty_rows": (
                         call.mask is not None and call.mask.empty_row is EmptyRow.MEAN
                     ),
+                    "return_lse": call.lse is not None,
                 },
             )
             out = graph.call_function(operator.getitem, (done, 0))
             if call.mask is not None and call.mask.empty_row is EmptyRow.NAN:
                 rows = mask[2] if site.padding else None
                 out = _without_empty_rows(graph, out, mask[0], rows, call.mask.added)
-            out = _in_dims(graph, out, call.out_dims)
-            _run_on_fakes(last, old)
-            last = out
-            out = _in_strides_of(graph, out, old)
-            _run_on_fakes(last, old)
+            out = self._take_place(site, _in_dims(graph, out, "bhnd", call.out_dims), old, last)
+            if call.lse is not None:
+                last = old.prev
+                lse = graph.call_function(operator.getitem, (done, 1))
+                lse = _in_dims(graph, lse, "bhn", call.lse.dims)
+                self._take_place(site, lse, call.lse.node, last)
+        for key in _KEPT_META:
+            if key in old.meta and key != "example_value":
+                done.meta[key] = old.meta[key]
+        self._remove(list(call.steps))
+        return out
+
+    def _take_place(self, site: AttentionSite, made: Node, old: Node, after: Node) -> Node:
+        """Give the users of `old` a new result instead, in memory that looks as the old one did.
+
+        Args:
+            made: the result, the last of the nodes that were inserted behind `after`.
+        """
+        graph, end = old.graph, made.next
+        _run_on_fakes(after, end)
+        with graph.inserting_before(end):
+            out = _in_strides_of(graph, made, old)
+        _run_on_fakes(made, end)
         _check(site, out, old)
         for key in _KEPT_META:
             if key in old.meta:
                 out.meta[key] = old.meta[key]
-                if key != "example_value":
-                    done.meta[key] = old.meta[key]
         old.replace_all_uses_with(out)
         self.replaced[old] = out
-        self._remove(list(call.steps))
         return out
 
     def _now(self, node: Node) -> Node:
         """The node that holds what `node` held when the sites were found."""
         return self.replaced.get(node, node)
 
-    def _proven(self, site: AttentionSite, mask: Mask) -> tuple[Node, ...]:
-        """The mask as (B|1, H|1, N_q|1, N_k) and what its values prove."""
+    def _proven(self, site: AttentionSite, mask: Mask) -> _Proof:
         graph, old = site.call.node.graph, site.call.node
         assert self.flow is not None
         known = self.proofs.get((mask, graph))
-        if known is not None and not self.flow.is_written_between(mask.tensor.node, known[0], old):
-            return known[1]
-        kept = (
-            self._bias(graph, mask, site.dtype) if mask.added
-            else self._conjunction(graph, (mask.tensor,), mask.inverted)
-        )  # fmt: skip
-        assert kept is not None
+        if known is not None and not self.flow.is_written_between(mask.tensor.node, known.at, old):
+            return known
+        heard = None
+        if mask.added:
+            kept = self._bias(graph, mask, site.dtype)
+            if mask.absorbing is not None:
+                kept, heard = _without_offset(graph, kept, mask.absorbing)
+        else:
+            conjunction = self._conjunction(graph, (mask.tensor,), mask.inverted)
+            assert conjunction is not None
+            kept = conjunction
         proof = graph.call_function(torch.ops.svg_ear.key_padding.default, (kept,))
-        found = (kept, *(graph.call_function(operator.getitem, (proof, i)) for i in range(3)))
-        self.proofs[mask, graph] = (old, found)
-        return found
+        parts = (graph.call_function(operator.getitem, (proof, i)) for i in range(3))
+        self.proofs[mask, graph] = _Proof(old, (kept, *parts), heard)
+        return self.proofs[mask, graph]
 
     def _bias(self, graph: Graph, mask: Mask, dtype: torch.dtype | None) -> Node:
         """What a mask adds to the logits, as a float."""
@@ -169,9 +204,15 @@ class _Rewriter:
     def _in_order(self, graph: Graph, operand: Operand, order: str) -> Node:
         """A view of the operand with these dimensions."""
         node, dims = self._now(operand.node), operand.dims
-        if "f" in dims:
-            parts = (node, dims.index("f"), (-1, operand.heads))
-            node, dims = graph.call_method("unflatten", parts), dims.replace("f", "bh")
+        while "1" in dims:
+            node = graph.call_method("squeeze", (node, dims.index("1")))
+            dims = dims.replace("1", "", 1)
+        for letter, apart, extents in (
+            ("f", "bh", (-1, operand.heads)), ("p", "bn", (operand.batch, -1)),
+        ):  # fmt: skip
+            if letter in dims:
+                parts = (node, dims.index(letter), extents)
+                node, dims = graph.call_method("unflatten", parts), dims.replace(letter, apart)
         for letter in order:
             if letter not in dims:
                 node, dims = graph.call_method("unsqueeze", (node, 0)), letter + dims
@@ -183,6 +224,23 @@ class _Rewriter:
         node = self._in_order(graph, operand, "bhnd")
         same = operand.node.meta["example_value"].dtype == dtype
         return node if same else graph.call_method("to", (node, dtype))
+
+    def _exact(
+        self, graph: Graph, x: Node, site: AttentionSite
+    ) -> tuple[Node | None, int | Node | None]:
+        """Which tokens of x (B, H, N, D) are text, (1, N) bool, and how many are not."""
+        text = site.text
+        if text == TextSpan():
+            return None, None
+        prefix, suffix = (self._count(graph, parts) for parts in (text.prefix, text.suffix))
+        tokens = graph.call_method("size", (x, 2))
+        place = graph.call_function(torch.arange, (tokens,), {"device": site.device})
+        last = graph.call_function(operator.sub, (tokens, suffix))
+        before = graph.call_function(operator.lt, (place, prefix))
+        after = graph.call_function(operator.ge, (place, last))
+        exact = graph.call_function(operator.or_, (before, after))
+        clustered = graph.call_function(operator.sub, (last, prefix))
+        return graph.call_method("unsqueeze", (exact, 0)), clustered
 
     def _count(self, graph: Graph, parts: tuple[int | TokenCount, ...]) -> int | Node:
         total: int | Node = sum(part for part in parts if isinstance(part, int))
@@ -212,40 +270,39 @@ class _Rewriter:
         return not self.effects.written(node) and not node.is_impure()
 
 
-def _in_dims(graph: Graph, out: Node, dims: str) -> Node:
-    """A view of the operator's output (B, H, N, D) with the dimensions that the call had."""
-    apart = dims.replace("f", "bh")
-    order = "".join(letter for letter in "bhnd" if letter not in apart) + apart
-    if order != "bhnd":
-        out = graph.call_method("permute", (out, ["bhnd".index(letter) for letter in order]))
-    for _ in range(4 - len(apart)):
+def _in_dims(graph: Graph, out: Node, held: str, dims: str) -> Node:
+    """A view of a result, of dimensions `held` (B, H, N, D), with those that the call had."""
+    apart = dims.replace("f", "bh").replace("p", "bn").replace("1", "")
+    order = "".join(letter for letter in held if letter not in apart) + apart
+    if order != held:
+        out = graph.call_method("permute", (out, [held.index(letter) for letter in order]))
+    for _ in range(len(held) - len(apart)):
         out = graph.call_method("squeeze", (out, 0))
-    if "f" in dims:
-        out = graph.call_method("flatten", (out, dims.index("f"), dims.index("f") + 1))
+    for letter in "fp":
+        if letter in dims:
+            place = dims.replace("1", "").index(letter)
+            out = graph.call_method("flatten", (out, place, place + 1))
+    for place in (place for place, letter in enumerate(dims) if letter == "1"):
+        out = graph.call_method("unsqueeze", (out, place))
     return out
 
 
-def _largest(graph: Graph, bias: Node) -> Node:
-    """The largest bias (B|1, H|1, N_q|1, 1) of every row."""
-    return graph.call_function(torch.amax, (bias, -1), {"keepdim": True})
+def _without_offset(graph: Graph, bias: Node, absorbing: float) -> tuple[Node, Node]:
+    """A bias less the largest of its row, and the rows of which a sum keeps more than the bias.
 
+    A softmax does not see what a whole row has in common, but a sum rounds by it, and a narrower
+    dtype may not hold it. Rows whose largest bias reaches `absorbing` are queries of padding: their
+    softmax sees the bias alone.
 
-def _without_offset(graph: Graph, bias: Node) -> Node:
-    """The bias less the largest of its row, which a softmax does not see but a sum rounds by."""
-    largest = _largest(graph, bias)
+    Returns:
+        Two nodes: bias (B|1, H|1, N_q|1, N_k), and bool (B|1, H|1, N_q|1, 1).
+    """
+    largest = graph.call_function(torch.amax, (bias, -1), {"keepdim": True})
     infinite = graph.call_function(torch.isinf, (largest,))
     offset = graph.call_method("masked_fill", (largest, infinite, 0.0))
-    return graph.call_function(operator.sub, (bias, offset))
-
-
-def _without_lost_logits(graph: Graph, q: Node, bias: Node, absorbing: float) -> Node:
-    """q (B, H, N_q, D) with 0 in rows whose bias is so large that a sum keeps nothing else.
-
-    Such rows are queries of padding: the softmax sees the bias alone, and so it does after this.
-    """
-    size = graph.call_function(torch.abs, (_largest(graph, bias),))
-    lost = graph.call_function(operator.ge, (size, absorbing))
-    return graph.call_method("masked_fill", (q, lost, 0.0))
+    size = graph.call_function(torch.abs, (largest,))
+    heard = graph.call_function(operator.lt, (size, absorbing))
+    return graph.call_function(operator.sub, (bias, offset)), heard
 
 
 def _without_empty_rows(
@@ -268,7 +325,7 @@ def _run_on_fakes(after: Node, end: Node) -> None:
         values = {n: n.meta.get("example_value") for n in node.all_input_nodes}
         args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
         target: Any = node.target
-        mode = fake_mode_of(*values.values())
+        mode = fake_mode_of(*values.values(), end.meta.get("example_value"))
         with mode or contextlib.nullcontext(), torch.no_grad():
             if node.op == "call_method":
                 node.meta["example_value"] = getattr(args[0], target)(*args[1:], **kwargs)

@@ -38,6 +38,7 @@ class Reason(str, Enum):
     MASK = "mask"
     FLEX = "flex"
     LEAF = "leaf"
+    KERNEL = "kernel"
     PATTERN = "pattern"
     WEIGHTS = "weights"
     WRITTEN = "written"
@@ -48,6 +49,8 @@ class Reason(str, Enum):
     LAYOUT = "layout"
     SHORT = "short"
     BUDGET = "budget"
+    UNLISTED = "unlisted"
+    DEVICE = "device"
     FAULT = "fault"
 
     @property
@@ -68,6 +71,8 @@ _SENTENCES = {
     Reason.MASK: "The mask is a learned bias, one of several, or of no shape that padding has.",
     Reason.FLEX: "flex_attention with a mask or score function of its own is sparse already.",
     Reason.LEAF: "Attention inside one PyTorch call, with its projections: it cannot be opened.",
+    Reason.KERNEL: "Another library's kernel: use PyTorch's, in diffusers by "
+    'set_attention_backend("native").',
     Reason.PATTERN: "Attention written by hand with a step that the pass does not know.",
     Reason.WEIGHTS: "The attention weights are used elsewhere, so they have to be computed.",
     Reason.WRITTEN: "q, k, v or the mask is overwritten before the attention is complete.",
@@ -78,6 +83,8 @@ _SENTENCES = {
     Reason.LAYOUT: "q, k, v are not (batch, heads, tokens, head dim) with matching heads.",
     Reason.SHORT: "Too few tokens: clustering would cost more than it saves.",
     Reason.BUDGET: "The objective or the budget is served best with this call dense.",
+    Reason.UNLISTED: "The budget has no entry for this layer.",
+    Reason.DEVICE: "There are no kernels for this kind of device.",
     Reason.FAULT: "The pass failed on this graph, which is a fault of ours; the log names it.",
 }
 
@@ -101,14 +108,17 @@ class Operand:
     Attributes:
         node: the tensor.
         dims: one letter for each dimension: batch, heads, n tokens, d channels ("bhnd"); in a mask
-            q queries and k keys ("bhqk"). A letter that is missing has extent 1. "f" is batch and
-            heads folded into one dimension, the heads of one sample side by side.
+            q queries and k keys ("bhqk"). A letter that is missing has extent 1, and so has "1".
+            "f" is batch and heads folded into one dimension, the heads of one sample side by side;
+            "p" is batch and tokens, the tokens of one sample side by side.
         heads: how many heads there are in "f".
+        batch: how many samples there are in "p".
     """
 
     node: Node
     dims: str = "bhnd"
     heads: int = 1
+    batch: int = 1
 
     def sizes(self, order: str = "bhnd") -> tuple[Size, ...] | None:
         """Extents in that order of letters, as traced; None if the node is no such tensor."""
@@ -118,6 +128,8 @@ class Operand:
         extents: dict[str, Size] = dict(zip(self.dims, value.shape, strict=True))
         if "f" in extents:
             extents.update(b=extents["f"] // self.heads, h=self.heads)
+        if "p" in extents:
+            extents.update(b=self.batch, n=extents["p"] // self.batch)
         return tuple(extents.get(letter, 1) for letter in order)
 
 
@@ -181,6 +193,8 @@ class Call:
         mask: None where there is none.
         scale: of the logits; None is 1/sqrt(D).
         dropout_p, is_causal: as given to the call; hand-written attention has neither.
+        lse: the node that holds the log-sum-exp of the logits, letters among "bhn"; None where
+            nobody asks for it.
         reason: why the call cannot be read any further, or None.
     """
 
@@ -194,6 +208,7 @@ class Call:
     scale: float | Node | None = None
     dropout_p: object = 0.0
     is_causal: object = False
+    lse: Operand | None = None
     reason: Reason | None = None
 
 

@@ -2,10 +2,11 @@
 
     model = torch.compile(model, backend="svg_ear", options={"density": 0.15})
 
-That line needs no import. `bind` gives a compiled model a session, which knows its layers and
-denoising steps. `explain` lists every attention call of a model with its plan and the reason for
-it. `calibrate` measures a device, `tune` measures a model and makes a budget for it, `compare`
-shows the effect of a setting on the clips of a pipeline.
+That line needs no import. `accelerate` compiles and binds all models of a pipeline in one call.
+Underneath, `bind` gives a compiled model a session, which knows its layers and denoising steps.
+`explain` lists every attention call of a model with its plan and the reason for it. `calibrate`
+measures a device, `tune` measures a model and makes a budget for it, `compare` shows the effect of
+a setting on the clips of a pipeline.
 """
 
 import warnings
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 
+from svg_ear_compile.accelerate import Accelerated, accelerate
+from svg_ear_compile.accelerated_report import AccelerationReport
 from svg_ear_compile.backend import svg_ear
 from svg_ear_compile.calibrating import calibrate
 from svg_ear_compile.capture import ModelCall, capture_calls
@@ -22,18 +25,23 @@ from svg_ear_compile.explain import Explanation, explain
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.session import Session, bind
 from svg_ear_compile.settings import Settings
+from svg_ear_compile.summary import NotSparseError
 from svg_ear_compile.torch_version import warn_if_untried
 from svg_ear_compile.tuning import TuningSettings, tune
 
 __all__ = [
+    "Accelerated",
+    "AccelerationReport",
     "AttentionPlan",
     "Budget",
     "Explanation",
     "ModelCall",
+    "NotSparseError",
     "Session",
     "Settings",
     "TuningSettings",
     "__version__",
+    "accelerate",
     "bind",
     "calibrate",
     "capture_calls",

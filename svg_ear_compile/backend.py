@@ -16,10 +16,18 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
-from svg_ear_compile.planning import rewrite_graph
+from svg_ear_compile.passes.find import find_sites
+from svg_ear_compile.planning import GraphReport, rewrite_graph
+from svg_ear_compile.session import warn_of_bypassed
 from svg_ear_compile.settings import Settings
+from svg_ear_compile.summary import NotSparseError, announce
 
 log = logging.getLogger(__name__)
+
+_FOR_INFERENCE = (
+    "svg_ear is for inference: a graph that needs gradients is compiled by Inductor alone. "
+    "Call the model under torch.no_grad() or torch.inference_mode()."
+)
 
 
 def svg_ear(
@@ -42,15 +50,34 @@ def svg_ear(
 
     Raises:
         ValueError, TypeError: see `Settings.parse`.
+        NotSparseError: see `summary.announce`.
     """
-    settings = Settings.parse(options, mode)
+    warn_of_bypassed()
+    return compile_graph(gm, example_inputs, Settings.parse(options, mode), announce)
+
+
+def compile_graph(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    settings: Settings,
+    on_report: Callable[[GraphReport, Settings], None] | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph, see `svg_ear`; `on_report` gets the report of a graph for inference.
+
+    Raises:
+        ValueError: the settings have the budget of another model.
+    """
     if needs_gradients(gm):
+        if settings.strict and find_sites(gm):
+            raise NotSparseError(_FOR_INFERENCE)
         _warn_of_gradients()
         return _inductor(gm, example_inputs, settings)
     report = rewrite_graph(gm, settings)
     for site in report.sites:
         log.info("%s (%s, %s): %s", site.site, site.role, site.shape, site.sentence)
-    if not report.sparse:
+    if on_report is not None:
+        on_report(report, settings)
+    if not report.rewritten:
         return _inductor(gm, example_inputs, settings)
     # The keys of the compile caches hold no schemas and fake implementations of operators. Without
     # the tag, a cache could serve an artefact that another version of this package made. (mypy:
@@ -81,11 +108,7 @@ def needs_gradients(gm: GraphModule) -> bool:
 
 @functools.cache
 def _warn_of_gradients() -> None:
-    warnings.warn(
-        "svg_ear is for inference: a graph that needs gradients is compiled by Inductor alone. "
-        "Call the model under torch.no_grad() or torch.inference_mode().",
-        stacklevel=2,
-    )
+    warnings.warn(_FOR_INFERENCE, stacklevel=2)
 
 
 @functools.cache

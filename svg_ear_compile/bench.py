@@ -24,6 +24,7 @@ from torch import Tensor
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.cost_model.synthetic import video_like
 from svg_ear_compile.cost_model.timing import busy_ms, fastest_dense_ms
+from svg_ear_compile.kernels.kinds import exact_at_ends
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.registry import captured_attention
 
@@ -125,9 +126,10 @@ def _timings(shape: Shape, densities: Sequence[float], device: torch.device) -> 
     run = captured_attention(device)
     for density in densities:
         plan = AttentionPlan(density=density)
-        cold = run(q, k, v, plan, text=(0, shape.text))
+        kinds = exact_at_ends(q, k, 0, shape.text)
+        cold = run(q, k, v, plan, kinds=kinds)
         centroids = (cold.queries.centroids, cold.keys.centroids)
-        call = functools.partial(run, q, k, v, plan, text=(0, shape.text), centroids=centroids)
+        call = functools.partial(run, q, k, v, plan, kinds=kinds, centroids=centroids)
         found = call()
         if not found.out.isfinite().all():
             raise RuntimeError(f"the sparse output at density {density:g} is not finite")

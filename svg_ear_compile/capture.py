@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
 from torch.utils._pytree import tree_map
 
+from svg_ear_compile.given_models import check_module
+from svg_ear_compile.kernels.checked import InvalidTypeError, InvalidValueError, shown
 from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.device_guard import on_device
+from svg_ear_compile.kernels.kinds import TokenKinds, token_kinds
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.registry import sparse_attention
 from svg_ear_compile.planning import rewrite_graph
@@ -28,6 +31,24 @@ class ModelCall:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
+def check_calls(calls: object) -> None:
+    """Raise unless the argument is a sequence of at least one `ModelCall`.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: it is empty.
+    """
+    if not isinstance(calls, Sequence):
+        raise InvalidTypeError(f"calls must be a list of ModelCall, got {shown(calls)}")
+    for call in calls:
+        if not isinstance(call, ModelCall):
+            raise InvalidTypeError(
+                f"calls must be a list of ModelCall(args, kwargs), got {shown(call)} in it"
+            )
+    if not calls:
+        raise InvalidValueError("tune needs at least one call of the model")
+
+
 def capture_calls(
     model: nn.Module, run: Callable[[], object], *, keep: Callable[[int], bool] = lambda index: True
 ) -> list[ModelCall]:
@@ -40,7 +61,11 @@ def capture_calls(
         run: runs the model.
         keep: says by the number of a forward, from 0, whether its inputs are kept. Tensors of kept
             inputs are copied.
+
+    Raises:
+        TypeError: the model is no module.
     """
+    check_module("capture_calls", model)
     calls: list[ModelCall] = []
     count = 0
 
@@ -68,8 +93,7 @@ class CapturedCall:
         q: (B, H, N_q, D). k, v: (B, H_kv, N_k, D). Tensors of the model, not copied.
         out: (B, H, N_q, D), the output of dense attention.
         scale: logit scale.
-        text: text tokens before and after the video tokens.
-        attn_mask: key-padding mask or None.
+        kinds: which tokens are clustered, always exact or padding.
     """
 
     layer: str
@@ -78,20 +102,13 @@ class CapturedCall:
     v: Tensor
     out: Tensor
     scale: float
-    text: tuple[int, int]
-    attn_mask: Tensor | None
+    kinds: TokenKinds
 
     def sparse(self, plan: AttentionPlan) -> Result:
         """Sparse attention of the same tensors under a plan, with cold clusters."""
         with on_device(self.q.device):
             return sparse_attention(
-                self.q,
-                self.k,
-                self.v,
-                plan,
-                attn_mask=self.attn_mask,
-                scale=self.scale,
-                text=self.text,
+                self.q, self.k, self.v, plan, kinds=self.kinds, scale=self.scale
             )
 
     def error(self, result: Result) -> float:
@@ -109,14 +126,16 @@ class _CapturingInterpreter(Interpreter):
         result = super().call_function(target, args, kwargs)
         if target is torch.ops.svg_ear.attention.default:
             q, k, v, mask = args[:4]
-            keys, _rows, proven = (*args[5:], None, None, None)[:3]
+            keys, _rows, proven, queries_exact, keys_exact = (*args[5:], *(None,) * 5)[:5]
             if proven is not None:
                 mask = keys
             if proven is None or bool(proven):
                 layer, scale = kwargs["site"].partition("#")[0], kwargs["scale"]
                 scale = q.shape[3] ** -0.5 if scale is None else scale
-                text = (kwargs["text_prefix"], kwargs["text_suffix"])
-                self.on_call(CapturedCall(layer, q, k, v, result[0], scale, text, mask))
+                counts = kwargs["clustered_queries"], kwargs["clustered_keys"]
+                clustered = None if None in counts else counts
+                kinds = token_kinds(mask, queries_exact, keys_exact, clustered)
+                self.on_call(CapturedCall(layer, q, k, v, result[0], scale, kinds))
         return result
 
 

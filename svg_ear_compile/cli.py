@@ -19,6 +19,13 @@ from svg_ear_compile.explain import explain
 from svg_ear_compile.kernels.checked import InvalidValueError, printable, shown
 from svg_ear_compile.made_models import model_and_inputs
 
+# What an interrupted command has kept.
+_AGAIN = {
+    "tune": "; run the same command again to continue",
+    "compare": "; run the same command again to continue",
+    "calibrate": "; nothing was saved: run it again",
+}
+
 
 class _Parser(argparse.ArgumentParser):
     """Answers a mistake by one sentence, without the usage text."""
@@ -37,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed.run(parsed)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        again = "; the same command resumes it" if "tune" in given[:2] else ""
+        again = next((_AGAIN[word] for word in given[:2] if word in _AGAIN), "")
         print(f"svg-ear: interrupted{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of the output has ended, e.g. `head`

@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
+from svg_ear_compile.given_models import check_callable
 from svg_ear_compile.kernels.checked import printable
 from svg_ear_compile.passes.drawing import (
     Surroundings,
@@ -169,9 +170,10 @@ def explain(
 
     Raises:
         ValueError: see `Settings.parse`; or the budget is for another model.
-        TypeError: see `Settings.parse`.
+        TypeError: see `Settings.parse`; or the model is a pipeline, or cannot be called.
         OSError: the folder cannot be written.
     """
+    check_callable("explain", model)
     settings = Settings.parse(options)
     graphs: list[GraphReport] = []
     drawn: set[object] = set()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -62,6 +62,7 @@ class _State:
     branches: Branches
     latents: dict[int, tuple[object, ...]] = field(default_factory=dict)  # kind, by model
     layers: dict[tuple[int, str], _Layer] = field(default_factory=dict)  # by model and path
+    dense_steps: set[int] = field(default_factory=set)
     thread: int | None = None  # identifier of the thread that started the generation
 
 
@@ -113,10 +114,12 @@ class Generation:
         self._captured: CapturedGraphs | None = None
         self._running = threading.RLock()
         self._forward: _Forward | None = None
+        self._dense_steps: int | None = None  # of a call that has said its number of steps
+        self._videos = 1
         self._state = self._fresh()
 
     def _fresh(self) -> _State:
-        return _State(Clock(), Branches(self._guidance))
+        return _State(Clock(), Branches(self._guidance, self._videos))
 
     def __enter__(self) -> Generation:
         entered = _ENTERED.get()
@@ -140,8 +143,34 @@ class Generation:
         clock = self._state.clock
         return None if clock.timestep is None else clock.step
 
+    @property
+    def dense_steps(self) -> int:
+        """Number of denoising steps so far with dense attention, as the schedule asks."""
+        return len(self._state.dense_steps)
+
+    def start(self, *, dense_steps: int, videos: int) -> None:
+        """Start anew for a call of a pipeline that says what it will do.
+
+        The layers are read again: adapters may have been added since the last call.
+
+        Args:
+            dense_steps: leading dense steps, if more than the session has.
+            videos: least number of different videos in a batch. They may start from equal latents,
+                and are no guidance branches of each other.
+        """
+        self._dense_steps = dense_steps
+        self._videos = videos
+        for model in self._models:
+            model.read_layers()
+        self.reset()
+
     def reset(self) -> None:
         """Drop all clusters and the clock: the next forward starts a new generation."""
+        self._plans.ended(self._state.clock.step + 1, self.dense_steps, self._dense_steps)
+        self.drop()
+
+    def drop(self) -> None:
+        """`reset` of a generation that was interrupted, which says nothing about its schedule."""
         self._state = self._fresh()
 
     def clear_cache(self) -> None:
@@ -188,8 +217,11 @@ class Generation:
     @contextmanager
     def running(
         self, model: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Iterator[None]:
+    ) -> Iterator[Collection[str]]:
         """Act as the source of attention calls while one forward of a model runs.
+
+        Returns:
+            In the with statement, the layers that have made calls so far.
 
         Raises:
             RuntimeError: another thread runs a forward, or another thread started the generation.
@@ -206,10 +238,10 @@ class Generation:
             self._forward = self._begin(model, timestep, latents)
             try:
                 with calls_from(self):
-                    yield
+                    yield self._forward.order.keys()
             except BaseException:
                 # An interrupted forward has recomputed the clusters of some layers only.
-                self.reset()
+                self.drop()
                 raise
         finally:
             self._forward = outer
@@ -236,7 +268,11 @@ class Generation:
         if timestep != state.clock.timestep:
             state.branches.next_step()
         index = state.clock.tick(model, timestep)
-        dense = self._plans.is_dense_step(model, state.clock.step, timestep)
+        dense = state.clock.step < (self._dense_steps or 0) or self._plans.is_dense_step(
+            model, state.clock.step, timestep
+        )
+        if dense:
+            state.dense_steps.add(state.clock.step)
         in_batch, reference = 1, None
         if not dense:  # dense forwards reuse nothing: latents need no comparison
             in_batch = state.branches.in_batch(model, latents)

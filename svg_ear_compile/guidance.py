@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from svg_ear_compile.kernels.checked import checked
 
 Layout = Literal["batched", "sequential"]
 
@@ -118,15 +120,12 @@ class Guidance:
     branches: int | None = None
 
     def __post_init__(self) -> None:
-        if self.layout is not None and self.layout not in get_args(Layout):
-            raise ValueError(
-                f"guidance must be one of {get_args(Layout)} or None, got {self.layout!r}"
-            )
-        if self.branches is None:
+        checked("guidance", self.layout, Layout | None)
+        if checked("branches", self.branches, int | None) is None:
             return
         if self.layout is None:
             raise ValueError("branches belongs to a declared guidance layout: give guidance=, too")
-        if not 2 <= self.branches <= MAX_BRANCHES:
+        if not 2 <= self.branches <= MAX_BRANCHES:  # type: ignore[operator]
             raise ValueError(f"branches must be in [2, {MAX_BRANCHES}], got {self.branches!r}")
 
     @property
@@ -141,12 +140,14 @@ class Branches:
 
     Attributes:
         guidance: the declared layout.
+        videos: least number of different videos in a batch.
         largest: largest batch of each model; a smaller batch has one branch of each video.
         references: copied latents of reference branches at this timestep, by model and forward.
         stream: CUDA stream that copied the latents.
     """
 
     guidance: Guidance
+    videos: int = 1
     largest: dict[int, int] = field(default_factory=dict)
     references: dict[tuple[int, int], Latents] = field(default_factory=dict)
     stream: torch.cuda.Stream | None = None
@@ -161,7 +162,7 @@ class Branches:
             count = self.guidance.count
             return count if batch == self.largest[model] and batch % count == 0 else 1
         for count in _DETECTED_COUNTS:
-            if batch % count == 0:
+            if batch % (count * self.videos) == 0:
                 first, *others = latents.parts(count)
                 if all(first.equal(other) for other in others):
                     return count

@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from pathlib import Path
 
 from svg_ear_compile.clock import is_noisier
 from svg_ear_compile.cost_model.budget import Budget, Choice
 from svg_ear_compile.fingerprint import fingerprint_of
+from svg_ear_compile.kernels.checked import Count, Fraction, InvalidTypeError, checked, shown
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.layers import BoundModel, Identity
+from svg_ear_compile.settings import usable_budget
 
 log = logging.getLogger(__name__)
+
+GivenBudget = Mapping[str, float] | str | Path | Budget | Sequence[str | Path | Budget]
+"""What `bind` takes as a budget."""
 
 
 class LayerPlans:
@@ -33,31 +39,36 @@ class LayerPlans:
         dense_steps: int,
         dense_above_timestep: float | None,
         dense_layers: int,
-        budget: Mapping[str, float] | Budget | Sequence[Budget] | None,
+        budget: GivenBudget | None,
         ascending: bool,
     ) -> None:
-        for name, count in (("dense_steps", dense_steps), ("dense_layers", dense_layers)):
-            if not isinstance(count, int) or isinstance(count, bool):
-                raise TypeError(f"{name} must be an integer, got {count!r}")
-            if count < 0:
-                raise ValueError(f"{name} must not be negative, got {count!r}")
         self._models = models
-        self._dense_steps = dense_steps
-        self._dense_above_timestep = dense_above_timestep
-        self._dense_layers = dense_layers
-        self._declared_ascending = ascending
+        self._dense_steps = checked("dense_steps", dense_steps, Count)
+        self._dense_above_timestep = checked(
+            "dense_above_timestep", dense_above_timestep, float | None
+        )
+        self._dense_layers = checked("dense_layers", dense_layers, Count)
+        self._declared_ascending = checked("ascending", ascending, bool)
         self._tuned: list[Budget] = []
         self._budget: dict[str, float] = {}
         self._densities: dict[str, float | None] = {}
         self._warned: set[str] = set()
-        if isinstance(budget, Mapping) or budget is None:
-            self._budget = _checked_budget(budget or {}, models)
-        else:
+        self._heard: dict[int, set[str]] = {}
+        if isinstance(budget, Mapping):
+            self._budget = _checked_budget(budget, models)
+        elif budget is not None:
             self.use(budget)
 
-    def use(self, budget: Budget | Sequence[Budget]) -> None:
+    def use(self, budget: str | Path | Budget | Sequence[str | Path | Budget]) -> None:
         """Follow tuned budgets, one for each bound model; see `Session.use`."""
-        budgets = [budget] if isinstance(budget, Budget) else list(budget)
+        if not isinstance(budget, (str, Path, Budget, Sequence)):
+            raise InvalidTypeError(
+                "budget must be a Budget, its file, a list of them or a dict from layer to "
+                f"density, got {shown(budget)}; one density for all layers is an option of "
+                "torch.compile"
+            )
+        given = [budget] if isinstance(budget, (str, Path, Budget)) else budget
+        budgets = [usable_budget(each) for each in given]
         if len(budgets) != len(self._models):
             raise ValueError(
                 f"{len(self._models)} models are bound, but {len(budgets)} budgets given"
@@ -114,10 +125,59 @@ class LayerPlans:
             return compiled
         return at_density(compiled, density)
 
+    def heard(self, model: int, paths: Collection[str]) -> None:
+        """Warn, after the first forward of a model, of patterns that match no sparse attention.
+
+        Args:
+            model: see `LayerReport`.
+            paths: layers of the model whose calls reach the session.
+        """
+        self._heard[model] = set(paths)
+        if not all(path in self._models[model].paths for path in paths):
+            return  # layers without a path of their own: `plan` warns of them
+        for pattern in self._budget:
+            owners = {
+                at
+                for at, owner in enumerate(self._models)
+                if any(fnmatchcase(path, pattern) for path in owner.paths)
+            }
+            reached = [path for at in owners for path in self._heard.get(at, ())]
+            if owners <= self._heard.keys() and not any(
+                fnmatchcase(path, pattern) for path in reached
+            ):
+                near = difflib.get_close_matches(pattern, sorted(paths), n=1, cutoff=0.0)
+                self._warn_once(
+                    f"the budget's {pattern!r} matches no attention that can be sparse"
+                    + (f"; nearest: {near[0]!r}" if near else "")
+                )
+
+    def ended(self, steps: int, dense_steps: int, announced: int | None) -> None:
+        """Warn, at the end of a generation, if the schedule has left it no sparse step.
+
+        Args:
+            steps: number of its denoising steps.
+            dense_steps: number of those that were dense by the schedule.
+            announced: leading dense steps that were checked against the number of steps before the
+                generation began; None if that number was not known.
+        """
+        if steps == 0 or dense_steps < steps:
+            return
+        leading = max([self._dense_steps, *(b.schedule.dense_steps for b in self._tuned)])
+        if leading >= steps and announced is None:
+            why = f"dense_steps is {leading}"
+        elif self._dense_above_timestep is not None and max(leading, announced or 0) < steps:
+            why = f"dense_above_timestep is {self._dense_above_timestep:g}"
+        else:
+            return
+        self._warn_once(f"no step of a generation of {steps} steps was sparse: {why}")
+
     def _warn(self, path: str, reason: str) -> None:
-        if path not in self._warned:
-            self._warned.add(path)
-            log.warning("the budget has no entry for %s: %s", path, reason)
+        self._warn_once(f"the budget has no entry for {path}: {reason}")
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            log.warning("%s", text)
 
 
 @lru_cache(maxsize=1024)
@@ -133,14 +193,14 @@ def at_density(plan: AttentionPlan, density: float) -> AttentionPlan:
 
 def _checked_budget(budget: Mapping[str, float], models: Sequence[BoundModel]) -> dict[str, float]:
     paths = sorted({path for model in models for path in model.paths})
+    densities = {}
     for pattern, density in budget.items():
-        if not isinstance(density, (int, float)):
-            raise TypeError(f"the budget of {pattern!r} must be a number, got {density!r}")
-        if not 0.0 <= density <= 1.0:
-            raise ValueError(f"the budget of {pattern!r} must be in [0, 1], got {density!r}")
+        if not isinstance(pattern, str):
+            raise InvalidTypeError(f"the budget names layers by strings, got {shown(pattern)}")
+        densities[pattern] = checked(f"the budget of {shown(pattern)}", density, Fraction)
         if pattern not in paths and not any(fnmatchcase(path, pattern) for path in paths):
             (nearest,) = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.0)
             raise ValueError(
                 f"the budget names {pattern!r}, which matches no module; nearest: {nearest!r}"
             )
-    return dict(budget)
+    return densities

@@ -16,6 +16,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from svg_ear_compile.guidance import Latents, find_latents
+from svg_ear_compile.kernels.checked import checked
 
 Identity = Literal["parameter", "order"]
 
@@ -70,13 +71,15 @@ class BoundModel:
 
     Raises:
         ValueError: the forward has no such argument.
+        TypeError: a name is no string.
     """
 
     def __init__(self, module: nn.Module, timestep: str | None, latents: str | None) -> None:
+        checked("timestep", timestep, str | None)
+        checked("latents", latents, str | None)
         inner = inner_of(module)
         self.module = module
-        self.paths = {_clean(path) for path, _ in inner.named_modules()}
-        self.owners = _owners(inner)
+        self.read_layers()
         self.ordered: dict[tuple[str, int], str] = {}
         self.signature = inspect.signature(inner.forward)
         self.latents = latents
@@ -101,6 +104,12 @@ class BoundModel:
                 f"the forward of {type(inner).__name__} has no {latents!r} among its arguments "
                 f"{tuple(parameters)}: latents names the one that holds the noisy video"
             )
+
+    def read_layers(self) -> None:
+        """Read module paths and parameters, which adapters and quantisation change."""
+        inner = inner_of(self.module)
+        self.paths = {_clean(path) for path, _ in inner.named_modules()}
+        self.owners = _owners(inner)
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[float, Latents]:
         """Timestep and latents of a forward; waits for the device of the timestep.

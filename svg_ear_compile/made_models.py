@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from svg_ear_compile.capture import ModelCall
-from svg_ear_compile.kernels.checked import InvalidValueError, shown
+from svg_ear_compile.given_models import check_callable, check_module
+from svg_ear_compile.kernels.checked import InvalidTypeError, InvalidValueError, shown
 
 _Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -28,8 +31,8 @@ def model_and_inputs(path: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     if not isinstance(found, tuple) or len(found) not in (2, 3):
         raise InvalidValueError(f"{wanted}, not {_described(found)}")
     model, args, *rest = found
-    if not callable(model):
-        raise InvalidValueError(f"{wanted}; the model cannot be called: it is {shown(model)}")
+    with _said_of(wanted):
+        check_callable("the command", model)
     args, kwargs = _inputs(args, rest[0] if rest else {}, wanted)
     return model, args, kwargs
 
@@ -46,8 +49,8 @@ def model_and_calls(path: str) -> tuple[nn.Module, list[ModelCall]]:
     if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], Sequence):
         raise InvalidValueError(f"{wanted}, not {_described(found)}")
     model, calls = found
-    if not isinstance(model, nn.Module):
-        raise InvalidValueError(f"{wanted}; the model must be an nn.Module, not {shown(model)}")
+    with _said_of(wanted):
+        check_module("the command", model)
     return model, [_call(call, wanted) for call in calls]
 
 
@@ -86,7 +89,24 @@ def callable_of(path: str, option: str) -> Callable[[], Any]:
     make = getattr(importlib.import_module(module), name, None)
     if not callable(make):
         raise InvalidValueError(f"the module {module} has no callable {name!r}")
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise InvalidValueError(
+            f"{option} must name a callable without arguments, but {name}: {error}"
+        ) from error
+    except ValueError:  # a builtin does not say
+        pass
     return make
+
+
+@contextmanager
+def _said_of(wanted: str) -> Iterator[None]:
+    """Answer a wrong model by what is wanted."""
+    try:
+        yield
+    except InvalidTypeError as error:
+        raise InvalidValueError(f"{wanted}; {error}") from error
 
 
 def _described(found: object) -> str:

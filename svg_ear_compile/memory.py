@@ -70,9 +70,9 @@ class Memory:
         blocks_plan: the plan of that call.
         age: number of calls that have reused the blocks.
         drift: drift of the clusters when they were last recomputed, or None.
-        exact_pairs: () float64 on the device of the call, query-key pairs of video tokens that the
-            last call computed exactly, or None. It stays a tensor so that the host need not wait.
-        pairs: query-key pairs of video tokens of the last call.
+        exact_pairs: () float64 on the device of the call, query-key pairs of clustered tokens that
+            the last call computed exactly, or None. It stays a tensor: the host need not wait.
+        pairs: query-key pairs of clustered tokens of the last call.
         cold, recomputed, reused: numbers of sparse calls, see `LayerReport`.
         step: denoising step of the last sparse call, None before the first.
         stream: CUDA stream that wrote these tensors last, None on other devices.
@@ -133,7 +133,7 @@ class Memory:
         Args:
             result: result of the call.
             plan: plan of the call.
-            pairs: query-key pairs of its video tokens.
+            pairs: query-key pairs of its clustered tokens.
             warm: the call started from the centroids of this memory.
             reused: the call reused the blocks of this memory.
         """
@@ -204,7 +204,7 @@ class RememberedCall(AttentionCall):
         memory: memory of the guidance branch of the call, or None.
         follows: the call is that of a follower: it reuses the clusters of the reference branch and
             stores none of its own.
-        pairs: query-key pairs of its video tokens.
+        pairs: query-key pairs of its clustered tokens.
     """
 
     memory: Memory | None = None
@@ -257,7 +257,7 @@ def _call(
     reference: Memory | None,
     captured: CapturedGraphs | None,
 ) -> RememberedCall:
-    q_clusters, k_clusters = plan.clusters(*request.video_tokens)
+    q_clusters, k_clusters = plan.clusters(*request.clustered)
     q_heads, q_tokens, dim = request.q_shape[1:]
     k_heads, k_tokens = request.k_shape[1:3]
     shapes = (batch, q_heads, q_clusters, dim), (batch, k_heads, k_clusters, dim)
@@ -271,8 +271,8 @@ def _call(
         memory.hand_over(request.device)
         centroids = memory.warm_start(*shapes, request.device)
         blocks = memory.lasting_blocks(plan, q_tokens, k_tokens) if centroids else None
-    video_q, video_k = request.video_tokens
-    pairs = batch * q_heads * video_q * video_k
+    queries, keys = request.clustered
+    pairs = batch * q_heads * queries * keys
     return RememberedCall(plan, rows, centroids, blocks, captured, memory, follows, pairs)
 
 

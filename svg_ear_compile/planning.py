@@ -17,8 +17,16 @@ from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.site import AttentionSite, Reason, TextSpan
 from svg_ear_compile.passes.symbolic import hint
 from svg_ear_compile.passes.workload import NonAttentionCost, non_attention_cost
-from svg_ear_compile.policy import Decision, Expectation, SiteFacts, decide
+from svg_ear_compile.policy import (
+    Decision,
+    DeviceProfile,
+    Expectation,
+    SiteFacts,
+    decide,
+    profile_of,
+)
 from svg_ear_compile.settings import Settings
+from svg_ear_compile.tracing import traced_module
 
 log = logging.getLogger(__name__)
 
@@ -60,18 +68,47 @@ class SiteReport:
     expected: Expectation | None = None
     kv_heads: int | None = None
 
+    @property
+    def video_tokens(self) -> int | None:
+        """Queries that are no text, None where that is not known."""
+        tokens = self.shape[2] if len(self.shape) == 5 else None
+        if tokens is None or None in self.text:
+            return tokens
+        return tokens - sum(self.text)  # type: ignore[arg-type]
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the call is sparse at the traced length, under a plan that is not dense."""
+        if self.plan is None or self.plan.is_dense:
+            return False
+        return self.video_tokens is None or self.video_tokens >= self.plan.min_tokens
+
 
 @dataclass(frozen=True)
 class GraphReport:
-    """All attention calls of one compiled graph, and its non-attention cost."""
+    """All attention calls of one compiled graph.
+
+    Attributes:
+        sites: a report for each call, in the order of execution.
+        non_attention: cost of the rest of the graph.
+        model: class of the module that was traced, "" where that does not show.
+        profile: profile of the device that attends; None without attention or kernels.
+    """
 
     sites: list[SiteReport] = field(default_factory=list)
     non_attention: NonAttentionCost = field(default_factory=lambda: NonAttentionCost(0, 0))
+    model: str = ""
+    profile: DeviceProfile | None = None
+
+    @property
+    def rewritten(self) -> int:
+        """Number of sites that were rewritten, dense plans among them."""
+        return sum(site.plan is not None for site in self.sites)
 
     @property
     def sparse(self) -> int:
-        """Number of sites that were rewritten."""
-        return sum(site.plan is not None for site in self.sites)
+        """Number of sites that are sparse, see `SiteReport.is_sparse`."""
+        return sum(site.is_sparse for site in self.sites)
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON."""
@@ -147,7 +184,19 @@ def rewrite_graph(gm: GraphModule, settings: Settings) -> GraphReport:
             ]
             plans = [None] * len(sites)
     rows = zip(sites, decided, plans, notes, strict=True)
-    return GraphReport([_report(*row) for row in rows], non_attention)
+    return GraphReport(
+        [_report(*row) for row in rows], non_attention, _model_of(sites), _profile_of(sites)
+    )
+
+
+def _model_of(sites: list[AttentionSite]) -> str:
+    traced = traced_module(sites[0].call.node) if sites else None
+    return "" if traced is None else type(traced).__name__
+
+
+def _profile_of(sites: list[AttentionSite]) -> DeviceProfile | None:
+    devices = (site.device for site in sites if site.device is not None)
+    return next((found for device in devices if (found := profile_of(device))), None)
 
 
 def _graph_modules(gm: GraphModule) -> list[GraphModule]:

@@ -19,7 +19,7 @@ import torch
 from svg_ear_compile.cost_model import calibration as calibrations
 from svg_ear_compile.cost_model import default_error, knapsack
 from svg_ear_compile.cost_model.budget import Budget, Choice
-from svg_ear_compile.cost_model.calibration import Calibration
+from svg_ear_compile.cost_model.calibration import Calibration, Origin
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.cost_model.error import together
 from svg_ear_compile.cost_model.latency import (
@@ -31,6 +31,7 @@ from svg_ear_compile.cost_model.latency import (
 )
 from svg_ear_compile.cost_model.stages import AttentionShape, expected_density
 from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.passes.site import Reason
 from svg_ear_compile.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -74,16 +75,43 @@ class Decision:
         plan: plan of the call, None for dense.
         least_tokens: smallest number of video tokens at which the call is sparse. Where this call
             is too short, it would then have the plan of the settings. None if it is never sparse.
-        reason: reason for a dense call: ``"short"`` or ``"budget"``; None for a sparse call.
+        reason: code of the reason for a dense call; None for a sparse call, and for a call that is
+            dense because the options ask for density 1.
         sentence: reason or expectation in words.
         expected: see `Expectation`; None where there are no predictions.
     """
 
     plan: AttentionPlan | None
     least_tokens: int | None
-    reason: Literal["short", "budget"] | None
+    reason: Literal["short", "budget", "unlisted", "device"] | None
     sentence: str
     expected: Expectation | None
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """Where the predicted times of a device come from.
+
+    Attributes:
+        origin: see `Calibration`.
+        basis: origin in words.
+        improved_by: command that gives a better profile; None if there is none.
+    """
+
+    origin: Origin
+    basis: str
+    improved_by: str | None
+
+
+def profile_of(device: torch.device) -> DeviceProfile | None:
+    """The profile from which times on a device are predicted; None where it has no kernels."""
+    calibration = calibration_of(device)
+    if calibration is None:
+        return None
+    command = None
+    if calibration.origin != "calibrated":
+        command = f"svg-ear calibrate --device {device.type}"
+    return DeviceProfile(calibration.origin, calibration.basis, command)
 
 
 @functools.lru_cache(maxsize=16)
@@ -129,7 +157,7 @@ def _by_density(site: SiteFacts, settings: Settings) -> Decision:
     calibration = calibration_of(site.device)
     plan, tokens = settings.plan, site.shape.q_tokens - site.shape.text
     if calibration is None:
-        return _dense("There are no kernels for this kind of device.")
+        return _NO_KERNELS
     if plan.is_dense:
         return Decision(plan, 0, None, "dense, as asked for", None)
     expected = expect(site, plan, calibration)
@@ -148,12 +176,13 @@ def _by_budget(site: SiteFacts, budget: Budget, settings: Settings) -> Decision:
     try:
         choice, how = _choice(site.layer, budget.scaled(site.shape.k_tokens))
     except ValueError as error:
-        log.warning("%s stays dense: %s", site.layer, error)
-        return _dense(f"Dense, because {error}.")
+        return Decision(None, None, "unlisted", f"Dense, because {error}.", None)
     tokens = site.shape.q_tokens - site.shape.text
     calibration = calibration_of(site.device)
     short = settings.min_tokens is not None and tokens < settings.min_tokens
-    if choice.density >= 1.0 or short or calibration is None:
+    if calibration is None:
+        return _NO_KERNELS
+    if choice.density >= 1.0 or short:
         return _dense("The budget leaves it dense." if not short else "Below min_tokens.")
     plan = choice.plan(settings.plan)
     expected = expect(site, plan, calibration)
@@ -186,7 +215,7 @@ def _by_speedup(
     """Decisions for a speed-up of the graph: a knapsack over dense and `DENSITIES` of each call."""
     calibration = calibration_of(sites[0].device) if sites else None
     if calibration is None:
-        return [_dense("There are no kernels for this kind of device.") for _ in sites]
+        return [_NO_KERNELS for _ in sites]
     menus = [_menu(site, calibration, settings) for site in sites]
     dense = [dense_ms(site.shape, calibration) for site in sites]
     other = non_attention_ms(flops, moved, sites[0].shape.dtype, calibration)
@@ -244,6 +273,9 @@ def _decision(
 
 def _dense(sentence: str) -> Decision:
     return Decision(None, None, "budget", sentence, None)
+
+
+_NO_KERNELS = Decision(None, None, "device", Reason.DEVICE.sentence, None)
 
 
 def _times(expected: Expectation) -> str:

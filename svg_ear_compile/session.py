@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,11 +20,11 @@ from weakref import WeakSet, WeakValueDictionary
 import torch
 from torch import nn
 
-from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model.budget import Budget
 from svg_ear_compile.generation import Generation, Held, entered_generation
+from svg_ear_compile.given_models import check_module
 from svg_ear_compile.guidance import Guidance, Layout
-from svg_ear_compile.layer_plans import LayerPlans
+from svg_ear_compile.layer_plans import GivenBudget, LayerPlans
 from svg_ear_compile.layers import BoundModel, LayerReport, inner_of
 from svg_ear_compile.tracing import runs_once
 
@@ -57,7 +57,7 @@ class Session:
         dense_steps: int,
         dense_above_timestep: float | None,
         dense_layers: int,
-        budget: Mapping[str, float] | Budget | Sequence[Budget] | None,
+        budget: GivenBudget | None,
         timestep: str | None,
         ascending: bool,
         guidance: Guidance,
@@ -114,14 +114,21 @@ class Session:
         """Names of all generations."""
         return tuple(self._generations)
 
-    def _current(self) -> Generation:
-        return entered_generation(self._plans) or self.generation(DEFAULT)
+    @property
+    def entered(self) -> Generation | None:
+        """The generation that is entered here, None if none is."""
+        return entered_generation(self._plans)
 
-    def use(self, budget: Budget | Sequence[Budget]) -> None:
+    def _current(self) -> Generation:
+        return self.entered or self.generation(DEFAULT)
+
+    def use(self, budget: str | Path | Budget | Sequence[str | Path | Budget]) -> None:
         """Use tuned budgets from now on, one for each bound model; all generations restart.
 
         Raises:
-            ValueError: a budget is for another model, or models and budgets differ in number.
+            ValueError: a budget is for another model or its file is broken, or models and budgets
+                differ in number.
+            TypeError: a budget is neither a `Budget` nor a path.
         """
         self._plans.use(budget)
         for generation in self._generations.values():
@@ -180,6 +187,9 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is not None:
+            for generation in self._generations.values():
+                generation.drop()
         self.close()
 
     def report(self) -> list[LayerReport]:
@@ -221,6 +231,8 @@ class _BoundCall:
         self.compiled = module._compiled_call_impl
         self.call: Callable[..., Any] = self.compiled or module._call_impl
         self.traced = False
+        self.warned = False
+        self.ran = False
         self.number = next(_NUMBERS)
         _CALLS[self.number] = self
 
@@ -230,8 +242,23 @@ class _BoundCall:
         if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
             _warn_of_compilation(self.number)
             return self.call(*args, **kwargs)
-        with self.session._current().running(self.model, args, kwargs):
-            return self.call(*args, **kwargs)
+        with self.session._current().running(self.model, args, kwargs) as layers:
+            output = self.call(*args, **kwargs)
+        if not self.ran:
+            self.ran = True
+            self._check_first(layers)
+        return output
+
+    def _check_first(self, layers: Collection[str]) -> None:
+        """Warn if the first forward shows that the model, or the budget, is not what it seems."""
+        if not layers:
+            log.warning(
+                "no sparse attention ran in the first forward of this %s: either it was not "
+                'compiled with backend="svg_ear" before it was bound, or all its attention stays '
+                "dense, for which svg_ear_compile.explain gives the reasons",
+                type(inner_of(self.module)).__name__,
+            )
+        self.session._plans.heard(self.model, layers)
 
     @property
     def is_bypassed(self) -> bool:
@@ -265,14 +292,20 @@ def _warn_of_bypass(module: nn.Module) -> None:
     )
 
 
+def warn_of_bypassed() -> None:
+    """Warn of each model that was compiled in place after it was bound, once."""
+    for session in list(_OPEN):
+        for call in session._calls:
+            if call.is_bypassed and not call.warned:
+                call.warned = True
+                _warn_of_bypass(call.module)
+
+
 def _check_models(models: tuple[nn.Module, ...]) -> None:
     if not models:
         raise ValueError("bind needs at least one model")
     for module in models:
-        name = type(module).__name__
-        if not isinstance(module, nn.Module):
-            inside = " Bind its transformer." if hasattr(module, "transformer") else ""
-            raise TypeError(f"bind takes modules, got {name}.{inside}")
+        name = type(check_module("bind", module)).__name__
         if isinstance(module._compiled_call_impl, _BoundCall):
             raise ValueError(f"this {name} is bound already: close its session first")
         if any(inner_of(call.module) is inner_of(module) for s in _OPEN for call in s._calls):
@@ -289,7 +322,7 @@ def bind(
     dense_steps: int = 0,
     dense_above_timestep: float | None = None,
     dense_layers: int = 0,
-    budget: Mapping[str, float] | str | Path | Budget | Sequence[Budget] | None = None,
+    budget: GivenBudget | None = None,
     timestep: str | None = None,
     ascending: bool = False,
     guidance: Layout | None = None,
@@ -323,7 +356,7 @@ def bind(
         dense_above_timestep: attention is dense at every timestep noisier than this one.
         dense_layers: leading layers, in order of execution, with dense attention.
         budget: a tuned budget, which gives density, clusters, compensation and schedule: a `Budget`
-            or its file; for several models a list of one `Budget` each. Or a dict from layer path
+            or its file; for several models a list of one each. Or a dict from layer path
             or `fnmatch` pattern to density, in which a path takes precedence over patterns, and the
             first matching pattern over others. These densities replace the plan's, so a plan with
             top-p or threshold routing heeds only density 1.
@@ -340,10 +373,8 @@ def bind(
         ValueError: the forward has no such timestep or latents; the budget names no module, has a
             density outside [0, 1], is for another model, or its file is broken; a count is
             negative; a model is given twice or is bound already.
-        TypeError: one of the models is not a module, or a count is no integer.
+        TypeError: one of the models is not a module, or an argument is of the wrong type.
     """
-    if isinstance(budget, (str, Path)):
-        budget = budgets.load(Path(budget))
     return Session(
         models,
         dense_steps=dense_steps,

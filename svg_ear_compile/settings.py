@@ -36,7 +36,7 @@ _NUMBER_OF = {"top_p": "top_p", "min_block_ratio": "top_p", "threshold": "thresh
 
 _COUNTS = ("min_tokens", "text_prefix", "text_suffix")
 _OBJECTIVES = ("target_speedup", "budget")
-_OURS = (*_PLAN_FIELDS, *_OBJECTIVES, *_COUNTS, "mode")
+_OURS = (*_PLAN_FIELDS, *_OBJECTIVES, *_COUNTS, "strict", "mode")
 # Options that follow from the objective and cannot be given beside it.
 _DECIDED_BY_OBJECTIVE = ("routing", "top_p", "min_block_ratio", "threshold")
 _DECIDED_BY_BUDGET = (*_DECIDED_BY_OBJECTIVE, "q_clusters", "k_clusters", "compensation")
@@ -54,6 +54,7 @@ class Settings:
         text_prefix, text_suffix: text tokens at the start and the end of joint sequences, for
             models whose graph does not show them; None reads them off the graph. They are ignored
             in a call that would have no video token left.
+        strict: whether a graph of which no long attention went sparse raises, see `summary`.
         inductor: Inductor's own configuration, mode included.
     """
 
@@ -63,6 +64,7 @@ class Settings:
     min_tokens: int | None = None
     text_prefix: int | None = None
     text_suffix: int | None = None
+    strict: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -90,6 +92,8 @@ class Settings:
                 plan[key] = checked(key, value, _PLAN_FIELDS[key])
             elif key in _COUNTS:
                 own[key] = checked(key, value, Count | None)
+            elif key == "strict":
+                own[key] = checked(key, value, bool)
             elif key in _OBJECTIVES:
                 own |= _objective(key, value)
             elif key in REMOVED:
@@ -142,14 +146,23 @@ def _objective(key: str, value: object) -> dict[str, object]:
         if not number > 1.0:
             raise InvalidValueError(f"{key} must be finite and above 1, got {shown(value)}")
         return {key: number}
+    return {"budget": usable_budget(value)}
+
+
+def usable_budget(value: object) -> Budget:
+    """The budget itself, or the one in the file that a path names.
+
+    Raises:
+        TypeError: it is neither a path nor a `Budget`.
+        ValueError: the file cannot be read, or its budget is broken.
+    """
     if not isinstance(value, (str, Path, Budget)):
         raise InvalidTypeError(f"budget must be a path or a Budget, got {shown(value)}")
     try:
-        found = budgets.check(value) if isinstance(value, Budget) else budgets.load(Path(value))
+        return budgets.check(value) if isinstance(value, Budget) else budgets.load(Path(value))
     except (OSError, ValueError) as error:
         problem = printable(str(error))
         raise InvalidValueError(f"the budget cannot be used: {problem}") from error
-    return {"budget": found}
 
 
 def _check_objectives(given: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""Runs a model once through Dynamo and a given backend, without touching compiled code of it."""
+"""Dynamo's tracing: runs a model once through a given backend, and tells which model is traced."""
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,9 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import nn
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.fx import Node
 
 _RUNS_ONCE: ContextVar[bool] = ContextVar("svg_ear_runs_once", default=False)
 
@@ -49,3 +53,19 @@ def run_once(
             return torch.compile(fresh, backend=backend)(*args, **kwargs)
     finally:
         _RUNS_ONCE.reset(token)
+
+
+def traced_module(node: Node) -> nn.Module | None:
+    """The module that Dynamo is tracing, of which the node is a part; None if that does not show.
+
+    Args:
+        node: a node of the graph that a backend was just given.
+    """
+    stack = node.meta.get("nn_module_stack") or {"": ("L['self']", None)}
+    root = re.match(r"[LG]\['(\w+)'\]", next(iter(stack.values()))[0])
+    try:
+        scope = InstructionTranslator.current_tx().output.local_scope
+    except AttributeError:  # Dynamo traces nothing now: the graph was traced before
+        return None
+    found = None if root is None else scope.get(root[1])
+    return found if isinstance(found, nn.Module) else None

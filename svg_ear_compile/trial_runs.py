@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
-from svg_ear_compile.backend import svg_ear
+from svg_ear_compile.backend import compile_graph
 from svg_ear_compile.capture import CapturedCall, ModelCall, capture_attention
 from svg_ear_compile.cost_model.allocation import Allocation
 from svg_ear_compile.cost_model.budget import Budget
@@ -184,12 +185,12 @@ class TrialRuns:
 
 def _compiled(model: nn.Module, compiler: str) -> tuple[Any, Any]:
     """The model compiled with every site under the session's control, and without any site."""
+    settings = Settings.parse(_OPTIONS)
     if compiler == "inductor":
         return (
-            torch.compile(model, backend=svg_ear, options=_OPTIONS),
+            torch.compile(model, backend=functools.partial(compile_graph, settings=settings)),
             torch.compile(model, backend="inductor"),
         )
-    settings = Settings.parse(_OPTIONS)
 
     def rewritten(gm: GraphModule, example_inputs: object) -> Callable[..., Any]:
         rewrite_graph(gm, settings)

@@ -19,15 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from svg_ear_compile.capture import ModelCall
+from svg_ear_compile.capture import ModelCall, check_calls
 from svg_ear_compile.checkpoint import Checkpoint
 from svg_ear_compile.cost_model import budget as budgets
-from svg_ear_compile.cost_model import knapsack
+from svg_ear_compile.cost_model import json_record, knapsack
 from svg_ear_compile.cost_model.allocation import Allocation, AllocationProblem, Objective
 from svg_ear_compile.cost_model.budget import DENSE, Budget, Choice, Performance, Point
 from svg_ear_compile.cost_model.error import Measurement, fit_curve
 from svg_ear_compile.cost_model.margin import KEPT_BY, unseen_error
 from svg_ear_compile.fingerprint import fingerprint_of
+from svg_ear_compile.given_models import check_module
 from svg_ear_compile.policy import calibration_of
 from svg_ear_compile.ranks import all_reduce_max, rank, ranks
 from svg_ear_compile.trial_runs import TrialRuns
@@ -76,14 +77,19 @@ def tune(
         ValueError: not exactly one objective is given, or it is out of range; the model has no
             attention that could be sparse; or the objective cannot be reached, in which case the
             message names the best possible value.
+        TypeError: the model is no module, the calls are no `ModelCall`, or a number is none.
+        OSError: the checkpoint cannot be written.
         ImportError: scipy, part of the extra ``tune``, is missing.
     """
     if journal is not None:
         warnings.warn("journal is called checkpoint now", DeprecationWarning, stacklevel=2)
         checkpoint = checkpoint or journal
     objective = Objective.of(target_speedup, max_error, density)
-    if not calls:
-        raise ValueError("tune needs at least one call of the model")
+    check_module("tune", model)
+    check_calls(calls)
+    if checkpoint is not None:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        json_record.check_writable(checkpoint)
     with torch.no_grad():
         work = _Tuning(model, calls, settings or TuningSettings(), objective, on_progress)
         try:

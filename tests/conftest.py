@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def _no_fault_is_caught(request: pytest.FixtureRequest) -> Iterator[None]:
         log.addHandler(faults)
     yield
     log.removeHandler(faults)
+
+
+@pytest.fixture(autouse=True)
+def _said_before_is_forgotten() -> None:
+    """Lines that are logged once for a process are logged once for each test."""
+    summary = sys.modules.get("svg_ear_compile.summary")
+    if summary is not None:
+        summary.say_once.cache_clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

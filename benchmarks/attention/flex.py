@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from benchmarks.attention.gate import GATE, relative_error
 from benchmarks.attention.inputs import Inputs, exact_pairs
 from svg_ear_compile.kernels.clusters import Result
+from svg_ear_compile.kernels.kinds import exact_at_ends
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.registry import sparse_attention
 
@@ -69,7 +70,7 @@ def flex_row(
     """
     q, k, v = inputs.q, inputs.k, inputs.v
     tokens, dim = q.shape[2:]
-    result = sparse_attention(q, k, v, plan, text=(0, inputs.text))
+    result = sparse_attention(q, k, v, plan, kinds=exact_at_ends(q, k, 0, inputs.text))
     q_order = result.queries.labels.argsort(dim=-1, stable=True)
     k_order = result.keys.labels.argsort(dim=-1, stable=True)
 

@@ -19,6 +19,7 @@ from svg_ear_compile.cost_model import stages
 from svg_ear_compile.cost_model.calibrate import STAGE_OF_KERNEL
 from svg_ear_compile.cost_model.timing import backend_takes, busy_kernels_ms, busy_ms
 from svg_ear_compile.kernels.clusters import Result
+from svg_ear_compile.kernels.kinds import exact_at_ends
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.registry import captured_attention
 
@@ -132,17 +133,18 @@ def _measure_plan(
     inputs: Inputs, plan: AttentionPlan, dense_out: Tensor, dense_ms: float, repeats: int,
     details: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    q, k, v, text = inputs.q, inputs.k, inputs.v, (0, inputs.text)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    kinds = exact_at_ends(q, k, 0, inputs.text)
     batch, heads, tokens, dim = q.shape
     sparse_attention = captured_attention(q.device)
-    cold = sparse_attention(q, k, v, plan, text=text)
+    cold = sparse_attention(q, k, v, plan, kinds=kinds)
     warm = (cold.queries.centroids, cold.keys.centroids)
 
     def call() -> Result:
-        return sparse_attention(q, k, v, plan, text=text, centroids=warm)
+        return sparse_attention(q, k, v, plan, kinds=kinds, centroids=warm)
 
     def reusing_call() -> Result:
-        return sparse_attention(q, k, v, plan, text=text, centroids=warm, blocks=blocks)
+        return sparse_attention(q, k, v, plan, kinds=kinds, centroids=warm, blocks=blocks)
 
     extra = _extra_bytes(call, q) if q.is_cuda else None
     result = call()
@@ -166,7 +168,7 @@ def _measure_plan(
     row["speedup"] = dense_ms / statistics.median(row["samples_ms"])
     if details:
         row["cold_samples_ms"] = time_ms(
-            lambda: sparse_attention(q, k, v, plan, text=text), 2, q.is_cuda
+            lambda: sparse_attention(q, k, v, plan, kinds=kinds), 2, q.is_cuda
         )
     if details and q.is_cuda:
         by_stage = stage_ms(call, repeats)

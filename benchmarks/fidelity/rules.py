@@ -19,6 +19,7 @@ from benchmarks.fidelity import head, orders
 from benchmarks.fidelity.head import Head, heads_of
 from svg_ear_compile.kernels import op, reference
 from svg_ear_compile.kernels.call import AttentionCall, CallRequest, calls_from
+from svg_ear_compile.kernels.kinds import exact_at_ends
 from svg_ear_compile.kernels.plan import AttentionPlan, ClusterMetric, Compensation
 from svg_ear_compile.kernels.reference import Result
 from svg_ear_compile.memory import Memory, RememberedCall, calls_by_branch
@@ -197,7 +198,12 @@ def attention(
     if chosen.compensation is not None:
         plan = replace(plan, compensation=chosen.compensation)
         with calls_from(remembered):
-            out, _ = op.attention(q, k, v, plan=plan.encode(), site=site, text_suffix=text)
+            exact = torch.arange(q.shape[2], device=q.device) >= q.shape[2] - text
+            out, _ = op.attention(
+                q, k, v, None, None, None, None, None, exact[None], exact[None],
+                plan=plan.encode(), site=site, clustered_queries=q.shape[2] - text,
+                clustered_keys=q.shape[2] - text,
+            )  # fmt: skip
         return out
     if chosen.by_head is None:
         return uniform_attention(q, k, v, plan.density, text)
@@ -215,7 +221,7 @@ def attend_by_head(
     warm = memory.warm_start(
         (batch, heads, q_clusters, dim), (batch, heads, k_clusters, dim), q.device
     )
-    queries, keys = reference.cluster(wide_q, wide_k, plan, None, (0, text), warm)
+    queries, keys = reference.cluster(wide_q, wide_k, plan, exact_at_ends(q, k, 0, text), warm)
     out = torch.empty_like(q)
     pairs = torch.zeros((), dtype=torch.float64, device=q.device)
     for place, this in heads_of(wide_q, wide_k, wide_v, queries, keys, dim**-0.5):

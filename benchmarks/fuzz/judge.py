@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import logging
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -36,6 +37,13 @@ _FEW_ULPS = {
     torch.float32: 16 * 2.0**-23,  # sums of a hundred products in another order
     torch.float64: 16 * 2.0**-23,  # the kernels compute in float32
 }
+
+
+_IN_FLOAT64 = {
+    **dict.fromkeys(("torch.float32", "torch.float16", "torch.bfloat16"), "torch.float64"),
+    **dict.fromkeys((".float()", ".half()", ".bfloat16()"), ".double()"),
+}
+_NARROWER = re.compile("|".join(map(re.escape, _IN_FLOAT64)))
 
 
 @dataclass(frozen=True)
@@ -104,9 +112,9 @@ class _Backend:
             if faults.found:
                 self.error = faults.found[0]
                 return gm.forward
-            self.rewritten.append(report.sparse)
+            self.rewritten.append(report.rewritten)
             made[density] = graph.forward
-            if self.through_aot and report.sparse:
+            if self.through_aot and report.rewritten:
                 made[density] = aot_eager(graph, list(example_inputs))
         self.reasons += [site.reason for site in report.sites if site.reason is not None]
         return lambda *args: made[self.density](*args)
@@ -224,9 +232,13 @@ def _leave_transforms() -> None:
 
 
 def _precise(case: Case, model: nn.Module, n: int) -> list[Tensor] | None:
-    """Outputs of the same text in float64, or None where it only runs in its own dtype."""
+    """Outputs of the same text in float64 throughout, or None where it only runs in its dtypes."""
     scope: dict[str, Any] = {"__name__": "fuzz_case"}
-    text = case.source.replace(f"DTYPE = torch.{case.choices['dtype']}", "DTYPE = torch.float64")
+    text = "\n".join(
+        line if "full" in line  # a number has the value that its dtype gave it
+        else _NARROWER.sub(lambda found: _IN_FLOAT64[found[0]], line)
+        for line in case.source.split("\n")
+    )  # fmt: skip
     exec(compile(text, f"<case {case.name} in float64>", "exec"), scope)
     wide = scope["Model"]().to(torch.float64).eval()
     wide.load_state_dict(model.state_dict())

@@ -35,6 +35,7 @@ from svg_ear_compile.kernels.gpu.launch import (
 from svg_ear_compile.kernels.gpu.metric import logit_metrics
 from svg_ear_compile.kernels.gpu.route import kv_indices_kernel, kv_offset_kernel, route_kernel
 from svg_ear_compile.kernels.gpu.score import score_kernel
+from svg_ear_compile.kernels.kinds import TokenKinds
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.registry import Implementation, register
 
@@ -66,9 +67,8 @@ def cluster_and_route(
     v: Tensor,
     plan: AttentionPlan,
     *,
-    attn_mask: Tensor | None,
+    kinds: TokenKinds,
     scale: float,
-    text: tuple[int, int],
     centroids: tuple[Tensor, Tensor] | None,
     blocks: Blocks | None,
     on_hopper: bool,
@@ -81,8 +81,7 @@ def cluster_and_route(
     config = _config(q, on_hopper)
     batch, heads, _, dim = q.shape
     kv_heads, k_tokens = k.shape[1], k.shape[2]
-    mask = None if attn_mask is None else attn_mask[:, :, 0, :]
-    queries, keys = _clustered(q, k, mask, plan, text, centroids, blocks, config)
+    queries, keys = _clustered(q, k, kinds, plan, centroids, blocks, config)
     q_clusters, k_clusters = queries.centroids.shape[1], keys.centroids.shape[1]
     value_means = torch.zeros_like(keys.centroids)
     spread = None
@@ -244,41 +243,39 @@ def _row_warps(block_k: int) -> int:
 def _clustered(
     q: Tensor,
     k: Tensor,
-    mask: Tensor | None,
+    kinds: TokenKinds,
     plan: AttentionPlan,
-    text: tuple[int, int],
     centroids: tuple[Tensor, Tensor] | None,
     blocks: Blocks | None,
     config: LaunchConfig,
 ) -> tuple[SortedClusters, SortedClusters]:
-    """`clustering.cluster` with tile-aligned query clusters; `mask` is (B|1, H_kv|1, N_k)."""
+    """`clustering.cluster` with tile-aligned query clusters."""
     if blocks is not None:
         assert centroids is not None, "blocks come with the centroids of their clusters"
         return (
-            regrouped(q, None, centroids[0], blocks.q_labels, config),
-            regrouped(k, mask, centroids[1], blocks.k_labels, config),
+            regrouped(q, kinds.queries, centroids[0], blocks.q_labels, config),
+            regrouped(k, kinds.keys, centroids[1], blocks.k_labels, config),
         )
     if centroids is None:
-        q_clusters, k_clusters = plan.clusters(q.shape[2] - sum(text), k.shape[2] - sum(text))
-        full_mask = None if mask is None else mask.expand(k.shape[:3])
-        q_init = initial_centroids(q, None, q_clusters, text, plan.seed)
-        k_init = initial_centroids(k, full_mask, k_clusters, text, plan.seed)
+        q_clusters, k_clusters = plan.clusters(*kinds.counts(q.shape[2], k.shape[2]))
+        q_init = initial_centroids(q, kinds.queries, q_clusters, plan.seed)
+        k_init = initial_centroids(k, kinds.keys, k_clusters, plan.seed)
         iterations = plan.first_iterations
     else:
         (q_init, k_init), iterations = centroids, plan.warm_iterations
     of_queries, of_keys = None, None
     if plan.cluster_metric == "logits":
-        of_queries, of_keys = logit_metrics(q, k, mask, text, config)
+        of_queries, of_keys = logit_metrics(q, k, kinds, config)
     return (
-        kmeans(q, None, q_init, text, iterations, config, of_queries, config.query_tile),
-        kmeans(k, mask, k_init, text, iterations, config, of_keys),
+        kmeans(q, kinds.queries, q_init, iterations, config, of_queries, config.query_tile),
+        kmeans(k, kinds.keys, k_init, iterations, config, of_keys),
     )
 
 
 def query_tiles(queries: SortedClusters, q_tokens: int, rows: int) -> tuple[Tensor, Tensor]:
     """Tiles of `rows` queries of one cluster, those of the always exact queries first.
 
-    Always exact queries (text, or not finite) attend to every key and take many times as long as
+    Always exact queries attend to every key and take many times as long as
     the others. If their tiles were started last, they would still run when all others are done.
 
     Returns:

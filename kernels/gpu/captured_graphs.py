@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map_with_path
 from svg_ear_compile.kernels import registry
 from svg_ear_compile.kernels.clusters import Blocks, Clusters, Result, stratified_jitter
 from svg_ear_compile.kernels.gpu.attention import WORKSPACE_FLOOR
+from svg_ear_compile.kernels.kinds import ALL_CLUSTERED, TokenKinds
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 log = logging.getLogger(__name__)
@@ -45,9 +46,10 @@ MOST_SEEN = 256
 """Largest number of kinds that are remembered after their first call."""
 
 _Arguments = tuple[
-    Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, Blocks | None, Tensor | None
-]
-"""Tensor arguments of a call: q, k, v, centroids, blocks and mask."""
+    Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, Blocks | None, Tensor | None,
+    Tensor | None,
+]  # fmt: skip
+"""Tensor arguments of a call: q, k, v, centroids, blocks, kinds of queries and kinds of keys."""
 
 
 @dataclass
@@ -112,9 +114,8 @@ class CapturedGraphs:
         v: Tensor,
         plan: AttentionPlan,
         *,
-        attn_mask: Tensor | None = None,
+        kinds: TokenKinds = ALL_CLUSTERED,
         scale: float | None = None,
-        text: tuple[int, int] = (0, 0),
         centroids: tuple[Tensor, Tensor] | None = None,
         blocks: Blocks | None = None,
         return_lse: bool = False,
@@ -126,19 +127,20 @@ class CapturedGraphs:
         """
 
         def call(arguments: _Arguments) -> Result:
-            q, k, v, centroids, blocks, mask = arguments
+            q, k, v, centroids, blocks, of_queries, of_keys = arguments
             return registry.sparse_attention(
-                q, k, v, plan, attn_mask=mask, scale=scale, text=text, centroids=centroids,
-                blocks=blocks, return_lse=return_lse,
+                q, k, v, plan, kinds=TokenKinds(of_queries, of_keys, kinds.clustered), scale=scale,
+                centroids=centroids, blocks=blocks, return_lse=return_lse,
             )  # fmt: skip
 
-        arguments = (q, k, v, centroids, blocks, attn_mask)
+        arguments = (q, k, v, centroids, blocks, kinds.queries, kinds.keys)
         if not is_worth_while(q):
             return call(arguments)
         given = _tensors_of(arguments)
         stream = torch.cuda.current_stream(q.device)
         starts = (centroids is None, blocks is None)
-        settings = (plan, scale, text, return_lse, *starts, q.device, stream.cuda_stream)
+        given_kinds = (kinds.clustered, kinds.queries is None, kinds.keys is None)
+        settings = (plan, scale, *given_kinds, return_lse, *starts, q.device, stream.cuda_stream)
         kind = (settings, tuple((t.shape, t.stride(), t.dtype) for t in given))
         number = next(self._number)
         # Tensors made in inference mode could not be written outside of it.
@@ -154,7 +156,7 @@ class CapturedGraphs:
             result = call(arguments)
             if self._is_due(kind, arguments, result, number):
                 # The starting centroids of a cold call are drawn with these.
-                drawn = plan.clusters(*(x.shape[2] - sum(text) for x in (q, k)))
+                drawn = plan.clusters(*kinds.counts(q.shape[2], k.shape[2]))
                 constants = [] if centroids else [
                     stratified_jitter(count, plan.seed, q.device) for count in drawn
                 ]  # fmt: skip
@@ -281,8 +283,8 @@ def _nbytes(tensor: Tensor) -> int:
 
 def _tensors_of(arguments: _Arguments) -> list[Tensor]:
     """The tensors that a call reads, in a fixed order."""
-    q, k, v, centroids, blocks, mask = arguments
-    return [t for t in (q, k, v, *(centroids or ()), *(blocks or ()), mask) if t is not None]
+    q, k, v, centroids, blocks, *kinds = arguments
+    return [t for t in (q, k, v, *(centroids or ()), *(blocks or ()), *kinds) if t is not None]
 
 
 def is_worth_while(q: Tensor) -> bool:

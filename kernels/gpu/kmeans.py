@@ -18,6 +18,7 @@ from svg_ear_compile.kernels.clusters import QueryTile
 from svg_ear_compile.kernels.gpu.launch import LaunchConfig, token_strides
 from svg_ear_compile.kernels.gpu.nearest import keep_nearer, nearest_of, nothing_yet
 from svg_ear_compile.kernels.gpu.tile_align import align_to_tile
+from svg_ear_compile.kernels.kinds import EXACT, PADDING
 
 # Half norms are padded to a multiple of this, so that no tile of centroids has to mask them.
 _PITCH = 64
@@ -55,30 +56,30 @@ class Spread(NamedTuple):
     square: Tensor
 
 
-@triton.jit(do_not_specialize=["heads", "tokens", "clusters", "text_before", "text_after"])
+@triton.jit(do_not_specialize=["heads", "tokens", "clusters"])
 def kmeans_assign_kernel(
     x_ptr,  # (B, H, N, D)
     aim_ptr,  # (G, C, D) in the dtype of x, see `aim_kernel`
     half_norm_ptr,  # (G, P) float32, see `aim_kernel`
-    mask_ptr,  # (B|1, H|1, N) bool, True takes part
+    kind_ptr,  # (B|1, H|1, N) uint8, see `kernels.kinds`
     label_ptr,  # (G, N) int32
     stride_xb,
     stride_xh,
     stride_xn,
-    stride_mb,
-    stride_mh,
-    stride_mn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
     pitch,  # P, a multiple of BLOCK_C
     heads,
     tokens,
     clusters,
-    text_before,
-    text_after,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    HAS_KINDS: tl.constexpr,
+    IS_PADDING: tl.constexpr,
+    IS_EXACT: tl.constexpr,
 ):
     """Label of each token: the nearest centroid, the lowest of equal ones, or C or C + 1."""
     g = tl.program_id(1).to(tl.int64)
@@ -99,12 +100,12 @@ def kmeans_assign_kernel(
     _, label = nearest_of(best, origin, clusters)
     # x * 0 is NaN exactly where x is NaN or infinite.
     not_finite = tl.sum(x.to(tl.float32) * 0.0, 1) != 0.0
-    text = (token < text_before) | (token >= tokens - text_after)
-    label = tl.where(not_finite | text, clusters, label)
-    if HAS_MASK:
-        mask_row = mask_ptr + b * stride_mb + h * stride_mh + token.to(tl.int64) * stride_mn
-        takes_part = tl.load(mask_row, mask=token < tokens, other=0)
-        label = tl.where(takes_part != 0, label, clusters + 1)
+    label = tl.where(not_finite, clusters, label)
+    if HAS_KINDS:
+        kind_row = kind_ptr + b * stride_kb + h * stride_kh + token.to(tl.int64) * stride_kn
+        kind = tl.load(kind_row, mask=token < tokens, other=0)
+        label = tl.where(kind == IS_EXACT, clusters, label)
+        label = tl.where(kind == IS_PADDING, clusters + 1, label)
     tl.store(label_ptr + g * tokens + token, label, mask=token < tokens)
 
 
@@ -249,9 +250,8 @@ def cluster_means(
 
 def kmeans(
     x: Tensor,
-    mask: Tensor | None,
+    kinds: Tensor | None,
     centroids: Tensor,
-    text: tuple[int, int],
     iterations: int,
     config: LaunchConfig,
     metric: Tensor | None = None,
@@ -261,9 +261,8 @@ def kmeans(
 
     Args:
         x: (B, H, N, D), last stride 1.
-        mask: (B|1, H|1, N) bool or None.
+        kinds: (B|1, H|1, N) uint8 or None.
         centroids: (B, H, C, D) finite, any float dtype; not modified.
-        text: numbers of text tokens before and after the video tokens.
         iterations: number of assign-and-update rounds, at least 1.
         config: see `launch_config`.
         metric: (G, D, D) float32 or None.
@@ -275,15 +274,16 @@ def kmeans(
     rounded = means.to(x.dtype)
     metric = None if metric is None else metric.to(x.dtype)
     labels = torch.empty(groups, tokens, dtype=torch.int32, device=x.device)
-    mask_strides = (0, 0, 0) if mask is None else token_strides(mask)
+    kind_strides = (0, 0, 0) if kinds is None else token_strides(kinds)
     tiles = config.assign
     for iteration in range(iterations):
         aims, half_norm = aims_of(rounded, metric, config)
         kmeans_assign_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
-            x, aims, half_norm, x if mask is None else mask, labels,
-            *token_strides(x), *mask_strides, half_norm.shape[1], heads, tokens, clusters, *text,
+            x, aims, half_norm, x if kinds is None else kinds, labels,
+            *token_strides(x), *kind_strides, half_norm.shape[1], heads, tokens, clusters,
             D=dim, BLOCK_D=config.block_dim, BLOCK_N=tiles.rows, BLOCK_C=tiles.columns,
-            HAS_MASK=mask is not None, num_warps=tiles.warps, num_stages=tiles.stages,
+            HAS_KINDS=kinds is not None, IS_PADDING=PADDING, IS_EXACT=EXACT,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         order, starts = sort_by_label(labels, clusters)
         if query_tile is not None and iteration == iterations - 1:
@@ -294,20 +294,21 @@ def kmeans(
 
 
 def regrouped(
-    x: Tensor, mask: Tensor | None, centroids: Tensor, labels: Tensor, config: LaunchConfig
+    x: Tensor, kinds: Tensor | None, centroids: Tensor, labels: Tensor, config: LaunchConfig
 ) -> SortedClusters:
     """`clustering.regrouped` on a GPU.
 
     Args:
         x: (B, H, N, D), last stride 1.
-        mask: (B|1, H|1, N) bool or None.
+        kinds: (B|1, H|1, N) uint8 or None.
         centroids: (B, H, C, D) any float dtype; not modified.
         labels: (B, H, N) integer.
         config: see `launch_config`.
     """
     clusters = centroids.shape[2]
-    if mask is not None:
-        labels = torch.where(mask, labels.clamp(max=clusters), clusters + 1)
+    if kinds is not None:
+        labels = torch.where(kinds == EXACT, clusters, labels.clamp(max=clusters))
+        labels = torch.where(kinds == PADDING, clusters + 1, labels)
     labels = labels.flatten(0, 1).to(torch.int32)
     means = centroids.flatten(0, 1).to(torch.float32, copy=True)
     order, starts = sort_by_label(labels, clusters)

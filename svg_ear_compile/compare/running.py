@@ -19,8 +19,9 @@ from svg_ear_compile.compare.folder import Folder
 from svg_ear_compile.compare.page import page_of
 from svg_ear_compile.compare.pipeline import Generated, Pipeline
 from svg_ear_compile.compare.setting import DENSE, Setting
-from svg_ear_compile.compare.switching import Compiled, compiled_for, has_repeated_blocks
+from svg_ear_compile.compare.switching import Compiled, compiled_for
 from svg_ear_compile.cost_model.device import describe
+from svg_ear_compile.in_place import has_repeated_blocks
 
 Progress = Callable[[str, int, int], None]
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 import svg_ear_compile
 from svg_ear_compile.compare.setting import Setting
+from svg_ear_compile.in_place import compile_in_place, is_compiled, undo_compilation
 
 if TYPE_CHECKING:
     from svg_ear_compile.session import Session
@@ -44,9 +44,7 @@ def compiled_for(modules: Mapping[str, nn.Module], setting: Setting) -> Iterator
         ValueError: a model is compiled already, or has no timestep argument.
     """
     for name, module in modules.items():
-        if isinstance(module, OptimizedModule) or any(
-            inner._compiled_call_impl is not None for inner in module.modules()
-        ):
+        if is_compiled(module):
             raise ValueError(
                 f"the pipeline's {name} is compiled already: return it from make as it is, compare "
                 "compiles it for each setting"
@@ -56,10 +54,7 @@ def compiled_for(modules: Mapping[str, nn.Module], setting: Setting) -> Iterator
     how = {"backend": "inductor" if dense else "svg_ear", "options": dict(setting.options or {})}
     try:
         for module in modules.values():
-            if has_repeated_blocks(module):
-                module.compile_repeated_blocks(**how)  # type: ignore[operator]
-            else:
-                module.compile(**how)
+            compile_in_place(module, **how)
         if dense:
             yield Compiled(None)
             return
@@ -67,13 +62,4 @@ def compiled_for(modules: Mapping[str, nn.Module], setting: Setting) -> Iterator
             yield Compiled(session)
     finally:
         for module in modules.values():
-            for inner in module.modules():
-                inner.__dict__.pop("_compiled_call_impl", None)
-
-
-def has_repeated_blocks(module: nn.Module) -> bool:
-    """Whether diffusers compiles this model's blocks one by one."""
-    kinds = getattr(module, "_repeated_blocks", None) or ()
-    return hasattr(module, "compile_repeated_blocks") and any(
-        type(inner).__name__ in kinds for inner in module.modules()
-    )
+            undo_compilation(module)

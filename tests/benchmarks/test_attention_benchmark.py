@@ -13,6 +13,7 @@ from benchmarks.attention.data import video_like
 from benchmarks.attention.flex import TILE, covering_tiles
 from benchmarks.attention.inputs import CAPTURED, Inputs, exact_pairs, inputs_of
 from benchmarks.attention.plots import write_plots
+from svg_ear_compile.kernels.kinds import exact_at_ends
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.registry import sparse_attention
 
@@ -57,7 +58,9 @@ def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_cover_holds_every_exact_pair_and_no_needless_tile() -> None:
     inputs = tiny(text=5)
     plan = AttentionPlan(density=0.2, q_clusters=6, k_clusters=11)
-    result = sparse_attention(inputs.q, inputs.k, inputs.v, plan, text=(0, 5))
+    result = sparse_attention(
+        inputs.q, inputs.k, inputs.v, plan, kinds=exact_at_ends(inputs.q, inputs.k, 0, 5)
+    )
     labels = [c.labels.sort(dim=-1, stable=True).values for c in (result.queries, result.keys)]
     tiles = covering_tiles(result, *labels)
     exact = torch.nn.functional.pad(result.block_mask, (0, 1, 0, 1), value=True)

@@ -24,6 +24,7 @@ from benchmarks.fidelity.scores import Interval, flicker, interval, score_clips
 from benchmarks.fidelity.times import WAN, measure_times
 from benchmarks.video_dit.zoo import MODELS
 from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.kinds import exact_at_ends
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.memory import Memory
 
@@ -52,7 +53,7 @@ def paper(this: Head, density: float) -> tuple[Tensor, Tensor]:
 def test_the_parts_of_a_head_are_the_definition(text: int) -> None:
     q, k, v = random_qkv()
     plan = AttentionPlan(**{**vars(PLAN), "compensation": "centroid"})
-    wanted = reference.sparse_attention(q, k, v, plan, text=(0, text))
+    wanted = reference.sparse_attention(q, k, v, plan, kinds=exact_at_ends(q, k, 0, text))
     memory = Memory()
     found = attend_by_head(q, k, v, paper, plan, text, memory)
     torch.testing.assert_close(found, wanted.out)
@@ -111,7 +112,7 @@ def test_rules_rank_as_their_papers_say() -> None:
 def test_dropping_leaves_attention_over_the_chosen_blocks() -> None:
     q, k, v = random_qkv()
     plan = replace(PLAN, cluster_metric="euclidean")
-    queries, keys = reference.cluster(q, k, plan, None, (0, 4), None)
+    queries, keys = reference.cluster(q, k, plan, exact_at_ends(q, k, 0, 4), None)
     out = attention(q, k, v, "svg2", PLAN, text=4)
     for (b, h), this in head.heads_of(q, k, v, queries, keys, 32**-0.5):
         exact = head.choose(this, head.mass_score(this), PLAN.density)

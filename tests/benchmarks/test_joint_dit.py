@@ -15,6 +15,7 @@ from benchmarks.video_dit.joint import JointDiT, JointDiTConfig
 from benchmarks.video_dit.sample import generate
 from benchmarks.video_dit.train import flow_matching_loss, make_optimizer, training_step
 from benchmarks.video_dit.zoo import MODELS
+from svg_ear_compile.kernels.kinds import exact_at_ends
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.registry import sparse_attention
 
@@ -101,7 +102,8 @@ def test_the_backend_takes_it_for_joint_and_keeps_its_text_exact(
 
     def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         plan = AttentionPlan(density=0.3, q_clusters=4, k_clusters=9)
-        return sparse_attention(q, k, v, plan, text=(0, TINY.config.text_tokens)).out
+        kinds = exact_at_ends(q, k, 0, TINY.config.text_tokens)
+        return sparse_attention(q, k, v, plan, kinds=kinds).out
 
     dense = model(*arguments)
     monkeypatch.setattr(F, "scaled_dot_product_attention", by_hand)

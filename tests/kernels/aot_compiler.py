@@ -88,6 +88,7 @@ def compile_job(job: Job) -> list[Report]:
 
     from svg_ear_compile.kernels.clusters import Blocks
     from svg_ear_compile.kernels.gpu import attention
+    from svg_ear_compile.kernels.kinds import ALL_CLUSTERED, exact_at_ends
     from svg_ear_compile.kernels.plan import AttentionPlan
 
     target = GPUTarget(job.backend, job.arch, 64 if job.backend == "hip" else 32)
@@ -126,20 +127,20 @@ def compile_job(job: Job) -> list[Report]:
         torch.zeros(1, 2048, 2, job.head_dim, dtype=getattr(torch, job.dtype)).transpose(1, 2)
         for _ in range(3)
     )
-    mask = torch.ones(1, 1, 1, 2048, dtype=torch.bool) if job.masked else None
+    kinds = exact_at_ends(q, k, 1, 1) if job.masked else ALL_CLUSTERED
     plan = AttentionPlan(compensation=job.compensation, first_iterations=1)  # type: ignore[arg-type]
     JITFunction.run = compile_only
     try:
         on_hopper = attention.HOPPER_GLUON.unsupported(q, k, v) is None
         used = attention.HOPPER_GLUON if on_hopper else attention.TRITON
-        made = used.sparse_attention(q, k, v, plan, attn_mask=mask, return_lse=True)
+        made = used.sparse_attention(q, k, v, plan, kinds=kinds, return_lse=True)
         if job.masked:  # once for each tile is enough
             # No kernel ran: the shapes are right, the values are arbitrary.
             centroids = (made.queries.centroids, made.keys.centroids)
             labels = (torch.zeros_like(x.labels) for x in (made.queries, made.keys))
             blocks = Blocks(*labels, made.block_mask)
             used.sparse_attention(
-                q, k, v, plan, attn_mask=mask, centroids=centroids, blocks=blocks, return_lse=True
+                q, k, v, plan, kinds=kinds, centroids=centroids, blocks=blocks, return_lse=True
             )
     finally:
         JITFunction.run = compile_and_launch

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svg_ear_compile.kernels import reference, registry
+from svg_ear_compile.kernels.kinds import TokenKinds, token_kinds
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.reference import Clusters, Corrections, ProxyTokens, Result
 
@@ -101,6 +102,26 @@ def random_mask(
     mask = torch.rand(*sizes, 1, keys, generator=generator) < 0.75
     mask[..., 0] = True
     return mask.to(device)
+
+
+def random_kinds(
+    seed: int,
+    mask: Tensor | None,
+    batch: int,
+    tokens: tuple[int, int],
+    exact: tuple[float, float],
+    device: str,
+) -> TokenKinds:
+    """Kinds of (N_q, N_k) tokens of which these shares, anywhere, are always exact."""
+    generator = torch.Generator().manual_seed(seed)
+    found: list[Tensor | None] = []
+    clustered = []
+    for count, share in zip(tokens, exact, strict=True):
+        drawn = torch.rand(batch if seed % 2 else 1, count, generator=generator) < share
+        drawn[:, 0] = False
+        found.append(drawn.to(device) if share else None)
+        clustered.append(count - int(drawn.sum(-1).min()))
+    return token_kinds(mask, found[0], found[1], (clustered[0], clustered[1]))
 
 
 def on_host(clusters: Clusters) -> Clusters:

@@ -12,7 +12,14 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from attention_cases import INTERPRETER, SEEDS, needs_interpreter, random_mask, random_qkv
+from attention_cases import (
+    INTERPRETER,
+    SEEDS,
+    needs_interpreter,
+    random_kinds,
+    random_mask,
+    random_qkv,
+)
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -99,7 +106,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(
     seed=SEEDS,
     tokens=st.tuples(st.sampled_from((17, 45, 70)), st.sampled_from((17, 45, 70))),
-    text=st.sampled_from(((0, 0), (0, 5), (2, 3))),
+    exact=st.sampled_from(((0.0, 0.0), (0.1, 0.2))),
     masked=st.booleans(),
 )
 @settings(
@@ -111,15 +118,15 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("guarded")
 def test_every_access_is_inside_of_a_tensor(
     dim: int, dtype: torch.dtype, compensation: Compensation, seed: int, tokens: tuple[int, int],
-    text: tuple[int, int], masked: bool,
+    exact: tuple[float, float], masked: bool,
 ) -> None:  # fmt: skip
     q, k, v = random_qkv(seed, 1, (2, 1), tokens, dim, dtype, "cpu")
     plan = AttentionPlan(
         density=0.3, compensation=compensation, q_clusters=3, k_clusters=7, first_iterations=1
     )
-    more: dict[str, Any] = {"text": text, "return_lse": True}
-    if masked:
-        more["attn_mask"] = random_mask(seed, (True, True), (1, 1), tokens[1], "cpu")
+    mask = random_mask(seed, (True, True), (1, 1), tokens[1], "cpu") if masked else None
+    kinds = random_kinds(seed, mask, 1, tokens, exact, "cpu")
+    more: dict[str, Any] = {"kinds": kinds, "return_lse": True}
     made = INTERPRETER(q, k, v, plan, **more)
     centroids = (made.queries.centroids, made.keys.centroids)
     later = INTERPRETER(q, k, v, plan, centroids=centroids, blocks=made.blocks, **more)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import random_mask, random_qkv
+from attention_cases import random_kinds, random_mask, random_qkv
 from torch import Tensor
 
 from svg_ear_compile.kernels import registry
@@ -34,12 +34,12 @@ def tensors_of(result: Result) -> list[Tensor]:
 @pytest.mark.parametrize("dim", [64, 80])
 def test_a_captured_call_is_the_call(layout: str, masked: bool, dim: int) -> None:
     graphs = CapturedGraphs()
-    settings: dict[str, Any] = {"text": (0, 5), "return_lse": True}
+    settings: dict[str, Any] = {"return_lse": True}
     calls = []
     for seed in range(5):
         q, k, v = random_qkv(seed, 1, (4, 2), (701, 701), dim, torch.bfloat16, "cuda", layout)
-        if masked:
-            settings["attn_mask"] = random_mask(seed, (True, False), (1, 2), 701, "cuda")
+        mask = random_mask(seed, (True, False), (1, 2), 701, "cuda") if masked else None
+        settings["kinds"] = random_kinds(1, mask, 1, (701, 701), (0.1, 0.2), "cuda")
         cold = registry.sparse_attention(q, k, v, PLAN, **settings)
         warm = (cold.queries.centroids, cold.keys.centroids)
         for centroids in (None, warm):

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.kinds import CLUSTERED, EXACT, PADDING, exact_at_ends
 from svg_ear_compile.kernels.reference import Clusters, QueryTile
 
 few = settings(max_examples=6, phases=[Phase.generate]) if INTERPRETED else settings()
-NO_TEXT = (0, 0)
 
 
 def kmeans(
@@ -21,21 +21,20 @@ def kmeans(
     x: Tensor,
     start: Tensor,
     rounds: int,
-    text: tuple[int, int] = NO_TEXT,
-    mask: Tensor | None = None,
+    kinds: Tensor | None = None,
     metric: Tensor | None = None,
     query_tile: QueryTile | None = None,
 ) -> Clusters:
     """Labels int64 (B, H, N), centroids and sizes of the form's k-means, on the CPU."""
     if not form.is_triton:
-        found = reference.kmeans(x.float(), mask, start.float(), text, rounds, metric, query_tile)
+        found = reference.kmeans(x.float(), kinds, start.float(), rounds, metric, query_tile)
         return Clusters(*found)
     from svg_ear_compile.kernels.gpu.kmeans import kmeans as triton_kmeans
     from svg_ear_compile.kernels.gpu.launch import HOPPER, launch_config
 
     config = launch_config(x.shape[-1], x.element_size(), HOPPER)
     flat = None if metric is None else metric.flatten(0, 1).to(x.device)
-    found = triton_kmeans(x, mask, start, text, rounds, config, flat, query_tile)
+    found = triton_kmeans(x, kinds, start, rounds, config, flat, query_tile)
     clusters = start.shape[2]
     sizes = found.starts.diff()[:, :clusters]
     assert torch.equal(found.labels.gather(1, found.order.long()), found.labels.sort(-1).values)
@@ -74,7 +73,7 @@ def test_labels_are_the_nearest_centroids_of_the_round_before(
     form: Form, dim: int, dtype: torch.dtype, seed: int, count: tuple[int, int], rounds: int
 ) -> None:
     x = tokens_of(form, seed, count[0], dim, dtype)
-    start = reference.initial_centroids(x, None, count[1], NO_TEXT, seed=0)
+    start = reference.initial_centroids(x, None, count[1], seed=0)
     before = start if rounds == 1 else kmeans(form, x, start, rounds - 1).centroids
     found = kmeans(form, x, start, rounds)
     if form.is_triton:  # the kernel multiplies centroids in the dtype of the tokens
@@ -97,7 +96,7 @@ def test_labels_are_the_nearest_in_the_metric(
     form: Form, dim: int, dtype: torch.dtype, seed: int, count: tuple[int, int], offset: float
 ) -> None:
     x = tokens_of(form, seed, count[0], dim, dtype) + offset
-    start = reference.initial_centroids(x, None, count[1], NO_TEXT, seed=0)
+    start = reference.initial_centroids(x, None, count[1], seed=0)
     generator = torch.Generator().manual_seed(seed)
     root = torch.randn(1, 2, dim, dim, generator=generator)
     metric = reference.as_metric(root @ root.transpose(2, 3))
@@ -123,9 +122,10 @@ def test_tile_aligned_clusters_give_their_surplus_to_those_with_room(
 ) -> None:
     subtile, tile = 16, 48
     x = tokens_of(form, seed, count[0], dim, dtype)
-    start = reference.initial_centroids(x, None, count[1], (text, 0), seed=0)
-    before = kmeans(form, x, start, 1, (text, 0)).labels
-    found = kmeans(form, x, start, 1, (text, 0), query_tile=QueryTile(subtile, tile))
+    kinds = exact_at_ends(x, x, text, 0).queries
+    start = reference.initial_centroids(x, kinds, count[1], seed=0)
+    before = kmeans(form, x, start, 1, kinds).labels
+    found = kmeans(form, x, start, 1, kinds, query_tile=QueryTile(subtile, tile))
     distance = squared_distances(x, start)
     for head in range(2):
         old, new, away = before[0, head], found.labels[0, head], distance[0, head]
@@ -181,13 +181,13 @@ def test_inertia_falls_and_is_that_of_the_definition(
     form: Form, dim: int, dtype: torch.dtype, seed: int, count: tuple[int, int]
 ) -> None:
     x = tokens_of(form, seed, count[0], dim, dtype)
-    start = reference.initial_centroids(x, None, count[1], NO_TEXT, seed=0)
+    start = reference.initial_centroids(x, None, count[1], seed=0)
     reached = [inertia(x, kmeans(form, x, start, rounds)) for rounds in (1, 2, 4)]
     assert reached[1] <= reached[0] * (1 + 1e-3)
     assert reached[2] <= reached[1] * (1 + 1e-3)
     wide = x.cpu().double()
     for rounds, got in zip((1, 4), (reached[0], reached[2]), strict=True):
-        definition = reference.kmeans(wide, None, start.cpu().double(), NO_TEXT, rounds)
+        definition = reference.kmeans(wide, None, start.cpu().double(), rounds)
         assert got <= inertia(wide, definition) * (1 + (1e-3 if rounds == 1 else 2e-2))
 
 
@@ -216,8 +216,8 @@ def test_converged_centroids_are_a_fixed_point(
 @EVERY_FORM
 def test_same_start_gives_the_same_bits(form: Form, seed: int) -> None:
     x = tokens_of(form, seed, 131, 40, torch.float16)
-    start = reference.initial_centroids(x, None, 7, NO_TEXT, seed % 1000)
-    again = reference.initial_centroids(x, None, 7, NO_TEXT, seed % 1000)
+    start = reference.initial_centroids(x, None, 7, seed % 1000)
+    again = reference.initial_centroids(x, None, 7, seed % 1000)
     assert torch.equal(start, again)
     kept = start.clone()
     for first, second in zip(kmeans(form, x, start, 3), kmeans(form, x, again, 3), strict=True):
@@ -225,18 +225,15 @@ def test_same_start_gives_the_same_bits(form: Form, seed: int) -> None:
     assert torch.equal(start, kept)
 
 
-@given(seed=SEEDS, text=st.sampled_from((NO_TEXT, (3, 0), (2, 4))), masked=st.booleans())
-def test_first_centroids_are_video_tokens_that_take_part(
-    seed: int, text: tuple[int, int], masked: bool
-) -> None:
+@given(seed=SEEDS, plain=st.booleans())
+def test_first_centroids_are_clustered_tokens(seed: int, plain: bool) -> None:
     x = torch.randn(2, 2, 41, 8, generator=torch.Generator().manual_seed(seed))
-    usable = torch.ones(2, 2, 41, dtype=torch.bool)
-    if masked:
-        usable = torch.rand(2, 2, 41, generator=torch.Generator().manual_seed(seed)) < 0.6
-        usable[..., 20] = True
-    drawn = reference.initial_centroids(x, usable if masked else None, 6, text, seed % 100)
-    usable[..., : text[0]] = False
-    usable[..., 41 - text[1] :] = False
+    kinds = torch.full((2, 2, 41), CLUSTERED)
+    if not plain:
+        kinds = torch.randint(3, (2, 2, 41), generator=torch.Generator().manual_seed(seed))
+        kinds[..., 20] = CLUSTERED
+    drawn = reference.initial_centroids(x, None if plain else kinds, 6, seed % 100)
+    usable = kinds == CLUSTERED
     same = squared_distances(drawn, x) == 0  # [B, H, C, N]
     assert torch.equal(same.sum(-1), torch.ones(2, 2, 6, dtype=torch.long))
     assert (same & usable.unsqueeze(2)).any(-1).all()
@@ -259,7 +256,7 @@ def test_more_clusters_than_tokens(form: Form, tokens: int) -> None:
 @EVERY_FORM
 def test_duplicate_tokens_leave_clusters_empty_and_finite(form: Form) -> None:
     x = torch.ones(1, 2, 50, 40, dtype=torch.float16, device=form.device)
-    start = reference.initial_centroids(x, None, 6, NO_TEXT, 0)
+    start = reference.initial_centroids(x, None, 6, 0)
     found = kmeans(form, x, start, 3)
     assert found.centroids.isfinite().all()
     # A tie goes to the lowest cluster.
@@ -270,12 +267,13 @@ def test_duplicate_tokens_leave_clusters_empty_and_finite(form: Form) -> None:
 @EVERY_FORM
 def test_special_tokens_stay_out_of_the_centroids(form: Form, bad: float) -> None:
     x = tokens_of(form, 5, 60, 40, torch.float16)
-    mask = torch.ones(1, 2, 60, dtype=torch.bool, device=form.device)
-    mask[:, :, 30:40] = False
+    kinds = torch.full((1, 2, 60), CLUSTERED, dtype=torch.uint8, device=form.device)
+    kinds[..., 30:40] = PADDING
+    kinds[..., [0, 1, 57, 58, 59]] = EXACT
     x[:, :, 50] = bad
     x[:, :, 35, 3] = bad
-    start = reference.initial_centroids(x, mask, 4, (2, 3), 0)
-    found = kmeans(form, x, start, 2, (2, 3), mask)
+    start = reference.initial_centroids(x, kinds, 4, 0)
+    found = kmeans(form, x, start, 2, kinds)
     assert (found.labels[..., [0, 1, 50, 57, 58, 59]] == 4).all()
     assert (found.labels[..., 30:40] == 5).all()
     clustered = [t for t in range(2, 57) if t != 50 and not 30 <= t < 40]
@@ -288,8 +286,8 @@ def test_special_tokens_stay_out_of_the_centroids(form: Form, bad: float) -> Non
 @settings(max_examples=3)
 def test_bfloat16_inertia_on_the_device(seed: int) -> None:
     x = tokens_of(CUDA, seed, 4099, 128, torch.bfloat16)
-    start = reference.initial_centroids(x, None, 33, NO_TEXT, seed=0)
+    start = reference.initial_centroids(x, None, 33, seed=0)
     wide = x.cpu().double()
-    definition = reference.kmeans(wide, None, start.cpu().double(), NO_TEXT, 4)
+    definition = reference.kmeans(wide, None, start.cpu().double(), 4)
     got = inertia(x, kmeans(CUDA, x, start, 4))
     assert got <= inertia(wide, definition) * (1 + 1e-2)

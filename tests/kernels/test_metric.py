@@ -5,30 +5,29 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import CPU, FORMS, SEEDS, Form, random_mask, random_qkv
+from attention_cases import CPU, FORMS, SEEDS, Form, random_kinds, random_mask, random_qkv
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.kinds import ALL_CLUSTERED, CLUSTERED, TokenKinds, token_kinds
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 F16, F32 = torch.float16, torch.float32
 
 
 def metrics(
-    form: Form, q: Tensor, k: Tensor, mask: Tensor | None, text: tuple[int, int]
+    form: Form, q: Tensor, k: Tensor, kinds: TokenKinds = ALL_CLUSTERED
 ) -> tuple[Tensor, Tensor]:
     """Metrics of queries (B, H, D, D) and of keys (B, H_kv, D, D), on the CPU."""
     if not form.is_triton:
-        full = reference.key_mask_of(mask, k)
-        return reference.logit_metrics(q.float(), k.float(), full, text)
+        return reference.logit_metrics(q.float(), k.float(), kinds)
     from svg_ear_compile.kernels.gpu.launch import HOPPER, launch_config
     from svg_ear_compile.kernels.gpu.metric import logit_metrics
 
-    rows = None if mask is None else mask[:, :, 0, :]
     config = launch_config(q.shape[-1], q.element_size(), HOPPER)
-    of_queries, of_keys = logit_metrics(q, k, rows, text, config)
+    of_queries, of_keys = logit_metrics(q, k, kinds, config)
     return of_queries.unflatten(0, q.shape[:2]).cpu(), of_keys.unflatten(0, k.shape[:2]).cpu()
 
 
@@ -36,23 +35,24 @@ def metrics(
     seed=SEEDS,
     tokens=st.tuples(st.sampled_from((37, 130, 1500)), st.sampled_from((41, 1100))),
     heads=st.sampled_from(((2, 2), (4, 2))),
-    text=st.sampled_from(((0, 0), (3, 4))),
+    exact=st.sampled_from(((0.0, 0.0), (0.2, 0.1))),
     masked=st.booleans(),
 )
 @pytest.mark.parametrize(("dim", "dtype"), [(40, F16), (64, F32), (128, F16), (160, F16)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_it_is_its_formula(
     form: Form, dim: int, dtype: torch.dtype, seed: int, tokens: tuple[int, int],
-    heads: tuple[int, int], text: tuple[int, int], masked: bool,
+    heads: tuple[int, int], exact: tuple[float, float], masked: bool,
 ) -> None:  # fmt: skip
     q, k, _ = random_qkv(seed, 1, heads, tokens, dim, dtype, form.device)
     mask = (
         random_mask(seed, (True, True), (1, heads[1]), tokens[1], form.device) if masked else None
     )
-    of_queries, of_keys = metrics(form, q, k, mask, text)
+    kinds = random_kinds(seed, mask, 1, tokens, exact, form.device)
+    of_queries, of_keys = metrics(form, q, k, kinds)
     per_kv_head = heads[0] // heads[1]
     for g in range(heads[1]):
-        kept = reference.is_video(k, reference.key_mask_of(mask, k), text)[0, g].cpu()
+        kept = reference.is_kind(k, kinds.keys, CLUSTERED)[0, g].cpu()
         wanted = k[0, g].cpu().double()[kept].T.cov(correction=0)
         group = range(g * per_kv_head, (g + 1) * per_kv_head)
         for h in group:
@@ -61,7 +61,9 @@ def test_it_is_its_formula(
             )
         squares = []
         for h in group:
-            rows = q[0, h].cpu().double()[reference.is_video(q, None, text)[0, h].cpu()]
+            rows = (
+                q[0, h].cpu().double()[reference.is_kind(q, kinds.queries, CLUSTERED)[0, h].cpu()]
+            )
             squares.append(rows.T @ rows / len(rows))
         wanted = torch.stack(squares).mean(0)
         torch.testing.assert_close(
@@ -75,10 +77,10 @@ def test_padding_and_a_shift_of_all_keys_do_not_show(form: Form, seed: int) -> N
     q, k, _ = random_qkv(seed, 1, (2, 2), (60, 70), 40, F32, form.device)
     mask = torch.ones(1, 1, 1, 70, dtype=torch.bool, device=form.device)
     mask[..., 50:] = False
-    of_queries, of_keys = metrics(form, q, k, mask, (0, 0))
+    of_queries, of_keys = metrics(form, q, k, token_kinds(mask))
     other = k + 3.0
     other[:, :, 50:] = float("nan")
-    again = metrics(form, q, other, mask, (0, 0))
+    again = metrics(form, q, other, token_kinds(mask))
     torch.testing.assert_close(again[0], of_queries, rtol=0, atol=1e-5)
     torch.testing.assert_close(again[1], of_keys, rtol=0, atol=0)
 
@@ -89,9 +91,9 @@ def test_what_is_not_finite_makes_the_metrics_of_its_own_heads_euclidean(
     form: Form, value: float
 ) -> None:
     q, k, _ = random_qkv(0, 1, (4, 2), (60, 70), 40, F32, form.device)
-    wanted = metrics(form, q, k, None, (0, 0))
+    wanted = metrics(form, q, k)
     q[0, 1, 11, 2] = k[0, 1, 7, 5] = value
-    of_queries, of_keys = metrics(form, q, k, None, (0, 0))
+    of_queries, of_keys = metrics(form, q, k)
     assert torch.equal(of_queries[0, :2], wanted[0][0, :2])
     assert torch.equal(of_keys[0, 1], wanted[1][0, 1])
     for metric in (of_queries[0, 2], of_queries[0, 3], of_keys[0, 0]):
@@ -113,10 +115,10 @@ def test_it_is_the_euclidean_distance_of_transformed_tokens(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, 2, 90, 8, generator=generator, dtype=torch.float64)
     root = torch.randn(1, 2, 8, 8, generator=generator, dtype=torch.float64)
-    start = reference.initial_centroids(x, None, 6, (0, 0), 0)
+    start = reference.initial_centroids(x, None, 6, 0)
     metric = root @ root.transpose(2, 3)
-    found = reference.kmeans(x, None, start, (0, 0), 3, metric)
-    moved = reference.kmeans(x @ root, None, start @ root, (0, 0), 3)
+    found = reference.kmeans(x, None, start, 3, metric)
+    moved = reference.kmeans(x @ root, None, start @ root, 3)
     assert torch.equal(found.labels, moved.labels)
 
 

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import FORMS, LAYOUTS, SEEDS, Form, random_mask, random_qkv
+from attention_cases import FORMS, LAYOUTS, SEEDS, Form, random_kinds, random_mask, random_qkv
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -30,6 +30,7 @@ from svg_ear_compile.kernels.call import (
     active_source,
     calls_from,
 )
+from svg_ear_compile.kernels.kinds import EXACT, exact_at_ends, token_kinds
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.reference import Result
 
@@ -56,11 +57,17 @@ def qkv(
     [
         {},
         {"return_lse": True},
-        {"text_prefix": 2, "text_suffix": 3, "scale": 0.1},
+        {
+            "exact_queries": torch.arange(61).expand(2, 61) % 7 == 0,
+            "exact_keys": torch.arange(45)[None] < 3,
+            "clustered_queries": 52,
+            "clustered_keys": 42,
+            "scale": 0.1,
+        },
         {"attn_mask": torch.arange(45).expand(2, 1, 1, 45) < 40},
         {"layer": torch.zeros(3)},
     ],
-    ids=["plain", "lse", "text", "mask", "layer"],
+    ids=["plain", "lse", "exact", "mask", "layer"],
 )
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 @DEVICES
@@ -93,8 +100,14 @@ def wrong(**changed: Any) -> dict[str, Any]:
             ValueError,
             "q",
         ),
-        (wrong(text_prefix=-1), ValueError, "text_prefix"),
-        (wrong(text_suffix=-46), ValueError, "text_suffix"),
+        (wrong(exact_queries=torch.zeros(1, 61)), TypeError, "exact_queries"),
+        (wrong(exact_keys=torch.ones(1, 61, dtype=torch.bool)), ValueError, "exact_keys"),
+        (wrong(exact_keys=torch.ones(45, dtype=torch.bool)), ValueError, "exact_keys"),
+        (
+            wrong(exact_queries=torch.ones(2, 61, dtype=torch.bool, device="meta")),
+            ValueError,
+            "exact_queries",
+        ),
         (wrong(attn_mask=torch.zeros(2, 1, 1, 45)), TypeError, "attn_mask"),
         (wrong(attn_mask=torch.ones(2, 1, 61, 45, dtype=torch.bool)), ValueError, "attn_mask"),
         (wrong(attn_mask=torch.ones(2, 4, 1, 45, dtype=torch.bool)), ValueError, "attn_mask"),
@@ -105,7 +118,7 @@ def test_wrong_arguments_are_named(
     arguments: dict[str, Any], error: type[Exception], named: str
 ) -> None:
     check = {
-        **{"attn_mask": None, "text_prefix": 0, "text_suffix": 0},
+        **dict.fromkeys(("attn_mask", "exact_queries", "exact_keys")),
         **arguments,
     }
     with pytest.raises(error, match=rf"\b{named}\b") as caught:
@@ -113,11 +126,12 @@ def test_wrong_arguments_are_named(
     assert str(caught.value).startswith(named)
 
 
-@pytest.mark.parametrize(("prefix", "suffix"), [(45, 0), (0, 46), (30, 30), (2**31 - 1, 2**31 - 1)])
-def test_text_longer_than_the_sequence_is_dense_and_no_error(prefix: int, suffix: int) -> None:
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_clustered_token_is_dense_and_no_error(count: int) -> None:
     q, k, v = torch.randn(3, 1, 2, 45, 32)
+    exact = torch.ones(1, 45, dtype=torch.bool)
     out, lse = op.attention(
-        q, k, v, plan="{}", text_prefix=prefix, text_suffix=suffix, return_lse=True
+        q, k, v, exact_keys=exact, plan="{}", clustered_keys=count, return_lse=True
     )
     torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
     assert lse.isfinite().all()
@@ -137,23 +151,24 @@ def test_wrong_arguments_are_refused_by_the_operator() -> None:
     tokens=st.tuples(st.sampled_from((1, 17, 61)), st.sampled_from((1, 17, 61))),
     layout=st.sampled_from(LAYOUTS),
     density=st.sampled_from((0.0, 0.4, 1.0)),
-    text=st.sampled_from(((0, 0), (1, 0), (0, 1))),
+    exact=st.sampled_from(((0.0, 0.0), (0.3, 0.0), (0.1, 0.9))),
     masked=st.booleans(),
 )
 @DEVICES
 def test_output_has_the_layout_that_the_fake_promises(
-    device: str, seed: int, heads, tokens, layout: str, density: float, text, masked: bool
+    device: str, seed: int, heads, tokens, layout: str, density: float, exact, masked: bool
 ) -> None:
     q, k, v = qkv(device, heads, tokens, torch.float16, layout, seed)
     mask = random_mask(seed, (True, True), (2, heads[1]), tokens[1], device) if masked else None
     arguments = {
         "plan": AttentionPlan(density=density).encode(),
-        "text_prefix": text[0],
-        "text_suffix": text[1],
         "return_lse": True,
     }
-    found = attention(q, k, v, mask, **arguments)
-    on_meta = [None if t is None else t.to("meta") for t in (q, k, v, mask)]
+    kinds = random_kinds(seed, mask, 2, tokens, exact, device)
+    of_tokens = [None if x is None else x[:, 0] == EXACT for x in kinds[:2]]
+    given_here = (q, k, v, mask, None, None, None, None, *of_tokens)
+    found = attention(*given_here, **arguments)
+    on_meta = [None if t is None else t.to("meta") for t in given_here]
     on_meta[:3] = [torch.empty_strided(t.shape, t.stride(), device="meta", dtype=t.dtype)
                    for t in (q, k, v)]  # fmt: skip
     for real, promised in zip(found, attention(*on_meta, **arguments), strict=True):
@@ -221,7 +236,7 @@ def test_a_row_without_keys_gives_zero_and_minus_infinity(form: Form, compensati
     mask = torch.ones(2, 1, 1, 45, dtype=torch.bool, device=form.device)
     mask[1] = False
     plan = AttentionPlan(density=0.3, q_clusters=3, k_clusters=7, compensation=compensation)
-    found = form(q, k, v, plan, attn_mask=mask, text=(2, 1), return_lse=True)
+    found = form(q, k, v, plan, kinds=token_kinds(mask), return_lse=True)
     assert found.out[0].isfinite().all()
     assert (found.out[1] == 0).all()
     assert (found.lse[1] == -math.inf).all()
@@ -281,7 +296,7 @@ def test_one_token_and_more_clusters_than_tokens(form: Form, compensation: str) 
 def test_density_zero_routes_nothing_and_text_keeps_its_keys(form: Form) -> None:
     q, k, v = qkv(form.device, (2, 2), (61, 61), torch.float16)
     plan = AttentionPlan(density=0.0, q_clusters=3, k_clusters=7)
-    found = form(q, k, v, plan, text=(4, 2), return_lse=True)
+    found = form(q, k, v, plan, kinds=exact_at_ends(q, k, 4, 2), return_lse=True)
     assert not found.block_mask.any()
     dense = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
     for text in (slice(0, 4), slice(59, 61)):
@@ -388,7 +403,7 @@ def test_a_source_hears_where_a_call_can_only_be_dense() -> None:
     with calls_from(source):
         found, _ = attention(q, k, v, plan=replace(PLAN, min_tokens=46).encode())
         attention(q, k, v, plan=replace(PLAN, min_tokens=45).encode())
-        attention(q, k, v, text_prefix=45)
+        attention(q, k, v, clustered_keys=0)
     assert [request.dense_only for request in source.requests] == [True, False, True]
     assert len(source.results) == 1
     assert torch.equal(found, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))

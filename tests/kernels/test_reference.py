@@ -9,6 +9,7 @@ from typing import get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import random_kinds
 from hypothesis import given
 from hypothesis import strategies as st
 from labelled import Labelled, close
@@ -25,19 +26,20 @@ SEEDS = st.integers(0, 2**31 - 1)
     seed=SEEDS,
     kv_heads=st.sampled_from((1, 2, 4)),
     tokens=st.tuples(st.integers(6, 40), st.integers(6, 40)),
-    text=st.sampled_from(((0, 0), (2, 0), (0, 3), (2, 3))),
+    exact=st.sampled_from(((0.0, 0.0), (0.2, 0.2), (0.0, 0.4), (1.0, 0.0))),
     masked=st.booleans(),
 )
 @pytest.mark.parametrize("form", FORMS)
 def test_density_one_is_dense_attention(
-    form: str, seed: int, kv_heads: int, tokens: tuple[int, int], text: tuple[int, int], masked
+    form: str, seed: int, kv_heads: int, tokens: tuple[int, int], exact: tuple[float, float], masked
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(2, 4, tokens[0], 8, generator=generator, dtype=torch.float64)
     k, v = torch.randn(2, 2, kv_heads, tokens[1], 8, generator=generator, dtype=torch.float64)
     mask = torch.rand(2, 1, 1, tokens[1], generator=generator) < 0.7 if masked else None
     plan = AttentionPlan(density=1.0, q_clusters=3, k_clusters=4, compensation=form)
-    found = reference.sparse_attention(q, k, v, plan, attn_mask=mask, text=text)
+    kinds = random_kinds(seed, mask, 2, tokens, exact, "cpu")
+    found = reference.sparse_attention(q, k, v, plan, kinds=kinds)
     close(found.out, F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True))
 
 

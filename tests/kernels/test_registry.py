@@ -9,6 +9,7 @@ import torch
 from attention_cases import needs_interpreter, random_qkv
 
 from svg_ear_compile.kernels import registry
+from svg_ear_compile.kernels.kinds import ALL_CLUSTERED, exact_at_ends
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 PLAN = AttentionPlan(density=0.3, q_clusters=3, k_clusters=7)
@@ -62,7 +63,7 @@ def test_attend_is_pure() -> None:
     q, k, v = random_qkv(3, 2, (4, 2), (61, 45), 32, torch.float32, "cpu")
     used = registry.choose(q, k, v)
     routed = used.cluster_and_route(
-        q, k, v, PLAN, attn_mask=None, scale=0.2, text=(2, 1), centroids=None, blocks=None
+        q, k, v, PLAN, kinds=exact_at_ends(q, k, 2, 1), scale=0.2, centroids=None, blocks=None
     )
     before = [
         t.clone() for t in (*routed.queries, *routed.keys, routed.block_mask, routed.row_area)
@@ -76,7 +77,7 @@ def test_attend_is_pure() -> None:
 def test_block_lists_are_the_block_mask() -> None:
     q, k, v = random_qkv(3, 2, (4, 2), (61, 45), 32, torch.float32, "cpu")
     routed = registry.choose(q, k, v).cluster_and_route(
-        q, k, v, PLAN, attn_mask=None, scale=0.2, text=(0, 0), centroids=None, blocks=None
+        q, k, v, PLAN, kinds=ALL_CLUSTERED, scale=0.2, centroids=None, blocks=None
     )
     kv_indptr, kv_indices = routed.block_lists()
     rows = routed.block_mask.flatten(0, 2)

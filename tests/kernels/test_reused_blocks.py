@@ -14,6 +14,7 @@ from attention_cases import (
     Form,
     Oracle,
     needs_interpreter,
+    random_kinds,
     random_mask,
     random_qkv,
 )
@@ -22,6 +23,7 @@ from test_sparse_attention import BF16, F16, F32, Case, cases, check_output
 from torch import Tensor
 
 from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.kinds import token_kinds
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation, Routing
 from svg_ear_compile.kernels.reference import Result
 
@@ -42,11 +44,12 @@ def two_steps(
     q, k, v = random_qkv(
         case.seed, case.batch, case.heads, case.tokens, dim, dtype, form.device, case.layout
     )
-    settings: dict[str, Any] = {"scale": case.scale, "text": case.text, "return_lse": True}
+    mask = None
     if case.mask is not None:
         kv_shape = (case.batch, case.heads[1])
         mask = random_mask(case.seed, case.mask, kv_shape, case.tokens[1], form.device)
-        settings["attn_mask"] = mask
+    kinds = random_kinds(case.seed, mask, case.batch, case.tokens, case.exact, form.device)
+    settings: dict[str, Any] = {"scale": case.scale, "kinds": kinds, "return_lse": True}
     first = form(q, k, v, plan, **settings)
     now = tuple(later_step(x, case.seed + 1) for x in (q, k, v))
     centroids = (first.queries.centroids, first.keys.centroids)
@@ -120,11 +123,11 @@ def test_a_mask_counts_as_it_is_now(form: Form) -> None:
     plan = AttentionPlan(density=0.3, q_clusters=3, k_clusters=7)
     before = torch.arange(45, device=form.device).expand(2, 1, 1, 45) < 40
     now = torch.arange(45, device=form.device).expand(2, 1, 1, 45) >= 5
-    first = form(q, k, v, plan, attn_mask=before)
+    first = form(q, k, v, plan, kinds=token_kinds(before))
     settings: dict[str, Any] = {
         "centroids": (first.queries.centroids, first.keys.centroids),
         "blocks": first.blocks,
-        "attn_mask": now,
+        "kinds": token_kinds(now),
         "return_lse": True,
     }
     got = form(q, k, v, plan, **settings)

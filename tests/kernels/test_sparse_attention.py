@@ -18,6 +18,7 @@ from attention_cases import (
     Oracle,
     assert_within_rounding,
     needs_interpreter,
+    random_kinds,
     random_mask,
     random_qkv,
 )
@@ -26,6 +27,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.kinds import CLUSTERED, EXACT, PADDING
 from svg_ear_compile.kernels.plan import HEAD_DIMS, AttentionPlan, Compensation
 from svg_ear_compile.kernels.reference import Result
 
@@ -47,7 +49,7 @@ class Case:
     heads: tuple[int, int]
     tokens: tuple[int, int]
     layout: str
-    text: tuple[int, int]
+    exact: tuple[float, float]
     mask: tuple[bool, bool] | None
     clusters: tuple[int, int]
     routing: str
@@ -74,7 +76,7 @@ def cases(*tokens: int) -> st.SearchStrategy[Case]:
         heads=st.sampled_from(((2, 2), (4, 2), (3, 1))),
         tokens=st.tuples(st.sampled_from(tokens), st.sampled_from(tokens)),
         layout=st.sampled_from(LAYOUTS),
-        text=st.sampled_from(((0, 0), (0, 5), (3, 0), (2, 3))),
+        exact=st.sampled_from(((0.0, 0.0), (0.1, 0.1), (0.0, 0.3), (0.3, 0.0))),
         mask=st.sampled_from((None, (True, True), (True, False), (False, True), (False, False))),
         clusters=st.sampled_from(((2, 5), (3, 7), (5, 11))),
         routing=st.sampled_from(("density", "density", "top_p", "threshold")),
@@ -83,14 +85,12 @@ def cases(*tokens: int) -> st.SearchStrategy[Case]:
     )
 
 
-def check_clusters(found: reference.Clusters, x: Tensor, text: tuple[int, int], mask) -> None:
+def check_clusters(found: reference.Clusters, x: Tensor, kinds: Tensor | None) -> None:
     """Check special labels, sizes and centroids of a result."""
     labels, clusters = found.labels.cpu().long(), found.centroids.shape[2]
-    position = torch.arange(x.shape[2]).expand_as(labels)
-    always = (position < text[0]) | (position >= x.shape[2] - text[1])
-    padding = torch.zeros_like(always) if mask is None else ~mask.cpu().expand_as(always)
-    assert torch.equal(labels == clusters + 1, padding)
-    assert torch.equal(labels == clusters, always & ~padding)
+    kinds = torch.tensor(CLUSTERED) if kinds is None else kinds.cpu()
+    assert torch.equal(labels == clusters + 1, (kinds == PADDING).expand_as(labels))
+    assert torch.equal(labels == clusters, (kinds == EXACT).expand_as(labels))
     assert labels.min() >= 0
     means, sizes = reference.cluster_means(x.cpu().double(), labels, clusters)
     assert torch.equal(found.sizes.cpu().long(), sizes)
@@ -147,11 +147,12 @@ def check_case(form: Form, dim: int, dtype: torch.dtype, compensation: str, case
         kv_shape = (case.batch, case.heads[1])
         mask = random_mask(case.seed, case.mask, kv_shape, case.tokens[1], form.device)
     plan = case.plan(compensation)
-    got = form(q, k, v, plan, attn_mask=mask, scale=case.scale, text=case.text, return_lse=True)
+    kinds = random_kinds(case.seed, mask, case.batch, case.tokens, case.exact, form.device)
+    got = form(q, k, v, plan, kinds=kinds, scale=case.scale, return_lse=True)
     assert got.out.dtype == dtype
     assert got.out.stride() == torch.empty_like(q, device="meta").stride()
-    check_clusters(got.queries, q, case.text, None)
-    check_clusters(got.keys, k, case.text, None if mask is None else mask[:, :, 0])
+    check_clusters(got.queries, q, kinds.queries)
+    check_clusters(got.keys, k, kinds.keys)
     oracle = Oracle.of(form, q, k, v, plan, case.scale or dim**-0.5, got)
     check_route(oracle, got)
     check_output(oracle, got)
@@ -215,8 +216,8 @@ def test_cuda_rows_of_many_tiles_equal_the_definition(
     dim: int, compensation: str, routing: str
 ) -> None:
     case = Case(
-        seed=3, batch=1, heads=(2, 1), tokens=(2503, 4999), layout="bshd", text=(0, 131), mask=None,
-        clusters=(9, 37), routing=routing, density=0.4, scale=None,
+        seed=3, batch=1, heads=(2, 1), tokens=(2503, 4999), layout="bshd", exact=(0.05, 0.03),
+        mask=None, clusters=(9, 37), routing=routing, density=0.4, scale=None,
     )  # fmt: skip
     check_case(CUDA, dim, BF16, compensation, case)
 

@@ -90,7 +90,7 @@ WEIGHTS: Cases = {
     ),
     "softmax twice": (of_weights(lambda w: w.softmax(-1)), Reason.PATTERN),
     "cast to integers": (of_weights(lambda w: (w * 9).int().float()), Reason.PATTERN),
-    "log_softmax": (lambda q, k, v, m: scores(q, k).log_softmax(-1).exp() @ v, Reason.PATTERN),
+    "log_softmax": (lambda q, k, v, m: scores(q, k).log_softmax(-1).exp() @ v, 1),
     "with something added": (
         lambda q, k, v, m: torch.baddbmm(
             torch.ones(1, 1, DIM), scores(q, k).softmax(-1).flatten(0, 1), v.flatten(0, 1)
@@ -144,6 +144,7 @@ CASTS: Cases = {
     "complex": (of_scores(lambda s: s.to(torch.complex64).abs()), Reason.PATTERN),
 }  # fmt: skip
 UNREAD: Cases = {
+    "part of a list": (of_scores(lambda s: s.chunk(1, 0)[0]), Reason.PATTERN),
     "floor": (of_scores(lambda s: torch.div(s, 0.25, rounding_mode="floor")), Reason.PATTERN),
     "trunc": (of_scores(lambda s: s.div_(0.25, rounding_mode="trunc")), Reason.PATTERN),
     "no rounding": (of_scores(lambda s: s.div(0.25, rounding_mode=None)), 1),

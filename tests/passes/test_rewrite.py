@@ -43,10 +43,11 @@ def test_only_the_call_changes_and_it_changes_in_place(kind: type[nn.Module]) ->
     (out,) = rewrite_all(gm)
     gm.graph.lint()
     nodes = list(gm.graph.nodes)
-    assert nodes[at].target is OP
-    assert nodes[at + 1] is out
+    (now,) = (i for i, n in enumerate(nodes) if n.target is OP)
+    assert nodes[now + 1] is out
     assert [line(n) for n in nodes[:at]] == before[:at]
-    assert [line(n) for n in nodes[at + 2 :]] == before[at + 1 :]
+    assert (now == at) or kind is Joint  # which tokens are text is computed in between
+    assert [line(n) for n in nodes[now + 2 :]] == before[at + 1 :]
     assert [u.name for u in out.users] == users
     kept = {"nn_module_stack", "source_fn_stack", "stack_trace", "example_value"} & old_meta.keys()
     assert {"stack_trace", "example_value"} <= kept
@@ -128,7 +129,6 @@ def test_a_symbolic_text_length_is_read_off_the_graph() -> None:
     (gm,) = graphs_of(SingleStreamTextFirst(), *inputs(), dynamic=True)
     rewrite_all(gm)
     (call,) = (n for n in gm.graph.nodes if n.target is OP)
-    length = call.kwargs["text_prefix"]
+    length = call.kwargs["clustered_keys"]
     assert isinstance(length, Node)
-    assert length.target is torch.ops.aten.sym_size.int
-    assert call.kwargs["text_suffix"] == 0
+    assert length.meta["example_value"].node.hint == VIDEO

@@ -16,7 +16,8 @@ import mask_cases
 import memory_cases
 import pytest
 import torch
-from surroundings import Body, Layer, attend, given, of_scores, row, scores
+import written_out_cases
+from surroundings import DIM, HEADS, Body, Layer, attend, given, of_scores, row, scores
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from traced_graphs import ALL_BLOCKS, Rewriting, run_rewritten
@@ -83,7 +84,8 @@ def check(body: Body, wanted: Reason | int, dtype: torch.dtype = torch.float32) 
 
 
 KINDS = {
-    **arithmetic_cases.KINDS, **mask_cases.KINDS, **fold_cases.KINDS, **memory_cases.KINDS
+    **arithmetic_cases.KINDS, **mask_cases.KINDS, **fold_cases.KINDS, **memory_cases.KINDS,
+    **written_out_cases.KINDS,
 }  # fmt: skip
 
 
@@ -116,7 +118,10 @@ def written(t: Tensor) -> Tensor:
     return t
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize(
     ("body", "wanted"),
     [
@@ -157,6 +162,39 @@ def written(t: Tensor) -> Tensor:
 )
 def test_low_precision(body: Body, wanted: Reason | int, dtype: torch.dtype) -> None:
     check(body, wanted, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "added", "low"),
+    [
+        *((dtype, dtype, torch.finfo(dtype).min) for dtype in LOW_PRECISION),
+        *((dtype, dtype, -1e4) for dtype in LOW_PRECISION),
+        *((dtype, torch.float32, -1e9) for dtype in (*LOW_PRECISION, torch.float32)),
+        (torch.float32, torch.float32, torch.finfo(torch.float32).min),
+    ],
+)
+def test_a_row_of_padding_sees_the_mask_alone(
+    dtype: torch.dtype, added: torch.dtype, low: float
+) -> None:
+    """A sum rounds the logits away beside a number so low, which need not fit the dtype of q."""
+
+    def body(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+        pairs = row(valid) & row(valid).mT
+        small = scores(q, k) * 0.2  # half of the unit in the last place of -10000 in float16 is 4
+        return (small + (~pairs).to(added) * low).softmax(-1).to(v.dtype) @ v
+
+    layer, (x, valid) = Layer(body).to(dtype), given(dtype)
+    backend = Rewriting()
+    with torch.no_grad():
+        expected = layer(x, valid)
+        mean = layer.v(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2).mean(2, keepdim=True)
+    found = run_rewritten(layer, x, valid, backend=backend)
+    assert backend.rewritten == 1
+    of_padding = (~valid)[:, None, :, None].expand_as(found)
+    for out in (found, expected):
+        error = (out - mean)[of_padding].abs().max()
+        assert error <= 4 * torch.finfo(dtype).eps * mean.abs().max()
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
 
 
 def test_half_rounds_bfloat16_no_less_and_overflows_sooner() -> None:

@@ -194,7 +194,7 @@ def test_one_graph_serves_several_lengths_when_they_are_dynamic() -> None:
 
     def record(gm: GraphModule, example: object) -> Any:
         graphs.append(gm)
-        assert rewrite_graph(gm, settings).sparse == 2
+        assert rewrite_graph(gm, settings).rewritten == 2
         return gm.forward
 
     torch._dynamo.reset()

@@ -8,6 +8,7 @@ import pytest
 from transformer_models import TOKENS
 
 from svg_ear_compile.cli import main
+from svg_ear_compile.cost_model import calibrate as measuring
 
 
 def explain(model: str, *arguments: str) -> int:
@@ -31,7 +32,10 @@ def test_keys_with_paths_markup_and_control_characters_are_shown_and_drawn(
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        ("wrong_pair", (), "the model cannot be called: it is 3"),
+        ("wrong_pair", (), "must return (model, args) or (model, args, kwargs); the command takes"),
+        ("wrong_pair", (), "takes a module or a function, got 3"),
+        ("pipeline", (), "got the pipeline Pipeline: give its transformer"),
+        ("with_arguments", (), "a callable without arguments, but with_arguments: missing a"),
         ("wrong_inputs", (), "args must be a tuple, not 4"),
         ("raising", (), "ZeroDivisionError: first line (--traceback shows where)"),
         ("__name__", (), "has no callable '__name__'"),
@@ -71,4 +75,34 @@ def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str], tmp_pat
     assert capsys.readouterr().err == "svg-ear: interrupted\n"
     tune = ["tune", "--model", "transformer_models:interrupted", "--density", "0.2"]
     assert main([*tune, "--out", str(tmp_path / "x.json")]) == 130
-    assert "the same command resumes it" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said == "svg-ear: interrupted; run the same command again to continue\n"
+
+
+def test_an_interrupted_calibration_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(measuring, "measure_roofs", interrupt)
+    assert main(["calibrate", "--device", "cpu"]) == 130
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1] == "svg-ear: interrupted; nothing was saved: run it again"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def measured(*args: object, **kwargs: object) -> None:
+        pytest.fail("it was measured")
+
+    (tmp_path / "svg_ear_compile").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(measuring, "measure_roofs", measured)
+    assert main(["calibrate", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "svg_ear_compile") in said
+    assert said.count("\n") == 1

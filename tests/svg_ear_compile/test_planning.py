@@ -79,7 +79,7 @@ def test_a_fault_leaves_the_graph_to_inductor_with_one_warning(
     (record,) = caplog.records
     assert "KeyError: 'a fault'" in record.getMessage()
     assert not rewriting.changed
-    assert rewriting.report.sparse == 0
+    assert rewriting.report.rewritten == 0
     assert {site.reason for site in rewriting.report.sites} <= {"fault"}
 
 
@@ -137,7 +137,7 @@ def test_gradients_that_the_model_switches_off_are_not_missed(
     sparse = sum(len(g.graph.find_nodes(op="call_function", target=operator)) for g in seen)
     assert sparse == 2
     reported = explain(lambda x: call(model, x), x, options=OPTIONS).graphs
-    assert sum(graph.sparse for graph in reported) == sparse
+    assert sum(graph.rewritten for graph in reported) == sparse
 
 
 def test_attention_whose_gradient_is_cut_off_later_is_left() -> None:

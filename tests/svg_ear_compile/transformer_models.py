@@ -121,6 +121,25 @@ def wrong_pair() -> tuple[int, int]:
     return 3, 4
 
 
+class Pipeline:
+    """What is around a transformer; a call of it makes a video."""
+
+    def __init__(self) -> None:
+        self.transformer = Stack()
+
+    def __call__(self, prompt: str) -> None:
+        raise NotImplementedError
+
+
+def pipeline() -> tuple[Pipeline, tuple[str]]:
+    """A pipeline where its transformer is wanted."""
+    return Pipeline(), ("a prompt",)
+
+
+def with_arguments(prompt: str) -> None:
+    """Wants an argument."""
+
+
 def wrong_inputs() -> tuple[nn.Module, int]:
     """A model without inputs."""
     return Stack(), 4

@@ -1,0 +1,115 @@
+"""What an accelerated pipeline did: layers, density, reuse, memory, seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from svg_ear_compile.generation import Held
+from svg_ear_compile.layers import LayerReport
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What one denoising model did in a generation.
+
+    Attributes:
+        name: attribute of the pipeline that holds it; of a bare module, its class.
+        kind: name of its class.
+        regional: whether its repeated blocks are compiled one by one.
+        layers: every layer whose attention was rewritten and has been called.
+    """
+
+    name: str
+    kind: str
+    regional: bool
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def sparse(self) -> int:
+        """Number of layers that ran sparse in at least one step."""
+        return sum(layer.density is not None for layer in self.layers)
+
+    @property
+    def density(self) -> float | None:
+        """Mean density of the last sparse calls of all layers, None if none ran sparse."""
+        reached = [layer.density for layer in self.layers if layer.density is not None]
+        return sum(reached) / len(reached) if reached else None
+
+    @property
+    def reused_fraction(self) -> float | None:
+        """Fraction of the sparse calls that reused clusters, None if there was none."""
+        reused = sum(layer.reused for layer in self.layers)
+        calls = reused + sum(layer.cold + layer.recomputed for layer in self.layers)
+        return reused / calls if calls else None
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return f"{self.name} ({self.kind}): not called, or no attention was made sparse"
+        if not self.sparse:
+            return f"{self.name} ({self.kind}): every call of {_layers(self.layers)} was dense"
+        return (
+            f"{self.name} ({self.kind}): {self.sparse} of {_layers(self.layers)} ran sparse, "
+            f"density {self.density:.3g}, {self.reused_fraction:.0%} of sparse calls reused"
+        )
+
+
+@dataclass(frozen=True)
+class AccelerationReport:
+    """What ran in the last call of an accelerated pipeline, or in a bare module's generation.
+
+    Attributes:
+        calls: number of finished calls of the pipeline; 0 for a bare module.
+        seconds: wall-clock time of the last call, None before the first and for a bare module.
+        compiled: whether a graph was compiled during the last call.
+        steps: denoising steps that ran in the generation that ended last.
+        dense_steps: leading steps of it with dense attention.
+        models: one entry for each denoising model.
+        held: device memory that the session held at the end of the call.
+    """
+
+    calls: int
+    seconds: float | None
+    compiled: bool
+    steps: int
+    dense_steps: int
+    models: tuple[ModelReport, ...]
+    held: tuple[Held, ...]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Device memory that the session held, in bytes."""
+        return sum(held.nbytes for held in self.held)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        steps = f"{_counted(self.steps, 'step')}, {self.dense_steps} of them dense"
+        if self.seconds is None:
+            lines = [f"current generation: {steps}" if self.steps else "nothing ran yet"]
+        else:
+            lines = [f"call {self.calls}: {steps}, {self.seconds:.1f} s"]
+            if self.compiled:
+                lines[0] += " with compilation"
+        if self.steps:
+            lines += map(str, self.models)
+            lines.append(f"memory held: {_memory(self.held)}")
+        return "\n".join(lines)
+
+
+def _layers(layers: Sequence[LayerReport]) -> str:
+    return _counted(len(layers), "layer")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _memory(held: Iterable[Held]) -> str:
+    by_use: dict[str, int] = {}
+    for each in held:
+        by_use[each.what] = by_use.get(each.what, 0) + each.nbytes
+    return ", ".join(f"{nbytes / 2**20:.1f} MiB {what}" for what, nbytes in by_use.items())

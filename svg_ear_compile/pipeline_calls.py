@@ -1,0 +1,138 @@
+"""What a pipeline holds, and what each of its calls asks for.
+
+A call of one pipeline object is watched by giving that object a class of its own: Python looks up
+`__call__` on the class, and other pipelines of the same class must not be watched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sized
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+from torch import Tensor, nn
+
+from svg_ear_compile.layers import TIMESTEP_NAMES, inner_of
+
+_GIVEN_STEPS = ("timesteps", "sigmas")  # a list of steps takes precedence over their number
+
+
+@dataclass(frozen=True)
+class PipelineCall:
+    """What one call of a pipeline asks for.
+
+    Attributes:
+        steps: number of denoising steps, None if the call does not tell.
+        prompts: least number of videos that differ from each other, 1 if the call does not tell.
+    """
+
+    steps: int | None = None
+    prompts: int = 1
+
+
+def denoisers(pipeline: object, timestep: str | None) -> dict[str, nn.Module]:
+    """The denoising models of a pipeline by name: the modules that are called with a timestep.
+
+    Args:
+        pipeline: diffusers' or any other object that holds its models as attributes.
+        timestep: name of the timestep argument, None for one of `TIMESTEP_NAMES`.
+    """
+    names = set(TIMESTEP_NAMES if timestep is None else (timestep,))
+    held = getattr(pipeline, "components", None)  # diffusers
+    if not isinstance(held, Mapping):
+        held = getattr(pipeline, "__dict__", {})
+    return {
+        name: module
+        for name, module in held.items()
+        if isinstance(module, nn.Module)
+        and not names.isdisjoint(inspect.signature(inner_of(module).forward).parameters)
+    }
+
+
+def read_call(pipeline: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PipelineCall:
+    """What a call of `pipeline` with these arguments asks for."""
+    given = {**_defaults(pipeline), **_named(pipeline, args, kwargs)}
+    return PipelineCall(_steps(given), _prompts(given))
+
+
+def _named(pipeline: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments by name; of a call that the pipeline will refuse, those given by name."""
+    signature = inspect.signature(type(pipeline).__call__)
+    try:
+        named = dict(signature.bind(pipeline, *args, **kwargs).arguments)
+    except TypeError:
+        return dict(kwargs)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
+
+
+def _defaults(pipeline: Any) -> dict[str, Any]:
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    found = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    # Modular pipelines of diffusers name their inputs in their blocks.
+    inputs = getattr(getattr(pipeline, "blocks", None), "inputs", ())
+    return found | {each.name: each.default for each in inputs if each.default is not None}
+
+
+def _steps(given: Mapping[str, Any]) -> int | None:
+    steps = given.get("num_inference_steps")
+    for name in _GIVEN_STEPS:
+        if isinstance(given.get(name), Sized):
+            steps = len(given[name])
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        return None
+    strength = given.get("strength")  # video to video skips the first steps
+    if isinstance(strength, (int, float)) and 0 < strength < 1:
+        return min(int(steps * strength), steps)
+    return steps
+
+
+def _prompts(given: Mapping[str, Any]) -> int:
+    for name in ("latents", "prompt_embeds"):
+        if isinstance(given.get(name), Tensor) and given[name].dim():
+            return max(1, given[name].shape[0])
+    prompt = given.get("prompt")
+    return max(1, len(prompt)) if isinstance(prompt, (list, tuple)) else 1
+
+
+class CallWatch:
+    """Runs `around` around every call of one pipeline object.
+
+    Args:
+        pipeline: an object that is called; its class may have any name.
+        around: makes a context manager from what the call asks for.
+
+    Raises:
+        TypeError: the pipeline is no object whose class can be changed.
+    """
+
+    def __init__(
+        self, pipeline: Any, around: Callable[[PipelineCall], AbstractContextManager[object]]
+    ) -> None:
+        original: Any = type(pipeline)
+        call = original.__call__
+
+        @wraps(call)
+        def watched(this: Any, *args: Any, **kwargs: Any) -> Any:
+            if this is not pipeline:  # a copy has the class of what it is a copy of
+                return call(this, *args, **kwargs)
+            with around(read_call(this, args, kwargs)):
+                return call(this, *args, **kwargs)
+
+        names = ("__module__", "__qualname__", "__doc__")
+        body = {name: getattr(original, name) for name in names}
+        body |= {"__call__": watched, "__slots__": ()}
+        self._pipeline = pipeline
+        self._original = original
+        self._watched = type(original)(original.__name__, (original,), body)
+        pipeline.__class__ = self._watched
+
+    def stop(self) -> None:
+        """Give the pipeline its class back, unless it was given another one meanwhile."""
+        if type(self._pipeline) is self._watched:
+            self._pipeline.__class__ = self._original

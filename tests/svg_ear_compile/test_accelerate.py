@@ -1,0 +1,334 @@
+"""`accelerate` on diffusers' pipelines: what runs, what is given back, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+from made_budgets import budget_for
+from session_models import Model, run
+from torch import nn
+from transformer_models import stack
+
+import svg_ear_compile
+from svg_ear_compile import accelerate
+from svg_ear_compile.cost_model import budget as budgets
+from svg_ear_compile.cost_model.budget import Choice
+from svg_ear_compile.kernels.call import UNBOUND, active_source
+
+FAMILIES = pytest.mark.parametrize(
+    ("make", "call"),
+    [
+        (tiny.wan, tiny.wan_call),
+        (tiny.wan_two_experts, tiny.wan_call),
+        (tiny.ltx, tiny.ltx_call),
+        (tiny.cogvideox, tiny.cogvideox_call),
+    ],
+    ids=["wan", "wan_two_experts", "ltx", "cogvideox"],
+)
+
+
+@pytest.fixture(autouse=True)
+def _graphs_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inductor is left out: each graph runs as the pass leaves it."""
+    torch.compiler.reset()
+    monkeypatch.setattr(
+        "svg_ear_compile.backend.compile_fx", lambda gm, inputs, **given: gm.forward
+    )
+    yield
+    torch.compiler.reset()
+    assert active_source() is UNBOUND
+
+
+def state_of(pipe: Any) -> dict[str, Any]:
+    """Everything about a pipeline that `accelerate` could leave behind."""
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return {
+        "class": type(pipe),
+        "attributes": dict(vars(pipe)),
+        "modules": {
+            (name, path): dict(vars(module))
+            for name, model in models.items()
+            for path, module in model.named_modules()
+        },
+    }
+
+
+@FAMILIES
+def test_a_pipeline_runs_sparse_and_is_given_back(
+    make: Callable[[], Any], call: Callable[..., Any]
+) -> None:
+    pipe = make()
+    dense = tiny.generate(pipe, call())
+    before = state_of(pipe)
+    handle = accelerate(pipe, density=0.3, options=tiny.OPTIONS)
+    first, second = tiny.generate(pipe, call()), tiny.generate(pipe, call())
+    report = handle.report()
+    handle.detach()
+
+    assert torch.equal(first, second)
+    assert not torch.equal(first, dense)
+    assert (first - dense).norm() < 0.05 * dense.norm()
+    assert isinstance(pipe, before["class"])
+    assert state_of(pipe) == before
+    assert torch.equal(tiny.generate(pipe, call()), dense)
+
+    assert (report.calls, report.steps, report.dense_steps) == (2, 4, 0)
+    assert not report.compiled
+    assert report.seconds > 0
+    assert report.memory_bytes > 0
+    names = [name for name in ("transformer", "transformer_2") if getattr(pipe, name, None)]
+    assert [model.name for model in report.models] == names
+    for model in report.models:
+        assert model.sparse == len(model.layers) == 2
+        assert {layer.identity for layer in model.layers} == {"parameter"}
+        assert {layer.branches for layer in model.layers} == {2}  # guidance
+        assert 0.25 < model.density < 0.45
+        assert model.reused_fraction >= 0.5
+    assert sum(layer.cold for model in report.models for layer in model.layers) == 2 * len(names)
+
+
+def test_density_1_is_the_pipeline_itself() -> None:
+    pipe = tiny.wan()
+    dense = tiny.generate(pipe, tiny.wan_call())
+    with accelerate(pipe, density=1.0, options=tiny.OPTIONS) as handle:
+        torch.testing.assert_close(tiny.generate(pipe, tiny.wan_call()), dense)
+        assert [model.sparse for model in handle.report().models] == [0]
+        assert "every call of 2 layers was dense" in str(handle.report())
+
+
+def test_nothing_is_held_between_calls() -> None:
+    pipe = tiny.wan()
+    with accelerate(pipe, options=tiny.OPTIONS) as handle:
+        tiny.generate(pipe, tiny.wan_call())
+        assert handle.report().memory_bytes > 0
+        assert handle.session.memory_bytes() == 0
+
+
+def test_an_error_in_a_call_ends_it() -> None:
+    pipe = tiny.wan()
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with accelerate(pipe, options=tiny.OPTIONS) as handle:
+        with pytest.raises(KeyboardInterrupt):
+            tiny.generate(pipe, tiny.wan_call(callback_on_step_end=stop))
+        assert handle.report().calls == 0
+        assert handle.session.memory_bytes() == 0
+        found = tiny.generate(pipe, tiny.wan_call())
+        assert torch.equal(tiny.generate(pipe, tiny.wan_call()), found)
+
+
+@pytest.mark.parametrize(("asked", "dense"), [(1, 1), (0.25, 1), (0.5, 2), (0.0, 0), (0.1, 0)])
+def test_leading_steps_are_dense_by_number_or_fraction(asked: float, dense: int) -> None:
+    pipe = tiny.wan()
+    with accelerate(pipe, dense_steps=asked, options=tiny.OPTIONS) as handle:
+        tiny.generate(pipe, tiny.wan_call())
+        assert (handle.report().steps, handle.report().dense_steps) == (4, dense)
+        if asked == 0.5:
+            tiny.generate(pipe, tiny.wan_call(num_inference_steps=2))
+            assert (handle.report().steps, handle.report().dense_steps) == (2, 1)
+
+
+def test_a_call_that_would_be_all_dense_warns() -> None:
+    pipe = tiny.wan()
+    with (
+        accelerate(pipe, dense_steps=9, options=tiny.OPTIONS) as handle,
+        pytest.warns(UserWarning, match="dense_steps=9 leaves none of the 4 steps of this call"),
+    ):
+        tiny.generate(pipe, tiny.wan_call())
+    assert handle.report().dense_steps == 4
+
+
+def test_equal_latents_of_several_prompts_are_no_guidance_branches() -> None:
+    pipe = tiny.wan()
+    same = tiny.noise((1, 4, 3, 12, 16), seed=5).expand(2, -1, -1, -1, -1).contiguous()
+    call = tiny.wan_call(prompts=2, latents=same, guidance_scale=1.0, num_inference_steps=1)
+    with accelerate(pipe, density=0.3, options=tiny.OPTIONS) as handle:
+        tiny.generate(pipe, call)
+        assert [(layer.cold, layer.branches) for layer in handle.report().models[0].layers] == [
+            (1, 1),
+            (1, 1),
+        ]
+
+
+def test_calls_that_run_at_the_same_time_have_generations_of_their_own() -> None:
+    pipe = tiny.wan()
+    found = []
+
+    def interleave(pipe: Any, step: int, timestep: Any, given: Any) -> Any:
+        if step == 1:
+            pipe.scheduler = copy.deepcopy(scheduler)  # what diffusers does not share, either
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            pipe.scheduler = scheduler
+        return given
+
+    def work() -> None:
+        found.append(tiny.generate(pipe, tiny.wan_call()))
+
+    with accelerate(pipe, density=0.3, options=tiny.OPTIONS) as handle:
+        work()
+        scheduler = pipe.scheduler
+        found.append(tiny.generate(pipe, tiny.wan_call(callback_on_step_end=interleave)))
+        assert handle.session.generations == ("default", "call 2")
+        assert handle.report().calls == 3
+    assert len(found) == 3
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+def test_a_generation_that_is_entered_is_used() -> None:
+    pipe = tiny.wan()
+    with accelerate(pipe, options=tiny.OPTIONS) as handle:
+        with handle.session.generation("mine"):
+            tiny.generate(pipe, tiny.wan_call())
+        assert handle.session.generations == ("mine",)
+        assert handle.report().calls == 1
+
+
+def test_a_module_is_accelerated_without_a_pipeline() -> None:
+    model, inputs = stack()
+    with torch.no_grad():
+        dense = model(*inputs)
+        with accelerate(model, density=0.3, options=tiny.OPTIONS) as handle:
+            assert str(handle.report()) == "nothing ran yet"
+            found = model(*inputs)
+            report = handle.report()
+        assert not torch.equal(found, dense)
+        assert torch.equal(model(*inputs), dense)
+    assert (report.calls, report.seconds, report.steps) == (0, None, 1)
+    assert [(model.name, model.regional, model.sparse) for model in report.models] == [
+        ("Stack", False, 2)
+    ]
+    assert str(report).startswith(
+        "current generation: 1 step, 0 of them dense\nStack (Stack): 2 of"
+    )
+
+
+def test_the_report_is_plain_data_too() -> None:
+    pipe = tiny.wan()
+    with accelerate(pipe, options=tiny.OPTIONS) as handle:
+        tiny.generate(pipe, tiny.wan_call())
+        found = handle.report().to_dict()
+    assert found["models"][0]["layers"][0]["path"] == "blocks.0.attn1"
+    assert found["steps"] == 4
+
+
+def test_a_second_call_says_so() -> None:
+    pipe = tiny.wan()
+    handle = accelerate(pipe, options=tiny.OPTIONS)
+    with pytest.raises(ValueError, match="transformer of this WanPipeline is accelerated already"):
+        accelerate(pipe)
+    with pytest.raises(ValueError, match="this WanTransformer3DModel is accelerated already"):
+        accelerate(pipe.transformer)
+    handle.detach()
+    handle.detach()  # does nothing
+    with accelerate(pipe, options=tiny.OPTIONS):
+        tiny.generate(pipe, tiny.wan_call())
+
+
+@pytest.mark.parametrize("how", ["compile", "compile_repeated_blocks", "bind"])
+def test_a_model_that_is_compiled_or_bound_is_refused(how: str) -> None:
+    pipe = tiny.wan()
+    if how == "bind":
+        svg_ear_compile.bind(pipe.transformer)
+    else:
+        getattr(pipe.transformer, how)(backend="eager")
+    before = state_of(pipe)
+    with pytest.raises(ValueError, match="transformer of this WanPipeline is compiled or bound"):
+        accelerate(pipe)
+    assert state_of(pipe) == before
+
+
+class Unlike:
+    """A pipeline without a model."""
+
+    def __call__(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "kind", "said"),
+    [
+        (Unlike, {}, TypeError, "accelerate takes a pipeline or a module, got <class"),
+        (3, {}, TypeError, "accelerate takes a pipeline or a module, got 3"),
+        (Unlike(), {}, ValueError, "this Unlike holds no denoising model"),
+        (nn.Linear(2, 2), {}, ValueError, "forward of Linear has none of"),
+        ("wan", {"timestep": "when"}, ValueError, "none of its modules is called with 'when'"),
+        ("wan", {"density": 2.0}, ValueError, "density"),
+        ("wan", {"density": 0.2, "target_speedup": 2.0}, ValueError, "give one of them"),
+        ("wan", {"density": 0.2, "options": {"density": 0.3}}, ValueError, "given twice"),
+        ("wan", {"options": {"budget": "b.json"}}, ValueError, "budget as an argument"),
+        ("wan", {"options": {"dencity": 0.3}}, ValueError, "did you mean 'density'"),
+        ("wan", {"dense_steps": 1.5}, ValueError, r"a fraction in \[0, 1\), got 1.5"),
+        ("wan", {"dense_steps": -1}, ValueError, "dense_steps must not be negative"),
+        ("wan", {"dense_steps": "2"}, TypeError, "dense_steps must be int"),
+        ("wan", {"budget": "missing.json"}, ValueError, "the budget cannot be used.*missing.json"),
+        ("wan", {"budget": {"blocks.9.attn1": 0.2}}, ValueError, "matches no module"),
+        (Model(whole=True), {"dense_steps": 0.2}, ValueError, "which a module does not know"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence_and_leaves_nothing(
+    target: Any, given: dict[str, Any], kind: type[Exception], said: str
+) -> None:
+    pipe = tiny.wan() if target == "wan" else target
+    before = state_of(pipe) if target == "wan" else None
+    with pytest.raises(kind, match=said) as raised:
+        accelerate(pipe, **given)
+    assert "\n" not in str(raised.value)
+    if before is not None:
+        assert state_of(pipe) == before
+
+
+def test_a_schedule_by_fraction_needs_the_number_of_steps() -> None:
+    class Silent:
+        def __init__(self) -> None:
+            self.transformer = Model(whole=True)
+
+        def __call__(self) -> torch.Tensor:
+            return run(self.transformer, 900.0, 500.0)
+
+    pipe = Silent()
+    with (
+        accelerate(pipe, dense_steps=0.5),
+        pytest.raises(ValueError, match="this call of Silent does not tell its number of steps"),
+    ):
+        pipe()
+    with accelerate(pipe) as handle:
+        pipe()
+        assert handle.report().steps == 2
+
+
+def test_each_expert_follows_its_budget(tmp_path: Path) -> None:
+    pipe = tiny.wan_two_experts()
+    layers = [f"blocks.{index}.attn1" for index in range(2)]
+    models = (pipe.transformer, pipe.transformer_2)
+    made = [
+        budget_for(model, dict.fromkeys(layers, (Choice(density),)), 144)
+        for model, density in zip(models, (0.6, 0.2), strict=True)
+    ]
+    budgets.save(made[1], tmp_path / "low_noise.json")
+    with accelerate(pipe, budget=[made[0], tmp_path / "low_noise.json"]) as handle:
+        tiny.generate(pipe, tiny.wan_call())
+        high, low = handle.report().models
+        assert high.density > 0.55
+        assert low.density < 0.45
+    with pytest.raises(ValueError, match="there are 2 models, but 1 budgets: give one for each"):
+        accelerate(pipe, budget=made[0])
+
+
+def test_densities_of_layers_are_a_budget_too() -> None:
+    pipe = tiny.wan()
+    with accelerate(pipe, budget={"blocks.1.*": 1.0}, options=tiny.OPTIONS) as handle:
+        tiny.generate(pipe, tiny.wan_call())
+        assert [layer.density is None for layer in handle.report().models[0].layers] == [
+            False,
+            True,
+        ]
