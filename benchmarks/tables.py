@@ -15,13 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.attention.summary import (
-    cold_ms,
-    dense_ms,
-    reused_speedup,
-    rows_of,
-    summary_table,
-)
+from benchmarks.attention.summary import cold_ms, dense_ms, reused_speedup, rows_of, summary_table
 from benchmarks.fidelity.grid import OURS, WARM_UPS
 from benchmarks.fidelity.record import read
 from benchmarks.fidelity.report import markdown_table
