@@ -56,7 +56,7 @@ def main() -> None:
         record = _continued(record, json.loads(path.read_text()))
     done = {(row["ring"], row["ulysses"]) for row in record["rows"]}
     console = Console(width=140)
-    for layout in (layout for gpus in sizes(given.gpus) for layout in layouts(gpus)):
+    for layout in (layout for gpus in sizes(given.gpus) for layout in layouts(gpus, shape.heads)):
         if (layout.ring, layout.ulysses) in done:
             continue
         if (sentence := misfit(layout, shape)) is not None:

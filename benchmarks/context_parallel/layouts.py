@@ -63,12 +63,16 @@ class Amounts:
     received: int
 
 
-def layouts(gpus: int) -> list[Layout]:
-    """All that are measured for so many GPUs; both at once is a ring of two."""
+def layouts(gpus: int, heads: int) -> list[Layout]:
+    """All that are measured for so many GPUs.
+
+    Both at once has the largest groups of Ulysses that divide the heads and leave a ring.
+    """
     if gpus == 1:
         return [Layout(1, 1)]
-    found = [Layout(1, gpus), Layout(gpus, 1)]
-    return [*found, Layout(2, gpus // 2)] if gpus >= 4 and gpus % 2 == 0 else found
+    fitting = [n for n in range(2, gpus // 2 + 1) if gpus % n == heads % n == 0]
+    both = [Layout(gpus // fitting[-1], fitting[-1])] if fitting else []
+    return [Layout(1, gpus), Layout(gpus, 1), *both]
 
 
 def sizes(most: int) -> list[int]:

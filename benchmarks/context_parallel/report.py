@@ -16,11 +16,11 @@ from benchmarks.context_parallel.layouts import Layout, amounts, layouts, misfit
 from benchmarks.context_parallel.models import SIZES, shape_of
 
 Record = dict[str, Any]
-_LARGER = (2, 4, 8, 16, 32, 64)
+_GROUPS = (2, 4, 8, 16, 24, 40)
 _SHOWN = ("wan14b-720p", "hunyuan-720p")
 
 
-def counted_table(models: Iterable[str] = _SHOWN, groups: Iterable[int] = _LARGER) -> str:
+def counted_table(models: Iterable[str] = _SHOWN, groups: Iterable[int] = _GROUPS) -> str:
     """What one GPU of a group does and receives for one attention, by shape and layout."""
     lines = [
         "| shape | GPUs | layout | heads × tokens of a call | calls | tokens clustered, of an even "
@@ -31,9 +31,9 @@ def counted_table(models: Iterable[str] = _SHOWN, groups: Iterable[int] = _LARGE
     sizes = list(groups)
     for model in models:
         shape = shape_of(SIZES[model])
-        for layout in (layout for gpus in sizes for layout in layouts(gpus)):
+        for layout in (layout for gpus in sizes for layout in layouts(gpus, shape.heads)):
             if (sentence := misfit(layout, shape)) is not None:
-                sentences[f"- {model}, {layout.name}: {sentence}"] = None
+                sentences[f"- {model}: {sentence}"] = None
                 continue
             found = amounts(layout, shape)
             cells = [
@@ -109,10 +109,15 @@ def write_plot(record: Record, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def section(records: Path, folder: Path) -> str:
-    """For the page in `folder`: what was measured, and the counted amounts of larger groups."""
+def section(results: Path, folder: Path) -> str:
+    """For a page: what was measured, and the counted amounts of larger groups.
+
+    Args:
+        results: folder of a GPU's records.
+        folder: of the page.
+    """
     parts = []
-    for path in sorted(records.glob("*.json")):
+    for path in sorted((results / "context_parallel").glob("*.json")):
         record = json.loads(path.read_text())
         versions = record["versions"]
         plot = os.path.relpath(path.with_suffix(".png"), folder)

@@ -113,6 +113,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def section(records: Path) -> str:
+    """For a page: the record of this folder."""
+    record = json.loads((records / "ring_error.json").read_text())
+    what = (
+        f"{record['device']}, torch {record['versions']['torch']}; {record['tokens']:,} tokens, "
+        f"density {record['density']:g}, relative error to dense, mean of "
+        f"{len({row['seed'] for row in record['rows']})} videos."
+    )
+    return f"{what}\n\n{table(record['rows'])}"
+
+
 def main() -> None:
     """Parse the command line, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)

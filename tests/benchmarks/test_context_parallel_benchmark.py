@@ -26,9 +26,10 @@ def test_groups_grow_by_doubling_and_end_at_the_one_asked_for() -> None:
     assert sizes(1) == [1]
     assert sizes(8) == [1, 2, 4, 8]
     assert sizes(6) == [1, 2, 4, 6]
-    assert [(x.ring, x.ulysses) for x in layouts(8)] == [(1, 8), (8, 1), (2, 4)]
-    assert [(x.ring, x.ulysses) for x in layouts(3)] == [(1, 3), (3, 1)]
-    assert all(layout.gpus == n for n in range(1, 20) for layout in layouts(n))
+    assert [(x.ring, x.ulysses) for x in layouts(8, 40)] == [(1, 8), (8, 1), (2, 4)]
+    assert [(x.ring, x.ulysses) for x in layouts(24, 40)] == [(1, 24), (24, 1), (3, 8)]
+    assert [(x.ring, x.ulysses) for x in layouts(3, 40)] == [(1, 3), (3, 1)]
+    assert all(layout.gpus == n for n in range(1, 20) for layout in layouts(n, 24))
 
 
 @pytest.mark.parametrize(
@@ -100,11 +101,13 @@ def test_measured_rows_are_compared_with_one_gpu() -> None:
 
 def test_the_section_shows_records_and_says_where_there_is_none(tmp_path: Path) -> None:
     assert "has been measured with this command yet" in section(tmp_path, tmp_path)
-    (tmp_path / "wan14b-720p.json").write_text(json.dumps(record()))
+    records = tmp_path / "context_parallel"
+    records.mkdir()
+    (records / "wan14b-720p.json").write_text(json.dumps(record()))
     shown = section(tmp_path, tmp_path)
     assert "measured with this command yet" not in shown
     assert "One sentence." in shown
-    assert "(wan14b-720p.png)" in shown
+    assert "(context_parallel/wan14b-720p.png)" in shown
     write_plot(record(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
@@ -113,7 +116,7 @@ def test_larger_groups_are_counted_or_said_not_to_fit() -> None:
     shown = counted_table(["hunyuan-720p"], [8, 16])
     assert "| hunyuan-720p | 8 | Ulysses | 3 × 118,800 | 1 | 1x |" in shown
     assert "| hunyuan-720p | 16 | ring 2 × Ulysses 8 | 3 × 59,400 | 2 | 2x |" in shown
-    assert "hunyuan-720p, Ulysses: Ulysses over 16 GPUs does not divide 24 heads" in shown
+    assert "hunyuan-720p: Ulysses over 16 GPUs does not divide 24 heads" in shown
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, *more: str) -> None:

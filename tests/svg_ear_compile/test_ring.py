@@ -50,7 +50,8 @@ def worker(rank: int, ring: int, ulysses: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("ring", "ulysses"), [(2, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("ring", "ulysses"), [(2, 1), (2, 2)])
 def test_a_ring_equals_one_process(ring: int, ulysses: int, tmp_path: Path) -> None:
     model, x = ring_model(), ring_input()
     with torch.no_grad():
@@ -60,9 +61,7 @@ def test_a_ring_equals_one_process(ring: int, ulysses: int, tmp_path: Path) -> N
     saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ring * ulysses)]
     shape = (1, HEADS // ulysses, TOKENS // ring, TOKENS // ring, DIM)
     for got in saved:
-        assert got["rows"] == [
-            (f"blocks.{layer}", "self", shape, True) for layer in (0, 1) for _ in range(ring)
-        ]
+        assert got["rows"] == [("blocks.0", "self", shape, True) for _ in range(ring)]
     exact, sparse = (
         torch.cat(parts, 1) for parts in zip(*(got["outputs"] for got in saved), strict=True)
     )
