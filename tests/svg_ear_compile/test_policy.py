@@ -242,4 +242,4 @@ def test_a_length_known_at_run_time_keeps_the_least_that_pays() -> None:
     found = explain(model, x, timestep, options={"density": 0.1})
     (least,) = {site.plan.min_tokens for site in found.sites if site.plan is not None}
     assert least > TOKENS
-    assert f"sparse from {least} video tokens on" in found.sites[0].sentence
+    assert f"sparse from {least:,} video tokens on" in found.sites[0].sentence
