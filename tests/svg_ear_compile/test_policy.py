@@ -232,7 +232,7 @@ def test_the_report_says_what_is_expected_and_where_it_comes_from() -> None:
     assert expected["sparse_ms"] > 0
     assert expected["times"] == "calibrated on this machine"
     text = " ".join(str(found).split())
-    assert "milliseconds: calibrated on this machine" in text
+    assert "Milliseconds: calibrated on this machine" in text
     assert "not measured on this one" in text
 
 
