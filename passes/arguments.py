@@ -75,9 +75,11 @@ def arguments(node: Node) -> Arguments | None:
         return Arguments({**_numbered(node.args), **node.kwargs}, {})
     kwargs = dict(node.kwargs)
     out = {"out": kwargs.pop("out")} if "out" in kwargs else {}
+    certain = isinstance(node.target, torch._ops.OpOverload)
     for parameters in _signatures(node):
         bound = _bind(parameters, node.args, kwargs, method=node.op == "call_method")
-        if bound is not None:
+        kinds = {p.name: p.kind for p in parameters}
+        if bound is not None and (certain or all(_fits(kinds[n], v) for n, v in bound.items())):
             defaults = {p.name: p.default for p in parameters if p.default is not _MISSING}
             return Arguments({**bound, **out}, {"out": None, **defaults})
     return None
@@ -181,8 +183,7 @@ def _bind(
         bound[parameter_name] = value
     if any(p.default is _MISSING and p.name not in bound for p in parameters):
         return None
-    fits = all(_fits(known[name].kind, value) for name, value in bound.items())
-    return bound if fits else None
+    return bound
 
 
 def _fits(kind: str, value: object) -> bool:

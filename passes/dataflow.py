@@ -15,7 +15,13 @@ from torch.utils._pytree import tree_leaves
 
 from svg_ear_compile.passes.effects import Effects
 from svg_ear_compile.passes.memory import storages
-from svg_ear_compile.passes.operation import CONVOLUTIONS, LINEAR, operation
+from svg_ear_compile.passes.operation import (
+    CASTS,
+    CONVOLUTIONS,
+    LINEAR,
+    REARRANGEMENTS,
+    operation,
+)
 
 # A tensor's size says nothing of what it holds; nor do new tensors in its likeness.
 _SIZES = frozenset({
@@ -206,7 +212,10 @@ def _is_tensor(node: Node) -> bool:
 
 
 def projected_input(node: Node) -> Node | None:
-    """The activation that a linear layer or convolution projects, or None for another node."""
+    """The activation that a linear layer or convolution projects, or None for another node.
+
+    A product with a parameter, written as `x @ w` or by einsum, is a linear layer, too.
+    """
     if node.op == "call_module":
         owner = node.graph.owning_module
         module = owner.get_submodule(str(node.target)) if owner is not None else None
@@ -215,6 +224,24 @@ def projected_input(node: Node) -> Node | None:
     elif (name := operation(node)) in LINEAR | CONVOLUTIONS:
         position = 1 if name == "addmm" else 0
         found = node.args[position] if len(node.args) > position else node.kwargs.get("input")
+    elif name in _PRODUCTS:
+        sides = node.all_input_nodes
+        activations = [side for side in sides if not is_weight(side)]
+        found = activations[0] if len(sides) == 2 and len(activations) == 1 else None
     else:
         return None
     return found if isinstance(found, Node) else None
+
+
+_PRODUCTS = frozenset({"matmul", "mm", "bmm", "einsum"})
+_DEEPEST_WEIGHT = 8
+
+
+def is_weight(node: Node, depth: int = 0) -> bool:
+    """True for a parameter, and for one that has been cast, rearranged or scaled."""
+    if isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+        return True
+    if operation(node) not in CASTS | REARRANGEMENTS | {"mul", "div"} or depth > _DEEPEST_WEIGHT:
+        return False
+    sources = node.all_input_nodes
+    return bool(sources) and all(is_weight(source, depth + 1) for source in sources)

@@ -27,6 +27,7 @@ from svg_ear_compile.passes.site import AttentionSite, Call, Padding, Reason, Ro
 from svg_ear_compile.passes.steps import is_softmax
 from svg_ear_compile.passes.symbolic import hint
 from svg_ear_compile.passes.text import TextSpans
+from svg_ear_compile.passes.unread import is_exponential, unread
 
 
 def find_sites(gm: GraphModule) -> list[AttentionSite]:
@@ -34,7 +35,7 @@ def find_sites(gm: GraphModule) -> list[AttentionSite]:
     if not any(_may_be_attention(node) for node in _nodes(gm)):
         return []
     flow = Dataflow(gm)
-    calls = [call for node in _nodes(gm) if (call := _read(node, flow)) is not None]
+    calls = _calls(gm, flow)
     attention = {node for call in calls for node in call.steps}
     describe = _Describer(
         flow, TextSpans(flow, attention), folds(flow), carries_media(flow), _is_transformed(gm)
@@ -47,6 +48,16 @@ def find_sites(gm: GraphModule) -> list[AttentionSite]:
         name = layer if seen[layer] == 1 else f"{layer}#{seen[layer]}"
         sites.append(describe(call, layer, name))
     return sites
+
+
+def _calls(gm: GraphModule, flow: Dataflow) -> list[Call]:
+    """Every attention call once: some have several nodes that it can be told by."""
+    found: dict[Node, Call] = {}
+    for node in _nodes(gm):
+        call = _read(node, flow)
+        if call is not None and not any(node in known.steps for known in found.values()):
+            found.setdefault(call.node, call)
+    return list(found.values())
 
 
 def _nodes(gm: GraphModule) -> Iterator[Node]:
@@ -73,13 +84,15 @@ def _may_be_attention(node: Node) -> bool:
         or may_be_kernel(node)
     ):
         return True
-    return is_softmax(node)
+    return is_softmax(node) or is_exponential(node)
 
 
 def _read(node: Node, flow: Dataflow) -> Call | None:
     if not _may_be_attention(node):
         return None
     found = read_sdpa(node) or read_flex(node) or read_leaf(node) or read_kernel(node, flow)
+    if found is None and is_exponential(node):
+        return unread(node, flow)
     return found or read_handwritten(node, flow)
 
 

@@ -10,6 +10,7 @@ Longer than 400 lines: it is one walk, whose steps hand the same letters on.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from string import ascii_letters
 
@@ -19,7 +20,9 @@ from torch.fx import Node
 from svg_ear_compile.kernels.padding import NEGLIGIBLE
 from svg_ear_compile.passes.arguments import Arguments
 from svg_ear_compile.passes.dataflow import Dataflow, values_read
+from svg_ear_compile.passes.letters import Group, Letters
 from svg_ear_compile.passes.memory import is_same_view
+from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.patterns import read_product, read_step
 from svg_ear_compile.passes.products import Product
 from svg_ear_compile.passes.site import Call, EmptyRow, Mask, Operand, Reason
@@ -30,12 +33,11 @@ from svg_ear_compile.passes.steps import (
     filled_by_index,
     read_softmax,
 )
-from svg_ear_compile.passes.symbolic import hint
+from svg_ear_compile.passes.symbolic import shape_of
 from svg_ear_compile.passes.unread import unread
 
 # Longer than any pattern seen; bounds the walk on graphs that are no attention.
 _MAX_STEPS = 12
-_OF_FOLDS = "123"  # letters that no product has
 
 
 @dataclass(frozen=True)
@@ -51,34 +53,39 @@ class _Taken:
 class _Reading:
     """What has been read of one attention so far; letters as in `Product`."""
 
-    letters: str
-    heads: int = 1  # of which each sample has as many in a folded dimension
-    folded: dict[str, str] = field(default_factory=dict)  # its letter, and the two that it holds
-    tangled: bool = False  # other dimensions were folded, too
+    letters: Letters
+    scores: Node  # what the softmax takes
     scale: float = 1.0
+    zeroes_empty_rows: bool = False  # instead of leaving them NaN
+    tangled: bool = False  # a step's shape does not line up with the letters
+    beside: list[Node] = field(default_factory=list)  # nodes that only look at the scores
     masks: list[Mask] = field(default_factory=list)
+    aligned: list[Group] = field(default_factory=list)  # letters of each mask's dimensions
     fill: float = -math.inf  # the logit of a key that a mask leaves out, scaled since
     reason: Reason | None = None  # why it has to stay as it is
 
     def take(self, step: Step, node: Node) -> None:
         if step.order is not None:
-            self.letters = "".join(self.letters[d] for d in step.order)
-        if step.merged is not None:
-            self._fold(self.letters[step.merged : step.merged + 2], step.heads, apart=False)
-        elif step.split is not None:
-            self._fold(self.letters[step.split], step.heads, apart=True)
+            self.letters.reorder(step.order)
+        if step.shape is not None:
+            self.tangled |= not self.letters.reshape(step.shape)
+        if step.emptied is not None:
+            self.zeroes_empty_rows = True
+            self.beside += step.beside
+            self._leave(None if step.emptied is self.scores else Reason.PATTERN)
         self._leave(step.reason)
         self._scale(step.factor)
         tensor = step.added or step.mask
         if tensor is not None:
             value = tensor.meta.get("example_value")
             rank = value.dim() if isinstance(value, torch.Tensor) else 0
-            if rank > len(self.letters) or self.masks:
+            groups = self.letters.groups
+            if rank > len(groups) or self.masks:
                 self._leave(Reason.MASK)
-            aligned = self.letters[max(0, len(self.letters) - rank) :] if rank else ""
+            self.aligned.append(groups[max(0, len(groups) - rank) :] if rank else ())
             added = step.added is not None
             self.masks.append(
-                Mask(Operand(tensor, aligned), step.inverted, added=added, factor=step.sign)
+                Mask(Operand(tensor, ""), step.inverted, added=added, factor=step.sign)
             )
             self.fill = step.fill
         dtype = _dtype(node)
@@ -94,20 +101,6 @@ class _Reading:
             for m in self.masks
         ]  # fmt: skip
 
-    def _fold(self, letters: str, heads: int, apart: bool) -> None:
-        """Two letters become one, or one becomes two."""
-        if not self.folded:
-            self.folded = {letters: _OF_FOLDS[:2]} if apart else {_OF_FOLDS[2]: letters}
-            self.heads = heads
-        ((one, pair),) = self.folded.items()
-        taken, made = (one, pair) if apart else (pair, one)
-        self.tangled |= heads != self.heads or letters != taken
-        self.letters = self.letters.replace(letters, made)
-
-    def unfolded(self, letters: str) -> str:
-        """With two letters for a folded dimension."""
-        return "".join(self.folded.get(letter, letter) for letter in letters)
-
     def _scale(self, factor: float) -> None:
         # A mask is scaled with the scores it was added to or filled into.
         self.masks = [replace(m, factor=m.factor * factor) for m in self.masks]
@@ -121,11 +114,12 @@ class _Reading:
         """The mask, once all steps have been taken."""
         if not self.masks:
             return None
+        empty_row = EmptyRow.ZERO if self.zeroes_empty_rows else EmptyRow.NAN
         if self.masks[0].added:  # a row of nothing but -inf
-            return replace(self.masks[0], empty_row=EmptyRow.NAN)
+            return replace(self.masks[0], empty_row=empty_row)
         if not self.fill <= NEGLIGIBLE:  # a key that is left out would still take part
             self._leave(Reason.PATTERN)
-        empty_row = EmptyRow.MEAN if math.isfinite(self.fill) else EmptyRow.NAN
+        empty_row = EmptyRow.MEAN if math.isfinite(self.fill) else empty_row
         return replace(self.masks[0], empty_row=empty_row, factor=1.0)
 
 
@@ -135,11 +129,10 @@ def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
     The call has a reason where it is attention that must stay as it is.
     """
     read = read_softmax(softmax)
-    after = _descend(softmax, flow) if read is not None else None
-    before = _climb(read[0], softmax, flow) if read is not None else None
+    after = _descend(read.weights, flow) if read is not None else None
+    before = _climb(read.scores, softmax, flow) if read is not None else None
     if read is None or after is None or before is None:
         return unread(softmax, flow)
-    _, dim, reason = read
     (weight_steps, out), (product_node, score_steps) = after, before
     product, value_product = read_product(product_node), read_product(out)
     assert product is not None
@@ -147,27 +140,33 @@ def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
     # Whatever a product with the values does besides is a step on the output.
     alone = value_product.factor == 1.0 and value_product.added is None
     reasons = (
-        product.reason, reason, value_product.reason, None if alone else Reason.PATTERN
+        product.reason, read.reason, value_product.reason, None if alone else Reason.PATTERN
     )  # fmt: skip
-    reading = _Reading(product.out_dims, scale=product.factor)
+    shape = shape_of(product_node)
+    if shape is None or len(shape) != len(product.out_dims):
+        return unread(softmax, flow)
+    reading = _Reading(
+        Letters(product.out_dims, shape), read.scores, product.factor, read.zeroes_empty_rows
+    )
     if product.added is not None:
         reading.take(added_by_product(product.added, flow), product_node)
         reading.round(product_node)
     for taken in score_steps:
         reading.take(taken.step, taken.node)
         reading.round(taken.node)
-    normalised = reading.letters[dim]
+    normalised = "" if reading.tangled else reading.letters.groups[read.dim]
     for taken in weight_steps:
         reading.take(taken.step, taken.node)
     reading.reason = next((r for r in reasons if r is not None), reading.reason)
-    weights = weight_steps[-1].node if weight_steps else softmax
+    weights = weight_steps[-1].node if weight_steps else read.weights
     operands = None
-    if not reading.tangled:
+    if not reading.tangled and len(reading.letters.apart(normalised)) == 1:
         operands = _operands(product, value_product, weights, reading, normalised)
     if operands is None:
-        return unread(softmax, flow) if reading.folded else None
-    nodes = [product_node, *(t.node for t in score_steps), softmax, *(t.node for t in weight_steps)]
-    return _call(flow, operands, [*nodes, out], reading)
+        return unread(softmax, flow) if reading.letters.reshaped else None
+    softmaxes = dict.fromkeys((softmax, read.weights))
+    taken_nodes = [t.node for t in (*score_steps, *weight_steps)]
+    return _call(flow, operands, [product_node, *softmaxes, *taken_nodes, out], reading)
 
 
 def _climb(
@@ -221,13 +220,25 @@ def _descend(node: Node, flow: Dataflow, depth: int = 0) -> tuple[list[_Taken], 
 
 
 @dataclass(frozen=True)
-class _Operands:
-    """q, k, v with raw letters, those of the batch, and the letters of queries, keys, channels."""
+class _Tensor:
+    """A tensor of the attention and the letters of its dimensions."""
 
-    q: Operand
-    k: Operand
-    v: Operand
-    out_dims: str
+    node: Node
+    groups: Group
+
+    @property
+    def letters(self) -> str:
+        return "".join(self.groups)
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """q, k, v, the output, letters of the batch, of queries, keys and channels."""
+
+    q: _Tensor
+    k: _Tensor
+    v: _Tensor
+    out: Group
     batch: str
     query: str
     key: str
@@ -238,49 +249,53 @@ class _Operands:
 def _operands(
     product: Product, value_product: Product, weights: Node, reading: _Reading, normalised: str
 ) -> _Operands | None:
-    """Which operand is which, by letters; None if the letters are not attention's.
+    """Which operand is which, by letters; None if the letters are not attention's."""
+    letters = reading.letters
+    normalised = letters.apart(normalised)
 
-    A folded dimension of an operand has two letters.
-    """
-    apart, letters = reading.unfolded, reading.letters
-    left = Operand(product.left, apart(product.left_dims))
-    right = Operand(product.right, apart(product.right_dims))
-    scores = apart(product.out_dims)
-    if (normalised in left.dims) == (normalised in right.dims):
+    def apart(groups: Iterable[str]) -> Group:
+        return tuple(letters.apart(group) for group in groups)
+
+    left = _Tensor(product.left, apart(product.left_dims))
+    right = _Tensor(product.right, apart(product.right_dims))
+    scores = letters.apart(product.out_dims)
+    if (normalised in left.letters) == (normalised in right.letters):
         return None
-    q, k = (right, left) if normalised in left.dims else (left, right)
-    contracted = (set(q.dims) & set(k.dims)) - set(scores)
+    q, k = (right, left) if normalised in left.letters else (left, right)
+    contracted = (set(q.letters) & set(k.letters)) - set(scores)
     first = (value_product.left, value_product.left_dims)
     second = (value_product.right, value_product.right_dims)
     (_, weight_dims), (value, value_dims) = (
         (first, second) if weights is value_product.left else (second, first)
     )
-    if len(weight_dims) != len(letters) or len(contracted) != 1:
+    if len(weight_dims) != len(letters.groups) or len(contracted) != 1:
         return None
     # The second product has letters of its own: name them as the weights are named.
-    names = dict(zip(weight_dims, letters, strict=True))
-    used = {*letters, *product.left_dims, *product.right_dims}
+    names = dict(zip(weight_dims, apart(letters.groups), strict=True))
+    used = {*scores, *product.left_dims, *product.right_dims}
     free = iter(sorted(set(ascii_letters) - used))
     for letter in value_dims:
         if letter not in names:
             names[letter] = next(free)
-    v = Operand(value, apart("".join(names[letter] for letter in value_dims)))
-    out = apart("".join(names.get(letter, "?") for letter in value_product.out_dims))
-    value_channels = set(v.dims) - set(apart(letters))
-    if normalised not in v.dims or normalised in out or len(value_channels) != 1:
+    v = _Tensor(value, tuple(names[letter] for letter in value_dims))
+    out = tuple(names.get(letter, "?") for letter in value_product.out_dims)
+    value_channels = set(v.letters) - set(scores)
+    if normalised not in v.groups or normalised in "".join(out) or len(value_channels) != 1:
         return None
     (channel,), (value_channel,) = contracted, value_channels
     # Where all heads share the keys, theirs is another letter that only q has; queries come last.
-    own = [x for x in scores if x in q.dims and x not in k.dims and x not in v.dims]
+    own = [x for x in scores if x in q.letters and x not in k.letters and x not in v.letters]
     if not own:
         return None
     query = own[-1]
-    batch = [x for x in scores if x in q.dims and x != query]
-    if set(out) != {*batch, query, value_channel} or set(q.dims) != {*batch, query, channel}:
+    batch = [x for x in scores if x in q.letters and x != query]
+    if set("".join(out)) != {*batch, query, value_channel}:
         return None
-    if not set(k.dims) - {normalised, channel} <= set(batch):
+    if set(q.letters) != {*batch, query, channel}:
         return None
-    if set(k.dims) - {channel} != set(v.dims) - {value_channel}:
+    if not set(k.letters) - {normalised, channel} <= set(batch):
+        return None
+    if set(k.letters) - {channel} != set(v.letters) - {value_channel}:
         return None
     return _Operands(q, k, v, out, "".join(batch), query, normalised, channel, value_channel)
 
@@ -299,21 +314,24 @@ def _call(
     keys = {**batch, found.key: "n", found.channel: "d", found.value_channel: "d"}
     pairs = {**batch, found.query: "q", found.key: "k"}
 
-    def named(operand: Operand, names: dict[str, str]) -> Operand:
-        dims = "".join(names[letter] for letter in reading.unfolded(operand.dims))
-        return Operand(operand.node, *_folded(operand.node, dims, reading.heads))
+    def named(node: Node, groups: Group, names: dict[str, str]) -> Operand:
+        shape = shape_of(node) or ()
+        fits = len(shape) == len(groups)
+        return Operand(node, *reading.letters.named(groups, shape, names)) if fits else (
+            Operand(node, "")
+        )  # fmt: skip
 
     mask = reading.done()
     if mask is not None:
-        mask = replace(mask, tensor=named(mask.tensor, pairs))
+        mask = replace(mask, tensor=named(mask.tensor.node, reading.aligned[0], pairs))
     tensors = [m.tensor for m in reading.masks]
-    q, k, v = (named(found.q, tokens), named(found.k, keys), named(found.v, keys))
-    out_dims = "".join(tokens[letter] for letter in found.out_dims)
-    out_dims, _ = _folded(nodes[-1], out_dims, reading.heads)
-    steps = tuple(sorted(nodes, key=flow.position.__getitem__))
-    reason = reading.reason
+    q = named(found.q.node, found.q.groups, tokens)
+    k, v = (named(operand.node, operand.groups, keys) for operand in (found.k, found.v))
+    out_dims = named(nodes[-1], found.out, tokens).dims
+    reason = reading.reason or _reason_of_dtypes(nodes)
+    checks = (u for n in nodes[:-1] for u in n.users if operation(u) == "_assert_tensor_metadata")
+    steps = tuple(sorted((*nodes, *reading.beside, *checks), key=flow.position.__getitem__))
     reason = reason or _reason_to_leave(flow, steps, [q, k, v, *tensors])
-    reason = reason or _reason_of_dtypes(steps)
     scale = reading.scale
     if _dtype(q.node) != _dtype(v.node):
         q, of_q = _before_upcast(q, v.node, flow, steps)
@@ -323,20 +341,6 @@ def _call(
         node=nodes[-1], steps=steps, q=q, k=k, v=v, out_dims=out_dims,
         mask=mask, scale=scale, reason=reason,
     )  # fmt: skip
-
-
-def _folded(node: Node, dims: str, heads: int) -> tuple[str, int]:
-    """The letters as `Operand` has them, and the heads in a folded dimension.
-
-    Letters that do not fit the tensor leave it without extents, so that the call is left.
-    """
-    value = node.meta.get("example_value")
-    place = dims.find("bh")
-    if not isinstance(value, torch.Tensor) or value.dim() == len(dims) or place < 0:
-        return dims, 1
-    # A mask of one for all may be of extent 1 there.
-    one = "b" if hint(value.shape[place]) == 1 and heads != 1 else "f"
-    return dims.replace("bh", one), heads if one == "f" else 1
 
 
 def _reason_to_leave(
@@ -373,7 +377,7 @@ def _reason_to_leave(
     return None
 
 
-def _reason_of_dtypes(steps: tuple[Node, ...]) -> Reason | None:
+def _reason_of_dtypes(steps: list[Node]) -> Reason | None:
     """Why the dtypes on the way matter: scores that are rounded more than attention rounds."""
     out = _dtype(steps[-1])
     held = [_dtype(n) for n in steps if n.meta.get("example_value") is not None]

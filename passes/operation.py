@@ -29,6 +29,7 @@ _SYNONYMS = {
     "or": "logical_or",
     "bitwise_or": "logical_or",
     "_softmax": "softmax",
+    "_log_softmax": "log_softmax",
 }
 _IN_PLACE_OPERATORS = {
     "iadd": "add_",

@@ -178,6 +178,23 @@ def _apart_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(-1).flatten(0, 1), c).view_as(q)
 
 
+def _decomposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.where(_padding(k), 0.0, -math.inf)
+    scores = 0.2 * (q @ k.mT) + bias
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    weights = scores.softmax(-1)
+    return torch.where(empty, torch.zeros_like(weights), weights).expand(scores.shape) @ v
+
+
+def _with_logarithm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.log_softmax(0.2 * (q @ k.mT), dim=-1).exp() @ v
+
+
+def _in_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT).view(-1, k.shape[2])
+    return scores.softmax(1).view(*q.shape[:3], -1) @ v
+
+
 PRODUCTS: tuple[Pattern[ProductReader], ...] = (
     Pattern("matmul, mm, bmm, @", products.matmul, _operators),
     Pattern("einsum", products.einsum, _einsums),
@@ -194,11 +211,14 @@ STEPS: tuple[Pattern[StepReader], ...] = (
     Pattern("negated, added to itself", steps.scale, _with_subtracted_mask),
     Pattern("mask subtracted", steps.added_mask, _with_subtracted_mask),
     Pattern("masked_fill", steps.masked_fill, _with_masked_fill),
+    Pattern("rows without keys are 0", steps.rows_without_keys, _decomposed),
     Pattern("where", steps.where, _with_where),
     Pattern("cast, copy", steps.same_values, _in_float32),
     Pattern("dropout that is off", steps.dropout, _in_float32),
     Pattern("weights transposed", steps.transposed, _channels_first),
     Pattern("batch and heads folded or apart", steps.reshaped, _apart_between),
+    Pattern("rows of all queries in one dimension", steps.reshaped, _in_rows),
+    Pattern("exponential of a log_softmax", steps.same_values, _with_logarithm),
     Pattern("keys by queries", steps.transposed, _keys_by_queries),
 )
 _READ_PRODUCT = tuple(dict.fromkeys(pattern.read for pattern in PRODUCTS))

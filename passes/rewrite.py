@@ -204,6 +204,9 @@ class _Rewriter:
     def _in_order(self, graph: Graph, operand: Operand, order: str) -> Node:
         """A view of the operand with these dimensions."""
         node, dims = self._now(operand.node), operand.dims
+        while "1" in dims:
+            node = graph.call_method("squeeze", (node, dims.index("1")))
+            dims = dims.replace("1", "", 1)
         for letter, apart, extents in (
             ("f", "bh", (-1, operand.heads)), ("p", "bn", (operand.batch, -1)),
         ):  # fmt: skip
@@ -277,8 +280,11 @@ def _in_dims(graph: Graph, out: Node, held: str, dims: str) -> Node:
         out = graph.call_method("squeeze", (out, 0))
     for letter in "fp":
         if letter in dims:
-            out = graph.call_method("flatten", (out, dims.index(letter), dims.index(letter) + 1))
-    return graph.call_method("unsqueeze", (out, -1)) if dims.endswith("1") else out
+            place = dims.replace("1", "").index(letter)
+            out = graph.call_method("flatten", (out, place, place + 1))
+    for place in (place for place, letter in enumerate(dims) if letter == "1"):
+        out = graph.call_method("unsqueeze", (out, place))
+    return out
 
 
 def _without_offset(graph: Graph, bias: Node, absorbing: float) -> tuple[Node, Node]:

@@ -14,7 +14,7 @@ from svg_ear_compile.passes.constants import number
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.operation import CASTS, operation
 from svg_ear_compile.passes.site import Reason
-from svg_ear_compile.passes.symbolic import expression, is_same, shape_of
+from svg_ear_compile.passes.symbolic import Size, expression, is_same, shape_of
 
 _LARGEST_SHIFT = 30.0
 """A larger number added to every logit rounds them: what eager computes then is another thing."""
@@ -33,8 +33,9 @@ class Step:
         inverted: True in `mask` leaves a key out.
         fill: the logit of a key that is left out.
         order: dimensions are permuted so.
-        merged: this dimension and the next one become one.
-        split: this dimension becomes two, of which the second has the extent `heads`.
+        shape: they are viewed in this shape.
+        emptied: weights are 0 in the rows where these scores are nothing but -inf.
+        beside: nodes that find these rows.
         reason: why attention with this step has to stay as it is, or None.
     """
 
@@ -46,15 +47,15 @@ class Step:
     inverted: bool = False
     fill: float = -math.inf
     order: tuple[int, ...] | None = None
-    merged: int | None = None
-    split: int | None = None
-    heads: int = 1
+    shape: tuple[Size, ...] | None = None
+    emptied: Node | None = None
+    beside: tuple[Node, ...] = ()
     reason: Reason | None = None
 
     @property
     def keeps_weights(self) -> bool:
         """True if weights may pass it, not only scores."""
-        kept = replace(self, order=None, merged=None, split=None, heads=1, reason=None)
+        kept = replace(self, order=None, shape=None, emptied=None, beside=(), reason=None)
         return kept == Step()
 
 
@@ -80,7 +81,7 @@ def keeps_shape(node: Node, scores: Node, step: Step) -> bool:
     before, after = (n.meta.get("example_value") for n in (scores, node))
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
-    if step.merged is not None or step.split is not None:  # read off the shapes
+    if step.shape is not None:  # read off the shapes
         return True
     order = step.order or range(before.dim())
     return before.dim() == after.dim() and all(
@@ -200,7 +201,8 @@ def same_values(given: Given) -> Step | None:
     return Step()
 
 
-_ALIASES = frozenset({"clone", "detach", "alias", "lift_fresh", "data"})
+# Expanded to the shape that it has, it is a view of itself.
+_ALIASES = frozenset({"clone", "detach", "alias", "lift_fresh", "data", "expand"})
 
 
 def transposed(given: Given) -> Step | None:
@@ -224,32 +226,15 @@ def transposed(given: Given) -> Step | None:
 
 
 def reshaped(given: Given) -> Step | None:
-    """Two neighbouring dimensions become one, or one becomes two; the rest stays as it is.
-
-    Elements keep their order, so that shapes say all. Where they allow several readings, by extents
-    of 1, all of these are right.
-    """
+    """The same elements in the same order in another shape, which says all."""
     if operation(given.node) not in _RESHAPES or given.args.take("self") is not given.scores:
         return None
     before, after = (shape_of(n) for n in (given.scores, given.node))
     if before is None or after is None:
         return None
     given.args.take_all(except_for="out")
-    few, many = sorted(([expression(n) for n in t] for t in (before, after)), key=len)
-    if few == many:
-        return Step()
-    fits = (
-        d for d in range(len(few)) if few[:d] == many[:d] and few[d + 1 :] == many[d + 2 :]
-    )  # fmt: skip
-    place = next(fits, None)
-    if place is None or len(many) != len(few) + 1:
-        return None
-    heads = (before if len(before) > len(after) else after)[place + 1]
-    if not isinstance(heads, int):
-        return None
-    if len(before) > len(after):
-        return Step(merged=place, heads=heads)
-    return Step(split=place, heads=heads)
+    same = [expression(n) for n in before] == [expression(n) for n in after]
+    return Step() if same else Step(shape=after)
 
 
 _RESHAPES = frozenset({
@@ -260,13 +245,32 @@ _RESHAPES = frozenset({
 
 def is_softmax(node: Node) -> bool:
     """True for a softmax in any pattern, also in one that cannot be read."""
-    return operation(node) in ("softmax", "log_softmax", "softmin")
+    return operation(node) in ("softmax", "_safe_softmax", "log_softmax", "softmin")
 
 
-def read_softmax(node: Node) -> tuple[Node, int, Reason | None] | None:
-    """What a softmax takes, its dimension from the front, why it has to stay; None if unknown."""
-    args, rank = arguments(node), _rank(node)
-    if operation(node) != "softmax" or args is None:
+@dataclass(frozen=True)
+class Softmax:
+    """A softmax.
+
+    Attributes:
+        scores: what it takes.
+        weights: the node that holds its result.
+        dim: its dimension, from the front.
+        zeroes_empty_rows: a row of nothing but -inf gives 0; else it gives NaN.
+        reason: why attention with it has to stay as it is, or None.
+    """
+
+    scores: Node
+    weights: Node
+    dim: int
+    zeroes_empty_rows: bool
+    reason: Reason | None
+
+
+def read_softmax(node: Node) -> Softmax | None:
+    """The softmax that a node computes, alone or with the exponential after it; None if unknown."""
+    name, args, rank = operation(node), arguments(node), _rank(node)
+    if name not in ("softmax", "_safe_softmax", "log_softmax") or args is None:
         return None
     data, dim = args.take("self"), args.take("dim")
     args.take("dtype")  # the result says it
@@ -274,4 +278,46 @@ def read_softmax(node: Node) -> tuple[Node, int, Reason | None] | None:
     args.take("_stacklevel")
     if not isinstance(data, Node) or not isinstance(dim, int) or rank <= 0:
         return None
-    return data, dim % rank, None if args.rest_has_defaults else Reason.PATTERN
+    weights = node
+    if name == "log_softmax":
+        exponentials = [user for user in node.users if operation(user) == "exp"]
+        if len(exponentials) != 1:
+            return None
+        (weights,) = exponentials
+    reason = None if args.rest_has_defaults else Reason.PATTERN
+    return Softmax(data, weights, dim % rank, name == "_safe_softmax", reason)
+
+
+def rows_without_keys(given: Given) -> Step | None:
+    """`where(no key is left, 0, weights)`, as PyTorch decomposes its attention."""
+    if operation(given.node) != "where":
+        return None
+    condition, zero, kept = (given.args.take(name) for name in ("condition", "self", "other"))
+    if kept is not given.scores or number(zero, given.flow) != 0.0:
+        return None
+    found = _chain(condition, ("logical_not", "any", "logical_not", "eq"))
+    found = found or _chain(condition, ("all", "eq"))
+    if found is None:
+        return None
+    reduction = next(node for node in found if operation(node) in ("any", "all"))
+    reduced, compared = arguments(reduction), arguments(found[-1])
+    if reduced is None or compared is None:
+        return None
+    over = (reduced.take("dim"), reduced.take("keepdim"))
+    scores, lowest = compared.take("self"), compared.take("other")
+    if not isinstance(scores, Node) or lowest != -math.inf:
+        return None
+    if over not in ((-1, True), (_rank(given.scores) - 1, True)):
+        return None
+    return Step(emptied=scores, beside=tuple(found))
+
+
+def _chain(node: object, names: tuple[str, ...]) -> list[Node] | None:
+    """The node and what it was made of, each by the operation of these names."""
+    found = []
+    for name in names:
+        if not isinstance(node, Node) or operation(node) != name:
+            return None
+        found.append(node)
+        node = node.args[0]
+    return found

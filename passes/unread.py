@@ -6,17 +6,27 @@ from collections.abc import Callable, Iterable
 
 from torch.fx import Node
 
-from svg_ear_compile.passes.dataflow import Dataflow
+from svg_ear_compile.passes.dataflow import Dataflow, projected_input
 from svg_ear_compile.passes.memory import is_plain
+from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.products import is_product
 from svg_ear_compile.passes.site import Call, Operand, Reason
-from svg_ear_compile.passes.symbolic import expression
+from svg_ear_compile.passes.symbolic import Size, expression, hint
 
 _FARTHEST = 48
 
 
+# What takes a part of a tensor, or makes it a part of another.
+_CUTS = frozenset({"cat", "getitem", "slice", "narrow", "split", "split_with_sizes", "chunk"})
+
+
+def is_exponential(node: Node) -> bool:
+    """True for what a softmax may be written with that is written out."""
+    return operation(node).rstrip("_") in ("exp", "exp2")
+
+
 def unread(softmax: Node, flow: Dataflow) -> Call | None:
-    """A softmax between two products, with a step or a product that nothing reads."""
+    """A softmax or exponential between two products, with something that nothing reads."""
     before = _nearby(softmax, flow.sources, of_its_size=True)
     after = _nearby(softmax, lambda node: node.users)
     if before is None or after is None:
@@ -32,23 +42,40 @@ def _nearby(
     neighbours: Callable[[Node], Iterable[Node]],
     of_its_size: bool = False,
 ) -> Node | None:
-    """The nearest product that tensors of as many elements as `start` has lead to, or None."""
-    size, queue, seen = _numel(start), [start], {start}
+    """The nearest product that tensors of as many elements as `start` has lead to, or None.
+
+    An attention sink is a column more: where something is cut off or put to it, the larger part is
+    followed.
+    """
+    queue, seen = [start], {start}
     for node in queue:
         for other in neighbours(node):
-            if is_product(other) and (not of_its_size or _numel(other) == size):
+            same = _is_as_large(node, other)
+            if is_product(other) and projected_input(other) is None and (same or not of_its_size):
                 return other
-            if other not in seen and _numel(other) == size and len(seen) < _FARTHEST:
+            if other not in seen and same and len(seen) < _FARTHEST:
                 seen.add(other)
                 queue.append(other)
     return None
 
 
-def _numel(node: Node) -> object:
-    """Number of elements as an expression, of a list together; None for anything else."""
+def _is_as_large(node: Node, other: Node) -> bool:
+    one, two = _numel(node), _numel(other)
+    if one is None or two is None:
+        return False
+    if expression(one) == expression(two):
+        return True
+    if not {operation(node), operation(other)} & _CUTS:
+        return False
+    small, large = sorted(hint(size) or 0 for size in (one, two))
+    return 2 * small > large
+
+
+def _numel(node: Node) -> Size | None:
+    """Number of elements, of a list together; None for anything but tensors."""
     value = node.meta.get("example_value")
     parts = value if isinstance(value, (list, tuple)) else [value]
     plain = [part for part in parts if is_plain(part)]
     if not plain or len(plain) < len(parts):
         return None
-    return expression(sum(part.numel() for part in plain))
+    return sum(part.numel() for part in plain)

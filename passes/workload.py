@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from svg_ear_compile.passes.dataflow import projected_input
+from svg_ear_compile.passes.operation import CONVOLUTIONS, operation
 from svg_ear_compile.passes.operators import is_kernel
 from svg_ear_compile.passes.sdpa import SDPA_TARGETS
 from svg_ear_compile.passes.symbolic import hint
@@ -47,22 +49,24 @@ def _projection_flops(node: Node) -> int:
     source = projected_input(node)
     if source is None:
         return 0
-    out, weight = node.meta.get("example_value"), _weight(node)
-    if not isinstance(out, torch.Tensor) or not isinstance(weight, torch.Tensor):
+    out, data = (n.meta.get("example_value") for n in (node, source))
+    weight = _weight(node, source)
+    if not (isinstance(out, torch.Tensor) and isinstance(data, torch.Tensor)):
         return 0
-    # addmm's weight is (in, out), all others' (out, in, ...).
-    if node.target is torch.addmm:
-        return 2 * _numel(out) * (hint(weight.shape[0]) or 0)
-    return 2 * _numel(out) * (_numel(weight) // (hint(weight.shape[0]) or 1))
+    if not isinstance(weight, torch.Tensor):
+        return 0
+    if operation(node) in CONVOLUTIONS:  # (out, in, ...)
+        return 2 * _numel(out) * (_numel(weight) // (hint(weight.shape[0]) or 1))
+    # (M, K) by (K, P) is (M, P), in whatever order they come.
+    return 2 * _numel(out) * math.isqrt(_numel(data) * _numel(weight) // max(_numel(out), 1))
 
 
-def _weight(node: Node) -> object:
+def _weight(node: Node, source: Node) -> Any:
     if node.op == "call_module":
         owner = node.graph.owning_module
         return None if owner is None else owner.get_submodule(str(node.target)).weight
-    position, name = (2, "mat2") if node.target is torch.addmm else (1, "weight")
-    found = node.args[position] if len(node.args) > position else node.kwargs.get(name)
-    return found.meta.get("example_value") if isinstance(found, Node) else None
+    others = (n.meta.get("example_value") for n in node.all_input_nodes if n is not source)
+    return next((n for n in others if isinstance(n, torch.Tensor) and n.dim() > 1), None)
 
 
 def _numel(tensor: torch.Tensor) -> int:

@@ -88,13 +88,28 @@ FOLDED: Cases = {
         lambda q, k, v, m: scores(q, k).flatten(1, 2).softmax(-1) @ v[:, 0], Reason.PATTERN
     ),
     "three at once": (
-        lambda q, k, v, m: scores(q, k).flatten(0, 2).softmax(-1).view(2, 2, TOKENS, TOKENS) @ v,
-        Reason.PATTERN,
+        lambda q, k, v, m: scores(q, k).flatten(0, 2).softmax(-1).view(2, 2, TOKENS, TOKENS) @ v, 1
+    ),
+    "into rows, with a mask of all": (
+        lambda q, k, v, m: scores(q, k).reshape(-1, TOKENS).masked_fill(~m[:1], -1e4)
+        .softmax(1).view(BATCH, HEADS, TOKENS, TOKENS) @ v, 1,
+    ),
+    "into rows, with a mask of each": (
+        lambda q, k, v, m: scores(q, k).reshape(-1, TOKENS)
+        .masked_fill(~m.repeat_interleave(HEADS * TOKENS, 0), -1e4)
+        .softmax(1).view(BATCH, HEADS, TOKENS, TOKENS) @ v, Reason.MASK,
+    ),
+    "queries in parts": (
+        lambda q, k, v, m: scores(q, k).unflatten(2, (-1, 1)).softmax(-1).flatten(1, 2)
+        .view(BATCH, HEADS, TOKENS, TOKENS) @ v, 1,
+    ),
+    "keys in parts": (
+        lambda q, k, v, m: scores(q, k).softmax(-1).unflatten(3, (-1, 1)).flatten(3) @ v, 1
     ),
     "other heads come back": (
         lambda q, k, v, m: folded(scores(q, k)).softmax(-1).view(1, 4, TOKENS, -1) @ v.reshape(
             1, 4, TOKENS, DIM
-        ), Reason.PATTERN,
+        ), 1,
     ),
     "written through a view": (as_statement, Reason.PATTERN),
 }  # fmt: skip

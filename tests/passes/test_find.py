@@ -238,6 +238,27 @@ def test_an_exported_model_is_read_like_any_other() -> None:
     assert [(s.role, s.reason) for s in sites] == [(Role.SELF, None)] * 3
 
 
+class ByHand(nn.Module):
+    """Attention in float32, written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 3 * HEADS * DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4)
+        return (q.float() @ k.float().mT * 0.2).softmax(-1).type_as(v) @ v
+
+
+class Masked(ByHand):
+    """PyTorch's attention with a mask that leaves a sample no key."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4)
+        lengths = torch.tensor([[0], [TOKENS - 5]])
+        return sdpa(q, k, v, (torch.arange(TOKENS) < lengths)[:, None, None])
+
+
 def test_every_reason_has_a_sentence() -> None:
     assert all(reason.sentence.endswith(".") for reason in Reason)
     assert len({reason.sentence for reason in Reason}) == len(Reason)
@@ -253,6 +274,18 @@ class Stack(nn.Module):
         for block in self.blocks:
             x = x + self.back(block["attn1"](x).mean(1))
         return x + self.back(self.blocks[0]["attn1"](x).mean(1))
+
+
+@pytest.mark.parametrize("model", [ByHand, Masked, Stack])
+def test_a_model_that_was_decomposed_is_read_like_any_other(model: type[nn.Module]) -> None:
+    x = torch.randn(2, TOKENS, 16)
+    module, backend = model().eval(), Rewriting(aot=False)
+    decomposed = torch.export.export(module, (x,)).run_decompositions().module()
+    out = run_rewritten(decomposed, x, backend=backend)
+    assert (backend.rewritten, backend.reasons) == (3 if model is Stack else 1, [])
+    torch.testing.assert_close(out, module(x), atol=2e-5, rtol=1e-4)
+    (graph,) = graphs_of(decomposed, x)
+    assert {site.role for site in find_sites(graph)} == {Role.SELF}
 
 
 def test_sites_are_named_by_layer_and_numbered_where_a_layer_attends_twice() -> None:

@@ -331,3 +331,28 @@ def test_the_layer_is_told_by_a_parameter_that_reaches_q() -> None:
     site = site_of(Joint())
     assert site.layer_parameter is not None
     assert "to_q" in site.layer_parameter.name or "add_q" in site.layer_parameter.name
+
+
+class Projected(nn.Module):
+    """Attention whose projections are products with parameters, each written in another way."""
+
+    def __init__(self, keys: str) -> None:
+        super().__init__()
+        self.keys = keys
+        self.q = nn.Linear(WIDTH, HEADS * DIM)
+        self.k = nn.Parameter(torch.randn(WIDTH, HEADS, DIM) / 5)
+        self.v = nn.Parameter(torch.randn(HEADS * DIM, WIDTH) / 5)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+        y = other if self.keys == "other" else x
+        k = torch.einsum("bnc,chd->bhnd", y, self.k.to(x.dtype))
+        v = (y @ self.v.T).unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize(("keys", "role"), [("own", Role.SELF), ("other", Role.CROSS)])
+def test_a_product_with_a_parameter_is_a_projection(keys: str, role: Role) -> None:
+    x, other = torch.randn(2, 1, VIDEO, WIDTH)
+    (site,) = sites_of(Projected(keys).eval(), x, other)
+    assert site.role is role

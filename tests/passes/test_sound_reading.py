@@ -16,6 +16,7 @@ import mask_cases
 import memory_cases
 import pytest
 import torch
+import written_out_cases
 from surroundings import DIM, HEADS, Body, Layer, attend, given, of_scores, row, scores
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -83,7 +84,8 @@ def check(body: Body, wanted: Reason | int, dtype: torch.dtype = torch.float32) 
 
 
 KINDS = {
-    **arithmetic_cases.KINDS, **mask_cases.KINDS, **fold_cases.KINDS, **memory_cases.KINDS
+    **arithmetic_cases.KINDS, **mask_cases.KINDS, **fold_cases.KINDS, **memory_cases.KINDS,
+    **written_out_cases.KINDS,
 }  # fmt: skip
 
 
