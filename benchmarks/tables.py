@@ -22,12 +22,13 @@ from benchmarks.attention.summary import (
     rows_of,
     summary_table,
 )
-from benchmarks.fidelity.grid import OURS
+from benchmarks.fidelity.grid import OURS, WARM_UPS
 from benchmarks.fidelity.record import read
 from benchmarks.fidelity.report import markdown_table
 from benchmarks.fidelity.times import WAN
 from svg_ear_compile.passes.patterns import PRODUCTS, STEPS
 from svg_ear_compile.passes.site import Reason
+from svg_ear_compile.summary import CURES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -52,12 +53,13 @@ _MODELS = {
     "CogVideoX 5B": "cogvideox-5b",
 }
 _README_DENSITY = 0.2
+_CLUSTERS = (256, 64)  # mean tokens of a query and of a key cluster, by default at Wan's shape
 
 
 def reasons_table() -> str:
-    """Every reason to leave a site dense."""
-    rows = [f"| `{reason.value}` | {reason.sentence} |" for reason in Reason]
-    return "\n".join(["| code | why the call stays as it was |", "|---|---|", *rows])
+    """Every reason to leave a site dense, and what a user can do about it."""
+    rows = [f"| `{r.value}` | {r.sentence} | {CURES.get(r, '')} |" for r in Reason]
+    return "\n".join(["| code | why the call stays as it was | cure |", "|---|---|---|", *rows])
 
 
 def models_table(zoo: dict[str, Any]) -> str:
@@ -216,6 +218,33 @@ def fidelity_section(records: Path, folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def densities_table(records: Path) -> str:
+    """What the default costs and how close it stays at some densities, by the fidelity bench."""
+    evidence = read(records)
+    assert evidence.times is not None, "the table needs the operator's times"
+    psnr = {
+        (point.cell.model, point.cell.density): f"{point.mean_psnr:.1f} dB"
+        for point in evidence.points
+        if (point.cell.rule, point.cell.queries, point.cell.keys) == (OURS, *_CLUSTERS)
+        and point.cell.warm_up == WARM_UPS[0]
+    }
+    lines = [
+        f"Attention at {WAN} beside the fastest dense one ({_where([evidence.times])}); PSNR "
+        f"to dense of two small video models, {WARM_UPS[0]:.0%} of their denoising steps dense "
+        f"({_where(list(evidence.models.values()))}).",
+        "",
+        "| density | attention, recomputed | attention, reused "
+        f"| {' | '.join(f'PSNR, {name}' for name in evidence.models)} |",
+        f"|---|---|---|{'---|' * len(evidence.models)}",
+    ]
+    for row in evidence.times["rows"]:
+        if (row["shape"], row["rule"], row["queries"]) == (WAN, OURS, _CLUSTERS[0]):
+            speedups = [f"{row['dense_ms'] / row[ms]:.1f}x" for ms in ("ms", "reused_ms")]
+            found = [psnr.get((name, row["density"]), "") for name in evidence.models]
+            lines.append(f"| {row['density']:g} | {' | '.join([*speedups, *found])} |")
+    return "\n".join(lines)
+
+
 def operator_table(times: Record) -> str:
     """What calls of the default take at Wan's shape, recomputed and reused."""
     rows = [row for row in times["rows"] if (row["shape"], row["rule"]) == (WAN, OURS)]
@@ -291,14 +320,12 @@ def _forward_seconds(row: Record) -> float:
 
 
 def _where(records: Sequence[Record]) -> str:
-    """Devices, versions and commits of records, each once."""
+    """Devices and versions of records, each once."""
     found = []
     for record in records:
         versions = record["versions"]
         triton = f", Triton {versions['triton']}" if record["cuda"] else ""
-        found.append(
-            f"{record['device']}, torch {versions['torch']}{triton}, commit {record['commit']}"
-        )
+        found.append(f"{record['device']}, torch {versions['torch']}{triton}")
     return "; ".join(dict.fromkeys(found))
 
 
@@ -319,6 +346,7 @@ def tables() -> dict[str, Table]:
         "attention": lambda folder: attention_table(attention),
         "end-to-end": lambda folder: end_to_end_table(forwards),
         "generation": lambda folder: generation_table(generations),
+        "densities": lambda folder: densities_table(FIDELITY),
         "fidelity": lambda folder: fidelity_section(FIDELITY, folder),
         "compile-time": lambda folder: compile_time_table(compile_time),
     }
