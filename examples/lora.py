@@ -1,4 +1,4 @@
-"""Wan 2.1 with a LoRA: load it first, accelerate last; its strength may change in between calls.
+"""Wan 2.1 with a LoRA, whose strength may change between calls.
 
 python examples/lora.py --lora some/lora.safetensors "a red fox in the snow"
 python examples/lora.py --tiny      # random tiny weights and a random LoRA on a CPU

@@ -21,13 +21,9 @@ from svg_ear_compile.accelerated_report import AccelerationReport, ModelReport
 from svg_ear_compile.cost_model.budget import Budget
 from svg_ear_compile.generation import Generation
 from svg_ear_compile.guidance import Layout
-from svg_ear_compile.in_place import (
-    compile_in_place,
-    has_repeated_blocks,
-    is_compiled,
-    undo_compilation,
-)
-from svg_ear_compile.pipeline_calls import CallWatch, PipelineCall, denoisers
+from svg_ear_compile.in_place import CompiledInPlace, has_repeated_blocks, is_compiled
+from svg_ear_compile.offloading import moves_each_layer
+from svg_ear_compile.pipeline_calls import CallWatch, PipelineCall, denoisers, models_of
 from svg_ear_compile.session import DEFAULT, Session, bind
 from svg_ear_compile.settings import Settings
 
@@ -45,16 +41,26 @@ class Accelerated:
     """
 
     def __init__(
-        self, target: Any, models: Mapping[str, nn.Module], session: Session, dense_steps: float
+        self,
+        target: Any,
+        models: Mapping[str, nn.Module],
+        compiled: CompiledInPlace,
+        session: Session,
+        dense_steps: float,
     ) -> None:
         self.session = session
         self.models = dict(models)
+        self._target = target
         self._name = type(target).__name__
+        self._compiled = compiled
         self._dense_steps = dense_steps
         self._calls = 0
         self._last: AccelerationReport | None = None
         self._running: set[str] = set()
         self._lock = threading.Lock()
+        self._warned: set[str] = set()
+        self._detached = False
+        self._warn_of_offloading()
         self._watch = None if isinstance(target, nn.Module) else CallWatch(target, self._during)
         _ACCELERATED.update(self.models.values())
 
@@ -66,13 +72,14 @@ class Accelerated:
 
     def detach(self) -> None:
         """Give back the pipeline and its models as they were, and free all device memory."""
+        if self._detached:
+            return
+        self._detached = True
         if self._watch is not None:
             self._watch.stop()
         self.session.close()
-        for model in self.models.values():
-            if model in _ACCELERATED:
-                undo_compilation(model)
-                _ACCELERATED.discard(model)
+        self._compiled.undo()
+        _ACCELERATED.difference_update(self.models.values())
 
     def __enter__(self) -> Accelerated:
         return self
@@ -88,6 +95,7 @@ class Accelerated:
     @contextmanager
     def _during(self, call: PipelineCall) -> Iterator[None]:
         """One call of the pipeline: it is a generation, and its memory is freed at its end."""
+        self._warn_of_changes()
         dense_steps = self._dense_steps_of(call)
         with self._generation() as generation:
             generation.start(dense_steps=dense_steps, videos=call.prompts)
@@ -139,12 +147,43 @@ class Accelerated:
         if isinstance(count, float):
             count = round(count * call.steps)
         if count >= call.steps:
-            warnings.warn(
+            self._warn(
                 f"dense_steps={self._dense_steps} leaves none of the {call.steps} steps of this "
-                "call sparse",
-                stacklevel=4,
+                "call sparse"
             )
         return count
+
+    def _warn_of_changes(self) -> None:
+        """Warn of what was done to the pipeline since, and keeps it from running sparse."""
+        held = models_of(self._target)
+        for name, model in self.models.items():
+            if held.get(name) is not model:
+                self._warn(
+                    f"the {name} of this {self._name} was replaced after accelerate: what stands "
+                    "in its place runs as it is. Call detach() and accelerate the pipeline again"
+                )
+        if not self._compiled.blocks_are_intact:
+            self._warn(
+                f"blocks of this {self._name} were compiled again after accelerate, and run as "
+                "compiled then. Call detach() and accelerate the pipeline again"
+            )
+        self._warn_of_offloading()
+
+    def _warn_of_offloading(self) -> None:
+        for name, model in self.models.items():
+            if moves_each_layer(model):
+                self._warn(
+                    f"the layers of {name} are moved between devices one by one (sequential or "
+                    "leaf-level offloading), which breaks its compiled graphs at every layer: "
+                    "attention runs sparse, all else hardly faster than without compilation. "
+                    "enable_model_cpu_offload() and block-level group offloading keep them whole"
+                )
+
+    def _warn(self, sentence: str) -> None:
+        """Warn once."""
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            warnings.warn(sentence, stacklevel=2)
 
     def _report(self, generation: Generation) -> AccelerationReport:
         layers = generation.report()
@@ -153,6 +192,7 @@ class Accelerated:
                 name,
                 type(model).__name__,
                 has_repeated_blocks(model),
+                index in generation.models_run,
                 tuple(layer for layer in layers if layer.model == index),
             )
             for index, (name, model) in enumerate(self.models.items())
@@ -213,7 +253,7 @@ def accelerate(
             argument is out of range.
         TypeError: an argument is of the wrong type.
     """
-    models = _models_of(target, timestep)
+    models = _found(target, timestep)
     _check_dense_steps(dense_steps, target)
     bound_budget, chosen = _budgets(budget, len(models))
     given = _options(density, target_speedup, options)
@@ -222,10 +262,9 @@ def accelerate(
         Settings.parse(each)
     if ascending is None:
         ascending = _rises(target)
-    _warn_of_broken_blocks(models)
+    how = [{"backend": "svg_ear", "options": each} for each in every]
+    compiled = CompiledInPlace(models.values(), how)
     try:
-        for model, each in zip(models.values(), every, strict=True):
-            compile_in_place(model, backend="svg_ear", options=each)
         session = bind(
             *models.values(),
             dense_steps=0 if isinstance(dense_steps, float) else dense_steps,
@@ -238,14 +277,13 @@ def accelerate(
             branches=branches,
             latents=latents,
         )
-        return Accelerated(target, models, session, dense_steps)
+        return Accelerated(target, models, compiled, session, dense_steps)
     except BaseException:
-        for model in models.values():
-            undo_compilation(model)
+        compiled.undo()
         raise
 
 
-def _models_of(target: Any, timestep: str | None) -> dict[str, nn.Module]:
+def _found(target: Any, timestep: str | None) -> dict[str, nn.Module]:
     """The denoising models of a pipeline, or the module itself, none of them compiled."""
     name = type(target).__name__
     if isinstance(target, nn.Module):
@@ -317,10 +355,6 @@ def _rises(target: object) -> bool:
     """Whether the scheduler of a pipeline of diffusers has timesteps that rise to the video."""
     config = getattr(getattr(target, "scheduler", None), "config", None)
     return bool(getattr(config, "invert_sigmas", False))
-
-
-def _warn_of_broken_blocks(models: Mapping[str, nn.Module]) -> None:
-    pass
 
 
 def _graphs_compiled() -> int:

@@ -18,12 +18,14 @@ class ModelReport:
         name: attribute of the pipeline that holds it; of a bare module, its class.
         kind: name of its class.
         regional: whether its repeated blocks are compiled one by one.
+        called: whether it ran.
         layers: every layer whose attention was rewritten and has been called.
     """
 
     name: str
     kind: str
     regional: bool
+    called: bool
     layers: tuple[LayerReport, ...]
 
     @property
@@ -45,8 +47,13 @@ class ModelReport:
         return reused / calls if calls else None
 
     def __str__(self) -> str:
+        if not self.called:
+            return f"{self.name} ({self.kind}): not called"
         if not self.layers:
-            return f"{self.name} ({self.kind}): not called, or no attention was made sparse"
+            return (
+                f"{self.name} ({self.kind}): every attention was dense; the line of svg_ear at its "
+                "compilation says why"
+            )
         if not self.sparse:
             return f"{self.name} ({self.kind}): every call of {_layers(self.layers)} was dense"
         return (

@@ -54,6 +54,8 @@ def capture_calls(
 ) -> list[ModelCall]:
     """Capture the inputs of a model's forwards while other code, e.g. a pipeline, runs the model.
 
+    For example::
+
         calls = capture_calls(pipe.transformer, lambda: pipe(prompt), keep=lambda i: i % 10 == 5)
 
     Args:

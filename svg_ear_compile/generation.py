@@ -144,6 +144,11 @@ class Generation:
         return None if clock.timestep is None else clock.step
 
     @property
+    def models_run(self) -> frozenset[int]:
+        """Positions of the bound models that have run so far."""
+        return frozenset(self._state.latents)
+
+    @property
     def dense_steps(self) -> int:
         """Number of denoising steps so far with dense attention, as the schedule asks."""
         return len(self._state.dense_steps)

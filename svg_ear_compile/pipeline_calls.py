@@ -41,15 +41,19 @@ def denoisers(pipeline: object, timestep: str | None) -> dict[str, nn.Module]:
         timestep: name of the timestep argument, None for one of `TIMESTEP_NAMES`.
     """
     names = set(TIMESTEP_NAMES if timestep is None else (timestep,))
+    return {
+        name: module
+        for name, module in models_of(pipeline).items()
+        if not names.isdisjoint(inspect.signature(inner_of(module).forward).parameters)
+    }
+
+
+def models_of(pipeline: object) -> dict[str, nn.Module]:
+    """All models of a pipeline by name."""
     held = getattr(pipeline, "components", None)  # diffusers
     if not isinstance(held, Mapping):
         held = getattr(pipeline, "__dict__", {})
-    return {
-        name: module
-        for name, module in held.items()
-        if isinstance(module, nn.Module)
-        and not names.isdisjoint(inspect.signature(inner_of(module).forward).parameters)
-    }
+    return {name: module for name, module in held.items() if isinstance(module, nn.Module)}
 
 
 def read_call(pipeline: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PipelineCall:

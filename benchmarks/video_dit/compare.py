@@ -75,7 +75,7 @@ def write_contact_sheet(
     tile: int = 156,
     gain: float = 4.0,
 ) -> None:
-    """Write a PNG with a row per clip and a row per amplified |difference| to the reference.
+    """Write a picture with a row per clip and a row per amplified |difference| to the reference.
 
     ``columns`` frames evenly spread over the clip, each ``tile`` pixels wide; ``gain`` multiplies
     the differences.
@@ -110,7 +110,7 @@ def write_contact_sheet(
             sheet.paste(_picture(frames[frame], size), (left, top))
             if scores is not None:
                 _write_tag(draw, (left, top + size[1]), f"{scores.psnr[frame]:.1f} dB")
-    sheet.save(path, optimize=True)
+    sheet.save(path, optimize=True, quality=93, subsampling=0)
 
 
 def write_animation(

@@ -94,7 +94,7 @@ def run_demo(settings: DemoSettings, weights: Path, out: Path, console: Console)
     page = out / "index.html"
     page.write_text(page_of(comparison_of(settings, runs, load().config.patch, page)))
     print_results(settings, runs, scores, console)
-    names = ("side_by_side.gif", "contact_sheet.png", "demo.json")
+    names = ("side_by_side.gif", "contact_sheet.jpg", "demo.json")
     console.print(f"{total:.0f} s in all. Wrote " + ", ".join(str(out / name) for name in names))
     console.print(f"Open {page} in a browser", soft_wrap=True)
     return record
@@ -173,7 +173,7 @@ def comparison_of(settings: DemoSettings, runs: list[Run], patch: int, page: Pat
 def write_pictures(
     settings: DemoSettings, runs: list[Run], scores: list[FrameScores], out: Path
 ) -> None:
-    """Write ``side_by_side.gif`` and ``contact_sheet.png`` into ``out``."""
+    """Write ``side_by_side.gif`` and ``contact_sheet.jpg`` into ``out``."""
     dense, *sparse = runs
     reference = ShownClip(dense.title, f"{settings.steps} steps", dense.frames)
     others = [
@@ -181,7 +181,7 @@ def write_pictures(
         for run, score in zip(sparse, scores, strict=True)
     ]
     write_animation(out / "side_by_side.gif", [reference, *others])
-    write_contact_sheet(out / "contact_sheet.png", reference, others)
+    write_contact_sheet(out / "contact_sheet.jpg", reference, others)
 
 
 def print_results(

@@ -11,7 +11,7 @@ from torch import nn
 
 import svg_ear_compile
 from svg_ear_compile.compare.setting import Setting
-from svg_ear_compile.in_place import compile_in_place, is_compiled, undo_compilation
+from svg_ear_compile.in_place import CompiledInPlace, is_compiled
 
 if TYPE_CHECKING:
     from svg_ear_compile.session import Session
@@ -52,14 +52,12 @@ def compiled_for(modules: Mapping[str, nn.Module], setting: Setting) -> Iterator
     torch.compiler.reset()
     dense = setting.options is None
     how = {"backend": "inductor" if dense else "svg_ear", "options": dict(setting.options or {})}
+    compiled = CompiledInPlace(modules.values(), [how] * len(modules))
     try:
-        for module in modules.values():
-            compile_in_place(module, **how)
         if dense:
             yield Compiled(None)
             return
         with svg_ear_compile.bind(*modules.values(), dense_steps=setting.dense_steps) as session:
             yield Compiled(session)
     finally:
-        for module in modules.values():
-            undo_compilation(module)
+        compiled.undo()

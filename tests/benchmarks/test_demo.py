@@ -213,7 +213,7 @@ def test_whole_demo_on_a_tiny_model(tmp_path, monkeypatch):
     assert all(0 < layer["density"] < 1 for layer in sparse["layers"])
     # A density below 1 changes the clip, and not by much.
     assert sparse["scores"]["psnr_mean"] > 10
-    for name in ("side_by_side.gif", "contact_sheet.png"):
+    for name in ("side_by_side.gif", "contact_sheet.jpg"):
         with Image.open(out / name) as image:
             image.verify()
     assert "blocks.1" in text.getvalue()

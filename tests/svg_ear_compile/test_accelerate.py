@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import svg_ear_compile
 from svg_ear_compile import accelerate
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model.budget import Choice
-from svg_ear_compile.kernels.call import UNBOUND, active_source
 
 FAMILIES = pytest.mark.parametrize(
     ("make", "call"),
@@ -34,16 +33,7 @@ FAMILIES = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def _graphs_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Inductor is left out: each graph runs as the pass leaves it."""
-    torch.compiler.reset()
-    monkeypatch.setattr(
-        "svg_ear_compile.backend.compile_fx", lambda gm, inputs, **given: gm.forward
-    )
-    yield
-    torch.compiler.reset()
-    assert active_source() is UNBOUND
+pytestmark = pytest.mark.usefixtures("without_inductor")
 
 
 def state_of(pipe: Any) -> dict[str, Any]:
