@@ -80,7 +80,6 @@ class Counted:
 @pytest.mark.parametrize(
     ("objective", "settings"),
     [
-        ({"density": 0.3}, QUICK),
         ({"density": 0.3}, dataclasses.replace(QUICK, thresholds=True, phases=2)),
         ({"max_error": 0.05}, QUICK),
     ],
