@@ -15,14 +15,21 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from svg_ear_compile.kernels.op import DTYPES
 from svg_ear_compile.kernels.plan import HEAD_DIMS
 from svg_ear_compile.passes.dataflow import Dataflow, projected_input
-from svg_ear_compile.passes.folding import folds, role_in_clip
+from svg_ear_compile.passes.folding import Axes, folds, role_in_clip
 from svg_ear_compile.passes.handwritten import read_handwritten
 from svg_ear_compile.passes.mask import judge_mask
 from svg_ear_compile.passes.media import carries_media
 from svg_ear_compile.passes.memory import is_plain
-from svg_ear_compile.passes.operators import may_be_kernel, read_kernel
+from svg_ear_compile.passes.operators import is_kernel, may_be_kernel, read_kernel
 from svg_ear_compile.passes.role import TokenSources, projected
-from svg_ear_compile.passes.sdpa import LEAF_TARGETS, SDPA_TARGETS, read_flex, read_leaf, read_sdpa
+from svg_ear_compile.passes.sdpa import (
+    FLEX,
+    LEAF_TARGETS,
+    SDPA_TARGETS,
+    read_flex,
+    read_leaf,
+    read_sdpa,
+)
 from svg_ear_compile.passes.site import AttentionSite, Call, Padding, Reason, Role, Size, TextSpan
 from svg_ear_compile.passes.steps import is_softmax
 from svg_ear_compile.passes.symbolic import hint
@@ -77,14 +84,15 @@ def _is_transformed(gm: GraphModule) -> bool:
 
 
 def _may_be_attention(node: Node) -> bool:
-    if node.op == "call_function" and (
-        node.target in SDPA_TARGETS
-        or node.target in LEAF_TARGETS
-        or node.target is torch.ops.higher_order.flex_attention
-        or may_be_kernel(node)
-    ):
+    if node.op == "call_function" and (is_attention(node.target) or may_be_kernel(node)):
         return True
     return is_softmax(node) or is_exponential(node)
+
+
+def is_attention(target: object) -> bool:
+    """True for a function or operator that computes attention by itself."""
+    known = target in SDPA_TARGETS or target in LEAF_TARGETS or target is FLEX
+    return known or is_kernel(target)
 
 
 def _read(node: Node, flow: Dataflow) -> Call | None:
@@ -102,7 +110,7 @@ class _Describer:
 
     flow: Dataflow
     texts: TextSpans
-    parts: dict[Node, int]
+    axes: dict[Node, Axes]
     media: dict[Node, bool]
     transformed: bool
 
@@ -118,7 +126,7 @@ class _Describer:
         role = sources.role
         if role in (Role.SELF, Role.JOINT) and q_shape:
             tokens = hint(q_shape[2])
-            within = (role_in_clip(source, tokens, self.parts) for source in of_q)
+            within = (role_in_clip(source, tokens, self.axes) for source in of_q)
             role = next((found for found in within if found is not None), role)
         dtype = _computed_in(call)
         padding = None

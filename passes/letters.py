@@ -7,8 +7,8 @@ dimension apart, whose parts get letters of their own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import sympy  # type: ignore[import-untyped]
 
@@ -17,6 +17,7 @@ from svg_ear_compile.passes.symbolic import Size, expression
 Group = tuple[str, ...]
 """The letters of each dimension of a tensor: one, several where it is folded, none of extent 1."""
 
+Piece = TypeVar("Piece")
 _OF_PARTS = "0123456789"  # letters that no product has
 
 
@@ -42,51 +43,21 @@ class Letters:
     def reshape(self, shape: Sequence[Size]) -> bool:
         """Take the shape of a view; False if its dimensions do not line up with the letters."""
         self.reshaped = True
-        rest = list("".join(self.groups))
-        sizes = [expression(size) for size in shape]
-        groups = []
-        for place, size in enumerate(sizes):
-            group = self._fill(size, rest)
-            if group is None:
-                return False
-            # A dimension of extent 1 that vanishes belongs to whichever neighbour.
-            following = sizes[place + 1] if place + 1 < len(sizes) else None
-            while rest and self._extents[rest[0]] == 1 and following != 1:
-                group += rest.pop(0)
-            groups.append(group)
-        self.groups = tuple(groups)
-        return not rest
+        found = regroup(
+            "".join(self.groups), [expression(n) for n in shape], self.extent, self._take_apart
+        )
+        if found is not None:
+            self.groups = tuple("".join(group) for group in found)
+        return found is not None
 
-    def _fill(self, size: Any, rest: list[str]) -> str | None:
-        """Take from `rest` the letters whose extents make up `size`; None if none do."""
-        group, missing = "", size
-        if missing == 1 and rest and self._extents[rest[0]] == 1:
-            return rest.pop(0)
-        while missing != 1:
-            if not rest:
-                return None
-            letter = rest[0]
-            extent = self._extents[letter]
-            left = _quotient(missing, extent)
-            if left is None:
-                inner = _quotient(extent, missing)
-                if inner is None or len(self._extents) > len(_OF_PARTS):
-                    return None
-                rest[0] = self._take_apart(letter, missing, inner)
-                letter, left = self._parts[letter][0], 1
-            else:
-                rest.pop(0)
-            group += letter
-            missing = left
-        return group
-
-    def _take_apart(self, letter: str, outer: Any, inner: Any) -> str:
-        """Give the two parts of a dimension letters; returns the inner one."""
-        used = set(self._extents)
-        first, second = [x for x in _OF_PARTS if x not in used][:2]
-        self._extents |= {first: outer, second: inner}
-        self._parts[letter] = first + second
-        return second
+    def _take_apart(self, letter: str, outer: Any, inner: Any) -> tuple[str, str] | None:
+        """Letters for the two parts of a dimension; None if there are none left."""
+        free = [x for x in _OF_PARTS if x not in self._extents]
+        if len(free) < 2:
+            return None
+        self._extents |= {free[0]: outer, free[1]: inner}
+        self._parts[letter] = free[0] + free[1]
+        return free[0], free[1]
 
     def apart(self, letters: str) -> str:
         """The same with the letters of the parts of what was taken apart."""
@@ -94,7 +65,7 @@ class Letters:
             letters = "".join(self._parts.get(letter, letter) for letter in letters)
         return letters
 
-    def extent(self, letter: str) -> object:
+    def extent(self, letter: str) -> Any:
         """The extent of a letter's dimension, a number or an expression."""
         return self._extents[letter]
 
@@ -126,6 +97,50 @@ class Letters:
                 return "", 1
             dims += meaning
         return dims, heads
+
+
+def regroup(
+    pieces: Iterable[Piece],
+    shape: Sequence[Any],
+    extent: Callable[[Piece], Any],
+    take_apart: Callable[[Piece, Any, Any], tuple[Piece, Piece] | None],
+) -> list[list[Piece]] | None:
+    """Which pieces of dimensions each dimension of a view holds.
+
+    Args:
+        pieces: those of the viewed tensor, in order.
+        shape: extents of the view, numbers or expressions.
+        extent: of a piece.
+        take_apart: makes two pieces of one, of the given extents, or None.
+
+    Returns:
+        None where they do not line up.
+    """
+    rest, groups = list(pieces), []
+    for place, size in enumerate(shape):
+        group: list[Piece] = []
+        missing = size
+        if missing == 1 and rest and extent(rest[0]) == 1:
+            group.append(rest.pop(0))
+        while missing != 1:
+            if not rest:
+                return None
+            left = _quotient(missing, extent(rest[0]))
+            if left is None:
+                inner = _quotient(extent(rest[0]), missing)
+                parts = None if inner is None else take_apart(rest[0], missing, inner)
+                if parts is None:
+                    return None
+                rest[:1] = parts
+                left = 1
+            group.append(rest.pop(0))
+            missing = left
+        # A dimension of extent 1 that vanishes belongs to whichever neighbour.
+        following = shape[place + 1] if place + 1 < len(shape) else None
+        while rest and extent(rest[0]) == 1 and following != 1:
+            group.append(rest.pop(0))
+        groups.append(group)
+    return None if rest else groups
 
 
 def _quotient(number: Any, divisor: Any) -> Any:

@@ -54,11 +54,12 @@ def operation(node: Node) -> str:
         return _common(str(node.target))
     if node.target is getattr and len(node.args) > 1:  # x.mT
         return str(node.args[1])
-    return _name_of(node.target) if node.op == "call_function" else ""
+    return name_of(node.target) if node.op == "call_function" else ""
 
 
 @functools.lru_cache(maxsize=4096)
-def _name_of(target: object) -> str:
+def name_of(target: object) -> str:
+    """The same for the function, method or operator that a node calls."""
     if isinstance(target, torch._ops.OpOverload):
         space, _, name = target._schema.name.partition("::")
         return _common(name) if space == "aten" else ""
@@ -76,7 +77,7 @@ def _name_of(target: object) -> str:
 
 def is_builtin(target: object) -> bool:
     """True for a function of PyTorch's or Python's that is not itself written in Python."""
-    return _name_of(target) != "" and not inspect.isfunction(target)
+    return name_of(target) != "" and not inspect.isfunction(target)
 
 
 @functools.lru_cache(maxsize=4096)

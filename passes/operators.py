@@ -97,9 +97,9 @@ _OWN_SPACES = frozenset({
 })  # fmt: skip
 
 
-def is_kernel(node: Node) -> bool:
-    """True for a call of attention by an operator or function of the tables."""
-    return node.op == "call_function" and _kernel(node.target) is not None
+def is_kernel(target: object) -> bool:
+    """True for an operator or function that is known to compute attention."""
+    return _kernel(target) is not None
 
 
 def may_be_kernel(node: Node) -> bool:

@@ -29,6 +29,7 @@ LEAF_TARGETS = frozenset(
         torch.ops.aten._native_multi_head_attention.default,
     }
 )
+FLEX = torch.ops.higher_order.flex_attention
 # The builtin has no Python signature; these are its parameters in order.
 _POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _WHOLE_SEQUENCE = 1 << 30
@@ -61,12 +62,6 @@ def read_sdpa(node: Node) -> Call | None:
     )
 
 
-def count_sdpa(gm: GraphModule) -> int:
-    """Number of SDPA calls in a graph and its child graphs."""
-    graphs = (module.graph for module in gm.modules() if isinstance(module, GraphModule))
-    return sum(node.target in SDPA_TARGETS for graph in graphs for node in graph.nodes)
-
-
 def _mask(node: Node, dims: str) -> Mask:
     pairs = dims.replace("nd", "qk")
     value = node.meta.get("example_value")
@@ -81,7 +76,7 @@ def _rank(node: Node) -> int:
 
 def read_flex(node: Node) -> Call | None:
     """A flex_attention call, or None for another node. Its output is the first of its results."""
-    if node.op != "call_function" or node.target is not torch.ops.higher_order.flex_attention:
+    if node.op != "call_function" or node.target is not FLEX:
         return None
     arguments: tuple[Any, ...] = node.args
     q, k, v = (Operand(tensor) for tensor in arguments[:3])

@@ -35,7 +35,7 @@ def non_attention_cost(gm: GraphModule) -> NonAttentionCost:
     """FLOPs and bytes of a Dynamo graph without its attention calls, at the traced sizes."""
     flops = moved = 0
     for node in gm.graph.nodes:
-        if node.op == "call_function" and (node.target in SDPA_TARGETS or is_kernel(node)):
+        if node.op == "call_function" and (node.target in SDPA_TARGETS or is_kernel(node.target)):
             continue
         for value in tree_leaves(node.meta.get("example_value")):
             if isinstance(value, torch.Tensor):

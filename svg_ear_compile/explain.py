@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections import Counter
@@ -15,8 +16,8 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
-from torch.overrides import TorchFunctionMode
 
+from svg_ear_compile.eager_calls import CountingAttention
 from svg_ear_compile.explained import entry, grouped, wrapped
 from svg_ear_compile.given_models import check_callable
 from svg_ear_compile.kernels.checked import printable
@@ -27,7 +28,6 @@ from svg_ear_compile.passes.drawing import (
     surroundings_before,
 )
 from svg_ear_compile.passes.find import find_sites
-from svg_ear_compile.passes.sdpa import SDPA_TARGETS, count_sdpa
 from svg_ear_compile.planning import GraphReport, SiteReport, rewrite_graph
 from svg_ear_compile.settings import Settings
 from svg_ear_compile.tracing import run_once
@@ -41,7 +41,7 @@ class GraphBreak:
     """A graph break of Dynamo. Code between two graphs runs eagerly, where no backend sees it.
 
     Attributes:
-        reason: first line of Dynamo's message.
+        reason: what Dynamo says of it.
         hints: Dynamo's proposals.
         count: number of breaks with this message.
     """
@@ -163,7 +163,8 @@ def explain(
     in_graphs = 0
 
     def record(gm: GraphModule, example_inputs: object) -> Callable[..., Any]:
-        calls = count_sdpa(gm)
+        tensors = (*gm.parameters(), *gm.buffers(), *vars(gm).values())
+        traced = copy.deepcopy(gm, {id(t): t for t in tensors if isinstance(t, torch.Tensor)})
         before = {} if draw_to is None else surroundings_before(gm, find_sites(gm))
         graphs.append(rewrite_graph(gm, settings))
         if draw_to is not None:
@@ -171,8 +172,10 @@ def explain(
 
         def run(*inputs: Any) -> Any:
             nonlocal in_graphs
-            in_graphs += calls
-            return gm.forward(*inputs)
+            with CountingAttention() as counted:
+                outputs = traced.forward(*inputs)
+            in_graphs += counted.calls
+            return outputs
 
         return run
 
@@ -181,15 +184,15 @@ def explain(
     def eager(*args: Any, **kwargs: Any) -> Any:
         return target(*args, **kwargs)
 
-    before = Counter(counters["graph_break"])
+    before = _counted_breaks()
     try:
         run_once(model, args, kwargs, record)
     except BackendCompilerFailed as error:  # Dynamo's wrapper of an error of the backend
         raise error.inner_exception from None
-    breaks = [_break(*item) for item in (Counter(counters["graph_break"]) - before).items()]
+    breaks = [_break(*item) for item in (_counted_breaks() - before).items()]
     unseen = 0
     if breaks:
-        with torch.no_grad(), _CountingSDPA() as counted:
+        with torch.no_grad(), CountingAttention() as counted:
             torch.compiler.disable(eager)(*args, **kwargs)
         unseen = counted.calls - in_graphs
     name = type(target).__name__ if isinstance(target, nn.Module) else ""
@@ -214,18 +217,15 @@ def _draw(
             draw(picture, printable(title).replace("$", r"\$"), before[name], rewritten)
 
 
-class _CountingSDPA(TorchFunctionMode):
-    """Counts the attention calls of eager code."""
-
-    calls = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.calls += func in SDPA_TARGETS
-        return func(*args, **(kwargs or {}))
+def _counted_breaks() -> Counter[str]:
+    """Dynamo counts a frame that it leaves as a whole under another name than a break."""
+    return Counter(counters["graph_break"]) + Counter(counters["unimplemented"])
 
 
 def _break(message: str, count: int) -> GraphBreak:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return GraphBreak(lines[0], tuple(x for x in lines if x.startswith("Hint:")), count)
+    """The break of a message without addresses of objects."""
+    lines = [re.sub(r" at 0x[0-9a-f]+", "", line).strip() for line in message.splitlines()]
+    lines = [line for line in lines if line]
+    why = [x for x in lines[1:] if x.startswith("Explanation:")]
+    reason = " ".join([lines[0], *(x.removeprefix("Explanation:").strip() for x in why)])
+    return GraphBreak(reason, tuple(x for x in lines if x.startswith("Hint:")), count)

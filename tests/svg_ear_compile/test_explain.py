@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformer_models import TOKENS, stack, wan
 
@@ -58,6 +60,57 @@ def test_attention_that_no_graph_holds_is_counted_and_the_break_named() -> None:
     text = " ".join(str(found).split())
     assert "1 attention calls ran outside of all graphs" in text
     assert all(f"Graph break, {b.count} times: {b.reason}" in text for b in found.breaks)
+
+
+@torch.compiler.disable
+def by_pytorch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@torch.compiler.disable
+def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhij,bhjd->bhid", (0.2 * (q @ k.mT)).float().softmax(-1).to(v), v)
+
+
+@torch.compiler.disable
+def by_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+    return out
+
+
+@torch.compiler.disable
+def no_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).relu() @ v
+
+
+def in_a_skipped_frame(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    try:
+        torch._dynamo.graph_break()
+        return (0.2 * (q @ k.mT)).softmax(-1) @ v
+    except ValueError:
+        return q
+
+
+@pytest.mark.parametrize(
+    ("attend", "calls", "named"),
+    [
+        (by_pytorch, 1, "<function by_pytorch>"),
+        (by_hand, 1, "<function by_hand>"),
+        (by_kernel, 1, "<function by_kernel>"),
+        (no_attention, 0, "<function no_attention>"),
+        (in_a_skipped_frame, 1, "graph_break"),
+    ],
+)
+def test_attention_is_counted_wherever_dynamo_leaves_it(
+    attend: Callable[..., Tensor], calls: int, named: str
+) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen = F.scaled_dot_product_attention(q, k, v) + (q @ k.mT).softmax(-1) @ v
+        return seen + attend(q, k, v)
+
+    found = explain(model, *torch.randn(3, 1, 2, TOKENS, 32))
+    assert (found.unseen, len(found.sites)) == (calls, 2)
+    assert any(named in b.reason for b in found.breaks)
 
 
 def test_explaining_leaves_what_is_compiled_alone() -> None:
