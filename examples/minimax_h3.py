@@ -33,8 +33,7 @@ def main() -> None:
         pipe.to("cuda")
         call = {"prompt": given.prompt, "num_frames": 124, "num_inference_steps": 30}
 
-    # Its timesteps run from 0, noise, to 1.
-    handle = svg_ear_compile.accelerate(pipe, density=0.2, ascending=True, options=options)
+    handle = svg_ear_compile.accelerate(pipe, density=0.2, options=options)
     made = pipe(**call)
     if not given.tiny:
         export_to_video(made.get("videos")[0], given.out, fps=24)
