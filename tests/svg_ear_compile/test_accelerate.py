@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import tiny_pipelines as tiny
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from made_budgets import budget_for
-from session_models import Model, run
+from session_models import Model, run, whole
 from torch import nn
+from torch._inductor.compile_fx import compile_fx
 from transformer_models import stack
 
 import svg_ear_compile
@@ -310,7 +312,7 @@ def test_each_expert_follows_its_budget(tmp_path: Path) -> None:
         high, low = handle.report().models
         assert high.density > 0.55
         assert low.density < 0.45
-    with pytest.raises(ValueError, match="there are 2 models, but 1 budgets: give one for each"):
+    with pytest.raises(ValueError, match="2 denoising models need as many budgets, got 1"):
         accelerate(pipe, budget=made[0])
 
 
@@ -322,3 +324,39 @@ def test_densities_of_layers_are_a_budget_too() -> None:
             False,
             True,
         ]
+
+
+class Rising:
+    """A pipeline whose scheduler has timesteps from noise to video, set in the call as usual."""
+
+    def __init__(self) -> None:
+        self.transformer = whole()._orig_mod
+        self.scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+
+    def __call__(self, num_inference_steps: int = 4) -> torch.Tensor:
+        self.scheduler.set_timesteps(num_inference_steps)
+        return run(self.transformer, *self.scheduler.timesteps.tolist())
+
+
+@pytest.mark.parametrize(("ascending", "steps"), [(None, 4), (True, 4), (False, 1)])
+def test_the_scheduler_says_whether_timesteps_rise(ascending: bool | None, steps: int) -> None:
+    pipe = Rising()
+    with accelerate(pipe, ascending=ascending, dense_above_timestep=300.0) as handle:
+        pipe()
+        assert handle.report().steps == steps
+        if steps == 4:
+            timesteps = pipe.scheduler.timesteps
+            assert handle.report().dense_steps == int((timesteps < 300).sum()) > 0
+
+
+@pytest.mark.slow
+def test_inductor_compiles_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.wan()
+    with accelerate(pipe, density=0.3, options=tiny.OPTIONS):
+        wanted = tiny.generate(pipe, tiny.wan_call())
+    monkeypatch.setattr("svg_ear_compile.backend.compile_fx", compile_fx)
+    torch.compiler.reset()
+    with accelerate(pipe, density=0.3, options=tiny.OPTIONS):
+        torch.testing.assert_close(
+            tiny.generate(pipe, tiny.wan_call()), wanted, rtol=1e-3, atol=1e-3
+        )
