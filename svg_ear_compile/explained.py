@@ -58,9 +58,8 @@ def _range(numbers: set[int], names: int, alone: bool) -> str:
 def lines_of(site: SiteReport) -> Iterator[str]:
     """What a report says of a call: role and shape, the decision, the reason for it."""
     shape = " × ".join("?" if size is None else str(size) for size in site.shape) or "?"
-    before, after = ("?" if count is None else count for count in site.text)
-    text = "" if site.text == (0, 0) else f", text {before} + {after}"
-    yield f"{site.role}, {shape}{text}"
+    exact = f", exact tokens {site.places} ({site.origin})" if site.places else ""
+    yield f"{site.role}, {shape}{exact}"
     if site.reason is not None:
         yield f"dense, {site.reason}: {site.sentence}"
         return
