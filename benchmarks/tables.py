@@ -222,13 +222,14 @@ def densities_table(records: Path) -> str:
         if (point.cell.rule, point.cell.queries, point.cell.keys) == (OURS, *_CLUSTERS)
         and point.cell.warm_up == WARM_UPS[0]
     }
+    tokens = {name: record["model"]["tokens"] for name, record in evidence.models.items()}
     lines = [
         f"Attention at {WAN} beside the fastest dense one ({_where([evidence.times])}); PSNR "
         f"to dense of two small video models, {WARM_UPS[0]:.0%} of their denoising steps dense "
         f"({_where(list(evidence.models.values()))}).",
         "",
         "| density | attention, recomputed | attention, reused "
-        f"| {' | '.join(f'PSNR, {name}' for name in evidence.models)} |",
+        f"| {' | '.join(f'PSNR, {name}, {tokens[name]:,} tokens' for name in tokens)} |",
         f"|---|---|---|{'---|' * len(evidence.models)}",
     ]
     for row in evidence.times["rows"]:
