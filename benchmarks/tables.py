@@ -371,10 +371,8 @@ def fill(pages: Mapping[Path, str], made: Mapping[str, Table]) -> dict[Path, str
 
     filled = {path: page(path, text) for path, text in pages.items()}
     for name in made:
-        if placed.count(name) != 1:
-            raise ValueError(
-                f"the pages must have one pair of markers {name!r}, have {placed.count(name)}"
-            )
+        if (count := placed.count(name)) != 1:
+            raise ValueError(f"the pages must have one pair of markers {name!r}, have {count}")
     return filled
 
 
