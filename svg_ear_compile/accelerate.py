@@ -229,6 +229,8 @@ def accelerate(
 ) -> Accelerated:
     """Make a pipeline's denoising models run sparse; the pipeline is called as before.
 
+    For example::
+
         handle = svg_ear_compile.accelerate(pipe, density=0.2)
         video = pipe("a red fox in the snow").frames[0]
         print(handle.report())
