@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attention.summary import cold_ms, dense_ms, reused_speedup, rows_of, summary_table
+from benchmarks.context_parallel import report, ring_error
 from benchmarks.fidelity.grid import OURS, WARM_UPS
 from benchmarks.fidelity.record import read
 from benchmarks.fidelity.report import markdown_table
@@ -222,13 +223,14 @@ def densities_table(records: Path) -> str:
         if (point.cell.rule, point.cell.queries, point.cell.keys) == (OURS, *_CLUSTERS)
         and point.cell.warm_up == WARM_UPS[0]
     }
+    tokens = {name: record["model"]["tokens"] for name, record in evidence.models.items()}
     lines = [
         f"Attention at {WAN} beside the fastest dense one ({_where([evidence.times])}); PSNR "
         f"to dense of two small video models, {WARM_UPS[0]:.0%} of their denoising steps dense "
         f"({_where(list(evidence.models.values()))}).",
         "",
         "| density | attention, recomputed | attention, reused "
-        f"| {' | '.join(f'PSNR, {name}' for name in evidence.models)} |",
+        f"| {' | '.join(f'PSNR, {name}, {tokens[name]:,} tokens' for name in tokens)} |",
         f"|---|---|---|{'---|' * len(evidence.models)}",
     ]
     for row in evidence.times["rows"]:
@@ -342,6 +344,8 @@ def tables() -> dict[str, Table]:
         "generation": lambda folder: generation_table(generations),
         "densities": lambda folder: densities_table(FIDELITY),
         "fidelity": lambda folder: fidelity_section(FIDELITY, folder),
+        "context-parallel": lambda folder: report.section(RESULTS / "nvidia-h200", folder),
+        "ring-error": lambda folder: ring_error.section(RESULTS / "cpu" / "ring"),
         "compile-time": lambda folder: compile_time_table(compile_time),
     }
 
@@ -367,10 +371,8 @@ def fill(pages: Mapping[Path, str], made: Mapping[str, Table]) -> dict[Path, str
 
     filled = {path: page(path, text) for path, text in pages.items()}
     for name in made:
-        if placed.count(name) != 1:
-            raise ValueError(
-                f"the pages must have one pair of markers {name!r}, have {placed.count(name)}"
-            )
+        if (count := placed.count(name)) != 1:
+            raise ValueError(f"the pages must have one pair of markers {name!r}, have {count}")
     return filled
 
 
