@@ -55,7 +55,7 @@ try-torch:
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[test,demo,docs,lint]"
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[test,demo,examples,docs,lint]" torchao
 	touch $@
 
 offline:

@@ -23,7 +23,13 @@ from svg_ear_compile.generation import Generation
 from svg_ear_compile.guidance import Layout
 from svg_ear_compile.in_place import CompiledInPlace, has_repeated_blocks, is_compiled
 from svg_ear_compile.offloading import moves_each_layer
-from svg_ear_compile.pipeline_calls import CallWatch, PipelineCall, denoisers, models_of
+from svg_ear_compile.pipeline_calls import (
+    CallWatch,
+    PipelineCall,
+    denoisers,
+    models_of,
+    timesteps_rise,
+)
 from svg_ear_compile.session import DEFAULT, Session, bind
 from svg_ear_compile.settings import Settings
 
@@ -47,6 +53,7 @@ class Accelerated:
         compiled: CompiledInPlace,
         session: Session,
         dense_steps: float,
+        ascending: bool | None,
     ) -> None:
         self.session = session
         self.models = dict(models)
@@ -54,6 +61,7 @@ class Accelerated:
         self._name = type(target).__name__
         self._compiled = compiled
         self._dense_steps = dense_steps
+        self._ascending = ascending
         self._calls = 0
         self._last: AccelerationReport | None = None
         self._running: set[str] = set()
@@ -98,7 +106,7 @@ class Accelerated:
         self._warn_of_changes()
         dense_steps = self._dense_steps_of(call)
         with self._generation() as generation:
-            generation.start(dense_steps=dense_steps, videos=call.prompts)
+            generation.start(dense_steps=dense_steps, videos=call.prompts, rises=self._rises)
             graphs, started = _graphs_compiled(), time.perf_counter()
             try:
                 yield
@@ -152,6 +160,9 @@ class Accelerated:
                 "call sparse"
             )
         return count
+
+    def _rises(self) -> bool:
+        return self._ascending is None and timesteps_rise(self._target)
 
     def _warn_of_changes(self) -> None:
         """Warn of what was done to the pipeline since, and keeps it from running sparse."""
@@ -242,7 +253,8 @@ def accelerate(
         options: further options of the backend, see `Settings.parse`.
         dense_steps: leading denoising steps with dense attention: a number of steps, or a fraction
             in [0, 1) of the steps of each call.
-        ascending: the timestep rises from noise to video. By default the pipeline's scheduler says.
+        ascending: whether the timestep rises from noise to video, as in Mochi. By default the
+            pipeline's scheduler says in each call; of a module, the timestep falls.
         dense_above_timestep, dense_layers, timestep, guidance, branches, latents: see `bind`.
 
     Returns:
@@ -260,8 +272,6 @@ def accelerate(
     every = [{**given, **({} if b is None else {"budget": b})} for b in chosen]
     for each in every:
         Settings.parse(each)
-    if ascending is None:
-        ascending = _rises(target)
     how = [{"backend": "svg_ear", "options": each} for each in every]
     compiled = CompiledInPlace(models.values(), how)
     try:
@@ -272,12 +282,12 @@ def accelerate(
             dense_layers=dense_layers,
             budget=bound_budget,
             timestep=timestep,
-            ascending=ascending,
+            ascending=bool(ascending),
             guidance=guidance,
             branches=branches,
             latents=latents,
         )
-        return Accelerated(target, models, compiled, session, dense_steps)
+        return Accelerated(target, models, compiled, session, dense_steps, ascending)
     except BaseException:
         compiled.undo()
         raise
@@ -349,12 +359,6 @@ def _options(
             "give the budget as an argument, not in options: the session needs it, too"
         )
     return given
-
-
-def _rises(target: object) -> bool:
-    """Whether the scheduler of a pipeline of diffusers has timesteps that rise to the video."""
-    config = getattr(getattr(target, "scheduler", None), "config", None)
-    return bool(getattr(config, "invert_sigmas", False))
 
 
 def _graphs_compiled() -> int:

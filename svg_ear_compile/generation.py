@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -63,6 +63,7 @@ class _State:
     latents: dict[int, tuple[object, ...]] = field(default_factory=dict)  # kind, by model
     layers: dict[tuple[int, str], _Layer] = field(default_factory=dict)  # by model and path
     dense_steps: set[int] = field(default_factory=set)
+    ascending: bool | None = None  # None before the first forward
     thread: int | None = None  # identifier of the thread that started the generation
 
 
@@ -116,6 +117,7 @@ class Generation:
         self._forward: _Forward | None = None
         self._dense_steps: int | None = None  # of a call that has said its number of steps
         self._videos = 1
+        self._rises: Callable[[], bool] = lambda: False
         self._state = self._fresh()
 
     def _fresh(self) -> _State:
@@ -153,7 +155,7 @@ class Generation:
         """Number of denoising steps so far with dense attention, as the schedule asks."""
         return len(self._state.dense_steps)
 
-    def start(self, *, dense_steps: int, videos: int) -> None:
+    def start(self, *, dense_steps: int, videos: int, rises: Callable[[], bool]) -> None:
         """Start anew for a call of a pipeline that says what it will do.
 
         The layers are read again: adapters may have been added since the last call.
@@ -162,9 +164,12 @@ class Generation:
             dense_steps: leading dense steps, if more than the session has.
             videos: least number of different videos in a batch. They may start from equal latents,
                 and are no guidance branches of each other.
+            rises: says at the first forward whether the timesteps rise from noise to video, if the
+                session does not.
         """
         self._dense_steps = dense_steps
         self._videos = videos
+        self._rises = rises
         for model in self._models:
             model.read_layers()
         self.reset()
@@ -252,9 +257,15 @@ class Generation:
             self._forward = outer
             self._running.release()
 
+    def _ascending(self) -> bool:
+        """Whether timesteps rise from noise to video."""
+        if self._state.ascending is None:
+            self._state.ascending = self._plans.ascending or self._rises()
+        return self._state.ascending
+
     def _begin(self, model: int, timestep: float, latents: Latents) -> _Forward:
         """Advance the clock to a forward and find its guidance branches."""
-        thread, ascending = threading.get_ident(), self._plans.ascending
+        thread, ascending = threading.get_ident(), self._ascending()
         state = self._state
         last = state.clock.timestep
         if last is not None and is_noisier(timestep, last, ascending):
@@ -274,7 +285,7 @@ class Generation:
             state.branches.next_step()
         index = state.clock.tick(model, timestep)
         dense = state.clock.step < (self._dense_steps or 0) or self._plans.is_dense_step(
-            model, state.clock.step, timestep
+            model, state.clock.step, timestep, ascending
         )
         if dense:
             state.dense_steps.add(state.clock.step)

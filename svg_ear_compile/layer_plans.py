@@ -82,12 +82,12 @@ class LayerPlans:
         """Whether timesteps rise from noise to video, by declaration or by the budget in use."""
         return self._declared_ascending or any(b.schedule.ascending for b in self._tuned)
 
-    def is_dense_step(self, model: int, step: int, timestep: float) -> bool:
+    def is_dense_step(self, model: int, step: int, timestep: float, ascending: bool) -> bool:
         """Whether all attention of a model is dense at a step; see `bind` for the rules."""
         bound = self._dense_above_timestep
         leading = self._tuned[model].schedule.dense_steps if self._tuned else 0
         return step < max(leading, self._dense_steps) or (
-            bound is not None and is_noisier(timestep, bound, self.ascending)
+            bound is not None and is_noisier(timestep, bound, ascending)
         )
 
     def plan(

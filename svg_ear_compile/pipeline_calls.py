@@ -56,6 +56,14 @@ def models_of(pipeline: object) -> dict[str, nn.Module]:
     return {name: module for name, module in held.items() if isinstance(module, nn.Module)}
 
 
+def timesteps_rise(pipeline: object) -> bool:
+    """Whether the scheduler of a running call has timesteps that rise from noise to video."""
+    timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+    if not isinstance(timesteps, Tensor) or timesteps.dim() != 1 or len(timesteps) < 2:
+        return False
+    return bool(timesteps[0] < timesteps[-1])
+
+
 def read_call(pipeline: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PipelineCall:
     """What a call of `pipeline` with these arguments asks for."""
     given = {**_defaults(pipeline), **_named(pipeline, args, kwargs)}

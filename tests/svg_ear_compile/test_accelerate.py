@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import tiny_pipelines as tiny
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from made_budgets import budget_for
-from session_models import Model, run
+from session_models import Model, run, whole
 from torch import nn
 from transformer_models import stack
 
@@ -322,3 +323,26 @@ def test_densities_of_layers_are_a_budget_too() -> None:
             False,
             True,
         ]
+
+
+class Rising:
+    """A pipeline whose scheduler has timesteps from noise to video, set in the call as usual."""
+
+    def __init__(self) -> None:
+        self.transformer = whole()._orig_mod
+        self.scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+
+    def __call__(self, num_inference_steps: int = 4) -> torch.Tensor:
+        self.scheduler.set_timesteps(num_inference_steps)
+        return run(self.transformer, *self.scheduler.timesteps.tolist())
+
+
+@pytest.mark.parametrize(("ascending", "steps"), [(None, 4), (True, 4), (False, 1)])
+def test_the_scheduler_says_whether_timesteps_rise(ascending: bool | None, steps: int) -> None:
+    pipe = Rising()
+    with accelerate(pipe, ascending=ascending, dense_above_timestep=300.0) as handle:
+        pipe()
+        assert handle.report().steps == steps
+        if steps == 4:
+            timesteps = pipe.scheduler.timesteps
+            assert handle.report().dense_steps == int((timesteps < 300).sum()) > 0
