@@ -57,6 +57,7 @@ _BMM = ("s = torch.bmm(q, k.mT)", "s = q.bmm(k.transpose(1, 2))", "s = q @ k.tra
         "s = torch.bmm(input=q, mat2=k.permute(0, 2, 1))")  # fmt: skip
 _BMM_OUT = ("o = torch.bmm(w, v)", "o = w.bmm(v)", "o = w @ v", "o = torch.bmm(input=w, mat2=v)")
 _KERNEL = "torch.ops.aten._scaled_dot_product_"
+_DENSE = "q, k, v = (t.contiguous() for t in (q, k, v))\n"
 _SDPA = "F.scaled_dot_product_attention"
 
 FORMS: dict[str, Form] = {
@@ -98,14 +99,15 @@ FORMS: dict[str, Form] = {
         f"o = {_SDPA}(q[None], k[None], v[None]%(rest)s)[0]",
         f"o = {_SDPA}(q[:, None], k[:, None], v[:, None]).squeeze(1)",
     ), expect="reason", weight=0.5),
+    # The CPU's kernel takes it for granted that channels lie side by side.
     "kernel_for_cpu": Form("bhnd", "", (
-        f"o = {_KERNEL}flash_attention_for_cpu(q, k, v)[0]",
-        f"o, extra = {_KERNEL}flash_attention_for_cpu(q, k, v, scale=0.3)",
-        f"o, extra = {_KERNEL}flash_attention_for_cpu.default(query=q, key=k, value=v)",
+        f"{_DENSE}o = {_KERNEL}flash_attention_for_cpu(q, k, v)[0]",
+        f"{_DENSE}o, extra = {_KERNEL}flash_attention_for_cpu(q, k, v, scale=0.3)",
+        f"{_DENSE}o, extra = {_KERNEL}flash_attention_for_cpu.default(query=q, key=k, value=v)",
     )),
     "kernel_math": Form("bhnd", "", (
-        f"o, _ = {_KERNEL}attention_math(q, k, v)",
-        f"o = {_KERNEL}attention_math.default(q, k, v, None, 0.0, False, scale=0.2)[0]",
+        f"{_DENSE}o, _ = {_KERNEL}attention_math(q, k, v)",
+        f"{_DENSE}o = {_KERNEL}attention_math.default(q, k, v, None, 0.0, False, scale=0.2)[0]",
     ), weight=0.6),
     "kernel_weights_read": Form("bhnd", "", (
         f"o, extra = {_KERNEL}attention_math(q, k, v)",

@@ -91,6 +91,10 @@ SOFTMAXES: Cases = {
     "sigmoid": (by(torch.sigmoid), 0),
 }  # fmt: skip
 AFTERWARDS: Cases = {
+    "values by linear": (
+        lambda q, k, v, m: F.linear(scores(q[0, 0], k[0, 0]).softmax(-1), v[0, 0].T),
+        Reason.PATTERN,
+    ),
     "nan_to_num": (of_weights(lambda w: torch.nan_to_num(w)), Reason.PATTERN),
     "times": (of_weights(lambda w: w * 0.5), Reason.PATTERN),
     "left out": (of_weights(lambda w: w.masked_fill(w > 0.9, 0.0)), Reason.PATTERN),
