@@ -15,13 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.attention.summary import (
-    cold_ms,
-    dense_ms,
-    reused_speedup,
-    rows_of,
-    summary_table,
-)
+from benchmarks.attention.summary import cold_ms, dense_ms, reused_speedup, rows_of, summary_table
 from benchmarks.fidelity.grid import OURS, WARM_UPS
 from benchmarks.fidelity.record import read
 from benchmarks.fidelity.report import markdown_table
@@ -71,10 +65,10 @@ def models_table(zoo: dict[str, Any]) -> str:
     for name, found in zoo.items():
         sparse: dict[str, None] = {}
         left: dict[str, None] = {}
-        for _, layer, role, text, what in found["sites"]:
+        for _, layer, role, places, what in found["sites"]:
             short = ".".join(layer.split(".")[-2:]).replace("*.", "").replace("*", "N")
             if what.startswith("sparse"):
-                side = "" if text == [0, 0] else ", text first" if text[0] else ", text last"
+                side = ", text first" if places[:2] == "0:" else ", text last" if places else ""
                 when = re.sub(r"^sparse( from \d+ video tokens on)?,?", "", what)
                 sparse[f"`{short}` ({role}{side}{when})"] = None
             else:
@@ -228,13 +222,14 @@ def densities_table(records: Path) -> str:
         if (point.cell.rule, point.cell.queries, point.cell.keys) == (OURS, *_CLUSTERS)
         and point.cell.warm_up == WARM_UPS[0]
     }
+    tokens = {name: record["model"]["tokens"] for name, record in evidence.models.items()}
     lines = [
         f"Attention at {WAN} beside the fastest dense one ({_where([evidence.times])}); PSNR "
         f"to dense of two small video models, {WARM_UPS[0]:.0%} of their denoising steps dense "
         f"({_where(list(evidence.models.values()))}).",
         "",
         "| density | attention, recomputed | attention, reused "
-        f"| {' | '.join(f'PSNR, {name}' for name in evidence.models)} |",
+        f"| {' | '.join(f'PSNR, {name}, {tokens[name]:,} tokens' for name in tokens)} |",
         f"|---|---|---|{'---|' * len(evidence.models)}",
     ]
     for row in evidence.times["rows"]:

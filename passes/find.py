@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from svg_ear_compile.kernels.op import DTYPES
 from svg_ear_compile.kernels.plan import HEAD_DIMS
 from svg_ear_compile.passes.dataflow import Dataflow, projected_input
+from svg_ear_compile.passes.exact import exact_tokens
 from svg_ear_compile.passes.folding import Axes, folds, role_in_clip
 from svg_ear_compile.passes.handwritten import read_handwritten
 from svg_ear_compile.passes.mask import judge_mask
@@ -30,11 +31,12 @@ from svg_ear_compile.passes.sdpa import (
     read_leaf,
     read_sdpa,
 )
-from svg_ear_compile.passes.site import AttentionSite, Call, Padding, Reason, Role, Size, TextSpan
+from svg_ear_compile.passes.site import AttentionSite, Call, Padding, Reason, Role, Size
 from svg_ear_compile.passes.steps import is_softmax
+from svg_ear_compile.passes.streams import Streams
 from svg_ear_compile.passes.symbolic import hint
-from svg_ear_compile.passes.text import TextSpans
 from svg_ear_compile.passes.unread import is_exponential, unread
+from svg_ear_compile.passes.vectors import NOTHING_EXACT
 
 
 def find_sites(gm: GraphModule) -> list[AttentionSite]:
@@ -43,9 +45,8 @@ def find_sites(gm: GraphModule) -> list[AttentionSite]:
         return []
     flow = Dataflow(gm)
     calls = _calls(gm, flow)
-    attention = {node for call in calls for node in call.steps}
     describe = _Describer(
-        flow, TextSpans(flow, attention), folds(flow), carries_media(flow), _is_transformed(gm)
+        flow, Streams(flow), folds(flow), carries_media(flow), _is_transformed(gm)
     )
     seen: Counter[str] = Counter()
     sites = []
@@ -109,7 +110,7 @@ class _Describer:
     """Describes the calls of one graph module; see the modules of the same names."""
 
     flow: Dataflow
-    texts: TextSpans
+    streams: Streams
     axes: dict[Node, Axes]
     media: dict[Node, bool]
     transformed: bool
@@ -147,17 +148,15 @@ class _Describer:
             judged = judge_mask(flow, call, q_shape, k_shape)
             reason = judged if isinstance(judged, Reason) else None
             padding = judged if isinstance(judged, Padding) else None
-        text = TextSpan()
-        if reason is None:
-            text = self.texts.of(call.q.node, first, q_shape[2])
+        exact = exact_tokens(self.streams, call) if reason is None else NOTHING_EXACT
         q = call.q.node.meta.get("example_value")
         return AttentionSite(
             name=name,
             call=call,
             layer=layer,
             layer_parameter=_layer_parameter(flow, call.q.node, first, call.node),
-            role=Role.JOINT if role is Role.SELF and text != TextSpan() else role,
-            text=text,
+            role=Role.JOINT if role is Role.SELF and exact.queries is not None else role,
+            exact=exact,
             q_shape=q_shape,
             k_shape=k_shape,
             dtype=dtype,

@@ -20,10 +20,12 @@ import svg_ear_compile.kernels.padding  # noqa: F401
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.effects import Effects
+from svg_ear_compile.passes.exact_nodes import ExactNodes
 from svg_ear_compile.passes.find import owner_path
 from svg_ear_compile.passes.memory import fake_mode_of
-from svg_ear_compile.passes.site import AttentionSite, EmptyRow, Mask, Operand, TextSpan, TokenCount
+from svg_ear_compile.passes.site import AttentionSite, EmptyRow, Mask, Operand
 from svg_ear_compile.passes.symbolic import hint, is_same
+from svg_ear_compile.passes.vectors import ExactTokens, Stream, Vector
 
 _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "example_value")
@@ -80,6 +82,9 @@ class _Rewriter:
         self.effects = Effects()
         self.replaced: dict[Node, Node] = {}
         self.proofs: dict[tuple[Mask, Graph], _Proof] = {}
+        self.exact: dict[
+            tuple[Graph, Vector, frozenset[Stream]], tuple[Node, int | Node | None]
+        ] = {}
 
     def rewrite(self, site: AttentionSite, plan: AttentionPlan) -> Node:
         call, old = site.call, site.call.node
@@ -100,7 +105,10 @@ class _Rewriter:
                 mask = proof.arguments
                 if proof.heard is not None:  # a product, since NaN must stay
                     q = graph.call_function(operator.mul, (q, proof.heard))
-            exact = [self._exact(graph, x, site) for x in (q, k)]
+            exact = [
+                self._exact(graph, x, vector, site.exact)
+                for x, vector in ((q, site.exact.queries), (k, site.exact.keys))
+            ]
             padding = (*mask[1:], None, None, None)[:3]
             scale = self._now(call.scale) if isinstance(call.scale, Node) else call.scale
             done = graph.call_function(
@@ -226,30 +234,17 @@ class _Rewriter:
         return node if same else graph.call_method("to", (node, dtype))
 
     def _exact(
-        self, graph: Graph, x: Node, site: AttentionSite
+        self, graph: Graph, x: Node, vector: Vector | None, exact: ExactTokens
     ) -> tuple[Node | None, int | Node | None]:
-        """Which tokens of x (B, H, N, D) are text, (1, N) bool, and how many are not."""
-        text = site.text
-        if text == TextSpan():
+        """Which tokens of x (B, H, N, D) are exact, (1, N) bool, and how many are not."""
+        if vector is None:
             return None, None
-        prefix, suffix = (self._count(graph, parts) for parts in (text.prefix, text.suffix))
-        tokens = graph.call_method("size", (x, 2))
-        place = graph.call_function(torch.arange, (tokens,), {"device": site.device})
-        last = graph.call_function(operator.sub, (tokens, suffix))
-        before = graph.call_function(operator.lt, (place, prefix))
-        after = graph.call_function(operator.ge, (place, last))
-        exact = graph.call_function(operator.or_, (before, after))
-        clustered = graph.call_function(operator.sub, (last, prefix))
-        return graph.call_method("unsqueeze", (exact, 0)), clustered
-
-    def _count(self, graph: Graph, parts: tuple[int | TokenCount, ...]) -> int | Node:
-        total: int | Node = sum(part for part in parts if isinstance(part, int))
-        for part in parts:
-            if isinstance(part, TokenCount):
-                sized = (self._now(part.node), part.dim)
-                size = graph.call_function(torch.ops.aten.sym_size.int, sized)
-                total = graph.call_function(operator.add, (total, size)) if total else size
-        return total
+        key = (graph, vector, exact.streams)
+        if key not in self.exact:
+            made = ExactNodes(graph, x, self._now, exact)
+            tokens = graph.call_function(torch.ops.aten.sym_size.int, (x, 2))
+            self.exact[key] = made.places(vector), made.clustered(vector, tokens)
+        return self.exact[key]
 
     def _remove(self, steps: list[Node]) -> None:
         """Erase the steps, and whatever made their inputs and is read by nothing else."""

@@ -9,7 +9,8 @@ import torch
 from torch.fx import Node
 
 from svg_ear_compile.passes.memory import is_plain
-from svg_ear_compile.passes.symbolic import Size, hint
+from svg_ear_compile.passes.symbolic import Size
+from svg_ear_compile.passes.vectors import ExactTokens
 
 
 class Role(str, Enum):
@@ -212,38 +213,6 @@ class Call:
 
 
 @dataclass(frozen=True)
-class TokenCount:
-    """A number of tokens that is known at run time only: the size of `node` in `dim`."""
-
-    node: Node
-    dim: int
-
-    @property
-    def traced(self) -> int | None:
-        """The number while tracing, None where even that is not known."""
-        return hint(self.node.meta["example_value"].shape[self.dim])
-
-
-@dataclass(frozen=True)
-class TextSpan:
-    """Text tokens of a joint sequence: the parts before the video tokens and those after."""
-
-    prefix: tuple[int | TokenCount, ...] = ()
-    suffix: tuple[int | TokenCount, ...] = ()
-
-    @property
-    def traced(self) -> tuple[int | None, int | None]:
-        """Text tokens before and after the video tokens while tracing, None where not known."""
-        return _total(self.prefix), _total(self.suffix)
-
-
-def _total(parts: tuple[int | TokenCount, ...]) -> int | None:
-    counts = [part if isinstance(part, int) else part.traced for part in parts]
-    known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None
-
-
-@dataclass(frozen=True)
 class AttentionSite:
     """One attention call of a graph and what is known of it.
 
@@ -254,7 +223,7 @@ class AttentionSite:
         layer: path of the module that attends, e.g. "blocks.3.attn1"; "" for a bare function.
         layer_parameter: node of the nearest parameter from which q descends, or None.
         role: see `Role`.
-        text: see `TextSpan`.
+        exact: the tokens that are always exact.
         q_shape, k_shape: (B, H, N, D), entries may be SymInt; () where the call cannot be read.
         dtype: in which attention is computed; under autocast not that of q.
         device: of q.
@@ -268,7 +237,7 @@ class AttentionSite:
     layer: str
     layer_parameter: Node | None
     role: Role
-    text: TextSpan
+    exact: ExactTokens
     q_shape: tuple[Size, ...]
     k_shape: tuple[Size, ...]
     dtype: torch.dtype | None

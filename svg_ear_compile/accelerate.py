@@ -232,6 +232,8 @@ def accelerate(
 ) -> Accelerated:
     """Make a pipeline's denoising models run sparse; the pipeline is called as before.
 
+    For example::
+
         handle = svg_ear_compile.accelerate(pipe, density=0.2)
         video = pipe("a red fox in the snow").frames[0]
         print(handle.report())
@@ -341,7 +343,7 @@ def _budgets(budget: Any, models: int) -> tuple[Any, list[Budget | None]]:
     each = [budget] if isinstance(budget, (str, Path, Budget)) else list(budget)
     loaded = [Settings.parse({"budget": one}).budget for one in each]
     if len(loaded) != models:
-        raise ValueError(f"there are {models} models, but {len(loaded)} budgets: give one for each")
+        raise ValueError(f"{models} denoising models need as many budgets, got {len(loaded)}")
     return loaded, list(loaded)
 
 

@@ -36,8 +36,7 @@ class ModelReport:
     @property
     def density(self) -> float | None:
         """Mean density of the last sparse calls of all layers, None if none ran sparse."""
-        reached = [layer.density for layer in self.layers if layer.density is not None]
-        return sum(reached) / len(reached) if reached else None
+        return _mean_density(self.layers)
 
     @property
     def reused_fraction(self) -> float | None:
@@ -85,6 +84,12 @@ class AccelerationReport:
     held: tuple[Held, ...]
 
     @property
+    def density(self) -> float | None:
+        """Mean density over the layers of all models that ran sparse, None if none did."""
+        layers = [layer for model in self.models for layer in model.layers]
+        return _mean_density(layers)
+
+    @property
     def memory_bytes(self) -> int:
         """Device memory that the session held, in bytes."""
         return sum(held.nbytes for held in self.held)
@@ -105,6 +110,11 @@ class AccelerationReport:
             lines += map(str, self.models)
             lines.append(f"memory held: {_memory(self.held)}")
         return "\n".join(lines)
+
+
+def _mean_density(layers: Sequence[LayerReport]) -> float | None:
+    reached = [layer.density for layer in layers if layer.density is not None]
+    return sum(reached) / len(reached) if reached else None
 
 
 def _layers(layers: Sequence[LayerReport]) -> str:

@@ -88,15 +88,14 @@ class Explanation:
             caption=plain(*self._notes()),
             caption_justify="left",
         )
-        columns = ("layer", "role", "B × H × N_q × N_k × D", "text", "plan", "error", "why")
+        columns = ("layer", "role", "B × H × N_q × N_k × D", "exact", "plan", "error", "why")
         for column in columns:
             table.add_column(column, overflow="fold")
         for site in self.sites:
             shape = " × ".join("?" if size is None else str(size) for size in site.shape) or "?"
-            before, after = ("?" if count is None else count for count in site.text)
-            text = "" if site.text == (0, 0) else f"{before} + {after}"
+            exact = f"{site.places} ({site.origin})" if site.places else ""
             row = (
-                site.site or "(function)", site.role, shape, text, _plan(site), _error(site),
+                site.site or "(function)", site.role, shape, exact, _plan(site), _error(site),
                 _why(site),
             )  # fmt: skip
             table.add_row(*map(plain, row))

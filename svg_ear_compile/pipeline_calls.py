@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from svg_ear_compile.layers import TIMESTEP_NAMES, inner_of
 
+_USUAL_NAMES = ("transformer", "transformer_2")
 _GIVEN_STEPS = ("timesteps", "sigmas")  # a list of steps takes precedence over their number
 
 
@@ -41,18 +42,21 @@ def denoisers(pipeline: object, timestep: str | None) -> dict[str, nn.Module]:
         timestep: name of the timestep argument, None for one of `TIMESTEP_NAMES`.
     """
     names = set(TIMESTEP_NAMES if timestep is None else (timestep,))
-    return {
-        name: module
-        for name, module in models_of(pipeline).items()
-        if not names.isdisjoint(inspect.signature(inner_of(module).forward).parameters)
-    }
+    found: dict[str, nn.Module] = {}
+    for name, module in models_of(pipeline).items():
+        takes = inspect.signature(inner_of(module).forward).parameters
+        if not names.isdisjoint(takes) and module not in found.values():  # held under two names
+            found[name] = module
+    return found
 
 
 def models_of(pipeline: object) -> dict[str, nn.Module]:
-    """All models of a pipeline by name."""
+    """All models that a pipeline holds by name."""
     held = getattr(pipeline, "components", None)  # diffusers
     if not isinstance(held, Mapping):
-        held = getattr(pipeline, "__dict__", {})
+        held = dict(getattr(pipeline, "__dict__", {}))
+        # May be properties, or attributes of the class.
+        held |= {name: getattr(pipeline, name, None) for name in _USUAL_NAMES}
     return {name: module for name, module in held.items() if isinstance(module, nn.Module)}
 
 

@@ -12,9 +12,10 @@ from torch.fx import GraphModule
 from svg_ear_compile.cost_model.stages import AttentionShape
 from svg_ear_compile.foreign_budget import refuse_foreign
 from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.passes.exact import given_tokens
 from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.passes.rewrite import rewrite
-from svg_ear_compile.passes.site import AttentionSite, Reason, TextSpan
+from svg_ear_compile.passes.site import AttentionSite, Reason
 from svg_ear_compile.passes.symbolic import hint
 from svg_ear_compile.passes.workload import NonAttentionCost, non_attention_cost
 from svg_ear_compile.policy import (
@@ -40,7 +41,9 @@ class SiteReport:
         site: name of the call in its graph.
         role: see `passes.site.Role`.
         shape: (B, H, N_q, N_k, D) as traced.
-        text: text tokens before and after the video tokens.
+        exact: numbers of queries and of keys that are always exact, None where not known.
+        places: where exact keys are (queries, where all keys are clustered), as "0:9, 201:205".
+        origin: where exact tokens come from, in words.
         dtype: dtype of the output. device: type of its device.
         plan: the plan of a sparse site, else None.
         clusters: (Qc, Kc) of a sparse site, else None.
@@ -56,7 +59,9 @@ class SiteReport:
     site: str
     role: str
     shape: tuple[int | None, ...]
-    text: tuple[int | None, int | None]
+    exact: tuple[int | None, int | None]
+    places: str
+    origin: str
     dtype: str
     device: str
     plan: AttentionPlan | None
@@ -70,11 +75,9 @@ class SiteReport:
 
     @property
     def video_tokens(self) -> int | None:
-        """Queries that are no text, None where that is not known."""
+        """Queries that are not exact, as far as these are known; None where tokens are not."""
         tokens = self.shape[2] if len(self.shape) == 5 else None
-        if tokens is None or None in self.text:
-            return tokens
-        return tokens - sum(self.text)  # type: ignore[arg-type]
+        return tokens if tokens is None else tokens - (self.exact[0] or 0)
 
     @property
     def is_sparse(self) -> bool:
@@ -142,7 +145,7 @@ def plan_site(
 def _facts(site: AttentionSite) -> SiteFacts:
     q, k = ([hint(size) or 0 for size in shape] for shape in (site.q_shape, site.k_shape))
     assert site.device is not None
-    text = sum(count or 0 for count in site.text.traced)
+    text = max(count or 0 for count in site.exact.counts)
     dtype = str(site.dtype).removeprefix("torch.")
     shape = AttentionShape(q[0], q[1], k[1], q[2], k[2], q[3], dtype, text)
     return SiteFacts(site.layer, shape, site.device)
@@ -165,10 +168,10 @@ def rewrite_graph(gm: GraphModule, settings: Settings) -> GraphReport:
         return GraphReport([], non_attention)
     if settings.budget is not None:
         refuse_foreign(settings.budget, found)
-    sites = [_with_given_text(site, settings) for site in found]
+    sites = [_with_given_tokens(site, settings) for site in found]
     decided = decide_sites(sites, non_attention, settings)
     plans = [plan_site(*pair, settings) for pair in zip(sites, decided, strict=True)]
-    notes = [_text_note(site, settings) for site in found]
+    notes = [_note(site, settings) for site in found]
     planned = [(s, plan) for s, plan in zip(sites, plans, strict=True) if plan is not None]
     if planned:
         untouched = {module: copy.deepcopy(module.graph) for module in _graph_modules(gm)}
@@ -213,42 +216,34 @@ def _warn_of(fault: Exception) -> None:
     )
 
 
-def _with_given_text(site: AttentionSite, settings: Settings) -> AttentionSite:
-    """The site with the text tokens of the options, if any video tokens are left then."""
-    if site.reason is not None or not _text_fits(site, settings):
+def _with_given_tokens(site: AttentionSite, settings: Settings) -> AttentionSite:
+    """The site with the exact tokens of the options, if these fit it."""
+    spans = settings.exact_tokens
+    if site.reason is not None or spans is None:
         return site
-    prefix, suffix = settings.text_prefix, settings.text_suffix
-    return replace(
-        site,
-        text=TextSpan(
-            site.text.prefix if prefix is None else (prefix,),
-            site.text.suffix if suffix is None else (suffix,),
-        ),
-    )
+    given = given_tokens(site.call, spans)
+    return site if given is None else replace(site, exact=given)
 
 
-def _text_fits(site: AttentionSite, settings: Settings) -> bool:
-    tokens = [hint(shape[2]) for shape in (site.q_shape, site.k_shape)]
-    given = (settings.text_prefix, settings.text_suffix)
-    traced = site.text.traced
-    text = sum((t or 0) if g is None else g for g, t in zip(given, traced, strict=True))
-    return given == (None, None) or all(text < n for n in tokens if n is not None)
-
-
-def _text_note(site: AttentionSite, settings: Settings) -> str:
-    if site.reason is not None or _text_fits(site, settings):
+def _note(site: AttentionSite, settings: Settings) -> str:
+    """What is to be said of the exact tokens of a site that could be sparse."""
+    spans = settings.exact_tokens
+    if site.reason is not None:
         return ""
-    return " The given text_prefix and text_suffix leave it no video token: ignored here."
+    if spans is not None and given_tokens(site.call, spans) is None:
+        return " The given exact_tokens do not fit its tokens: ignored here."
+    if site.exact.guessed and spans is None:
+        return " Exact tokens are a guess: tokens without positions. exact_tokens says it."
+    return ""
 
 
 def _report(
     site: AttentionSite, decided: Decision | Reason, plan: AttentionPlan | None, note: str
 ) -> SiteReport:
     q, k = ([hint(size) for size in shape] for shape in (site.q_shape, site.k_shape))
-    text = site.text.traced
-    clusters = None
-    if plan is not None and not {q[2], k[2], *text} & {None}:
-        clusters = plan.clusters(*(n[2] - sum(text) for n in (q, k)))  # type: ignore[arg-type, operator]
+    exact, spans, clusters = site.exact.counts, site.exact.spans, None
+    if plan is not None and not {q[2], k[2], *exact} & {None}:
+        clusters = plan.clusters(q[2] - exact[0], k[2] - exact[1])  # type: ignore[operator]
     reason = decided.value if isinstance(decided, Reason) else decided.reason
     conditions = _conditions(site, plan)
     return SiteReport(
@@ -256,7 +251,9 @@ def _report(
         site=site.name,
         role=site.role.value,
         shape=(*q[:3], *k[2:]),
-        text=text,
+        exact=exact,
+        places=spans[1] or spans[0],
+        origin=site.exact.origin,
         dtype=str(site.dtype).removeprefix("torch."),
         device=site.device.type if site.device else "",
         plan=plan,

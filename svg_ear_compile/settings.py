@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -35,8 +36,10 @@ del _PLAN_FIELDS["min_tokens"]
 _NUMBER_OF = {"top_p": "top_p", "min_block_ratio": "top_p", "threshold": "threshold"}
 
 _COUNTS = ("min_tokens", "text_prefix", "text_suffix")
+_SPELLINGS = ("text_prefix", "text_suffix")
+_SPAN = re.compile(r"((?:-?\d{1,9})?):((?:-?\d{1,9})?)")
 _OBJECTIVES = ("target_speedup", "budget")
-_OURS = (*_PLAN_FIELDS, *_OBJECTIVES, *_COUNTS, "strict", "mode")
+_OURS = (*_PLAN_FIELDS, *_OBJECTIVES, *_COUNTS, "exact_tokens", "strict", "mode")
 # Options that follow from the objective and cannot be given beside it.
 _DECIDED_BY_OBJECTIVE = ("routing", "top_p", "min_block_ratio", "threshold")
 _DECIDED_BY_BUDGET = (*_DECIDED_BY_OBJECTIVE, "q_clusters", "k_clusters", "compensation")
@@ -51,9 +54,10 @@ class Settings:
         target_speedup: objective: speed-up of one forward of the whole model, above 1, or None.
         budget: a tuned budget, or None.
         min_tokens: fewest video tokens of a sparse site; None leaves it to the cost model.
-        text_prefix, text_suffix: text tokens at the start and the end of joint sequences, for
-            models whose graph does not show them; None reads them off the graph. They are ignored
-            in a call that would have no video token left.
+        exact_tokens: start and stop of the slices of tokens that are always exact, for models whose
+            graph does not show them; None reads them off the graph. They are ignored in a call
+            that they do not fit. Given as slices, or as numbers of tokens at the start and
+            the end by `text_prefix` and `text_suffix`.
         strict: whether a graph of which no long attention went sparse raises, see `summary`.
         inductor: Inductor's own configuration, mode included.
     """
@@ -62,8 +66,7 @@ class Settings:
     target_speedup: float | None = None
     budget: Budget | None = None
     min_tokens: int | None = None
-    text_prefix: int | None = None
-    text_suffix: int | None = None
+    exact_tokens: tuple[tuple[int | None, int | None], ...] | None = None
     strict: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -92,6 +95,8 @@ class Settings:
                 plan[key] = checked(key, value, _PLAN_FIELDS[key])
             elif key in _COUNTS:
                 own[key] = checked(key, value, Count | None)
+            elif key == "exact_tokens":
+                own["exact_tokens"] = exact_spans(value)
             elif key == "strict":
                 own[key] = checked(key, value, bool)
             elif key in _OBJECTIVES:
@@ -101,6 +106,11 @@ class Settings:
             else:
                 name = key.replace("-", "_")
                 inductor[name] = _checked_inductor(key, name, value)
+        ends = {key: count for key in _SPELLINGS if (count := own.pop(key, None)) is not None}
+        if ends and "exact_tokens" in own:
+            raise InvalidValueError(f"exact_tokens says what {' and '.join(ends)} says: give one")
+        if ends:
+            own["exact_tokens"] = _ends(**ends)
         routing = plan.get("routing", AttentionPlan.routing)
         for key, wanted in _NUMBER_OF.items():
             if key in plan and routing != wanted:
@@ -112,6 +122,42 @@ class Settings:
                 f'density belongs to routing="density", but routing is "{routing}"'
             )
         return cls(AttentionPlan(**plan), **own, inductor=inductor)
+
+
+def _ends(text_prefix: int = 0, text_suffix: int = 0) -> tuple[tuple[int | None, int | None], ...]:
+    """Slices of so many tokens at the start and the end."""
+    spans: list[tuple[int | None, int | None]] = [(0, text_prefix)] if text_prefix else []
+    return (*spans, (-text_suffix, None)) if text_suffix else tuple(spans)
+
+
+def exact_spans(value: object) -> tuple[tuple[int | None, int | None], ...]:
+    """Start and stop of the slices of the option `exact_tokens`.
+
+    Args:
+        value: a slice, a list of slices, or slices as text, as in ``"0:226, -10:"``.
+
+    Raises:
+        InvalidTypeError, InvalidValueError: it is none of these, or a slice has a step.
+    """
+    if isinstance(value, str):
+        found = [_SPAN.fullmatch(part.strip()) for part in value.split(",")]
+        spans = [(int(m[1] or 0), int(m[2]) if m[2] else None) for m in found if m is not None]
+        if len(spans) < len(found):
+            raise InvalidValueError(
+                f'exact_tokens must be slices such as "0:226, -10:", got {shown(value)}'
+            )
+        return tuple(spans)
+    slices: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
+    for part in slices:
+        if not isinstance(part, slice) or any(
+            bound is not None and type(bound) is not int for bound in (part.start, part.stop)
+        ):
+            raise InvalidTypeError(
+                f"exact_tokens must be a slice, a list of slices or text, got {shown(part)}"
+            )
+        if part.step not in (None, 1):
+            raise InvalidValueError("exact_tokens must be slices without a step")
+    return tuple((part.start, part.stop) for part in slices)
 
 
 def _named(options: object) -> dict[str, Any]:

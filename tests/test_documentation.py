@@ -21,6 +21,7 @@ import torch
 from documented_models import LAYERS, wan_inputs, wan_pipeline, write_budget
 from tiny_diffusers import wan_transformer
 
+import svg_ear_compile
 from svg_ear_compile import cli
 from svg_ear_compile.settings import Settings
 
@@ -163,6 +164,12 @@ def test_messages_of_the_troubleshooting_page_are_ours() -> None:
         if part not in code
     ]
     assert not missing
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "reference.md").read_text()
+    documented = set(re.findall(r"^\.\. auto\w+:: svg_ear_compile\.(\w+)", page, re.MULTILINE))
+    assert {name for name in svg_ear_compile.__all__ if name[0] != "_"} <= documented
 
 
 def test_the_readme_names_how_to_test() -> None:

@@ -319,9 +319,11 @@ def try_options(folder: Path, random_: random.Random) -> bool:
     plan = found.plan
     if AttentionPlan.decode(plan.encode()) != plan or not 0 <= plan.density <= 1:
         raise WrongError(f"accepted {plan}")
-    for count in (found.min_tokens, found.text_prefix, found.text_suffix):
-        if count is not None and not 0 <= count < 2**31:
-            raise WrongError(f"accepted {count} tokens")
+    if found.min_tokens is not None and not 0 <= found.min_tokens < 2**31:
+        raise WrongError(f"accepted {found.min_tokens} tokens")
+    for span in found.exact_tokens or ():
+        if any(bound is not None and abs(bound) >= 2**31 for bound in span):
+            raise WrongError(f"accepted {span} as tokens")
     if not 0 <= plan.seed < 2**63 or plan.first_iterations > 100:
         raise WrongError(f"accepted {plan}")
     return True

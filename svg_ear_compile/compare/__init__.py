@@ -37,8 +37,9 @@ def compare(
         make: returns the pipeline, or (pipeline, keyword arguments of every call). A pipeline is
             called with ``prompt=`` and with those of ``generator=``, ``seed=``,
             ``output_type="np"`` and ``callback_on_step_end=`` that its signature names, returns one
-            clip as ``.frames`` (or as it is), and holds its denoising models as ``transformer`` and
-            ``transformer_2``, not compiled. diffusers' video pipelines are such objects.
+            clip as ``.frames`` (or as it is), and holds its denoising models, not compiled, as
+            attributes: those that are called with a timestep. diffusers' video pipelines are such
+            objects.
         prompts: one clip of each for every seed and setting.
         out: folder of the clips, of ``figures.json`` and of the page, ``index.html``.
         densities: one setting for each, ``{"density": d}``.

@@ -146,7 +146,7 @@ def report(found: Comparison, console: Console) -> None:
             )  # fmt: skip
     for line in (
         f"Recommended: {recommended.setting.name}, {recommended.why}.",
-        recommended.setting.code(found.modules),
+        recommended.setting.code(),
         str(found.page),
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -117,7 +117,6 @@ class Comparison:
         seeds: whole numbers.
         settings: the sparse ones; `DENSE` is what they are compared with.
         clips: by setting name, then by (index of the prompt, seed).
-        modules: the pipeline's models, and whether their blocks were compiled one by one.
         conditions: what the figures were measured with, as (name, value) for the page.
         floor_db: see `compare`.
         fps: frames per second of the players.
@@ -128,7 +127,6 @@ class Comparison:
     seeds: tuple[int, ...]
     settings: tuple[Setting, ...]
     clips: Mapping[str, Mapping[Key, Clip]]
-    modules: Mapping[str, bool]
     conditions: tuple[tuple[str, str], ...]
     floor_db: float = 30.0
     fps: float = 16.0

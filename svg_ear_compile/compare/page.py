@@ -39,7 +39,7 @@ def page_of(found: Comparison, size_limit: int = SIZE_LIMIT) -> str:
         "data": _in_script({**shown, **_facts(found)}),
         "headline": _headline(found),
         "why": escape(recommended.why[0].upper() + recommended.why[1:]) + ".",
-        "code": escape(recommended.setting.code(found.modules)),
+        "code": escape(recommended.setting.code()),
         "frontier": frontier_of(found),
         "table": _table(found),
         "rule": _rule(found),

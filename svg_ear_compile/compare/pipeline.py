@@ -13,9 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from svg_ear_compile.compare.frames import Frames, frames_of
-
-MODULE_NAMES = ("transformer", "transformer_2")
-"""Attributes of a pipeline that may hold a denoising model."""
+from svg_ear_compile.pipeline_calls import denoisers
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Generated:
 
 
 class Pipeline:
-    """What `make` returned, checked; `modules` are its denoising models by name."""
+    """What `make` returned, checked: `made`, and `modules`, its denoising models by name."""
 
     def __init__(self, made: Any) -> None:
         """Check what `make` returned: a pipeline, or a pair of it and keyword arguments.
@@ -55,15 +53,11 @@ class Pipeline:
             raise TypeError(
                 f"make must return a pipeline that is called with a prompt, got {_what(pipeline)}"
             )
-        self.modules: dict[str, nn.Module] = {}
-        for name in MODULE_NAMES:
-            module = getattr(pipeline, name, None)
-            if isinstance(module, nn.Module):
-                self.modules[name] = module
+        self.modules = denoisers(pipeline, None)
         if not self.modules:
-            raise TypeError(f"the pipeline {kind} has no model as its attribute transformer")
+            raise TypeError(f"the pipeline {kind} holds no model that is called with a timestep")
         self.given = dict(given)
-        self._pipeline = pipeline
+        self.made = pipeline
         self._takes = self._checked_signature(kind)
         # diffusers draws a bar of its own over ours.
         quieten = getattr(pipeline, "set_progress_bar_config", None)
@@ -71,7 +65,7 @@ class Pipeline:
             quieten(disable=True)
 
     def _checked_signature(self, kind: str) -> frozenset[str]:
-        parameters = inspect.signature(self._pipeline).parameters
+        parameters = inspect.signature(self.made).parameters
         anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if "prompt" not in parameters and not anything:
             raise TypeError(f"the pipeline {kind} takes no prompt")
@@ -107,7 +101,7 @@ class Pipeline:
                 torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()
         with torch.no_grad():
-            result = self._pipeline(**call)
+            result = self.made(**call)
         _settle()
         seconds = time.perf_counter() - started
         compiled = _graphs_compiled() > graphs

@@ -19,9 +19,8 @@ from svg_ear_compile.compare.folder import Folder
 from svg_ear_compile.compare.page import page_of
 from svg_ear_compile.compare.pipeline import Generated, Pipeline
 from svg_ear_compile.compare.setting import DENSE, Setting
-from svg_ear_compile.compare.switching import Compiled, compiled_for
+from svg_ear_compile.compare.switching import compiled_for
 from svg_ear_compile.cost_model.device import describe
-from svg_ear_compile.in_place import has_repeated_blocks
 
 Progress = Callable[[str, int, int], None]
 
@@ -42,7 +41,6 @@ def run(
     """See `compare`, whose arguments these are, checked and completed here."""
     _check(prompts, seeds, floor_db, fps)
     pipeline = Pipeline(make())
-    modules = {name: has_repeated_blocks(m) for name, m in pipeline.modules.items()}
     conditions = _conditions(pipeline)
     folder = Folder(
         out,
@@ -57,7 +55,7 @@ def run(
     keys = [(prompt, seed) for seed in seeds for prompt in range(len(prompts))]
     clips = _Generations(pipeline, folder, tuple(prompts), keys, settings, on_progress).all()
     found = Comparison(
-        tuple(prompts), seeds, settings, clips, modules, conditions, floor_db, fps, out / PAGE
+        tuple(prompts), seeds, settings, clips, conditions, floor_db, fps, out / PAGE
     )  # fmt: skip
     folder.write(FIGURES, json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
     folder.write(PAGE, page_of(found))
@@ -100,19 +98,19 @@ class _Generations:
         """Generate and keep the clips of a setting that are not `there`."""
         missing = [key for key in self.keys if key not in there]
         found = {}
-        with compiled_for(self.pipeline.modules, setting) as compiled:
+        with compiled_for(self.pipeline, setting) as handle:
             # Not counted: it compiles, fills caches, and shows whether the picture repeats.
-            repeat = self._generate(compiled, setting, missing[0], "compiling")
+            repeat = self._generate(setting, missing[0], "compiling")
             self._check_room(repeat, len(missing))
             for key in missing:
-                made = self._generate(compiled, setting, key, f"seed {key[1]}")
+                made = self._generate(setting, key, f"seed {key[1]}")
                 self._say(f"{setting.name}, comparing frames")
                 clip = Clip(
                     made.frames,
                     made.seconds,
                     made.compiled,
                     made.peak_bytes,
-                    compiled.density(),
+                    None if handle is None else handle.report().density,
                     figures_of(made.frames, dense[key].frames) if dense else None,
                     psnr(made.frames, repeat.frames) if key == missing[0] else None,
                 )
@@ -121,8 +119,7 @@ class _Generations:
                 self._say(setting.name)
         return found
 
-    def _generate(self, compiled: Compiled, setting: Setting, key: Key, what: str) -> Generated:
-        compiled.start()
+    def _generate(self, setting: Setting, key: Key, what: str) -> Generated:
         self._say(f"{setting.name}, {what}")
 
         def on_step(step: int) -> None:

@@ -10,6 +10,9 @@ from svg_ear_compile.settings import Settings
 
 DENSE_NAME = "dense"
 
+OBJECTIVES = ("density", "target_speedup", "budget")
+"""Options that are arguments of `accelerate`."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -31,22 +34,22 @@ class Setting:
         options = None if self.options is None else dict(self.options)
         return {"name": self.name, "options": options, "dense_steps": self.dense_steps}
 
-    def code(self, modules: Mapping[str, bool]) -> str:
-        """The lines that select this setting for a pipeline called ``pipe``.
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `accelerate` that select this setting, which is not dense."""
+        options = dict(self.options or {})
+        given = {name: options.pop(name) for name in OBJECTIVES if name in options}
+        if options:
+            given["options"] = options
+        if self.dense_steps:
+            given["dense_steps"] = self.dense_steps
+        return given
 
-        `modules` maps the names of the pipeline's models to whether their repeated blocks are
-        compiled one by one.
-        """
+    def code(self) -> str:
+        """The lines that select this setting for a pipeline called ``pipe``."""
         if self.options is None:
             return "# Dense attention: leave the pipeline as it is."
-        lines = ["import svg_ear_compile"]
-        for name, by_block in modules.items():
-            call = "compile_repeated_blocks" if by_block else "compile"
-            options = f", options={dict(self.options)!r}" if self.options else ""
-            lines.append(f'pipe.{name}.{call}(backend="svg_ear"{options})')
-        models = ", ".join(f"pipe.{name}" for name in modules)
-        steps = f", dense_steps={self.dense_steps}" if self.dense_steps else ""
-        return "\n".join([*lines, f"svg_ear_compile.bind({models}{steps})"])
+        given = "".join(f", {name}={value!r}" for name, value in self.arguments().items())
+        return f"import svg_ear_compile\nsvg_ear_compile.accelerate(pipe{given})"
 
 
 DENSE = Setting(DENSE_NAME, None)

@@ -91,7 +91,7 @@ def test_the_backend_takes_it_for_joint_and_keeps_its_text_exact(
     assert [site.layer for site in sites] == ["dual_blocks.0.attn", "single_blocks.0.attn"]
     for site in sites:
         assert site.role == "joint"
-        assert site.text == (0, TINY.config.text_tokens)
+        assert site.exact == (TINY.config.text_tokens,) * 2
         assert site.plan is not None
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="svg_ear", fullgraph=True, options=options)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from traced_graphs import sites_of
 
 from svg_ear_compile.passes.site import AttentionSite, Reason, Role
+from svg_ear_compile.passes.vectors import NOTHING_EXACT
 
 HEADS, DIM, WIDTH, VIDEO, TEXT, FRAMES = 2, 32, 16, 48, 6, 3
 
@@ -271,6 +272,14 @@ def site_of(module: nn.Module, video: int = VIDEO) -> AttentionSite:
     return site
 
 
+def places(text: tuple[int, int], tokens: int) -> str:
+    """Places of so many tokens before and after the video, in a sequence of `tokens`."""
+    before, after = text
+    spans = [f"0:{before}"] if before else []
+    spans += [f"{tokens - after}:{tokens}"] if after else []
+    return ", ".join(spans)
+
+
 @pytest.mark.parametrize(
     ("kind", "role", "text", "reason"),
     [
@@ -308,7 +317,8 @@ def test_role_and_text(
 ) -> None:
     site = site_of(kind())
     assert (site.role, site.reason) == (role, reason)
-    assert site.text.traced == text
+    found = places(text, site.q_shape[2])
+    assert site.exact.spans == (found, found)
 
 
 def test_a_cross_attention_of_equal_lengths_is_still_cross() -> None:
@@ -324,7 +334,7 @@ def test_rotating_halves_is_no_text() -> None:
 
     # As many tokens as channels: the lengths alone would not tell.
     site = site_of(Rotated(), video=DIM)
-    assert (site.role, site.text.traced) == (Role.SELF, (0, 0))
+    assert (site.role, site.exact) == (Role.SELF, NOTHING_EXACT)
 
 
 def test_the_layer_is_told_by_a_parameter_that_reaches_q() -> None:

@@ -72,7 +72,6 @@ def made_comparison(
         seeds,
         tuple(Setting(name, {"density": 0.2}) for name in strengths),
         clips,
-        {"transformer": True},
         (("device", "a device"), ("torch", "2.13.0")),
         page=page,
     )

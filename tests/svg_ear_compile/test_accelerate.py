@@ -15,6 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from made_budgets import budget_for
 from session_models import Model, run, whole
 from torch import nn
+from torch._inductor.compile_fx import compile_fx
 from transformer_models import stack
 
 import svg_ear_compile
@@ -311,7 +312,7 @@ def test_each_expert_follows_its_budget(tmp_path: Path) -> None:
         high, low = handle.report().models
         assert high.density > 0.55
         assert low.density < 0.45
-    with pytest.raises(ValueError, match="there are 2 models, but 1 budgets: give one for each"):
+    with pytest.raises(ValueError, match="2 denoising models need as many budgets, got 1"):
         accelerate(pipe, budget=made[0])
 
 
@@ -346,3 +347,16 @@ def test_the_scheduler_says_whether_timesteps_rise(ascending: bool | None, steps
         if steps == 4:
             timesteps = pipe.scheduler.timesteps
             assert handle.report().dense_steps == int((timesteps < 300).sum()) > 0
+
+
+@pytest.mark.slow
+def test_inductor_compiles_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.wan()
+    with accelerate(pipe, density=0.3, options=tiny.OPTIONS):
+        wanted = tiny.generate(pipe, tiny.wan_call())
+    monkeypatch.setattr("svg_ear_compile.backend.compile_fx", compile_fx)
+    torch.compiler.reset()
+    with accelerate(pipe, density=0.3, options=tiny.OPTIONS):
+        torch.testing.assert_close(
+            tiny.generate(pipe, tiny.wan_call()), wanted, rtol=1e-3, atol=1e-3
+        )

@@ -57,17 +57,28 @@ def test_a_wrong_setting_is_answered_before_anything_is_generated(
         settings_of(densities, settings, 0)
 
 
-def test_the_code_of_a_setting_compiles_and_binds_what_the_pipeline_has():
-    setting = Setting("s", {"density": 0.2}, dense_steps=5)
-    code = setting.code({"transformer": True, "transformer_2": False})
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        (Setting("s", {"density": 0.2}), "density=0.2"),
+        (
+            Setting("s", {"density": 0.2, "seed": 3}, 5),
+            "density=0.2, options={'seed': 3}, dense_steps=5",
+        ),
+        (Setting("s", {"budget": "b.json"}), "budget='b.json'"),
+    ],
+)
+def test_the_code_of_a_setting_accelerates_a_pipeline(setting, line):
+    code = setting.code()
     compile(code, "code", "exec")
     assert code.splitlines() == [
         "import svg_ear_compile",
-        "pipe.transformer.compile_repeated_blocks(backend=\"svg_ear\", options={'density': 0.2})",
-        "pipe.transformer_2.compile(backend=\"svg_ear\", options={'density': 0.2})",
-        "svg_ear_compile.bind(pipe.transformer, pipe.transformer_2, dense_steps=5)",
+        f"svg_ear_compile.accelerate(pipe, {line})",
     ]
-    compile(DENSE.code({"transformer": True}), "code", "exec")
+
+
+def test_the_code_of_the_dense_setting_does_nothing():
+    compile(DENSE.code(), "code", "exec")
 
 
 def test_the_fastest_setting_above_the_floor_is_recommended():

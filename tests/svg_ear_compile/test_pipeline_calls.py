@@ -32,6 +32,7 @@ class Pipeline:
 
     def __init__(self) -> None:
         self.dit, self.text_encoder = Denoiser(), Encoder()
+        self.same_dit: nn.Module | None = None
         self.heard: list[Any] = []
 
     def __call__(
@@ -103,6 +104,19 @@ def test_denoising_models_take_a_timestep() -> None:
     assert denoisers(plain, None) == {"dit": plain.dit}
     assert denoisers(plain, "text") == {"text_encoder": plain.text_encoder}
     assert denoisers(3, None) == {}
+    plain.same_dit = plain.dit
+    assert list(denoisers(plain, None)) == ["dit"]
+
+
+def test_a_model_may_be_a_property() -> None:
+    class Wrapper:
+        inner = Pipeline()
+
+        @property
+        def transformer(self) -> nn.Module:
+            return self.inner.dit
+
+    assert denoisers(Wrapper(), None) == {"transformer": Wrapper.inner.dit}
 
 
 def test_only_the_watched_pipeline_is_watched() -> None:

@@ -189,8 +189,9 @@ def test_text_that_leaves_no_video_is_ignored_with_a_reason() -> None:
     for more, ignored in ((0, False), (27, False), (28, True), (2**31 - 101, True)):
         sites = explain(model, *inputs, options=options | {"text_suffix": more}).sites
         for site in sites:
-            assert site.text == ((0, 0) if ignored else (100, more))
-            assert ("leave it no video token: ignored here" in site.sentence) == ignored
+            count = 0 if ignored else 100 + more
+            assert site.exact == (count, count)
+            assert ("do not fit its tokens: ignored here" in site.sentence) == ignored
 
 
 def test_a_budget_file_is_read(tmp_path: Path) -> None:

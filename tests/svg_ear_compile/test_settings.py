@@ -89,6 +89,17 @@ def test_every_plan_field_is_an_option() -> None:
         ({"first_iterations": 10**9}, None, ValueError, "first_iterations must be at most 100"),
         ({"warm_iterations": 0}, None, ValueError, "warm_iterations must be at least 1"),
         ({"text_prefix": -1}, None, ValueError, "text_prefix must not be negative"),
+        ({"exact_tokens": "0-9"}, None, ValueError, "exact_tokens must be slices such as"),
+        ({"exact_tokens": "0:9,"}, None, ValueError, "exact_tokens must be slices such as"),
+        ({"exact_tokens": [3]}, None, TypeError, "exact_tokens must be a slice"),
+        ({"exact_tokens": slice(0, 9.5)}, None, TypeError, "exact_tokens must be a slice"),
+        ({"exact_tokens": slice(0, 9, 2)}, None, ValueError, "without a step"),
+        (
+            {"exact_tokens": "0:9", "text_suffix": 2},
+            None,
+            ValueError,
+            "exact_tokens says what text_suffix says",
+        ),
         ({"text_suffix": 2**63}, None, ValueError, "text_suffix must be at most"),
         ({"q_clusters": 2**40}, None, ValueError, "q_clusters must be at most"),
         ({"compensation": ["gaussian"]}, None, TypeError, "compensation must be str"),
@@ -160,3 +171,21 @@ def test_any_options_are_settings_or_one_sentence(options: dict[str, Any]) -> No
 def test_an_encoded_plan_is_checked_too(text: str) -> None:
     with pytest.raises((InvalidValueError, InvalidTypeError)):
         AttentionPlan.decode(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "spans"),
+    [
+        ({}, None),
+        ({"exact_tokens": "0:226, -10:"}, ((0, 226), (-10, None))),
+        ({"exact_tokens": ":7"}, ((0, 7),)),
+        ({"exact_tokens": slice(3, 9)}, ((3, 9),)),
+        ({"exact_tokens": [slice(3), slice(-2, None)]}, ((None, 3), (-2, None))),
+        ({"exact_tokens": []}, ()),
+        ({"text_prefix": 4, "text_suffix": 2}, ((0, 4), (-2, None))),
+        ({"text_prefix": 0}, ()),
+        ({"text_prefix": None}, None),
+    ],
+)
+def test_exact_tokens_in_every_spelling(options: dict[str, Any], spans: object) -> None:
+    assert Settings.parse(options).exact_tokens == spans

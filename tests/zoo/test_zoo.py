@@ -48,7 +48,7 @@ def rows_of(family: Family) -> dict[str, Any]:
         (
             re.sub(r"(?<=\.)\d+(?=\.|#|$)", "*", site.site),
             site.role,
-            json.dumps(site.text),
+            json.dumps(site.places),
             site.reason or " ".join(["sparse", ", ".join(site.conditions)]).strip(),
         )
         for site in found.sites

@@ -1,0 +1,131 @@
+"""Which queries and keys of an attention call are always exact: text, audio, conditioning.
+
+The video is the stream with a clip's dimensions, or the one with most queries. Tokens of other
+inputs are exact, and so are learned tokens and conditions that became tokens. Other clips (frames
+of history, reference frames), cached keys and filling are clustered with the video.
+"""
+
+from __future__ import annotations
+
+import re
+
+from svg_ear_compile.passes.site import Call, Operand
+from svg_ear_compile.passes.streams import Streams
+from svg_ear_compile.passes.symbolic import Size, hint
+from svg_ear_compile.passes.vectors import (
+    FILLED,
+    NOTHING_EXACT,
+    OPTION,
+    Cut,
+    ExactTokens,
+    Part,
+    Placed,
+    Stream,
+    TokenCount,
+    Vector,
+    leaves,
+    nodes_of,
+    traced_count,
+)
+
+Spans = tuple[tuple[int | None, int | None], ...]
+"""Start and stop of slices of tokens."""
+
+
+def exact_tokens(streams: Streams, call: Call) -> ExactTokens:
+    """The exact tokens of a call, as far as the graph shows them."""
+    queries, keys = (
+        streams.tokens(x.node, x.dims.index("n")) if "n" in x.dims else None
+        for x in (call.q, call.k)
+    )
+    if queries is None:
+        return NOTHING_EXACT
+    video = _video(queries)
+    if video is None:
+        return NOTHING_EXACT
+    found = {part.stream for v in (queries, keys) if v is not None for part in leaves(v)}
+    exact = frozenset(s for s in found if _is_exact(s, video))
+    queries, keys = (
+        v if v is not None and any(p.stream in exact and p.count != 0 for p in leaves(v)) else None
+        for v in (queries, keys)
+    )
+    found_nodes = [n for v in (queries, keys) if v is not None for n in nodes_of(v)]
+    if (queries, keys) == (None, None) or any(n.graph is not call.node.graph for n in found_nodes):
+        return NOTHING_EXACT
+    names = sorted({_name(stream) for stream in exact})
+    guessed = any(stream.kind == "unrotated" for stream in exact)
+    return ExactTokens(queries, keys, exact, ", ".join(names), guessed)
+
+
+def _video(queries: Vector) -> Stream | None:
+    """The stream of the video among those of the queries."""
+    parts = [part for part in leaves(queries) if part.stream.source is not None]
+
+    def size(stream: Stream) -> tuple[bool, int]:
+        count = traced_count(queries, lambda other: other.source is stream.source)
+        if count is None:  # cut or taken by index: as many as there were before
+            same = [part.count for part in parts if part.stream.source is stream.source]
+            count = sum((c if isinstance(c, int) else c.traced) or 0 for c in same)
+        return stream.pixels, count
+
+    return max((part.stream for part in parts), key=size, default=None)
+
+
+def _is_exact(stream: Stream, video: Stream) -> bool:
+    if stream.source is None:
+        return stream.kind != "filled"
+    if stream.source is video.source or stream.pixels:
+        return False
+    return stream.projected or not video.projected  # what no projection has read is a cache
+
+
+def _name(stream: Stream) -> str:
+    """What a stream is called in a report."""
+    if stream.source is None:
+        return {
+            "learned": "learned tokens",
+            "other": "conditions",
+            "unrotated": "tokens without positions",
+            "option": "exact_tokens",
+        }[stream.kind]
+    name = re.sub(r"^[Ll]_+|_+$", "", stream.source.name)
+    return name.removeprefix("self_")
+
+
+def given_tokens(call: Call, spans: Spans) -> ExactTokens | None:
+    """The tokens that an option names by slices; None if these do not fit the call.
+
+    Slices are of the keys; queries have the same if they are as many. They fit if each lies inside
+    of the sequence, as it was traced, and they leave a token to cluster.
+    """
+    if "n" not in call.q.dims or "n" not in call.k.dims:
+        return None
+    vectors: list[Vector | None] = []
+    (q_tokens, q_dim), (k_tokens, k_dim) = (_tokens(x) for x in (call.q, call.k))
+    for operand, tokens, dim in ((call.q, q_tokens, q_dim), (call.k, k_tokens, k_dim)):
+        if operand is call.q and hint(q_tokens) != hint(k_tokens):
+            vectors.append(None)
+            continue
+        count = tokens if isinstance(tokens, int) else TokenCount(operand.node, dim)
+        vector: Vector = Part(count, FILLED)
+        for start, stop in spans:
+            what = Cut(Part(count, OPTION), start, stop, None, 0)
+            if not _fits(start, stop, hint(tokens)):
+                return None
+            vector = Placed(vector, (start, stop), what)
+        vectors.append(vector)
+    found = ExactTokens(vectors[0], vectors[1], frozenset({OPTION}), "exact_tokens")
+    return found if found.counts[1] != hint(k_tokens) else None
+
+
+def _tokens(operand: Operand) -> tuple[Size, int]:
+    dim = operand.dims.index("n")
+    return operand.node.meta["example_value"].shape[dim], dim
+
+
+def _fits(start: int | None, stop: int | None, tokens: int | None) -> bool:
+    if tokens is None:
+        return True
+    first, last = start or 0, tokens if stop is None else stop
+    first, last = (tokens + bound if bound < 0 else bound for bound in (first, last))
+    return 0 <= first < last <= tokens

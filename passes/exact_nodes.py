@@ -1,0 +1,113 @@
+"""Writes into a graph which tokens are exact, for the lengths and index tensors of every call."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch.fx import Graph, Node
+
+from svg_ear_compile.passes.vectors import (
+    ExactTokens,
+    Flipped,
+    Joined,
+    Part,
+    Placed,
+    Rolled,
+    Taken,
+    TokenCount,
+    Vector,
+    nodes_of,
+    traced_count,
+)
+
+
+class ExactNodes:
+    """Makes the nodes of one graph; equal sequences share theirs.
+
+    Args:
+        graph: nodes are inserted where it inserts now.
+        like: node of a tensor on the device of the call.
+        now: the node that holds what a node held when the sites were found.
+        exact: which streams are exact.
+    """
+
+    def __init__(
+        self, graph: Graph, like: Node, now: Callable[[Node], Node], exact: ExactTokens
+    ) -> None:
+        self.graph = graph
+        self.like = like
+        self.now = now
+        self.exact = exact
+
+    def places(self, vector: Vector) -> Node:
+        """(1, N) bool, True for exact tokens."""
+        return self.graph.call_method("unsqueeze", (self._places(vector), 0))
+
+    def clustered(self, vector: Vector, tokens: int | Node) -> int | Node | None:
+        """Number of tokens that are not exact; None where only the places tell."""
+        count = self._count(vector)
+        if count is None:
+            return None
+        return self._of(operator.sub, tokens, count)
+
+    def _of(self, target: Callable[..., object], *args: object) -> int | Node:
+        if all(isinstance(a, int) for a in args):
+            found = target(*args)
+            assert isinstance(found, int)
+            return found
+        return self.graph.call_function(target, args)  # type: ignore[arg-type]
+
+    def _size(self, count: int | TokenCount) -> int | Node:
+        if isinstance(count, int):
+            return count
+        return self.graph.call_method("size", (self.now(count.node), count.dim))
+
+    def _count(self, vector: Vector) -> int | Node | None:
+        """Number of exact tokens; what is written by index counts as at places of its own."""
+        if not any(True for _ in nodes_of(vector)):
+            return traced_count(vector, self.exact.is_exact)
+        if isinstance(vector, Part):
+            return self._size(vector.count) if self.exact.is_exact(vector.stream) else 0
+        if isinstance(vector, (Flipped, Rolled)):
+            return self._count(vector.of)
+        if not isinstance(vector, (Joined, Placed)):
+            return None
+        parts = vector.parts if isinstance(vector, Joined) else (vector.into, vector.what)
+        total: int | Node = 0
+        for part in parts:
+            count = self._count(part)
+            if count is None:
+                return None
+            total = self._of(operator.add, total, count)
+        return total
+
+    def _places(self, vector: Vector) -> Node:
+        graph, call = self.graph, self.graph.call_function
+        if isinstance(vector, Part):
+            size = self._size(vector.count)
+            value = self.exact.is_exact(vector.stream)
+            return graph.call_method(
+                "new_full", (self.now(self.like), (size,), value), {"dtype": torch.bool}
+            )
+        if isinstance(vector, Joined):
+            return call(torch.cat, ([self._places(part) for part in vector.parts],))
+        if isinstance(vector, Placed):
+            into, what = self._places(vector.into), self._places(vector.what)
+            if not isinstance(vector.at, Node):
+                bounds = [self._bound(bound) for bound in vector.at]
+                return call(torch.slice_scatter, (into, what, 0, *bounds))
+            return call(torch.index_put, (into, (self.now(vector.at),), what))
+        inside = self._places(vector.of)
+        if isinstance(vector, Flipped):
+            return call(torch.flip, (inside, (0,)))
+        if isinstance(vector, Rolled):
+            return call(torch.roll, (inside, self._bound(vector.shift), 0))
+        if isinstance(vector, Taken):
+            return call(operator.getitem, (inside, self.now(vector.index)))
+        where = slice(self._bound(vector.start), self._bound(vector.stop), vector.step)
+        return call(operator.getitem, (inside, where))
+
+    def _bound(self, bound: int | Node | None) -> int | Node | None:
+        return self.now(bound) if isinstance(bound, Node) else bound

@@ -1,0 +1,383 @@
+"""Where the tokens of a sequence come from, place by place, as a small expression.
+
+A *stream* is what tokens come from: an input of the model, learned tokens, filling. A `Vector` says
+the stream of every token of a sequence, as the graph joins, cuts and reorders it. It can be
+evaluated for the traced lengths, and `exact_nodes` writes it into a graph for the lengths and the
+index tensors of every call.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from types import NoneType
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from svg_ear_compile.passes.symbolic import Size, hint, is_same
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What tokens come from.
+
+    Attributes:
+        source: the input of the graph, None for a stream that is no input's.
+        kind: ``"input"``; ``"learned"`` for parameters; ``"filled"`` for constants; ``"other"`` for
+            conditions that became tokens; ``"unrotated"`` for tokens that get no positions where
+            the others do; ``"option"`` for tokens that an option names.
+        pixels: the input has a clip's dimensions, or a convolution over space has read it.
+        projected: a projection has read it.
+    """
+
+    source: Node | None
+    kind: str = "input"
+    pixels: bool = False
+    projected: bool = False
+
+
+LEARNED, FILLED, OTHER = (Stream(None, kind) for kind in ("learned", "filled", "other"))
+UNROTATED, OPTION = Stream(None, "unrotated"), Stream(None, "option")
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """A number of tokens that is known at run time only: the size of `node` in `dim`."""
+
+    node: Node
+    dim: int
+
+    @property
+    def size(self) -> Size:
+        """The number as it was traced, a symbol maybe."""
+        size: Size = self.node.meta["example_value"].shape[self.dim]
+        return size
+
+    @property
+    def traced(self) -> int | None:
+        """The number while tracing, None where even that is not known."""
+        return hint(self.size)
+
+
+@dataclass(frozen=True)
+class Part:
+    """So many tokens of one stream."""
+
+    count: int | TokenCount
+    stream: Stream
+
+
+@dataclass(frozen=True)
+class Joined:
+    """One vector after the other."""
+
+    parts: tuple[Vector, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A slice of a vector, `count` tokens; start and stop may be nodes."""
+
+    of: Vector
+    start: int | Node | None
+    stop: int | Node | None
+    step: int | None
+    count: int | TokenCount
+
+
+@dataclass(frozen=True)
+class Flipped:
+    """A vector from its end to its start."""
+
+    of: Vector
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """A vector rolled by a number of places."""
+
+    of: Vector
+    shift: int | Node
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The `count` tokens of a vector at these indices, or where a mask is True."""
+
+    of: Vector
+    index: Node
+    count: int | TokenCount
+
+
+Bounds = tuple[int | Node | None, int | Node | None]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A vector with another one written to some of its places.
+
+    Attributes:
+        into: the vector.
+        at: start and stop of a slice of places, their indices, or a mask of them.
+        what: what is written.
+    """
+
+    into: Vector
+    at: Bounds | Node
+    what: Vector
+
+
+Vector = Part | Joined | Cut | Flipped | Rolled | Taken | Placed
+_MOST_SPANS = 3
+
+
+def joined(vectors: Iterable[Vector]) -> Vector:
+    """One vector after the other, as few parts as possible."""
+    parts: list[Vector] = []
+    for vector in vectors:
+        for part in vector.parts if isinstance(vector, Joined) else (vector,):
+            last = parts[-1] if parts else None
+            if isinstance(part, Part) and part.count == 0:
+                continue
+            if (
+                isinstance(last, Part)
+                and isinstance(part, Part)
+                and last.stream == part.stream
+                and isinstance(last.count, int)
+                and isinstance(part.count, int)
+            ):
+                parts[-1] = Part(last.count + part.count, part.stream)
+            else:
+                parts.append(part)
+    if len(parts) == 1:
+        return parts[0]
+    return Joined(tuple(parts)) if parts else Part(0, FILLED)
+
+
+def cut(
+    vector: Vector,
+    start: Size | Node | None,
+    stop: Size | Node | None,
+    step: int | None,
+    count: int | TokenCount | None,
+) -> Vector | None:
+    """A slice of a vector, `count` tokens; None if it cannot be written into a graph.
+
+    Without a count only slices are known that end where parts of the vector end.
+
+    A slice that ends where parts of the vector end is these parts, also where their lengths are
+    symbolic.
+    """
+    atoms = vector.parts if isinstance(vector, Joined) else (vector,)
+    sizes = [size_of(atom) for atom in atoms]
+    bounds: list[Size] = [0]
+    for size in sizes:
+        bounds.append(bounds[-1] + size)
+    if step in (None, 1):
+        first, last = _bound_at(start, bounds, 0), _bound_at(stop, bounds, len(atoms))
+        if first is not None and last is not None:
+            found = joined(atoms[first:last])
+            # A symbol of its own may stand for the length of the slice.
+            if count is not None and isinstance(found, (Part, Cut, Taken)):
+                return replace(found, count=count)
+            return found
+    fixed = all(bound is None or isinstance(bound, int) for bound in (start, stop))
+    parts = [atom for atom in atoms if isinstance(atom, Part) and isinstance(atom.count, int)]
+    if fixed and len(parts) == len(atoms):
+        owner = np.repeat(np.arange(len(parts)), np.array(sizes))[slice(start, stop, step)]
+        edges = np.flatnonzero(np.diff(owner, prepend=-1, append=-1))
+        return joined(
+            Part(int(b - a), parts[owner[a]].stream) for a, b in itertools.pairwise(edges)
+        )
+    ends = [bound for bound in (start, stop) if not isinstance(bound, (int, Node, NoneType))]
+    return None if ends or count is None else Cut(vector, start, stop, step, count)  # type: ignore[arg-type]
+
+
+def _bound_at(bound: Size | Node | None, bounds: list[Size], default: int) -> int | None:
+    """Number of parts before a bound of a slice; None where it lies inside of a part."""
+    if bound is None:
+        return default
+    value = bound.meta.get("example_value") if isinstance(bound, Node) else bound
+    if not isinstance(value, (int, torch.SymInt)):
+        return None
+    known = hint(value)
+    ways = [value] if known is None or known >= 0 else []
+    ways += [bounds[-1] + value] if known is None or known < 0 else []
+    return next((i for way in ways for i, at in enumerate(bounds) if is_same(at, way)), None)
+
+
+def size_of(vector: Vector) -> Size:
+    """Number of tokens of a vector, as it was traced."""
+    if isinstance(vector, (Part, Cut, Taken)):
+        return vector.count if isinstance(vector.count, int) else vector.count.size
+    if isinstance(vector, Joined):
+        total: Size = 0
+        for part in vector.parts:
+            total = total + size_of(part)
+        return total
+    return size_of(vector.into if isinstance(vector, Placed) else vector.of)
+
+
+def leaves(vector: Vector) -> Iterator[Part]:
+    """The parts of which a vector is made."""
+    if isinstance(vector, Part):
+        yield vector
+    elif isinstance(vector, Joined):
+        for part in vector.parts:
+            yield from leaves(part)
+    elif isinstance(vector, Placed):
+        yield from leaves(vector.into)
+        yield from leaves(vector.what)
+    else:
+        yield from leaves(vector.of)
+
+
+def nodes_of(vector: Vector) -> Iterator[Node]:
+    """The nodes of the graph that a vector needs."""
+    if isinstance(vector, Part):
+        if isinstance(vector.count, TokenCount):
+            yield vector.count.node
+    elif isinstance(vector, Joined):
+        for part in vector.parts:
+            yield from nodes_of(part)
+    elif isinstance(vector, Placed):
+        yield from nodes_of(vector.into)
+        yield from nodes_of(vector.what)
+        at = (vector.at,) if isinstance(vector.at, Node) else vector.at
+        yield from (bound for bound in at if isinstance(bound, Node))
+    else:
+        yield from nodes_of(vector.of)
+        if isinstance(vector, Taken):
+            yield vector.index
+        bounds = [vector.start, vector.stop] if isinstance(vector, Cut) else []
+        bounds += [vector.shift] if isinstance(vector, Rolled) else []
+        yield from (bound for bound in bounds if isinstance(bound, Node))
+
+
+def traced_places(vector: Vector, holds: Callable[[Stream], bool]) -> np.ndarray | None:
+    """For the traced lengths, whether the stream of each token holds; None where that is unknown.
+
+    Args:
+        vector: N tokens.
+        holds: which streams are asked for.
+
+    Returns:
+        (N,) bool.
+    """
+    if isinstance(vector, Part):
+        count = vector.count if isinstance(vector.count, int) else vector.count.traced
+        return None if count is None else np.full(count, holds(vector.stream))
+    if isinstance(vector, Joined):
+        parts = [traced_places(part, holds) for part in vector.parts]
+        known = [part for part in parts if part is not None]
+        return np.concatenate(known) if len(known) == len(parts) else None
+    if isinstance(vector, Placed):
+        into, what = traced_places(vector.into, holds), traced_places(vector.what, holds)
+        if into is None or what is None:
+            return None
+        if len({*into.tolist(), *what.tolist()}) <= 1:  # wherever it is placed
+            return into
+        where = None if isinstance(vector.at, Node) else _slice(*vector.at, None)
+        if where is None or len(into[where]) != len(what):
+            return None
+        into[where] = what
+        return into
+    inside = traced_places(vector.of, holds)
+    if inside is None:
+        return None
+    if isinstance(vector, Flipped):
+        return inside[::-1].copy()
+    if isinstance(vector, Rolled):
+        return np.roll(inside, vector.shift) if isinstance(vector.shift, int) else None
+    if isinstance(vector, Cut):
+        where = _slice(vector.start, vector.stop, vector.step)
+        return None if where is None else inside[where].copy()
+    return None
+
+
+def _slice(start: int | Node | None, stop: int | Node | None, step: int | None) -> slice | None:
+    bounds = [_traced_bound(bound) for bound in (start, stop)]
+    return None if "unknown" in bounds else slice(bounds[0], bounds[1], step)
+
+
+def _traced_bound(bound: int | Node | None) -> int | str | None:
+    if not isinstance(bound, Node):
+        return bound
+    found = hint(bound.meta.get("example_value"))
+    return "unknown" if found is None else found
+
+
+def traced_count(vector: Vector, holds: Callable[[Stream], bool]) -> int | None:
+    """Number of tokens whose stream holds, for the traced lengths; None where that is unknown.
+
+    What is written by index counts as written to places of its own.
+    """
+    places = traced_places(vector, holds)
+    if places is not None:
+        return int(places.sum())
+    if isinstance(vector, Placed):
+        counts = [traced_count(part, holds) for part in (vector.into, vector.what)]
+    elif isinstance(vector, Joined):
+        counts = [traced_count(part, holds) for part in vector.parts]
+    elif isinstance(vector, (Flipped, Rolled)):
+        counts = [traced_count(vector.of, holds)]
+    else:
+        return None
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+@dataclass(frozen=True)
+class ExactTokens:
+    """The tokens of a call that are always exact.
+
+    Attributes:
+        queries, keys: streams of the tokens, None where all are clustered.
+        streams: the streams whose tokens are exact.
+        origin: where they come from, in words; "" where there are none.
+        guessed: the graph does not prove it.
+    """
+
+    queries: Vector | None = None
+    keys: Vector | None = None
+    streams: frozenset[Stream] = frozenset()
+    origin: str = ""
+    guessed: bool = False
+
+    def is_exact(self, stream: Stream) -> bool:
+        """True if tokens of this stream are exact."""
+        return stream in self.streams
+
+    @property
+    def counts(self) -> tuple[int | None, int | None]:
+        """Numbers of exact queries and keys while tracing, None where not known."""
+        queries, keys = (
+            0 if vector is None else traced_count(vector, self.is_exact)
+            for vector in (self.queries, self.keys)
+        )
+        return queries, keys
+
+    @property
+    def spans(self) -> tuple[str, str]:
+        """Places of exact queries and keys while tracing, as "0:9, 201:205"; "" for none."""
+        queries, keys = (
+            "" if vector is None else _spans(vector, traced_places(vector, self.is_exact), self)
+            for vector in (self.queries, self.keys)
+        )
+        return queries, keys
+
+
+NOTHING_EXACT = ExactTokens()
+
+
+def _spans(vector: Vector, places: np.ndarray | None, exact: ExactTokens) -> str:
+    count = traced_count(vector, exact.is_exact)
+    if places is None:
+        return "an unknown number" if count is None else f"{count} by index"
+    edges = np.flatnonzero(np.diff(places.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+    if len(edges) > _MOST_SPANS:
+        return f"{count} in {len(edges)} spans"
+    return ", ".join(f"{start}:{stop}" for start, stop in edges.tolist())

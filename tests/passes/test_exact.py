@@ -1,0 +1,256 @@
+"""Which tokens are found to be exact, by where they come from and not by how many they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from traced_graphs import Rewriting, graphs_of, run_rewritten, sites_of
+
+from svg_ear_compile.passes.exact import given_tokens
+from svg_ear_compile.passes.find import find_sites
+from svg_ear_compile.passes.site import AttentionSite, Role
+
+WIDTH, HEADS, VIDEO, TEXT = 64, 2, 120, 9
+VIDEO_AT, TEXT_AT = torch.arange(TEXT, TEXT + VIDEO), torch.arange(TEXT)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Stack(nn.Module):
+    """Patches and text, put into one sequence by `pack`, through two blocks."""
+
+    def __init__(self, pack: Callable[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.pack = pack
+        self.patches, self.words = nn.Linear(8, WIDTH), nn.Linear(16, WIDTH)
+        self.to_q, self.to_k, self.to_v, self.ff = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.registers = nn.Parameter(torch.randn(1, 4, WIDTH))
+        self.positions = nn.Parameter(torch.randn(1, 400, WIDTH))
+
+    def block(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x, (WIDTH,)) + self.positions[:, : x.shape[1]]
+        x = x + attend(self.to_q(y), self.to_k(y), self.to_v(y))
+        return x + torch.cat([self.ff(part) for part in x.split(70, 1)], 1)
+
+    def forward(self, video: Tensor, text: Tensor, *more: Tensor) -> Tensor:
+        x = self.pack(self, self.patches(video), self.words(text), *more)
+        return self.block(self.block(x))
+
+
+def inputs(video: int = VIDEO, text: int = TEXT) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(1, video, 8, generator=generator),
+        torch.randn(1, text, 16, generator=generator),
+    )
+
+
+def placed(x: Tensor, text: Tensor, how: str) -> Tensor:
+    packed = x.new_zeros(1, TEXT + VIDEO, WIDTH)
+    if how == "setitem":
+        packed[:, TEXT_AT] = text
+        packed[:, VIDEO_AT] = x
+        return packed
+    if how == "slices":
+        packed[:, :TEXT], packed[:, TEXT:] = text, x
+        return packed
+    if how == "mask":
+        packed[:, torch.arange(TEXT + VIDEO) < TEXT] = text
+        packed[:, torch.arange(TEXT + VIDEO) >= TEXT] = x
+        return packed
+    if how == "scatter":
+        at = TEXT_AT[None, :, None].expand(1, TEXT, WIDTH)
+        packed = packed.scatter(1, at, text)
+        return packed.scatter(1, VIDEO_AT[None, :, None].expand(1, VIDEO, WIDTH), x)
+    return packed.index_copy(1, TEXT_AT, text).index_copy(1, VIDEO_AT, x)
+
+
+# What becomes one sequence, and where its exact tokens are.
+PACKED: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "video alone": (lambda m, x, t: x, ""),
+    "text last": (lambda m, x, t: torch.cat([x, t], 1), "120:129"),
+    "text longer than the video's parts": (lambda m, x, t: torch.cat([t, x], 1), "0:9"),
+    "two cats": (
+        lambda m, x, t: torch.cat([t[:, :4], torch.cat([x, t[:, 4:]], 1)], 1), "0:4, 124:129",
+    ),
+    "sliced to a valid length": (lambda m, x, t: torch.cat([x, t], 1)[:, :125], "120:125"),
+    "a slice past the end": (lambda m, x, t: torch.cat([x, t], 1)[:, 4:400], "116:125"),
+    "padded after": (lambda m, x, t: F.pad(torch.cat([x, t], 1), (0, 0, 0, 7)), "120:129"),
+    "padded before": (lambda m, x, t: torch.cat([x, F.pad(t, (0, 0, 0, 3))], 1), "120:132"),
+    "zeros after": (
+        lambda m, x, t: torch.cat([torch.cat([x, t], 1), x.new_zeros(1, 7, WIDTH)], 1), "120:129",
+    ),
+    "flipped": (lambda m, x, t: torch.cat([x, t], 1).flip(1), "0:9"),
+    "rolled": (lambda m, x, t: torch.cat([x, t], 1).roll(4, 1), "0:4, 124:129"),
+    "reordered": (
+        lambda m, x, t: torch.cat([x, t], 1)[:, torch.arange(128, -1, -1)], "an unknown number"
+    ),
+    "registers": (lambda m, x, t: torch.cat([m.registers, x], 1), "0:4"),
+    "split and joined": (
+        lambda m, x, t: torch.cat(torch.cat([x, t], 1).split([100, 20, 9], 1)[::-1], 1), "0:9"
+    ),
+    "by index_copy": (lambda m, x, t: placed(x, t, "index_copy"), "9 by index"),
+    "by setitem": (lambda m, x, t: placed(x, t, "setitem"), "9 by index"),
+    "by mask": (lambda m, x, t: placed(x, t, "mask"), "9 by index"),
+    "by scatter": (lambda m, x, t: placed(x, t, "scatter"), "9 by index"),
+    "by slices": (lambda m, x, t: placed(x, t, "slices"), "0:9"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_text_is_found_wherever_it_lies(name: str) -> None:
+    pack, places = PACKED[name]
+    for site in sites_of(Stack(pack), *inputs()):
+        assert site.reason is None
+        assert site.role is (Role.JOINT if places else Role.SELF)
+        assert site.exact.spans == (places, places)
+        assert not site.exact.guessed
+        assert site.exact.origin == ("" if not places else ORIGINS.get(name, "text"))
+
+
+ORIGINS = {"registers": "learned tokens"}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_the_operator_is_told_the_places(name: str) -> None:
+    """Text keys of density 0 are exact: what changes them changes the output as in the model."""
+    pack, _ = PACKED[name]
+    module, backend = Stack(pack), Rewriting()
+    given_here = inputs()
+    out = run_rewritten(module, *given_here, backend=backend)
+    assert backend.rewritten == 2
+    with torch.no_grad():
+        torch.testing.assert_close(out, module(*given_here), atol=1e-5, rtol=1e-4)
+
+
+def marked(exact: Tensor | None, tokens: int) -> list[int]:
+    return [] if exact is None else exact.nonzero()[:, 1].tolist()
+
+
+def exact_keys_seen(
+    module: nn.Module, *given_here: Tensor, dynamic: bool = False
+) -> list[list[int]]:
+    """Places of the exact keys of every call, as the operator gets them."""
+    from svg_ear_compile.capture import CapturedCall, capture_attention
+    from svg_ear_compile.kernels.kinds import EXACT
+
+    seen: list[list[int]] = []
+
+    def keep(call: CapturedCall) -> None:
+        kinds = call.kinds.keys
+        seen.append([] if kinds is None else (kinds[0, 0] == EXACT).nonzero()[:, 0].tolist())
+        assert call.kinds.counts(1, call.k.shape[2])[1] >= call.k.shape[2] - len(seen[-1])
+
+    torch._dynamo.reset()
+    capture_attention(module, given_here, {}, keep)
+    return seen
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_the_places_are_right_when_the_graph_runs(name: str) -> None:
+    pack, places = PACKED[name]
+    wanted = [
+        i for span in places.split(", ") if ":" in span for i in range(*map(int, span.split(":")))
+    ]
+    if "by index" in places or "unknown" in places:
+        wanted = list(range(9))
+    assert exact_keys_seen(Stack(pack), *inputs()) == [wanted, wanted]
+
+
+def test_lengths_that_are_symbolic() -> None:
+    module = Stack(lambda m, x, t: torch.cat([t, x, t[:, :2]], 1)[:, : x.shape[1] + t.shape[1]])
+    (graph,) = graphs_of(module, *inputs(), dynamic=True)
+    for site in find_sites(graph):
+        assert site.exact.spans == ("0:9", "0:9")
+
+
+def test_history_is_video() -> None:
+    """Clips of other inputs, patched by convolutions of their own."""
+
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.now, self.past = (nn.Conv3d(4, WIDTH, (1, 2, 2), (1, 2, 2)) for _ in range(2))
+            self.stack = Stack(lambda m, x, t: x)
+            self.words = nn.Linear(16, WIDTH)
+
+        def forward(self, clip: Tensor, past: Tensor, text: Tensor) -> Tensor:
+            now, before = (
+                conv(x).flatten(2).transpose(1, 2)
+                for conv, x in ((self.now, clip), (self.past, past))
+            )
+            return self.stack.block(torch.cat([self.words(text), before, now], 1))
+
+    clip = torch.randn(1, 4, 2, 8, 8)
+    (site,) = sites_of(Frames(), clip, torch.randn(1, 4, 5, 8, 8), inputs()[1])
+    assert site.exact.spans == ("0:9", "0:9")
+
+
+def test_a_token_that_a_condition_became_is_exact() -> None:
+    class Timed(Stack):
+        def forward(self, video: Tensor, text: Tensor, timestep: Tensor) -> Tensor:
+            time = self.words(timestep * torch.ones(16))[None, None]
+            return self.block(torch.cat([time, self.patches(video)], 1))
+
+    (site,) = sites_of(Timed(lambda m, x, t: x), *inputs(), torch.ones(1))
+    assert (site.exact.spans[1], site.exact.origin) == ("0:1", "conditions")
+
+
+def test_timesteps_of_every_token_do_not_hide_the_video() -> None:
+    class Modulated(Stack):
+        def __init__(self) -> None:
+            super().__init__(lambda m, x, t: x)
+            self.scales = nn.Linear(1, WIDTH)
+
+        def forward(self, video: Tensor, text: Tensor, timestep: Tensor) -> Tensor:
+            scale = self.scales(timestep[..., None])
+            x, t = self.patches(video), self.words(text)
+            return self.block(torch.cat([(1 + scale) * x, t], 1))
+
+    (site,) = sites_of(Modulated(), *inputs(), torch.rand(1, VIDEO))
+    assert site.exact.spans == ("120:129", "120:129")
+
+
+@given(
+    text=st.integers(1, 40),
+    video=st.integers(41, 90),
+    first=st.booleans(),
+    start=st.integers(0, 30),
+)
+def test_given_slices(text: int, video: int, first: bool, start: int) -> None:
+    q = torch.zeros(1, 2, text + video, 32)
+    site = _site(q.shape[2])
+    spans = ((start, start + text),) if first else ((-text, None), (0, 1))
+    found = given_tokens(site.call, spans)
+    assert found is not None
+    tokens = torch.zeros(q.shape[2], dtype=torch.bool)
+    for begin, end in spans:
+        tokens[begin:end] = True
+    assert found.counts == (int(tokens.sum()),) * 2
+
+
+_SITES: dict[int, AttentionSite] = {}
+
+
+def _site(tokens: int) -> AttentionSite:
+    if tokens not in _SITES:
+        q = torch.zeros(1, 2, tokens, 32)
+        (_SITES[tokens],) = sites_of(lambda q: F.scaled_dot_product_attention(q, q, q), q)
+    return _SITES[tokens]
+
+
+@pytest.mark.parametrize(
+    "spans", [((0, 100),), ((0, 101),), ((90, 120),), ((-101, None),), ((5, 5),)]
+)
+def test_slices_that_do_not_fit(spans: tuple[tuple[int | None, int | None], ...]) -> None:
+    assert given_tokens(_site(100).call, spans) is None
