@@ -70,10 +70,9 @@ _SENTENCES = {
     Reason.VALUES: "Values come from other tokens than the keys.",
     Reason.PART_OF_CLIP: "Tokens of one frame, place or window attend to each other: short rows.",
     Reason.MASK: "The mask is a learned bias, one of several, or of no shape that padding has.",
-    Reason.FLEX: "flex_attention with a mask or score function of its own is sparse already.",
+    Reason.FLEX: "flex_attention with a block mask or score function: what it leaves out is data.",
     Reason.LEAF: "Attention inside one PyTorch call, with its projections: it cannot be opened.",
-    Reason.KERNEL: "Another library's kernel: use PyTorch's, in diffusers by "
-    'set_attention_backend("native").',
+    Reason.KERNEL: "Another library's kernel, in a use that is not known to be plain attention.",
     Reason.PATTERN: "Attention written by hand with a step that the pass does not know.",
     Reason.WEIGHTS: "The attention weights are used elsewhere, so they have to be computed.",
     Reason.WRITTEN: "q, k, v or the mask is overwritten before the attention is complete.",
