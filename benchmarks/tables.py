@@ -69,7 +69,7 @@ def models_table(zoo: dict[str, Any]) -> str:
         for _, layer, role, places, what in found["sites"]:
             short = ".".join(layer.split(".")[-2:]).replace("*.", "").replace("*", "N")
             if what.startswith("sparse"):
-                side = ", text first" if places[:2] == "0:" else ", text last" if places else ""
+                side = f", exact: {places}" if places else ""
                 when = re.sub(r"^sparse( from \d+ video tokens on)?,?", "", what)
                 sparse[f"`{short}` ({role}{side}{when})"] = None
             else:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import diffusers
 import original_styles
+import packed_models
 import torch
 import transformers
 from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_rotary_pos_embed_allegro
@@ -617,6 +618,10 @@ FAMILIES = {
         Family("sana-video", sana, "video"),
         Family("animatediff", animatediff, "video"),
         Family("svd", svd, "video"),
+        Family("minimax-h3", packed_models.minimax_h3, "video"),
+        Family("helios", packed_models.helios, "video"),
+        Family("chronoedit", packed_models.chronoedit, "video"),
+        Family("kandinsky-6", packed_models.kandinsky6, "video"),
         Family("style-megatron", original_styles.megatron, "video"),
         Family("style-options-dict", original_styles.options_dict, "video"),
         Family("flux", flux, "image"),

@@ -1,7 +1,7 @@
 """Real model classes: what is found in each, and that the rewritten model is still the model.
 
 `sites.json` says for every family how many graphs Dynamo makes of it and, for each kind of
-attention, how often it occurs, its layers, role, text tokens before and after the video, and the
+attention, how often it occurs, its layers, role, places of the tokens that stay exact, and the
 reason why it is left or "sparse". The table of models in docs/models.md is made of it.
 """
 
