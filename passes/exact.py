@@ -112,7 +112,7 @@ def given_tokens(call: Call, spans: Spans) -> ExactTokens | None:
         count = tokens if isinstance(tokens, int) else TokenCount(operand.node, dim)
         vector: Vector = Part(count, FILLED)
         for start, stop in spans:
-            what = Cut(Part(count, OPTION), start, stop, None, 0)
+            what = Cut(Part(count, OPTION), start, stop, None, None)
             if not _fits(start, stop, hint(tokens)):
                 return None
             vector = Placed(vector, (start, stop), what)

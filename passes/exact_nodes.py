@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from svg_ear_compile.passes.vectors import (
+    Cut,
     ExactTokens,
     Flipped,
     Joined,
@@ -19,6 +20,7 @@ from svg_ear_compile.passes.vectors import (
     TokenCount,
     Vector,
     nodes_of,
+    one_answer,
     traced_count,
 )
 
@@ -64,12 +66,20 @@ class ExactNodes:
             return count
         return self.graph.call_method("size", (self.now(count.node), count.dim))
 
+    def _whole(self, vector: Vector) -> tuple[int | TokenCount, bool] | None:
+        """Length of a piece whose tokens are all exact, or none of them, and which of both."""
+        if not isinstance(vector, (Part, Cut, Taken)) or vector.count is None:
+            return None
+        exact = one_answer(vector, self.exact.is_exact)
+        return None if exact is None else (vector.count, exact)
+
     def _count(self, vector: Vector) -> int | Node | None:
         """Number of exact tokens; what is written by index counts as at places of its own."""
         if not any(True for _ in nodes_of(vector)):
             return traced_count(vector, self.exact.is_exact)
-        if isinstance(vector, Part):
-            return self._size(vector.count) if self.exact.is_exact(vector.stream) else 0
+        whole = self._whole(vector)
+        if whole is not None:
+            return self._size(whole[0]) if whole[1] else 0
         if isinstance(vector, (Flipped, Rolled)):
             return self._count(vector.of)
         if not isinstance(vector, (Joined, Placed)):
@@ -85,12 +95,12 @@ class ExactNodes:
 
     def _places(self, vector: Vector) -> Node:
         graph, call = self.graph, self.graph.call_function
-        if isinstance(vector, Part):
-            size = self._size(vector.count)
-            value = self.exact.is_exact(vector.stream)
-            return graph.call_method(
-                "new_full", (self.now(self.like), (size,), value), {"dtype": torch.bool}
-            )
+        whole = self._whole(vector)
+        if whole is not None:  # cutting by a length that is not known makes a symbol of its own
+            shape = (self._size(whole[0]),)
+            given = (self.now(self.like), shape, whole[1])
+            return graph.call_method("new_full", given, {"dtype": torch.bool})
+        assert not isinstance(vector, Part)
         if isinstance(vector, Joined):
             return call(torch.cat, ([self._places(part) for part in vector.parts],))
         if isinstance(vector, Placed):

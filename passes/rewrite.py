@@ -321,7 +321,10 @@ def _run_on_fakes(after: Node, end: Node) -> None:
         args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
         target: Any = node.target
         mode = fake_mode_of(*values.values(), end.meta.get("example_value"))
-        with mode or contextlib.nullcontext(), torch.no_grad():
+        shapes = None if mode is None else mode.shape_env
+        # Symbols that are made here are made again, and bound, where the graph is traced.
+        ignoring = shapes.ignore_fresh_unbacked_symbols() if shapes else contextlib.nullcontext()
+        with mode or contextlib.nullcontext(), torch.no_grad(), ignoring:
             if node.op == "call_method":
                 node.meta["example_value"] = getattr(args[0], target)(*args[1:], **kwargs)
             else:

@@ -79,13 +79,13 @@ class Joined:
 
 @dataclass(frozen=True)
 class Cut:
-    """A slice of a vector, `count` tokens; start and stop may be nodes."""
+    """A slice of a vector, `count` tokens, None for those inside; start and stop may be nodes."""
 
     of: Vector
     start: int | Node | None
     stop: int | Node | None
     step: int | None
-    count: int | TokenCount
+    count: int | TokenCount | None
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,7 @@ def _bound_at(bound: Size | Node | None, bounds: list[Size], default: int) -> in
 def size_of(vector: Vector) -> Size:
     """Number of tokens of a vector, as it was traced."""
     if isinstance(vector, (Part, Cut, Taken)):
+        assert vector.count is not None, "a slice that an option names is no part of another vector"
         return vector.count if isinstance(vector.count, int) else vector.count.size
     if isinstance(vector, Joined):
         total: Size = 0
@@ -257,6 +258,12 @@ def nodes_of(vector: Vector) -> Iterator[Node]:
         yield from (bound for bound in bounds if isinstance(bound, Node))
 
 
+def one_answer(vector: Vector, holds: Callable[[Stream], bool]) -> bool | None:
+    """Whether the streams of all tokens hold, or none of them; None where some do."""
+    answers = {holds(part.stream) for part in leaves(vector)}
+    return answers.pop() if len(answers) == 1 else None
+
+
 def traced_places(vector: Vector, holds: Callable[[Stream], bool]) -> np.ndarray | None:
     """For the traced lengths, whether the stream of each token holds; None where that is unknown.
 
@@ -285,6 +292,10 @@ def traced_places(vector: Vector, holds: Callable[[Stream], bool]) -> np.ndarray
             return None
         into[where] = what
         return into
+    alike = one_answer(vector, holds)
+    if isinstance(vector, (Cut, Taken)) and alike is not None and vector.count is not None:
+        count = hint(size_of(vector))
+        return None if count is None else np.full(count, alike)
     inside = traced_places(vector.of, holds)
     if inside is None:
         return None
