@@ -33,7 +33,7 @@ class Reason(str, Enum):
     DROPOUT = "dropout"
     GRADIENTS = "gradients"
     CROSS_ATTENTION = "cross_attention"
-    PREFIX = "prefix"
+    LENGTHS = "lengths"
     VALUES = "values"
     PART_OF_CLIP = "part_of_clip"
     MASK = "mask"
@@ -66,7 +66,7 @@ _SENTENCES = {
     Reason.DROPOUT: "Attention dropout is on: this is training.",
     Reason.GRADIENTS: "The graph needs gradients; the sparse operator is for inference.",
     Reason.CROSS_ATTENTION: "Queries and keys come from different tokens; text keys are few.",
-    Reason.PREFIX: "Queries are a part of the keys' tokens (cached or prefix keys).",
+    Reason.LENGTHS: "Keys are other tokens than queries, and nothing shows that both are video.",
     Reason.VALUES: "Values come from other tokens than the keys.",
     Reason.PART_OF_CLIP: "Tokens of one frame, place or window attend to each other: short rows.",
     Reason.MASK: "The mask is a learned bias, one of several, or of no shape that padding has.",

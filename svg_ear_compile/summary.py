@@ -30,7 +30,7 @@ NEVER_SPARSE = frozenset(
         Reason.CAUSAL,
         Reason.TEXT,
         Reason.CROSS_ATTENTION,
-        Reason.PREFIX,
+        Reason.LENGTHS,
         Reason.VALUES,
         Reason.PART_OF_CLIP,
         Reason.FLEX,
