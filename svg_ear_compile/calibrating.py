@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -10,14 +11,19 @@ from svg_ear_compile.cost_model import calibrate as measuring
 from svg_ear_compile.cost_model import calibration as keeping
 from svg_ear_compile.cost_model.calibration import Calibration
 from svg_ear_compile.cost_model.device import describe
+from svg_ear_compile.cost_model.disturbance import disturbance_of
 from svg_ear_compile.kernels.device_guard import on_device
 from svg_ear_compile.policy import calibration_of
+
+log = logging.getLogger(__name__)
 
 
 def calibrate(
     device: torch.device | str, *, on_sample: Callable[[str, float], None] | None = None
 ) -> Calibration:
     """Measure a device in under a minute and save the calibration in the user's cache.
+
+    Warns if other work ran on the device meanwhile, as far as the measurements show it.
 
     Args:
         device: CUDA device or CPU; no other work should run on it.
@@ -36,4 +42,10 @@ def calibrate(
         found = measuring.calibrate(device, on_sample=on_sample)
     keeping.save(found)
     calibration_of.cache_clear()
+    disturbance = disturbance_of(found)
+    if disturbance is not None:
+        log.warning(
+            "the device was busy while it was measured: %s. Calibrate again when nothing else runs",
+            disturbance,
+        )
     return found

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
-from rich.console import Console
 
 from svg_ear_compile import __version__, bench, cost_commands
 from svg_ear_compile.compare import command as compare_command
@@ -108,7 +108,8 @@ def _explain(given: argparse.Namespace) -> None:
     if given.json:
         print(found.to_json())
     else:
-        Console(width=None if sys.stdout.isatty() else 160).print(found.table())
+        # Long lines are hard to read, however wide the terminal is.
+        print(found.text(min(shutil.get_terminal_size().columns, 100)))
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -254,7 +254,8 @@ def _tuned(given: argparse.Namespace) -> Budget:
             each = f" on each of {cost.ranks} ranks" if cost.ranks > 1 else ""
             console.print(
                 f"{cost.forwards} forwards to measure ({cost.finished} are in the checkpoint): "
-                f"about {cost.seconds / 60:.1f} minutes{each}, then whole budgets are run"
+                f"about {_duration(cost.seconds)}{each}; then whole budgets are run and compared, "
+                f"in at most {_duration(cost.settling)}"
             )
 
         return tune(
@@ -268,6 +269,10 @@ def _tuned(given: argparse.Namespace) -> Budget:
             on_cost=say,
             on_progress=show,
         )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
 
 
 def _settings(given: argparse.Namespace) -> TuningSettings:
@@ -291,7 +296,7 @@ def budget_table(found: Budget) -> Table:
     lines = [f"{name}: {_figures(performance)}" for name, performance in known.items()]
     table = Table(
         title=plain(f"{found.objective}: {found.outcome}"),
-        caption=plain(*lines, found.note),
+        caption=plain(*lines, *found.note.split("; ")),
         caption_justify="left",
     )
     table.add_column("layer")

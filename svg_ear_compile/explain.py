@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import re
 from collections import Counter
@@ -13,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 from svg_ear_compile.eager_calls import CountingAttention
+from svg_ear_compile.explained import entry, grouped, wrapped
 from svg_ear_compile.given_models import check_callable
 from svg_ear_compile.kernels.checked import printable
 from svg_ear_compile.passes.drawing import (
@@ -31,8 +30,10 @@ from svg_ear_compile.passes.drawing import (
 from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.planning import GraphReport, SiteReport, rewrite_graph
 from svg_ear_compile.settings import Settings
-from svg_ear_compile.terminal import plain
 from svg_ear_compile.tracing import run_once
+
+VERSION = 1
+"""Of the JSON that `Explanation.to_json` writes."""
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,31 @@ class Explanation:
         graphs: a report for each graph, in the order of compilation.
         breaks: the graph breaks between them.
         unseen: number of attention calls outside of all graphs, which stay as they are.
+        model: class of the model, "" for a function.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
     breaks: list[GraphBreak] = field(default_factory=list)
     unseen: int = 0
+    model: str = ""
 
     @property
     def sites(self) -> list[SiteReport]:
         """All attention calls of all graphs."""
         return [site for graph in self.graphs for site in graph.sites]
 
+    @property
+    def sparse(self) -> int:
+        """Number of attention calls that are sparse, see `SiteReport.is_sparse`."""
+        return sum(graph.sparse for graph in self.graphs)
+
     def to_json(self) -> str:
-        """The whole report as JSON."""
+        """The whole report as JSON; ``version`` grows when the meaning of a field changes."""
         return json.dumps(
             {
+                "version": VERSION,
+                "model": self.model,
+                "sparse": self.sparse,
                 "graphs": [graph.to_dict() for graph in self.graphs],
                 "breaks": [asdict(found) for found in self.breaks],
                 "unseen": self.unseen,
@@ -80,36 +91,33 @@ class Explanation:
             indent=1,
         )
 
-    def table(self) -> Table:
-        """One row for each attention call; notes on times, errors and graph breaks below."""
-        sparse = sum(graph.sparse for graph in self.graphs)
-        table = Table(
-            title=f"{len(self.sites)} attention calls, {len(self.graphs)} graphs, {sparse} sparse",
-            caption=plain(*self._notes()),
-            caption_justify="left",
+    def text(self, width: int = 80) -> str:
+        """The report in lines of `width` characters; only a name may be longer.
+
+        Calls that differ in nothing but the numbers in their names have one entry. Notes on times,
+        errors and graph breaks follow.
+        """
+        calls, graphs = len(self.sites), len(self.graphs)
+        head = (
+            f"{self.model or 'The function'}: {calls} attention calls in {graphs} "
+            f"graph{'' if graphs == 1 else 's'}, {self.sparse} sparse. "
+            "Shapes are B × H × N_q × N_k × D."
         )
-        columns = ("layer", "role", "B × H × N_q × N_k × D", "exact", "plan", "error", "why")
-        for column in columns:
-            table.add_column(column, overflow="fold")
-        for site in self.sites:
-            shape = " × ".join("?" if size is None else str(size) for size in site.shape) or "?"
-            exact = f"{site.places} ({site.origin})" if site.places else ""
-            row = (
-                site.site or "(function)", site.role, shape, exact, _plan(site), _error(site),
-                _why(site),
-            )  # fmt: skip
-            table.add_row(*map(plain, row))
-        return table
+        entries = grouped(self.sites)
+        digits = len(str(max((each.count for each in entries), default=1)))
+        parts = [wrapped(head, width), *(entry(each, digits, width) for each in entries)]
+        notes = [wrapped(note, width) for note in self._notes()]
+        return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
 
     def _notes(self) -> list[str]:
         lines = []
-        expected = [site.expected for site in self.sites if site.expected is not None]
-        if expected:
-            times, errors = (
-                "; ".join(dict.fromkeys(each))
-                for each in zip(*((e.times, e.errors) for e in expected), strict=True)
-            )
-            lines.append(f"milliseconds: {times}. error of the model's output: {errors}.")
+        profiles = dict.fromkeys(g.profile for g in self.graphs if g.profile is not None)
+        for profile in profiles:
+            better = f"; better: {profile.improved_by}" if profile.improved_by else ""
+            lines.append(f"Milliseconds: {profile.basis}{better}.")
+        errors = dict.fromkeys(site.expected.errors for site in self.sites if site.expected)
+        if errors:
+            lines.append(f"Errors of the model's output: {'; '.join(errors)}.")
         if self.unseen:
             lines.append(
                 f"{self.unseen} attention calls ran outside of all graphs, where no backend sees "
@@ -121,31 +129,7 @@ class Explanation:
         return lines
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=140)
-        console.print(self.table())
-        return console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def _plan(site: SiteReport) -> str:
-    if site.plan is None:
-        return "dense"
-    how = {
-        "density": f"density {site.plan.density:g}",
-        "top_p": f"top-p {site.plan.top_p:g}",
-        "threshold": f"threshold {site.plan.threshold:g}",
-    }[site.plan.routing]
-    clusters = f"{' × '.join(map(str, site.clusters))} clusters, " if site.clusters else ""
-    return f"{how}, {clusters}{site.plan.compensation}"
-
-
-def _error(site: SiteReport) -> str:
-    if site.plan is None or site.plan.is_dense or site.expected is None:
-        return ""
-    return f"{site.expected.error:.2g}"
-
-
-def _why(site: SiteReport) -> str:
-    return site.sentence if site.reason is None else f"{site.reason}: {site.sentence}"
+        return self.text()
 
 
 def explain(
@@ -211,7 +195,8 @@ def explain(
         with torch.no_grad(), CountingAttention() as counted:
             torch.compiler.disable(eager)(*args, **kwargs)
         unseen = counted.calls - in_graphs
-    return Explanation(graphs, breaks, unseen)
+    name = type(target).__name__ if isinstance(target, nn.Module) else ""
+    return Explanation(graphs, breaks, unseen, name)
 
 
 def _draw(

@@ -115,7 +115,8 @@ class GraphReport:
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON."""
-        return asdict(self)
+        sites = [{**asdict(site), "sparse": site.is_sparse} for site in self.sites]
+        return {**asdict(self), "sites": sites, "sparse": self.sparse}
 
 
 def decide_sites(
@@ -245,7 +246,9 @@ def _report(
     if plan is not None and not {q[2], k[2], *exact} & {None}:
         clusters = plan.clusters(q[2] - exact[0], k[2] - exact[1])  # type: ignore[operator]
     reason = decided.value if isinstance(decided, Reason) else decided.reason
-    conditions = _conditions(site, plan)
+    length, proof = _conditions(site, plan)
+    # A decision for too few tokens says itself from how many on the call is sparse.
+    said = [proof] if reason == "short" else [length, proof]
     return SiteReport(
         layer=site.layer,
         site=site.name,
@@ -259,17 +262,17 @@ def _report(
         plan=plan,
         clusters=clusters,
         reason=reason if plan is None else None,
-        sentence="; ".join([*(f"sparse {when}" for when in conditions), decided.sentence]) + note,
+        sentence="; ".join([*(f"sparse {when}" for when in said if when), decided.sentence]) + note,
         bound_by=site.layer_parameter.name if site.layer_parameter else None,
-        conditions=conditions,
+        conditions=tuple(when for when in (length, proof) if when),
         expected=None if isinstance(decided, Reason) else decided.expected,
         kv_heads=k[1] if len(k) > 1 else None,
     )
 
 
-def _conditions(site: AttentionSite, plan: AttentionPlan | None) -> tuple[str, ...]:
+def _conditions(site: AttentionSite, plan: AttentionPlan | None) -> tuple[str, str]:
+    """When a call of a sparse site is sparse: by its length, by its mask; "" for always."""
     if plan is None:
-        return ()
-    length = f"from {plan.min_tokens} video tokens on" if plan.min_tokens else None
-    proof = "if the mask turns out to be padding" if site.prove_mask else None
-    return tuple(condition for condition in (length, proof) if condition is not None)
+        return "", ""
+    length = f"from {plan.min_tokens:,} video tokens on" if plan.min_tokens else ""
+    return length, "if the mask turns out to be padding" if site.prove_mask else ""

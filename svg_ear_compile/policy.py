@@ -21,6 +21,7 @@ from svg_ear_compile.cost_model import default_error, knapsack
 from svg_ear_compile.cost_model.budget import Budget, Choice
 from svg_ear_compile.cost_model.calibration import Calibration, Origin
 from svg_ear_compile.cost_model.device import describe
+from svg_ear_compile.cost_model.disturbance import disturbance_of
 from svg_ear_compile.cost_model.error import together
 from svg_ear_compile.cost_model.latency import (
     attention_allowance,
@@ -108,10 +109,12 @@ def profile_of(device: torch.device) -> DeviceProfile | None:
     calibration = calibration_of(device)
     if calibration is None:
         return None
-    command = None
-    if calibration.origin != "calibrated":
-        command = f"svg-ear calibrate --device {device.type}"
-    return DeviceProfile(calibration.origin, calibration.basis, command)
+    basis, here = calibration.basis, calibration.origin == "calibrated"
+    if here and disturbance_of(calibration) is None:
+        return DeviceProfile(calibration.origin, basis, None)
+    if here:
+        basis += " while it was busy"
+    return DeviceProfile(calibration.origin, basis, f"svg-ear calibrate --device {device.type}")
 
 
 @functools.lru_cache(maxsize=16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import types
@@ -14,6 +15,7 @@ from torch import nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import Node
 
+_RUNS = itertools.count()
 _RUNS_ONCE: ContextVar[bool] = ContextVar("svg_ear_runs_once", default=False)
 
 
@@ -40,8 +42,10 @@ def run_once(
     def call(*args: Any, **kwargs: Any) -> Any:
         return target(*args, **kwargs)
 
-    # Dynamo caches compiled code by code object: a copy of it leaves the user's cache alone.
-    fresh = types.FunctionType(call.__code__.replace(), globals(), "traced", None, call.__closure__)
+    # Dynamo caches compiled code by code object: a copy of it leaves the user's cache alone. Which
+    # sizes were seen to change is remembered by name: a new one knows of no other model's sizes.
+    code = call.__code__.replace(co_name=f"traced_{next(_RUNS)}")
+    fresh = types.FunctionType(code, globals(), code.co_name, None, call.__closure__)
     # Frames after a graph break have code objects of the model. Beyond the recompile limit Dynamo
     # would run them eagerly, and their attention would not reach the backend.
     unlimited = torch._dynamo.config.patch(

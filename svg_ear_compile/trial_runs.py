@@ -39,6 +39,11 @@ class TrialRuns:
         calls: inputs of forwards.
         compiler: ``"inductor"`` or ``"eager"``.
         timestep, ascending: see `bind`.
+
+    Attributes:
+        references: dense output of each call.
+        compile_seconds: seconds of the first forward, which compiles the model.
+        variation: largest relative difference between the times of one setting in `times`.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class TrialRuns:
         self._model = model
         self.calls = list(calls)
         self.references: list[Tensor] = []
+        self.compile_seconds, self.variation = 0.0, 0.0
         self._compiled, self._plain = _compiled(model, compiler)
         self._session = bind(self._compiled, timestep=timestep, ascending=ascending)
         self.timesteps = [self._session.timestep_of(call.args, call.kwargs) for call in calls]
@@ -65,7 +71,9 @@ class TrialRuns:
     def measure_references(self, dense: Budget, on_call: Callable[[int], None]) -> float:
         """Store the dense outputs of all calls; returns the seconds of a forward once compiled."""
         self._session.use(dense)
+        began = time.perf_counter()
         self._output(0)
+        self.compile_seconds = time.perf_counter() - began
         seconds = []
         for call in range(len(self.calls)):
             began = time.perf_counter()
@@ -118,10 +126,28 @@ class TrialRuns:
                         samples.setdefault((name, phase), []).append(found)
         # As `Clock.ms`: on a CPU other processes only ever add time.
         pick = statistics.median if self.device.type == "cuda" else min
+        spreads = [max(found) / min(found) - 1 for found in samples.values()]
+        self.variation = max([self.variation, *spreads])
         return {
             name: statistics.fmean(pick(samples[name, phase]) for phase in range(len(first)))
             for name in candidates
         }
+
+    @staticmethod
+    def times_seconds(candidates: int, phases: int, each: float) -> float:
+        """Seconds that `times` takes if a forward takes `each` seconds."""
+        turn = 3 * candidates * phases * each
+        turns = 2
+        while turns < REPEATS and turns * turn <= PATIENCE_S:
+            turns += 1
+        return turns * turn
+
+    def seconds(self, budget: Budget, call: int) -> float:
+        """Seconds of one forward under a budget, with cold clusters, once kernels are compiled."""
+        self.error(budget, call)
+        began = time.perf_counter()
+        self.error(budget, call)
+        return time.perf_counter() - began
 
     def attention_errors(
         self, allocation: Allocation, first: Sequence[int]

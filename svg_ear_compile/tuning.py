@@ -33,6 +33,7 @@ from svg_ear_compile.policy import calibration_of
 from svg_ear_compile.ranks import all_reduce_max, rank, ranks
 from svg_ear_compile.trial_runs import TrialRuns
 from svg_ear_compile.tuning_plan import Cost, Trial, TuningSettings, kinds_of, schedule_of, sites_of
+from svg_ear_compile.tuning_remarks import on_error, on_time
 
 _ROUNDS = 3  # of solving, measuring the solution and correcting the limit
 
@@ -196,17 +197,38 @@ class _Tuning:
             all_reduce_max(found)
             wanted = [at for at, error in enumerate(found.tolist()) if error < 0]
             if on_cost is not None and own == 0:
+                if wanted:  # a sparse forward of few tokens takes longer than a dense one
+                    first = trials[wanted[0]]
+                    each = max(each, self.runs.seconds(self._alone(first), first.call))
                 seconds = len(wanted) * each / count
-                on_cost(Cost(len(wanted), len(trials) - len(wanted), seconds, count))
+                done = len(trials) - len(wanted)
+                on_cost(Cost(len(wanted), done, seconds, count, self._settling_seconds(each)))
             mine = wanted[own::count]
             for done, at in enumerate(mine, 1):
                 trial = trials[at]
-                alone = self.budget({trial.layer: (trial.choice,) * self.schedule.phases})
-                found[at] = self.runs.error(alone, trial.call)
+                found[at] = self.runs.error(self._alone(trial), trial.call)
                 notes.add(trial.key, float(found[at]))
                 self.progress("one layer sparse", done, len(mine))
         all_reduce_max(found)
         return [float(error) for error in found]
+
+    def _alone(self, trial: Trial) -> Budget:
+        return self.budget({trial.layer: (trial.choice,) * self.schedule.phases})
+
+    def _settling_seconds(self, each: float) -> float:
+        """Seconds of `_settle`, at most, if a forward takes `each`."""
+        calls, phases = len(self.runs.calls), self.schedule.phases
+
+        def timed(candidates: int) -> float:
+            return self.runs.times_seconds(candidates, phases, each)
+
+        searched = {"target_speedup": _ROUNDS * timed(1), "max_error": _ROUNDS * calls * each}
+        # The plain model is compiled, too. Errors of the tuned budget and of one density for all.
+        seconds = self.runs.compile_seconds + timed(2) + 2 * timed(3) + 2 * calls * each
+        seconds += searched.get(self.objective.name, 0.0)
+        if self.settings.thresholds:
+            seconds += (phases + calls) * each + timed(1)
+        return seconds
 
     def _fitted(self, trials: list[Trial], errors: list[float]) -> AllocationProblem:
         grouped: dict[tuple[str, int, Choice], list[Measurement]] = {}
@@ -250,6 +272,7 @@ class _Tuning:
         if not better:
             note = f"tuning was not better, so one density is kept: {note}"
             allocation = uniform
+        remarks = on_error(errors, uniform_errors)
         whole = self._whole_ms(problem, allocation)
         predicted = Performance(
             problem.error(allocation), whole, self.plain_ms / whole, problem.density(allocation)
@@ -268,6 +291,8 @@ class _Tuning:
             again = self._times(tuned=allocation)["tuned"]
             outcome = Performance(max(routed), again, ms["plain"] / again)
             note += f"; routed by threshold {_rms(routed):.3g} at {again:.4g} ms"
+        assert outcome.ms is not None
+        remarks = on_time(outcome.ms, ms["plain"], self.runs.variation) + remarks
         return dataclasses.replace(
             self.budget(allocation),
             schedule=self.schedule,
@@ -276,7 +301,7 @@ class _Tuning:
             measured=outcome,
             uniform=measured["uniform"],
             frontier=frontier,
-            note=note,
+            note="; ".join([*remarks, note]),
         )
 
     def _uniform_like(

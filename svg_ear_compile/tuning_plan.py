@@ -64,16 +64,19 @@ class Cost:
     """Expected cost of a tuning.
 
     Attributes:
-        forwards: number of forwards to measure, on all ranks together.
+        forwards: number of forwards with one sparse layer, on all ranks together.
         finished: number of forwards that an earlier run has measured.
-        seconds: expected seconds on this number of `ranks`.
+        seconds: expected seconds of these forwards on this number of `ranks`.
         ranks: number of processes that divide the work.
+        settling: expected seconds after that, on the first rank alone: whole budgets are run and
+            compared. At most so many: the search for an objective may end early.
     """
 
     forwards: int
     finished: int
     seconds: float
     ranks: int
+    settling: float = 0.0
 
 
 @dataclass(frozen=True)

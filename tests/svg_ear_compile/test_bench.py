@@ -47,6 +47,8 @@ def test_the_command_prints_a_row_for_each_density(capsys, monkeypatch):
         (["--densities", "many"], "--densities must be numbers"),
         (["--densities", "1"], "between 0 and 1"),
         (["--device", "meta"], "no kernels for a device of type 'meta'"),
+        (["--device", "cuda:99"], "no device 'cuda:99'"),
+        (["--device", "toaster"], "'toaster' is no device"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_two(capsys, arguments, message):

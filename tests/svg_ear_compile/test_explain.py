@@ -130,8 +130,27 @@ def test_command_prints_a_table_or_json(
     assert main([*MODEL, "--option", "density=0.3", "--option", f"min_tokens={TOKENS}"]) == 0
     assert "density 0.3" in capsys.readouterr().out
     assert main([*MODEL, "--json"]) == 0
-    (graph,) = json.loads(capsys.readouterr().out)["graphs"]
+    report = json.loads(capsys.readouterr().out)
+    assert (report["version"], report["model"], report["sparse"]) == (1, "Stack", 0)
+    (graph,) = report["graphs"]
     assert [site["reason"] for site in graph["sites"]] == ["short", "short"]
+    assert [site["sparse"] for site in graph["sites"]] == [False, False]
+    assert graph["profile"]["improved_by"] == "svg-ear calibrate --device cpu"
+
+
+def test_dense_by_request_is_counted_as_dense() -> None:
+    model, inputs = stack()
+    found = explain(model, *inputs, options={"density": 1.0})
+    assert (found.graphs[0].rewritten, found.sparse) == (2, 0)
+    assert "2 attention calls in 1 graph, 0 sparse" in str(found)
+    assert "dense, as asked for" in str(found)
+
+
+def test_what_was_explained_before_makes_no_size_dynamic() -> None:
+    model, (x, timestep) = stack()
+    explain(model, x, timestep)
+    found = explain(model, x[:, :96], timestep, options={"min_tokens": 64})
+    assert [site.conditions for site in found.sites] == [(), ()]
 
 
 def test_each_kind_of_site_is_drawn_once(tmp_path: Path) -> None:

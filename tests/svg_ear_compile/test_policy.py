@@ -233,7 +233,7 @@ def test_the_report_says_what_is_expected_and_where_it_comes_from() -> None:
     assert expected["sparse_ms"] > 0
     assert expected["times"] == "calibrated on this machine"
     text = " ".join(str(found).split())
-    assert "milliseconds: calibrated on this machine" in text
+    assert "Milliseconds: calibrated on this machine" in text
     assert "not measured on this one" in text
 
 
@@ -243,4 +243,4 @@ def test_a_length_known_at_run_time_keeps_the_least_that_pays() -> None:
     found = explain(model, x, timestep, options={"density": 0.1})
     (least,) = {site.plan.min_tokens for site in found.sites if site.plan is not None}
     assert least > TOKENS
-    assert f"sparse from {least} video tokens on" in found.sites[0].sentence
+    assert f"sparse from {least:,} video tokens on" in found.sites[0].sentence
