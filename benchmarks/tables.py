@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attention.summary import cold_ms, dense_ms, reused_speedup, rows_of, summary_table
+from benchmarks.context_parallel import report, ring_error
 from benchmarks.fidelity.grid import OURS, WARM_UPS
 from benchmarks.fidelity.record import read
 from benchmarks.fidelity.report import markdown_table
@@ -343,6 +344,8 @@ def tables() -> dict[str, Table]:
         "generation": lambda folder: generation_table(generations),
         "densities": lambda folder: densities_table(FIDELITY),
         "fidelity": lambda folder: fidelity_section(FIDELITY, folder),
+        "context-parallel": lambda folder: report.section(RESULTS / "nvidia-h200", folder),
+        "ring-error": lambda folder: ring_error.section(RESULTS / "cpu" / "ring"),
         "compile-time": lambda folder: compile_time_table(compile_time),
     }
 

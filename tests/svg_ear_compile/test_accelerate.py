@@ -261,6 +261,7 @@ class Unlike:
         ("wan", {"options": {"dencity": 0.3}}, ValueError, "did you mean 'density'"),
         ("wan", {"dense_steps": 1.5}, ValueError, r"a fraction in \[0, 1\), got 1.5"),
         ("wan", {"dense_steps": -1}, ValueError, "dense_steps must not be negative"),
+        ("wan", {"ascending": "yes"}, TypeError, "ascending must be bool"),
         ("wan", {"dense_steps": "2"}, TypeError, "dense_steps must be int"),
         ("wan", {"budget": "missing.json"}, ValueError, "the budget cannot be used.*missing.json"),
         ("wan", {"budget": {"blocks.9.attn1": 0.2}}, ValueError, "matches no module"),
@@ -324,6 +325,55 @@ def test_densities_of_layers_are_a_budget_too() -> None:
             False,
             True,
         ]
+
+
+def test_a_class_that_refuses_subclasses_is_answered_and_nothing_is_left() -> None:
+    class Final:
+        def __init__(self) -> None:
+            self.transformer = Model(whole=True)
+
+        def __init_subclass__(cls) -> None:
+            raise TypeError("this class is final")
+
+        def __call__(self) -> None: ...
+
+    pipe = Final()
+    with pytest.raises(TypeError, match=r"calls of this Final cannot be watched .*is final\)"):
+        accelerate(pipe)
+    with accelerate(pipe.transformer):
+        pass
+
+
+def test_the_schedule_of_a_call_that_does_not_tell_its_steps_is_checked_at_its_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Silent:
+        def __init__(self) -> None:
+            self.transformer = whole()._orig_mod
+
+        def __call__(self) -> torch.Tensor:
+            return run(self.transformer, 900.0, 500.0)
+
+    pipe = Silent()
+    with accelerate(pipe, dense_steps=9):
+        pipe()
+    assert "no step of a generation of 2 steps was sparse: dense_steps is 9" in caplog.text
+
+
+def test_an_interrupted_call_says_nothing_about_its_schedule(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pipe = tiny.wan()
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with (
+        accelerate(pipe, dense_steps=2, options=tiny.OPTIONS),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        tiny.generate(pipe, tiny.wan_call(callback_on_step_end=stop))
+    assert "was sparse" not in caplog.text
 
 
 class Rising:

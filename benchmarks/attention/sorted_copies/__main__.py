@@ -76,7 +76,7 @@ def work(given: argparse.Namespace) -> None:
 
 
 def compile_first(base: list[str], given: argparse.Namespace) -> None:
-    """Compile the named variants and what the operator runs side by side, for 90 s at most."""
+    """Compile the named variants and what the operator runs side by side, for 70 s at most."""
     began = time.monotonic()
     compiled = [n for n in given.names.split(",") if n in VARIANTS]
     asked = [["--warm", "--names", ",".join(compiled[i::8])] for i in range(8) if compiled[i::8]]
@@ -87,7 +87,7 @@ def compile_first(base: list[str], given: argparse.Namespace) -> None:
     ]
     for compiler in compilers:
         try:
-            text, _ = compiler.communicate(timeout=max(0.1, began + 90.0 - time.monotonic()))
+            text, _ = compiler.communicate(timeout=max(0.1, began + 70.0 - time.monotonic()))
         except subprocess.TimeoutExpired:
             compiler.kill()
             continue
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=75600)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=140.0, help="everything ends by then")
-    parser.add_argument("--patience", type=float, default=20.0, help="seconds for one row")
+    parser.add_argument("--patience", type=float, default=30.0, help="seconds for one row")
     parser.add_argument("--out", type=Path, default=Path("sorted_copies"))
     parser.add_argument("--compile", action="store_true", help="for sm_90, without a GPU")
     parser.add_argument("--dump", type=Path, help="with --compile: folder for PTX and cubins")

@@ -43,6 +43,7 @@ VARIANTS = {
     "k8-p16": Variant(True, False, 16, 4, 4, 3),
     "bf16-p16-no-copies": Variant(False, False, 16, 4, 4, 3, copied=False),
     "fp8-p32-3-trim": Variant(True, True, 32, 2, 6, 3, trim=True),
+    "fp8-p32-3-no-copies": Variant(True, True, 32, 2, 6, 3, copied=False),
     "bf16-p8": Variant(False, False, 8, 8, 4, 3),
     "k8-p8": Variant(True, False, 8, 8, 4, 3),
     "fp8-p32-2-parts-trim": Variant(True, True, 32, 2, 8, 2, parts=True, trim=True),

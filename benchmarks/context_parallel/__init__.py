@@ -1,0 +1,1 @@
+"""One forward over several GPUs: Ulysses, ring and both, dense and sparse."""
