@@ -114,6 +114,24 @@ def break_even_tokens(
     return high
 
 
+def most_keys_per_query(
+    shape: AttentionShape, plan: AttentionPlan, calibration: Calibration
+) -> float:
+    """Largest number of clustered keys for each clustered query at which the plan pays.
+
+    The time to cluster keys grows with the square of their number, the saved time with their number
+    times that of the queries, so the bound is about the same for all numbers of queries. It is
+    taken at `LONGEST` keys; 0 if the plan never pays there.
+    """
+    low, high = 1, 1 << 12
+    for _ in range(12):
+        middle = (low + high) // 2
+        queries = max(LONGEST // middle, 1)
+        tried = dataclasses.replace(shape, q_tokens=queries + shape.query_text, k_tokens=LONGEST)
+        low, high = (middle, high) if pays(tried, plan, calibration) else (low, middle)
+    return float(low)
+
+
 def non_attention_ms(flops: float, moved: float, dtype: str, calibration: Calibration) -> float:
     """Milliseconds of everything in a model but its attention.
 

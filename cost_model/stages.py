@@ -40,8 +40,8 @@ class AttentionShape:
         batch, heads, kv_heads, q_tokens, k_tokens, head_dim: q is (batch, heads, q_tokens,
             head_dim), k and v are (batch, kv_heads, k_tokens, head_dim). Tokens include the text.
         dtype: name without ``torch.``, one of `ELEMENT_SIZES`.
-        text: number of text tokens of both sequences. Text keys are exact for every query, text
-            queries are dense.
+        text: number of exact keys. They are exact for every query.
+        exact_queries: number of exact queries, which are dense; None for as many as keys.
     """
 
     batch: int
@@ -52,6 +52,17 @@ class AttentionShape:
     head_dim: int
     dtype: str
     text: int = 0
+    exact_queries: int | None = None
+
+    @property
+    def query_text(self) -> int:
+        """Number of exact queries."""
+        return self.text if self.exact_queries is None else self.exact_queries
+
+    @property
+    def clustered(self) -> tuple[int, int]:
+        """Numbers of clustered queries and keys, at least 1."""
+        return max(self.q_tokens - self.query_text, 1), max(self.k_tokens - self.text, 1)
 
     @property
     def element_size(self) -> int:
@@ -59,8 +70,13 @@ class AttentionShape:
         return ELEMENT_SIZES[self.dtype]
 
     def with_tokens(self, tokens: int) -> AttentionShape:
-        """The same call over `tokens` video tokens and the same text."""
-        return replace(self, q_tokens=tokens + self.text, k_tokens=tokens + self.text)
+        """The same call over `tokens` clustered queries, keys in proportion, and the same text."""
+        queries, keys = self.clustered
+        return replace(
+            self,
+            q_tokens=tokens + self.query_text,
+            k_tokens=round(tokens * keys / queries) + self.text,
+        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +142,7 @@ def sparse_amounts(
     score_tiles = math.ceil(q_clusters / config.score.rows)
     # A query attends to all proxy tokens; the bias removes those of exact blocks.
     seen = exact + shape.text + k_clusters  # by one query
-    attended_keys = tiles * seen + shape.text / tile * shape.k_tokens
+    attended_keys = tiles * seen + shape.query_text / tile * shape.k_tokens
     passes, _ = _passes(plan, iterations)
     tokens = heads * queries + kv_heads * keys
     blocks = float(heads * q_clusters * k_clusters)
@@ -150,7 +166,7 @@ def sparse_amounts(
         ),
         # Keys and values are read from the cache for every tile of queries.
         "attend": Amount(
-            flops=4.0 * dim * heads * (rows * seen + shape.text * shape.k_tokens),
+            flops=4.0 * dim * heads * (rows * seen + shape.query_text * shape.k_tokens),
             bytes=2.0 * heads * queries * dim * size
             + kv_bytes
             + CACHED * 2.0 * heads * dim * size * attended_keys,
@@ -173,7 +189,7 @@ def _on_cpu(shape: AttentionShape, plan: AttentionPlan, iterations: int) -> Amou
     dim, heads = shape.head_dim, shape.batch * shape.heads
     queries, keys, q_clusters, k_clusters, exact = _clustered(shape, plan)
     skipped = k_clusters * (1 - expected_density(plan))
-    attended = queries * (exact + shape.text + skipped) + shape.text * shape.k_tokens
+    attended = queries * (exact + shape.text + skipped) + shape.query_text * shape.k_tokens
     scored = q_clusters * keys if iterations else 0
     corrected = queries + keys if plan.compensation == "gaussian" else 0
     passes, _ = _passes(plan, iterations)
@@ -188,7 +204,7 @@ def _on_cpu(shape: AttentionShape, plan: AttentionPlan, iterations: int) -> Amou
 
 def _clustered(shape: AttentionShape, plan: AttentionPlan) -> tuple[int, int, int, int, float]:
     """Numbers of clustered queries and keys, of clusters of both, and of exact keys of a query."""
-    queries, keys = max(shape.q_tokens - shape.text, 1), max(shape.k_tokens - shape.text, 1)
+    queries, keys = shape.clustered
     q_clusters, k_clusters = plan.clusters(queries, keys)
     # The last block of a row is taken whole, so it exceeds the budget by half a block on average.
     exact = min(float(keys), expected_density(plan) * keys + keys / (2 * k_clusters))

@@ -87,9 +87,7 @@ def attention(
     is_padding = padding_proven is None or bool(padding_proven)
     request = CallRequest(
         layer, layer_owner, site, compiled, tuple(q.shape), tuple(k.shape), clustered, q.device,
-        dense_only=(
-            min(clustered) < max(1, compiled.min_tokens) or q.numel() == 0 or not is_padding
-        ),
+        dense_only=compiled.is_dense_for(*clustered) or q.numel() == 0 or not is_padding,
     )  # fmt: skip
     terms = _Terms(q.shape[-1] ** -0.5 if scale is None else scale, return_lse)
     with on_device(q.device):

@@ -84,8 +84,10 @@ class AttentionPlan:
             mask of the reference branch at every step. Their errors are alike then, and cancel
             where guidance subtracts one branch from the other.
         seed: seed of the stratified sample of initial centroids.
-        min_tokens: a call with fewer video tokens is dense. Needed by graphs that serve several
-            lengths, for which nothing can be decided at compile time.
+        min_tokens: a call with fewer clustered queries or keys is dense. Needed by graphs that
+            serve several lengths, for which nothing can be decided at compile time.
+        max_key_ratio: a call with more clustered keys for each clustered query is dense, because
+            clustering the keys would take longer than attention; 0 sets no limit.
 
     Raises:
         ValueError: a field is out of its range; the message names the field.
@@ -107,6 +109,7 @@ class AttentionPlan:
     shared_branches: bool = True
     seed: Seed = 0
     min_tokens: Count = 0
+    max_key_ratio: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -139,6 +142,13 @@ class AttentionPlan:
     def is_dense(self) -> bool:
         """Whether every block is computed exactly."""
         return self.density >= 1.0
+
+    def is_dense_for(self, clustered_queries: int, clustered_keys: int) -> bool:
+        """Whether a call with so many clustered tokens is too short, or has too many keys."""
+        least = max(1, self.min_tokens)
+        if min(clustered_queries, clustered_keys) < least:
+            return True
+        return 0 < self.max_key_ratio * clustered_queries < clustered_keys
 
     def clusters(self, q_tokens: int, k_tokens: int) -> tuple[int, int]:
         """(Qc, Kc) for so many clustered tokens: at least 1 and at most one for each token."""

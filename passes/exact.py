@@ -40,7 +40,7 @@ def exact_tokens(streams: Streams, call: Call) -> ExactTokens:
     )
     if queries is None:
         return NOTHING_EXACT
-    video = _video(queries)
+    video = _video(queries, keys)
     if video is None:
         return NOTHING_EXACT
     found = {part.stream for v in (queries, keys) if v is not None for part in leaves(v)}
@@ -57,12 +57,15 @@ def exact_tokens(streams: Streams, call: Call) -> ExactTokens:
     return ExactTokens(queries, keys, exact, ", ".join(names), guessed)
 
 
-def _video(queries: Vector) -> Stream | None:
-    """The stream of the video among those of the queries."""
-    parts = [part for part in leaves(queries) if part.stream.source is not None]
+def _video(queries: Vector, keys: Vector | None) -> Stream | None:
+    """The stream of the video: the largest of the keys, of a cache's keys only if all are."""
+    tokens = queries if keys is None else keys
+    parts = [part for part in leaves(tokens) if part.stream.source is not None]
+    if any(part.stream.projected for part in leaves(queries)):
+        parts = [part for part in parts if part.stream.projected]
 
     def size(stream: Stream) -> tuple[bool, int]:
-        count = traced_count(queries, lambda other: other.source is stream.source)
+        count = traced_count(tokens, lambda other: other.source is stream.source)
         if count is None:  # cut or taken by index: as many as there were before
             same = [part.count for part in parts if part.stream.source is stream.source]
             count = sum((c if isinstance(c, int) else c.traced) or 0 for c in same)

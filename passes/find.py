@@ -34,7 +34,7 @@ from svg_ear_compile.passes.sdpa import (
 from svg_ear_compile.passes.site import AttentionSite, Call, Padding, Reason, Role, Size
 from svg_ear_compile.passes.steps import is_softmax
 from svg_ear_compile.passes.streams import Streams
-from svg_ear_compile.passes.symbolic import hint
+from svg_ear_compile.passes.symbolic import hint, is_same
 from svg_ear_compile.passes.unread import is_exponential, unread
 from svg_ear_compile.passes.vectors import NOTHING_EXACT
 
@@ -129,6 +129,8 @@ class _Describer:
             tokens = hint(q_shape[2])
             within = (role_in_clip(source, tokens, self.axes) for source in of_q)
             role = next((found for found in within if found is not None), role)
+            if role in (Role.SELF, Role.JOINT) and k_shape and tokens != hint(k_shape[2]):
+                role = Role.PREFIX  # keys of a cache are projected in no graph
         dtype = _computed_in(call)
         padding = None
         reason = call.reason or _reason_to_leave(call, role, dtype)
@@ -193,8 +195,8 @@ def _reason_to_leave(call: Call, role: Role, dtype: torch.dtype | None) -> Reaso
         return Reason.HEAD_DIM
     if role is Role.CROSS:
         return Reason.CROSS_ATTENTION
-    if role is Role.PREFIX or hint(q[2]) != hint(k[2]):
-        return Reason.PREFIX
+    if role is Role.UNKNOWN and not is_same(q[2], k[2]):
+        return Reason.LENGTHS
     if role in (Role.SPATIAL, Role.TEMPORAL):
         return Reason.PART_OF_CLIP
     if k[3] != q[3]:

@@ -28,6 +28,7 @@ from svg_ear_compile.passes.products import Product
 from svg_ear_compile.passes.site import Call, EmptyRow, Mask, Operand, Reason
 from svg_ear_compile.passes.steps import (
     Given,
+    Softmax,
     Step,
     added_by_product,
     filled_by_index,
@@ -54,9 +55,9 @@ class _Reading:
     """What has been read of one attention so far; letters as in `Product`."""
 
     letters: Letters
-    scores: Node  # what the softmax takes
+    softmax: Softmax
     scale: float = 1.0
-    zeroes_empty_rows: bool = False  # instead of leaving them NaN
+    moved: bool = False  # weights have other dimensions than the scores that the softmax took
     tangled: bool = False  # a step's shape does not line up with the letters
     beside: list[Node] = field(default_factory=list)  # nodes that only look at the scores
     masks: list[Mask] = field(default_factory=list)
@@ -64,7 +65,11 @@ class _Reading:
     fill: float = -math.inf  # the logit of a key that a mask leaves out, scaled since
     reason: Reason | None = None  # why it has to stay as it is
 
+    def __post_init__(self) -> None:
+        self.zeroes_empty_rows = self.softmax.zeroes_empty_rows  # instead of leaving them NaN
+
     def take(self, step: Step, node: Node) -> None:
+        self.moved |= step.order is not None or step.shape is not None
         if step.order is not None:
             self.letters.reorder(step.order)
         if step.shape is not None:
@@ -72,7 +77,8 @@ class _Reading:
         if step.emptied is not None:
             self.zeroes_empty_rows = True
             self.beside += step.beside
-            self._leave(None if step.emptied is self.scores else Reason.PATTERN)
+            known = step.emptied == (self.softmax.scores, self.softmax.dim)
+            self._leave(None if known and not self.moved else Reason.PATTERN)
         self._leave(step.reason)
         self._scale(step.factor)
         tensor = step.added or step.mask
@@ -145,9 +151,7 @@ def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
     shape = shape_of(product_node)
     if shape is None or len(shape) != len(product.out_dims):
         return unread(softmax, flow)
-    reading = _Reading(
-        Letters(product.out_dims, shape), read.scores, product.factor, read.zeroes_empty_rows
-    )
+    reading = _Reading(Letters(product.out_dims, shape), read, product.factor)
     if product.added is not None:
         reading.take(added_by_product(product.added, flow), product_node)
         reading.round(product_node)
@@ -155,6 +159,7 @@ def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
         reading.take(taken.step, taken.node)
         reading.round(taken.node)
     normalised = "" if reading.tangled else reading.letters.groups[read.dim]
+    reading.moved = False
     for taken in weight_steps:
         reading.take(taken.step, taken.node)
     reading.reason = next((r for r in reasons if r is not None), reading.reason)

@@ -168,7 +168,9 @@ def _layout(
     if any(lengths is not None for lengths in packed):
         pairs = zip(packed, tensors, strict=True)
         of_q, of_k = (equal_sequences(lengths, tensor, node, flow) for lengths, tensor in pairs)
-        return ("", 1) if of_q is None or of_q != of_k else ("phd", of_q)
+        if of_q is None or of_q != of_k:
+            return "", 1
+        return ("phd", of_q) if of_q > 1 else ("nhd", 1)
     layout = args.take("tensor_layout")
     if layout is not None:
         return _LAYOUTS.get(str(layout), ""), 1
@@ -207,7 +209,8 @@ def _with_results(call: Call, kernel: _Kernel) -> Call:
     if not lses:
         return call
     (lse,) = lses
-    letters = "hp" if call.out_dims == "phd" else kernel.lse[: max(_rank(lse), 3)]
+    packed = {"phd": "hp", "nhd": "hn"}
+    letters = packed.get(call.out_dims) or kernel.lse[: max(_rank(lse), 3)]
     held = Operand(lse, letters, batch=call.q.batch)
     before = any(user < out for user in lse.users)  # would read it before it is there
     if call.mask is not None or before or not _is_lse(held, call):

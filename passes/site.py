@@ -33,7 +33,7 @@ class Reason(str, Enum):
     DROPOUT = "dropout"
     GRADIENTS = "gradients"
     CROSS_ATTENTION = "cross_attention"
-    PREFIX = "prefix"
+    LENGTHS = "lengths"
     VALUES = "values"
     PART_OF_CLIP = "part_of_clip"
     MASK = "mask"
@@ -66,14 +66,13 @@ _SENTENCES = {
     Reason.DROPOUT: "Attention dropout is on: this is training.",
     Reason.GRADIENTS: "The graph needs gradients; the sparse operator is for inference.",
     Reason.CROSS_ATTENTION: "Queries and keys come from different tokens; text keys are few.",
-    Reason.PREFIX: "Queries are a part of the keys' tokens (cached or prefix keys).",
+    Reason.LENGTHS: "Keys are other tokens than queries, and nothing shows that both are video.",
     Reason.VALUES: "Values come from other tokens than the keys.",
     Reason.PART_OF_CLIP: "Tokens of one frame, place or window attend to each other: short rows.",
     Reason.MASK: "The mask is a learned bias, one of several, or of no shape that padding has.",
-    Reason.FLEX: "flex_attention with a mask or score function of its own is sparse already.",
+    Reason.FLEX: "flex_attention with a block mask or score function: what it leaves out is data.",
     Reason.LEAF: "Attention inside one PyTorch call, with its projections: it cannot be opened.",
-    Reason.KERNEL: "Another library's kernel: use PyTorch's, in diffusers by "
-    'set_attention_backend("native").',
+    Reason.KERNEL: "Another library's kernel, in a use that is not known to be plain attention.",
     Reason.PATTERN: "Attention written by hand with a step that the pass does not know.",
     Reason.WEIGHTS: "The attention weights are used elsewhere, so they have to be computed.",
     Reason.WRITTEN: "q, k, v or the mask is overwritten before the attention is complete.",

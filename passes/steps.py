@@ -34,7 +34,7 @@ class Step:
         fill: the logit of a key that is left out.
         order: dimensions are permuted so.
         shape: they are viewed in this shape.
-        emptied: weights are 0 in the rows where these scores are nothing but -inf.
+        emptied: weights are 0 where these scores are nothing but -inf along this dimension.
         beside: nodes that find these rows.
         reason: why attention with this step has to stay as it is, or None.
     """
@@ -48,7 +48,7 @@ class Step:
     fill: float = -math.inf
     order: tuple[int, ...] | None = None
     shape: tuple[Size, ...] | None = None
-    emptied: Node | None = None
+    emptied: tuple[Node, int] | None = None
     beside: tuple[Node, ...] = ()
     reason: Reason | None = None
 
@@ -303,13 +303,13 @@ def rows_without_keys(given: Given) -> Step | None:
     reduced, compared = arguments(reduction), arguments(found[-1])
     if reduced is None or compared is None:
         return None
-    over = (reduced.take("dim"), reduced.take("keepdim"))
+    dim, keepdim = reduced.take("dim"), reduced.take("keepdim")
     scores, lowest = compared.take("self"), compared.take("other")
     if not isinstance(scores, Node) or lowest != -math.inf:
         return None
-    if over not in ((-1, True), (_rank(given.scores) - 1, True)):
+    if not isinstance(dim, int) or keepdim is not True:
         return None
-    return Step(emptied=scores, beside=tuple(found))
+    return Step(emptied=(scores, dim % _rank(given.scores)), beside=tuple(found))
 
 
 def _chain(node: object, names: tuple[str, ...]) -> list[Node] | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch.fx import Node
 
-from svg_ear_compile.passes.dataflow import Dataflow, projected_input
+from svg_ear_compile.passes.dataflow import Dataflow, is_weight
 from svg_ear_compile.passes.memory import is_plain
 from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.products import is_product
@@ -51,12 +51,17 @@ def _nearby(
     for node in queue:
         for other in neighbours(node):
             same = _is_as_large(node, other)
-            if is_product(other) and projected_input(other) is None and (same or not of_its_size):
+            if _is_inner_product(other) and (same or not of_its_size):
                 return other
             if other not in seen and same and len(seen) < _FARTHEST:
                 seen.add(other)
                 queue.append(other)
     return None
+
+
+def _is_inner_product(node: Node) -> bool:
+    """True for a product of two activations."""
+    return is_product(node) and not any(is_weight(source) for source in node.all_input_nodes)
 
 
 def _is_as_large(node: Node, other: Node) -> bool:

@@ -113,18 +113,14 @@ class Accelerated:
                 # The report waits for the device, so that the seconds are those of the whole call.
                 report = self._report(generation)
                 seconds = time.perf_counter() - started
-                with self._lock:
-                    self._calls += 1
-                    self._last = replace(
-                        report,
-                        calls=self._calls,
-                        seconds=seconds,
-                        compiled=_graphs_compiled() > graphs,
-                    )
-                generation.reset()
             except BaseException:
                 generation.drop()
                 raise
+            generation.reset()
+            with self._lock:
+                self._calls += 1
+                compiled = _graphs_compiled() > graphs
+                self._last = replace(report, calls=self._calls, seconds=seconds, compiled=compiled)
 
     @contextmanager
     def _generation(self) -> Iterator[Generation]:
@@ -143,14 +139,15 @@ class Accelerated:
         finally:
             self._running.discard(name)
 
-    def _dense_steps_of(self, call: PipelineCall) -> int:
+    def _dense_steps_of(self, call: PipelineCall) -> int | None:
+        """Leading dense steps of a call, None if it does not tell its number of steps."""
         if call.steps is None:
             if isinstance(self._dense_steps, float):
                 raise ValueError(
                     f"dense_steps={self._dense_steps} is a fraction, but this call of "
                     f"{self._name} does not tell its number of steps: give a number of steps"
                 )
-            return self._dense_steps
+            return None
         count = self._dense_steps
         if isinstance(count, float):
             count = round(count * call.steps)
@@ -284,12 +281,16 @@ def accelerate(
             dense_layers=dense_layers,
             budget=bound_budget,
             timestep=timestep,
-            ascending=bool(ascending),
+            ascending=False if ascending is None else ascending,
             guidance=guidance,
             branches=branches,
             latents=latents,
         )
-        return Accelerated(target, models, compiled, session, dense_steps, ascending)
+        try:
+            return Accelerated(target, models, compiled, session, dense_steps, ascending)
+        except BaseException:
+            session.close()
+            raise
     except BaseException:
         compiled.undo()
         raise

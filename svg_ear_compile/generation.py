@@ -155,13 +155,14 @@ class Generation:
         """Number of denoising steps so far with dense attention, as the schedule asks."""
         return len(self._state.dense_steps)
 
-    def start(self, *, dense_steps: int, videos: int, rises: Callable[[], bool]) -> None:
+    def start(self, *, dense_steps: int | None, videos: int, rises: Callable[[], bool]) -> None:
         """Start anew for a call of a pipeline that says what it will do.
 
         The layers are read again: adapters may have been added since the last call.
 
         Args:
-            dense_steps: leading dense steps, if more than the session has.
+            dense_steps: leading dense steps, if more than the session has; None if the call does
+                not tell how many steps there are.
             videos: least number of different videos in a batch. They may start from equal latents,
                 and are no guidance branches of each other.
             rises: says at the first forward whether the timesteps rise from noise to video, if the

@@ -145,8 +145,14 @@ class CallWatch:
         body |= {"__call__": watched, "__slots__": ()}
         self._pipeline = pipeline
         self._original = original
-        self._watched = type(original)(original.__name__, (original,), body)
-        pipeline.__class__ = self._watched
+        try:
+            self._watched = type(original)(original.__name__, (original,), body)
+            pipeline.__class__ = self._watched
+        except TypeError as error:
+            raise TypeError(
+                f"the calls of this {original.__name__} cannot be watched ({error}): give "
+                "accelerate its model instead"
+            ) from error
 
     def stop(self) -> None:
         """Give the pipeline its class back, unless it was given another one meanwhile."""

@@ -136,19 +136,24 @@ def plan_site(
     """The plan that the site is rewritten with; None if the site stays as it is."""
     if isinstance(decided, Reason):
         return None
-    if isinstance(site.q_shape[2], torch.SymInt) and decided.least_tokens is not None:
+    lengths = (site.q_shape[2], site.k_shape[2])
+    if any(isinstance(n, torch.SymInt) for n in lengths) and decided.least_tokens is not None:
         # The graph serves other lengths, too. A guard on this length would compile again for the
         # others, so each call decides by its own length.
-        return replace(decided.plan or settings.plan, min_tokens=decided.least_tokens)
+        return replace(
+            decided.plan or settings.plan,
+            min_tokens=decided.least_tokens,
+            max_key_ratio=decided.max_key_ratio,
+        )
     return decided.plan
 
 
 def _facts(site: AttentionSite) -> SiteFacts:
     q, k = ([hint(size) or 0 for size in shape] for shape in (site.q_shape, site.k_shape))
     assert site.device is not None
-    text = max(count or 0 for count in site.exact.counts)
+    exact_queries, exact_keys = (count or 0 for count in site.exact.counts)
     dtype = str(site.dtype).removeprefix("torch.")
-    shape = AttentionShape(q[0], q[1], k[1], q[2], k[2], q[3], dtype, text)
+    shape = AttentionShape(q[0], q[1], k[1], q[2], k[2], q[3], dtype, exact_keys, exact_queries)
     return SiteFacts(site.layer, shape, site.device)
 
 

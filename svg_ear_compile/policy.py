@@ -27,6 +27,7 @@ from svg_ear_compile.cost_model.latency import (
     attention_allowance,
     break_even_tokens,
     dense_ms,
+    most_keys_per_query,
     non_attention_ms,
     sparse_ms,
 )
@@ -80,6 +81,7 @@ class Decision:
             dense because the options ask for density 1.
         sentence: reason or expectation in words.
         expected: see `Expectation`; None where there are no predictions.
+        max_key_ratio: see `AttentionPlan`.
     """
 
     plan: AttentionPlan | None
@@ -87,6 +89,7 @@ class Decision:
     reason: Literal["short", "budget", "unlisted", "device"] | None
     sentence: str
     expected: Expectation | None
+    max_key_ratio: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -146,11 +149,10 @@ def decide(
 def expect(site: SiteFacts, plan: AttentionPlan, calibration: Calibration) -> Expectation:
     """Predictions for a call under a plan that is not dense."""
     shape = site.shape
-    video = [max(tokens - shape.text, 1) for tokens in (shape.q_tokens, shape.k_tokens)]
     return Expectation(
         dense_ms(shape, calibration),
         sparse_ms(shape, plan, calibration, "cold").total,
-        default_error.model_error(expected_density(plan), plan, *video),
+        default_error.model_error(expected_density(plan), plan, *shape.clustered),
         calibration.basis,
         default_error.BASIS,
     )
@@ -158,21 +160,30 @@ def expect(site: SiteFacts, plan: AttentionPlan, calibration: Calibration) -> Ex
 
 def _by_density(site: SiteFacts, settings: Settings) -> Decision:
     calibration = calibration_of(site.device)
-    plan, tokens = settings.plan, site.shape.q_tokens - site.shape.text
+    plan, tokens = settings.plan, site.shape.q_tokens - site.shape.query_text
     if calibration is None:
         return _NO_KERNELS
     if plan.is_dense:
         return Decision(plan, 0, None, "dense, as asked for", None)
     expected = expect(site, plan, calibration)
-    least = settings.min_tokens
-    if least is None:
+    least = at_any_ratio = settings.min_tokens
+    ratio = 0.0
+    if settings.min_tokens is None:
+        queries, keys = site.shape.clustered
+        square = replace(site.shape, k_tokens=queries + site.shape.text)
         least = break_even_tokens(site.shape, plan, calibration)
+        at_any_ratio = break_even_tokens(square, plan, calibration)
+        ratio = most_keys_per_query(site.shape, plan, calibration)
     if least is not None and tokens >= least:
-        return Decision(plan, least, None, f"sparse {_times(expected)}", expected)
+        return Decision(plan, at_any_ratio, None, f"sparse {_times(expected)}", expected, ratio)
     where = "at no length" if least is None else f"from {least:,} video tokens on"
     sentence = f"Too few tokens: sparse {where}; here {_times(expected)}."
     # A call whose length is known only at run time may still be long enough.
-    return Decision(None, least, "short", sentence, expected)
+    if least is None and at_any_ratio is not None:
+        sentence = f"Too many keys for so few queries: sparse up to {ratio:g} for each; here " + (
+            f"{keys / queries:.3g}: {_times(expected)}."
+        )
+    return Decision(None, at_any_ratio, "short", sentence, expected, ratio)
 
 
 def _by_budget(site: SiteFacts, budget: Budget, settings: Settings) -> Decision:
@@ -180,7 +191,7 @@ def _by_budget(site: SiteFacts, budget: Budget, settings: Settings) -> Decision:
         choice, how = _choice(site.layer, budget.scaled(site.shape.k_tokens))
     except ValueError as error:
         return Decision(None, None, "unlisted", f"Dense, because {error}.", None)
-    tokens = site.shape.q_tokens - site.shape.text
+    tokens = site.shape.q_tokens - site.shape.query_text
     calibration = calibration_of(site.device)
     short = settings.min_tokens is not None and tokens < settings.min_tokens
     if calibration is None:
@@ -251,7 +262,7 @@ def _menu(site: SiteFacts, calibration: Calibration, settings: Settings) -> list
     """(plan, milliseconds, error) of all options of a call, dense first."""
     menu: list[_MenuEntry] = [(None, dense_ms(site.shape, calibration), 0.0)]
     least = settings.min_tokens or 0
-    if site.shape.q_tokens - site.shape.text >= least:
+    if site.shape.q_tokens - site.shape.query_text >= least:
         for density in DENSITIES:
             plan = replace(settings.plan, density=density)
             expected = expect(site, plan, calibration)

@@ -102,9 +102,9 @@ def sites_of(model: nn.Module, call: ModelCall) -> tuple[tuple[str, AttentionSha
     for site in found.sites:
         if site.plan is not None:
             batch, heads, q_tokens, k_tokens, dim = (size or 0 for size in site.shape)
-            kv_heads, text = site.kv_heads or heads, max(count or 0 for count in site.exact)
+            kv_heads, exact = site.kv_heads or heads, [count or 0 for count in site.exact]
             shape = AttentionShape(
-                batch, heads, kv_heads, q_tokens, k_tokens, dim, site.dtype, text
+                batch, heads, kv_heads, q_tokens, k_tokens, dim, site.dtype, exact[1], exact[0]
             )
             sites.append((site.layer, shape))
     if not sites:

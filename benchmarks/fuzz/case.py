@@ -51,6 +51,16 @@ def twice_all(xs: list[torch.Tensor]) -> None:
     for x in xs:
         x.mul_(2)
 """
+_KERNEL = """
+@torch.library.custom_op("svg_ear_fuzz::attend", mutates_args=())
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return ((query @ key.mT).softmax(-1) @ value).clone()
+
+
+@attend.register_fake
+def _(query, key, value):
+    return torch.empty_like(query @ key.mT @ value)
+"""
 
 
 @dataclass
@@ -228,6 +238,20 @@ class _Writer:
                     text += f"[..., :{width}]"
                 self._add(f"p{letter} = {text}")
             return
+        if source == "parameters":
+            for letter, tokens, width in (
+                ("q", of_q, wide),
+                ("k", of_k, narrow),
+                ("v", of_k, narrow),
+            ):
+                self.init.append(
+                    f"self.{letter} = nn.Parameter(torch.randn({self.c}, {width}) / 6)"
+                )
+                self._add(f"p{letter} = " + self.rng.choice((
+                    f"{tokens} @ self.{letter}", f"torch.matmul({tokens}, self.{letter}.mT.mT)",
+                    f"torch.einsum('bnc,cd->bnd', {tokens}, self.{letter})",
+                )))  # fmt: skip
+            return
         if source == "kv_together":
             self.init.append(f"self.q = {linear % wide}")
             self.init.append(f"self.kv = {linear % (2 * narrow)}")
@@ -373,9 +397,10 @@ class _Writer:
         self._written("masked")
         if not self._near("softmax"):
             dim = "-1" if form.score_dims.endswith("k") else "-2"
+            kind = c["softmax"] if c["softmax"] != "rows" or dim == "-1" else "method"
             if rng.random() < 0.3:
                 dim = str(len(form.score_dims) + int(dim))
-            self._add(rng.choice(SOFTMAXES[c["softmax"]]).replace("DIM", dim))
+            self._add(rng.choice(SOFTMAXES[kind]).replace("DIM", dim))
             if c["softmax"] == "module":
                 self.init.append(f"self.softmax = nn.Softmax(dim={dim})")
             if c["softmax"] == "dropout_off":
@@ -448,6 +473,8 @@ class _Writer:
             found += [CONTENTS[c["mask"]].expect, table[c["put"]].expect]
         if c["bias"] != "none" or self.d not in (32, 40, 64) or c["scale"] == "parameter":
             found.append("reason")
+        if c["softmax"] == "written_out":
+            found.append("reason")
         if c["scale"] in ("constant_written", "constant_of_dtype"):
             found.append("equal")
         if c["write"] != "none":
@@ -484,6 +511,7 @@ class _Writer:
         lines = [
             _HEADER.format(title=f"Case {self.name}: {self._title()}", dtype=self.choices["dtype"]),
             _OPERATORS if "twice" in text else "",
+            _KERNEL if "svg_ear_fuzz.attend" in text else "",
             "class Model(nn.Module):",
             "    def __init__(self):",
             "        super().__init__()",

@@ -15,6 +15,7 @@ from benchmarks.fuzz.forms import (
     SDPA_NAMES,
     SOFTMAXES,
     SOURCES,
+    WITHOUT_MASKS,
 )
 from benchmarks.fuzz.masks import APPLICATIONS, ARGUMENTS, BIASES, CONTENTS
 from benchmarks.fuzz.near_misses import NEAR_MISSES
@@ -69,7 +70,7 @@ def _choices(rng: random.Random, axis: str, value: str) -> dict[str, str]:
     found["dynamic"] = rng.choices(("no", "yes"), (11, 1))[0]
     found["finish"] = rng.choice(("raw", "reshape", "contiguous_view", "flatten", "projected"))
     found["mask"] = found["put"] = found["bias"] = found["write"] = "none"
-    whole = found["form"] == "multihead_module" or (miss is not None and miss.is_whole)
+    whole = found["form"] in WITHOUT_MASKS or (miss is not None and miss.is_whole)
     # One disturbance hides another: beside the one that was asked for, most is plain.
     calm = axis != "form" and rng.random() < 0.7
     if not whole and (axis in ("mask", "put", "bias") or value == "bool" or not calm):
@@ -101,7 +102,7 @@ def _form(rng: random.Random, axis: str, value: str) -> str:
     elif value in ARGUMENTS:
         names = list(SDPA_NAMES)
     if axis in ("mask", "put", "bias") or value == "bool":
-        names = [name for name in names if name != "multihead_module"]
+        names = [name for name in names if name not in WITHOUT_MASKS]
     if axis == "mask" and CONTENTS[value].dims:
         names = [name for name in names if _mask_dims(name) in CONTENTS[value].dims]
     if miss is not None:

@@ -56,6 +56,8 @@ _OUTS = ("o = w @ v", "o = torch.matmul(w, v)", "o = w.matmul(v)", "o = torch.ma
 _BMM = ("s = torch.bmm(q, k.mT)", "s = q.bmm(k.transpose(1, 2))", "s = q @ k.transpose(1, 2)",
         "s = torch.bmm(input=q, mat2=k.permute(0, 2, 1))")  # fmt: skip
 _BMM_OUT = ("o = torch.bmm(w, v)", "o = w.bmm(v)", "o = w @ v", "o = torch.bmm(input=w, mat2=v)")
+_KERNEL = "torch.ops.aten._scaled_dot_product_"
+_DENSE = "q, k, v = (t.contiguous() for t in (q, k, v))\n"
 _SDPA = "F.scaled_dot_product_attention"
 
 FORMS: dict[str, Form] = {
@@ -97,6 +99,23 @@ FORMS: dict[str, Form] = {
         f"o = {_SDPA}(q[None], k[None], v[None]%(rest)s)[0]",
         f"o = {_SDPA}(q[:, None], k[:, None], v[:, None]).squeeze(1)",
     ), expect="reason", weight=0.5),
+    # The CPU's kernel takes it for granted that channels lie side by side.
+    "kernel_for_cpu": Form("bhnd", "", (
+        f"{_DENSE}o = {_KERNEL}flash_attention_for_cpu(q, k, v)[0]",
+        f"{_DENSE}o, extra = {_KERNEL}flash_attention_for_cpu(q, k, v, scale=0.3)",
+        f"{_DENSE}o, extra = {_KERNEL}flash_attention_for_cpu.default(query=q, key=k, value=v)",
+    )),
+    "kernel_math": Form("bhnd", "", (
+        f"{_DENSE}o, _ = {_KERNEL}attention_math(q, k, v)",
+        f"{_DENSE}o = {_KERNEL}attention_math.default(q, k, v, None, 0.0, False, scale=0.2)[0]",
+    ), weight=0.6),
+    "kernel_weights_read": Form("bhnd", "", (
+        f"o, extra = {_KERNEL}attention_math(q, k, v)",
+    ), expect="reason", weight=0.4),
+    "kernel_unknown": Form("bhnd", "", (
+        "o = torch.ops.svg_ear_fuzz.attend(q, k, v)",
+        "o = torch.ops.svg_ear_fuzz.attend.default(q, k, value=v)",
+    ), expect="reason", weight=0.6),
     "matmul": Form("bhnd", "bhqk", _SCORES, _OUTS, weight=6),
     "matmul_one_key_head": Form("bhnd", "bhqk", _SCORES, _OUTS, heads="one", expect="reason"),
     "matmul_grouped_repeat": Form("bhnd", "bhqk", (
@@ -198,10 +217,13 @@ FORMS: dict[str, Form] = {
 """Every form by name."""
 
 SDPA_NAMES = tuple(name for name, form in FORMS.items() if not form.score_dims)
+WITHOUT_MASKS = ("multihead_module", *(name for name in FORMS if name.startswith("kernel_")))
+"""Forms that take no mask."""
+
 HAND_NAMES = tuple(name for name, form in FORMS.items() if form.score_dims)
 
 SOURCES = ("three_linears", "chunk", "split", "unbind", "permuted_qkv", "kv_together", "sliced",
-           "functional", "no_bias", "tensor_split", "select")  # fmt: skip
+           "functional", "no_bias", "tensor_split", "select", "parameters")  # fmt: skip
 """How q, k and v are projected from the tokens."""
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -314,6 +336,24 @@ SOFTMAXES: dict[str, tuple[str, ...]] = {
         "w = torch.ops.aten.softmax.int(s, DIM)", "w = torch.ops.aten._softmax(s, DIM, False)",
         "w = torch._softmax(s, DIM, False)",
     ),
+    "logarithm": (
+        "w = s.log_softmax(DIM).exp()", "w = torch.exp(F.log_softmax(s, dim=DIM))",
+        "w = torch.ops.aten._log_softmax(s, DIM, False).exp()",
+    ),
+    "rows": (
+        "w = s.flatten(0, -2).softmax(-1).view(s.shape)",
+        "w = F.softmax(s.reshape(-1, m), 1).reshape(s.shape)",
+        "w = s.flatten(0, -2).softmax(1).view_as(s)",
+    ),
+    "zero_without_keys": (
+        "w = torch.ops.aten._safe_softmax(s, DIM)",
+        "w = s.softmax(DIM)\n"
+        "w = torch.where((s == -math.inf).all(DIM, keepdim=True), torch.zeros_like(w), w)",
+    ),
+    "written_out": (
+        "w = (s - s.amax(DIM, keepdim=True)).exp()\nw = w / w.sum(DIM, keepdim=True)",
+        "w = (s - s.logsumexp(DIM, keepdim=True)).exp()",
+    ),
     "in_place_after": (
         "w = s.softmax(DIM)\nw = w.contiguous()", "w = s.clone().softmax(DIM)",
         "w = torch.clone(s.softmax(DIM))",
@@ -325,7 +365,7 @@ SOFTMAXES: dict[str, tuple[str, ...]] = {
         "w = F.dropout(F.softmax(s, DIM), p=0.3, training=self.training)",
     ),
 }  # fmt: skip
-"""Spellings of the softmax by kind; DIM is its dimension."""
+"""Spellings of the softmax by kind; DIM is its dimension. "rows" are for keys in the last one."""
 
 BETWEEN: dict[str, str] = {
     "none": "",

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from svg_ear_compile.cost_model.calibration import prior
 from svg_ear_compile.cost_model.device import Device
 from svg_ear_compile.cost_model.latency import (
+    LONGEST,
     NON_ATTENTION_OVERHEAD,
     Start,
     attention_allowance,
     break_even_tokens,
     call_ms,
     dense_ms,
+    most_keys_per_query,
     ms_per_unit_density,
     non_attention_ms,
     pays,
@@ -127,6 +129,26 @@ def test_break_even_is_where_the_plan_begins_to_pay(density: float) -> None:
     assert tokens is not None
     assert pays(SHAPE.with_tokens(tokens), plan, calibration)
     assert not pays(SHAPE.with_tokens(tokens - 1), plan, calibration)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3])
+def test_more_keys_than_the_ratio_do_not_pay(density: float) -> None:
+    plan, calibration = AttentionPlan(density=density), even("cuda", 1.5)
+    ratio = most_keys_per_query(SHAPE, plan, calibration)
+    assert ratio > 1
+    for keys, fits in ((ratio, True), (ratio + 2, False)):
+        queries = round(LONGEST / keys)
+        shape = dataclasses.replace(SHAPE, q_tokens=queries, k_tokens=LONGEST)
+        assert pays(shape, plan, calibration) == fits
+
+
+def test_exact_keys_cost_less_than_exact_queries() -> None:
+    plan, calibration = AttentionPlan(density=0.2), even("cuda", 1.5)
+    alike = dataclasses.replace(SHAPE, text=2000)
+    assert alike.clustered == (30760, 30760)
+    of_keys = dataclasses.replace(alike, exact_queries=0)
+    assert of_keys.clustered == (32760, 30760)
+    assert sparse_ms(of_keys, plan, calibration).total < sparse_ms(alike, plan, calibration).total
 
 
 def test_nothing_pays_on_a_device_whose_sparse_kernels_are_hopeless() -> None:

@@ -155,7 +155,7 @@ def _shape_case(**sizes: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
         (_shape_case(v={"dim": 64}), Reason.HEAD_DIM),
         (tuple(t[0] for t in qkv()), None),
         (tuple(t[None] for t in qkv()), Reason.LAYOUT),
-        (_shape_case(k={"tokens": 32}, v={"tokens": 32}), Reason.PREFIX),
+        (_shape_case(k={"tokens": 32}, v={"tokens": 32}), Reason.LENGTHS),
         (_shape_case(q={"batch": 2}), Reason.LAYOUT),
         (_shape_case(q={"batch": 2}, k={"batch": 2}), Reason.LAYOUT),
         (_shape_case(q={"heads": 1}), Reason.LAYOUT),

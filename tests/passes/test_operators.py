@@ -105,6 +105,22 @@ def test_a_plain_call_is_rewritten_to_the_same_numbers(name: str) -> None:
     torch.testing.assert_close(out, attend(*given), atol=2e-5, rtol=1e-4)
 
 
+def test_one_packed_sequence_is_a_sequence() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        starts = torch.tensor([0, TOKENS], dtype=torch.int32)
+        return flash_3._flash_attn_forward(
+            q[0], k[0], v[0], cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=TOKENS,
+            max_seqlen_k=TOKENS, softmax_scale=0.2,
+        )[:2]  # fmt: skip
+
+    given, backend = qkv(heads_last=True, batch=1), Rewriting()
+    out = run_rewritten(attend, *given, backend=backend)
+    assert backend.rewritten == 1
+    torch.testing.assert_close(out, attend(*given), atol=2e-5, rtol=1e-4)
+    (site,) = sites_of(attend, *given)
+    assert site.q_shape == (1, HEADS, TOKENS, DIM)
+
+
 def test_grouped_heads_of_a_kernel() -> None:
     given, backend = qkv(heads_last=True, kv_heads=1), Rewriting()
     attend = HEADS_LAST["FA2, lse"]

@@ -293,7 +293,7 @@ def places(text: tuple[int, int], tokens: int) -> str:
         (Lora, Role.SELF, (0, 0), None),
         (RopeIntoBuffer, Role.SELF, (0, 0), None),
         (CrossRopeIntoBuffer, Role.CROSS, (0, 0), Reason.CROSS_ATTENTION),
-        (Prefix, Role.PREFIX, (0, 0), Reason.PREFIX),
+        (Prefix, Role.PREFIX, (TEXT, 0), None),
         (RopeTables, Role.SELF, (0, 0), None),
         (Spatial, Role.SPATIAL, (0, 0), Reason.PART_OF_CLIP),
         (Temporal, Role.TEMPORAL, (0, 0), Reason.PART_OF_CLIP),
@@ -317,8 +317,8 @@ def test_role_and_text(
 ) -> None:
     site = site_of(kind())
     assert (site.role, site.reason) == (role, reason)
-    found = places(text, site.q_shape[2])
-    assert site.exact.spans == (found, found)
+    found = places(text, site.k_shape[2])
+    assert site.exact.spans == ("" if role is Role.PREFIX else found, found)
 
 
 def test_a_cross_attention_of_equal_lengths_is_still_cross() -> None:

@@ -91,6 +91,10 @@ SOFTMAXES: Cases = {
     "sigmoid": (by(torch.sigmoid), 0),
 }  # fmt: skip
 AFTERWARDS: Cases = {
+    "values by linear": (
+        lambda q, k, v, m: F.linear(scores(q[0, 0], k[0, 0]).softmax(-1), v[0, 0].T),
+        Reason.PATTERN,
+    ),
     "nan_to_num": (of_weights(lambda w: torch.nan_to_num(w)), Reason.PATTERN),
     "times": (of_weights(lambda w: w * 0.5), Reason.PATTERN),
     "left out": (of_weights(lambda w: w.masked_fill(w > 0.9, 0.0)), Reason.PATTERN),
@@ -102,6 +106,21 @@ EMPTY_ROWS: Cases = {
     "all lowest": (zeroed(all_lowest), 1),
     "none finite": (zeroed(none_finite), 1),
     "safe softmax": (safe, 1),
+    "keys by queries": (
+        lambda q, k, v, m: torch.where(
+            ((s := scores(k, q)) == -INF).all(2, keepdim=True), s * 0.0, s.softmax(2)
+        ).mT @ v, Reason.PATTERN,
+    ),
+    "keys by queries, a constant": (
+        lambda q, k, v, m: torch.where(
+            ((s := scores(k, q)) == -INF).all(-2, keepdim=True), torch.zeros(()), s.softmax(-2)
+        ).mT @ v, 1,
+    ),
+    "of transposed weights": (
+        lambda q, k, v, m: torch.where(
+            ((s := scores(k, q)) == -INF).all(2, keepdim=True), torch.zeros(()), s.softmax(2).mT
+        ) @ v, Reason.PATTERN,
+    ),
     "of other scores": (zeroed(all_lowest, lambda s: s + 1.0), Reason.PATTERN),
     "over queries": (zeroed(lambda s: s.eq(-INF).all(-2, keepdim=True)), Reason.PATTERN),
     "any lowest": (zeroed(lambda s: s.eq(-INF).any(-1, keepdim=True)), Reason.PATTERN),

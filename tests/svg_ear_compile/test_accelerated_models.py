@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate as hf_accelerate
+import diffusers
 import pytest
 import tiny_pipelines as tiny
 import torch
@@ -79,6 +80,31 @@ def test_models_and_blocks_are_offloaded(offload: Callable[[Any], None], before:
     plain = tiny.wan()
     with accelerate(plain, density=0.3, options=tiny.OPTIONS):
         assert torch.equal(tiny.generate(plain, tiny.wan_call()), found)
+
+
+@pytest.mark.parametrize("offload", [by_model, by_block])
+def test_a_model_compiled_as_a_whole_is_offloaded(offload: Callable[[Any], None]) -> None:
+    pipe = tiny.cogvideox()
+    offload(pipe)
+    with accelerate(pipe, density=0.3, options=tiny.OPTIONS) as handle:
+        found = tiny.generate(pipe, tiny.cogvideox_call())
+        assert not handle.report().models[0].regional
+    assert_sparse(handle)
+    plain = tiny.cogvideox()
+    with accelerate(plain, density=0.3, options=tiny.OPTIONS):
+        wanted = tiny.generate(plain, tiny.cogvideox_call())
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pipeline_made_of_the_same_models_runs_sparse_too() -> None:
+    pipe = tiny.wan()
+    with accelerate(pipe, density=0.3, options=tiny.OPTIONS) as handle:
+        found = tiny.generate(pipe, tiny.wan_call())
+        other = diffusers.WanPipeline.from_pipe(pipe)
+        assert torch.equal(tiny.generate(other, tiny.wan_call()), found)
+        assert handle.report().calls == 1
+        assert torch.equal(tiny.generate(pipe, tiny.wan_call()), found)
+    assert type(other) is diffusers.WanPipeline
 
 
 @pytest.mark.slow

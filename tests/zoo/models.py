@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import diffusers
+import original_styles
 import torch
 import transformers
 from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_rotary_pos_embed_allegro
@@ -616,6 +617,8 @@ FAMILIES = {
         Family("sana-video", sana, "video"),
         Family("animatediff", animatediff, "video"),
         Family("svd", svd, "video"),
+        Family("style-megatron", original_styles.megatron, "video"),
+        Family("style-options-dict", original_styles.options_dict, "video"),
         Family("flux", flux, "image"),
         Family("sd3", sd3, "image"),
         Family("llama", llama, "text"),
