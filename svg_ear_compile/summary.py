@@ -44,7 +44,6 @@ CURES = {
     Reason.DROPOUT: "call model.eval()",
     Reason.GRADIENTS: "call the model under torch.no_grad() or torch.inference_mode()",
     Reason.MASK: "pass a bool mask of padding, or none",
-    Reason.KERNEL: 'use PyTorch\'s attention: in diffusers set_attention_backend("native")',
     Reason.LEAF: "let the module call torch.nn.functional.scaled_dot_product_attention itself",
     Reason.KERNEL: 'call PyTorch\'s attention, in diffusers by set_attention_backend("native")',
     Reason.PATTERN: "write it as torch.nn.functional.scaled_dot_product_attention",
