@@ -67,7 +67,7 @@ def measured_table(record: Record) -> str:
             str(row["gpus"]), layout_of(row).name, _density(row["density"]),
             f"{median:.3f} ({min(samples):.3f} to {max(samples):.3f})",
             f"{seconds(alone[1]) / median:.2f}x", f"{efficiency(row, alone):.2f}",
-            f"{row['communication_seconds'] / median:.1%}", f"{row['peak_bytes'] / 2**30:.1f}",
+            f"{row['communication']:.1%}", f"{row['peak_bytes'] / 2**30:.1f}",
             f"{row['error']:.1e}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
@@ -103,6 +103,7 @@ def write_plot(record: Record, path: Path) -> None:
             )  # fmt: skip
     ticks = sorted({row["gpus"] for row in record["rows"]})
     axis.set_xticks(ticks, [str(n) for n in ticks])
+    axis.yaxis.set_major_formatter("{x:g}x")
     axis.set(xlabel="GPUs", ylabel="speed-up over one GPU, dense")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
