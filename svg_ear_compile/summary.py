@@ -177,7 +177,9 @@ class _Unheard(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if len(log.handlers) == 1 and not (log.parent is not None and log.parent.hasHandlers()):
-            print(self.format(record), file=sys.stderr)
+            bars = sys.modules.get("tqdm")  # a pipeline's first step compiles under its bar
+            write = print if bars is None else bars.tqdm.write
+            write(self.format(record), file=sys.stderr)
 
 
 def _show_by_default() -> None:
