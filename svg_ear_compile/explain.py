@@ -99,13 +99,13 @@ class Explanation:
         """
         calls, graphs = len(self.sites), len(self.graphs)
         head = (
-            f"{self.model or 'The function'}: {calls} attention calls in {graphs} "
-            f"graph{'' if graphs == 1 else 's'}, {self.sparse} sparse. "
-            "Shapes are B × H × N_q × N_k × D."
+            f"{self.model or 'The function'}: {calls} attention call{'' if calls == 1 else 's'} in "
+            f"{graphs} graph{'' if graphs == 1 else 's'}, {self.sparse} sparse."
         )
+        heads = [wrapped(head, width), wrapped("Shapes are B × H × N_q × N_k × D.", width)]
         entries = grouped(self.sites)
         digits = len(str(max((each.count for each in entries), default=1)))
-        parts = [wrapped(head, width), *(entry(each, digits, width) for each in entries)]
+        parts = ["\n".join(heads), *(entry(each, digits, width) for each in entries)]
         notes = [wrapped(note, width) for note in self._notes()]
         return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
 

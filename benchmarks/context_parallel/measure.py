@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import svg_ear_compile
@@ -127,7 +126,7 @@ def _measure(task: Task, density: float, device: str, folder: Path) -> dict[str,
         "samples_seconds": samples,
         "communication": _communication(forward, device),
         "peak_bytes": int(_slowest(float(peak), device)),
-        "sparse_layers": len(session.report()) if session else 0,
+        "sparse_layers": sum(r.density is not None for r in session.report()) if session else 0,
         "finite": bool(out.isfinite().all()),
         **_errors(out, task, density, folder),
     }
@@ -149,7 +148,7 @@ def _communication(forward: Callable[[], Tensor], device: str) -> float:
         seconds = seconds_of(forward, device)
     spent = 0.0
     for event in profiled.events() or []:
-        if on_gpu and event.device_type == DeviceType.CUDA and "nccl" in event.name.lower():
+        if on_gpu and event.name.startswith(("ncclDevKernel", "ncclKernel")):
             spent += event.self_device_time_total
         if not on_gpu and event.name.startswith("gloo:"):
             spent += event.cpu_time_total

@@ -76,6 +76,7 @@ def record() -> dict[str, Any]:
             "gpus": ring * ulysses, "ring": ring, "ulysses": ulysses, "density": density,
             "samples_seconds": [median - 0.01, median, median + 0.02],
             "communication": 0.1, "peak_bytes": 3 << 30, "error": 2e-3,
+            "sparse_layers": 0 if density == 1 or ring == 4 else 4,
         }  # fmt: skip
 
     return {
@@ -95,6 +96,7 @@ def test_measured_rows_are_compared_with_one_gpu() -> None:
     assert lines[3] == (
         "| 1 | one GPU | 0.2 | 0.400 (0.390 to 0.420) | 2.00x | 1.00 | 10.0% | 3.0 | 2.0e-03 |"
     )
+    assert "| 4 | ring | 0.2 (stayed dense) |" in lines[-3]
     assert lines[-1].startswith("| 4 | ring 2 × Ulysses 2 | 0.2 | 0.200 ")
     assert "| 4.00x | 0.50 |" in lines[-1]
 
