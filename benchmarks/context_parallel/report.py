@@ -106,7 +106,8 @@ def write_plot(record: Record, path: Path) -> None:
     axis.yaxis.set_major_formatter("{x:g}x")
     axis.set(xlabel="GPUs", ylabel="speed-up over one GPU, dense")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    if axis.lines:
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
