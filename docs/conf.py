@@ -23,6 +23,7 @@ extensions = [
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 default_role = "code"
+highlight_language = "none"  # of blocks that name no language, such as commands
 
 html_theme = "furo"
 html_title = project

@@ -24,10 +24,10 @@ def main() -> None:
     given = parser.parse_args()
 
     # Text comes first, then two channels of 40 sound tokens a second: these stay exact.
-    options: dict[str, Any] = {"text_prefix": 1000}
+    options: dict[str, Any] = {"exact_tokens": ":1000"}
     if given.tiny:
         pipe, call = tiny_diffusers.minimax_h3()
-        options = tiny_diffusers.OPTIONS | {"text_prefix": 423}
+        options = tiny_diffusers.OPTIONS | {"exact_tokens": ":423"}
     else:
         manager = diffusers.ComponentsManager()
         manager.enable_auto_cpu_offload(device="cuda")

@@ -228,7 +228,15 @@ def _is_lse(lse: Operand, call: Call) -> bool:
 
 
 def _left(node: Node, q: Node, k: Node, v: Node) -> Call:
-    return Call(node, (node,), Operand(q, ""), Operand(k, ""), Operand(v, ""), reason=Reason.KERNEL)
+    """The call as one that is not read; tokens are taken to be more than heads."""
+    dims = ""
+    if _rank(q) == _rank(k) == _rank(v) == 3:
+        dims = "nhd"
+    elif _rank(q) == _rank(k) == _rank(v) == 4:
+        _, heads, tokens, _ = (hint(size) or 0 for size in shape_of(q) or ())
+        dims = "bhnd" if heads <= tokens else "bnhd"
+    of_q, of_k, of_v = (Operand(tensor, dims) for tensor in (q, k, v))
+    return Call(node, (node,), of_q, of_k, of_v, reason=Reason.KERNEL)
 
 
 def _looks_like_attention(node: Node) -> bool:

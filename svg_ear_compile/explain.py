@@ -99,13 +99,13 @@ class Explanation:
         """
         calls, graphs = len(self.sites), len(self.graphs)
         head = (
-            f"{self.model or 'The function'}: {calls} attention calls in {graphs} "
-            f"graph{'' if graphs == 1 else 's'}, {self.sparse} sparse. "
-            "Shapes are B × H × N_q × N_k × D."
+            f"{self.model or 'The function'}: {calls} attention call{'' if calls == 1 else 's'} in "
+            f"{graphs} graph{'' if graphs == 1 else 's'}, {self.sparse} sparse."
         )
+        heads = [wrapped(head, width), wrapped("Shapes are B × H × N_q × N_k × D.", width)]
         entries = grouped(self.sites)
         digits = len(str(max((each.count for each in entries), default=1)))
-        parts = [wrapped(head, width), *(entry(each, digits, width) for each in entries)]
+        parts = ["\n".join(heads), *(entry(each, digits, width) for each in entries)]
         notes = [wrapped(note, width) for note in self._notes()]
         return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
 
@@ -184,12 +184,12 @@ def explain(
     def eager(*args: Any, **kwargs: Any) -> Any:
         return target(*args, **kwargs)
 
-    before = _counted_breaks()
+    before = _Counted.now()
     try:
         run_once(model, args, kwargs, record)
     except BackendCompilerFailed as error:  # Dynamo's wrapper of an error of the backend
         raise error.inner_exception from None
-    breaks = [_break(*item) for item in (_counted_breaks() - before).items()]
+    breaks = [_break(*item) for item in _Counted.now().since(before).items()]
     unseen = 0
     if breaks:
         with torch.no_grad(), CountingAttention() as counted:
@@ -217,9 +217,30 @@ def _draw(
             draw(picture, printable(title).replace("$", r"\$"), before[name], rewritten)
 
 
-def _counted_breaks() -> Counter[str]:
-    """Dynamo counts a frame that it leaves as a whole under another name than a break."""
-    return Counter(counters["graph_break"]) + Counter(counters["unimplemented"])
+@dataclass(frozen=True)
+class _Counted:
+    """What Dynamo has counted so far.
+
+    Attributes:
+        breaks: messages of graph breaks.
+        other: messages of what it could not trace; it may have found another way.
+        left: frames that it left as a whole, for such a reason.
+    """
+
+    breaks: Counter[str]
+    other: Counter[str]
+    left: int
+
+    @classmethod
+    def now(cls) -> _Counted:
+        frames = counters["frames"]
+        left = frames["total"] - frames["ok"]
+        return cls(Counter(counters["graph_break"]), Counter(counters["unimplemented"]), left)
+
+    def since(self, before: _Counted) -> Counter[str]:
+        """Messages of the breaks since then, and of the frames that were left."""
+        other = self.other - before.other if self.left > before.left else Counter[str]()
+        return self.breaks - before.breaks + other
 
 
 def _break(message: str, count: int) -> GraphBreak:

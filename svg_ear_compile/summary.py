@@ -44,7 +44,6 @@ CURES = {
     Reason.DROPOUT: "call model.eval()",
     Reason.GRADIENTS: "call the model under torch.no_grad() or torch.inference_mode()",
     Reason.MASK: "pass a bool mask of padding, or none",
-    Reason.KERNEL: 'use PyTorch\'s attention: in diffusers set_attention_backend("native")',
     Reason.LEAF: "let the module call torch.nn.functional.scaled_dot_product_attention itself",
     Reason.KERNEL: 'call PyTorch\'s attention, in diffusers by set_attention_backend("native")',
     Reason.PATTERN: "write it as torch.nn.functional.scaled_dot_product_attention",
@@ -178,7 +177,9 @@ class _Unheard(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if len(log.handlers) == 1 and not (log.parent is not None and log.parent.hasHandlers()):
-            print(self.format(record), file=sys.stderr)
+            bars = sys.modules.get("tqdm")  # a pipeline's first step compiles under its bar
+            write = print if bars is None else bars.tqdm.write
+            write(self.format(record), file=sys.stderr)
 
 
 def _show_by_default() -> None:

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import svg_ear_compile
@@ -125,9 +124,9 @@ def _measure(task: Task, density: float, device: str, folder: Path) -> dict[str,
         "density": density,
         "first_seconds": first,
         "samples_seconds": samples,
-        "communication_seconds": _communication(forward, device),
+        "communication": _communication(forward, device),
         "peak_bytes": int(_slowest(float(peak), device)),
-        "sparse_calls": len(session.report()) if session else 0,
+        "sparse_layers": sum(r.density is not None for r in session.report()) if session else 0,
         "finite": bool(out.isfinite().all()),
         **_errors(out, task, density, folder),
     }
@@ -141,19 +140,19 @@ def _slowest(value: float, device: str) -> float:
 
 
 def _communication(forward: Callable[[], Tensor], device: str) -> float:
-    """Seconds of one forward of this process in communication, waiting for others included."""
+    """Fraction of one forward of this process in communication, waiting for others included."""
     on_gpu = device == "cuda"
-    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     dist.barrier()
-    with profile(activities=[ProfilerActivity.CPU, activity]) as profiled:
-        seconds_of(forward, device)
+    with profile(activities=activities) as profiled:
+        seconds = seconds_of(forward, device)
     spent = 0.0
     for event in profiled.events() or []:
-        if on_gpu and event.device_type == DeviceType.CUDA and "nccl" in event.name.lower():
+        if on_gpu and event.name.startswith(("ncclDevKernel", "ncclKernel")):
             spent += event.self_device_time_total
         if not on_gpu and event.name.startswith("gloo:"):
             spent += event.cpu_time_total
-    return spent * 1e-6
+    return spent * 1e-6 / seconds
 
 
 def outputs_of_one_gpu(folder: Path, densities: Sequence[float]) -> bool:

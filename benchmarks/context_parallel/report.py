@@ -64,10 +64,10 @@ def measured_table(record: Record) -> str:
     for row in record["rows"]:
         median, samples = seconds(row), row["samples_seconds"]
         cells = [
-            str(row["gpus"]), layout_of(row).name, _density(row["density"]),
+            str(row["gpus"]), layout_of(row).name, _density(row["density"]) + _dense_after_all(row),
             f"{median:.3f} ({min(samples):.3f} to {max(samples):.3f})",
             f"{seconds(alone[1]) / median:.2f}x", f"{efficiency(row, alone):.2f}",
-            f"{row['communication_seconds'] / median:.1%}", f"{row['peak_bytes'] / 2**30:.1f}",
+            f"{row['communication']:.1%}", f"{row['peak_bytes'] / 2**30:.1f}",
             f"{row['error']:.1e}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
@@ -103,9 +103,11 @@ def write_plot(record: Record, path: Path) -> None:
             )  # fmt: skip
     ticks = sorted({row["gpus"] for row in record["rows"]})
     axis.set_xticks(ticks, [str(n) for n in ticks])
+    axis.yaxis.set_major_formatter("{x:g}x")
     axis.set(xlabel="GPUs", ylabel="speed-up over one GPU, dense")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    if axis.lines:
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -133,6 +135,11 @@ def section(results: Path, folder: Path) -> str:
     return "\n\n".join(
         [*parts, "Counted, for one attention and one GPU of a group:", counted_table()]
     )
+
+
+def _dense_after_all(row: Record) -> str:
+    """A remark where the cost model left the calls of a sparse row dense."""
+    return " (stayed dense)" if row["density"] < 1 and row["sparse_layers"] == 0 else ""
 
 
 def _density(density: float) -> str:

@@ -122,7 +122,7 @@ def main() -> None:
         "rows": [asdict(row) for row in rows],
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(record) + "\n")
+    given.out.write_text(json.dumps(record, separators=(",", ":")) + "\n")
     print(json.dumps(record["law"], indent=1))
 
 

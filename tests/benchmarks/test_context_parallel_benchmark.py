@@ -75,7 +75,8 @@ def record() -> dict[str, Any]:
         return {
             "gpus": ring * ulysses, "ring": ring, "ulysses": ulysses, "density": density,
             "samples_seconds": [median - 0.01, median, median + 0.02],
-            "communication_seconds": median / 10, "peak_bytes": 3 << 30, "error": 2e-3,
+            "communication": 0.1, "peak_bytes": 3 << 30, "error": 2e-3,
+            "sparse_layers": 0 if density == 1 or ring == 4 else 4,
         }  # fmt: skip
 
     return {
@@ -95,6 +96,7 @@ def test_measured_rows_are_compared_with_one_gpu() -> None:
     assert lines[3] == (
         "| 1 | one GPU | 0.2 | 0.400 (0.390 to 0.420) | 2.00x | 1.00 | 10.0% | 3.0 | 2.0e-03 |"
     )
+    assert "| 4 | ring | 0.2 (stayed dense) |" in lines[-3]
     assert lines[-1].startswith("| 4 | ring 2 × Ulysses 2 | 0.2 | 0.200 ")
     assert "| 4.00x | 0.50 |" in lines[-1]
 
@@ -133,6 +135,30 @@ def test_more_gpus_than_there_are(
         assert words in capsys.readouterr().err
 
 
+def test_a_run_that_was_cut_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Layout] = []
+
+    def fake(task: command.Task, folder: Path) -> list[dict[str, Any]]:
+        made.append(task.layout)
+        for density in task.densities:
+            (folder / f"one-{density:g}.pt").touch()
+        return [
+            row for row in record()["rows"]
+            if (row["ring"], row["ulysses"]) == (task.layout.ring, task.layout.ulysses)
+        ]  # fmt: skip
+
+    monkeypatch.setattr(command, "run", fake)
+    given = ["--tiny", "--densities", "0.2", "--gpus"]
+    run(monkeypatch, tmp_path, *given, "2")
+    assert made == [Layout(1, 1), Layout(1, 2), Layout(2, 1)]
+    run(monkeypatch, tmp_path, *given, "4")
+    assert made[3:] == [Layout(1, 4), Layout(4, 1), Layout(2, 2)]
+    assert json.loads((tmp_path / "tiny.json").read_text())["rows"] == record()["rows"]
+    (tmp_path / "one-0.2.pt").unlink()  # nothing to compare with: all is measured again
+    run(monkeypatch, tmp_path, *given, "1")
+    assert made[6:] == [Layout(1, 1)]
+
+
 @pytest.mark.slow
 def test_a_small_model_on_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["--tiny", "--gpus", "2", "--layers", "1", "--densities", "0.3", "--repeats", "2"]
@@ -146,12 +172,7 @@ def test_a_small_model_on_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for row in rows:
         assert row["finite"]
         assert len(row["samples_seconds"]) == 2
-        assert (row["communication_seconds"] > 0) == (row["gpus"] > 1)
-        assert row["sparse_calls"] == (0 if row["density"] == 1 else row["ring"])
+        assert (row["communication"] > 0) == (row["gpus"] > 1)
+        assert row["sparse_layers"] == (row["density"] < 1)
         assert row["error"] < (1e-4 if row["ring"] == 1 or row["density"] == 1 else 0.1)
         assert (row["error_to_dense"] > 1e-4) == (row["density"] < 1)
-    path.write_text(json.dumps({**written, "rows": rows[:4]}))
-    run(monkeypatch, tmp_path, *given)  # continues with the ring alone
-    again = json.loads(path.read_text())["rows"]
-    assert again[:4] == rows[:4]
-    assert len(again) == 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from traced_graphs import ALL_BLOCKS, Rewriting, graphs_of, run_rewritten, sites_of
 
 from svg_ear_compile.passes.find import find_sites
@@ -91,3 +91,34 @@ def of_channels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_attention_that_is_left_says_why(call: Example, reason: Reason) -> None:
     (site,) = sites_of(call, *qkv())
     assert site.reason is reason
+
+
+class OfAnyLength(nn.Module):
+    """Attention (B, N, C) whose scores are viewed in other shapes on their way."""
+
+    def __init__(self, in_rows: bool) -> None:
+        super().__init__()
+        self.qkv, self.in_rows = nn.Linear(24, 3 * HEADS * DIM), in_rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4)
+        batch, heads, tokens, _ = q.shape
+        if self.in_rows:
+            scores = (q @ k.mT).view(-1, tokens)
+            return scores.softmax(1).view(batch, heads, tokens, tokens) @ v
+        scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).view(batch, heads, tokens, tokens)
+        weights = scores.softmax(-1).view(batch * heads, tokens, tokens)
+        return torch.bmm(weights, v.flatten(0, 1)).view(batch, heads, tokens, DIM)
+
+
+@pytest.mark.parametrize("in_rows", [True, False])
+def test_reshapes_are_followed_at_any_length(in_rows: bool) -> None:
+    model, backend = OfAnyLength(in_rows).eval(), Rewriting()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for tokens in (TOKENS, 33):
+        x = torch.randn(2, tokens, 24)
+        torch._dynamo.mark_dynamic(x, 1)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x), atol=2e-5, rtol=1e-4)
+    assert (backend.calls, backend.rewritten) == (1, 1)

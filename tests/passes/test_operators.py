@@ -184,6 +184,12 @@ def test_a_call_that_is_not_plain_is_named_and_left(name: str) -> None:
     assert (backend.rewritten, backend.reasons) == (0, [reason])
 
 
+@pytest.mark.parametrize("name", ["unknown", "unequal", "capped"])
+def test_a_call_that_is_left_shows_its_length(name: str) -> None:
+    (site,) = sites_of(LEFT[name][0], *qkv(heads_last=True))
+    assert site.q_shape in ((2, HEADS, TOKENS, DIM), (1, HEADS, 2 * TOKENS, DIM))
+
+
 def test_a_bool_that_a_kernel_adds_is_no_padding() -> None:
     keep = torch.ones(1, 1, 1, TOKENS, dtype=torch.bool)
     (site,) = sites_of(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformer_models import TOKENS, stack, wan
 
 from svg_ear_compile import explain
@@ -111,6 +112,15 @@ def test_attention_is_counted_wherever_dynamo_leaves_it(
     found = explain(model, *torch.randn(3, 1, 2, TOKENS, 32))
     assert (found.unseen, len(found.sites)) == (calls, 2)
     assert any(named in b.reason for b in found.breaks)
+
+
+def test_what_dynamo_traces_in_another_way_is_no_break() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    found = explain(model, *torch.randn(3, 1, 2, TOKENS, 32))
+    assert (len(found.sites), found.breaks, found.unseen) == (1, [], 0)
 
 
 def test_explaining_leaves_what_is_compiled_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformer_models import TOKENS, WIDTH, stack, wan
 
 from svg_ear_compile import ModelCall, NotSparseError, summary
@@ -194,6 +196,17 @@ def test_the_line_is_seen_without_any_configuration(
         summary.say_once(logging.INFO, "one")
     summary.say_once(logging.INFO, "two")
     assert capsys.readouterr().err == "one\ntwo\n"
+
+
+def test_the_line_does_not_continue_a_progress_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unconfigured(monkeypatch)
+    with tqdm(total=3) as bar:
+        bar.update()
+        summary.say_once(logging.INFO, "one")
+    err = capsys.readouterr().err
+    assert "one" in re.split("[\r\n]", err)
 
 
 def test_the_users_configuration_is_kept(

@@ -80,7 +80,11 @@ class Counted:
 @pytest.mark.parametrize(
     ("objective", "settings"),
     [
-        ({"density": 0.3}, dataclasses.replace(QUICK, thresholds=True, phases=2)),
+        pytest.param(
+            {"density": 0.3},
+            dataclasses.replace(QUICK, thresholds=True, phases=2),
+            marks=pytest.mark.slow,
+        ),
         ({"max_error": 0.05}, QUICK),
     ],
 )

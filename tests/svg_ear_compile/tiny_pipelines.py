@@ -123,3 +123,17 @@ def generate(pipe: Any, call: dict[str, Any]) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
     found: Tensor = pipe(**call).frames
     return found
+
+
+def state_of(pipe: Any) -> dict[str, Any]:
+    """Everything about a pipeline that `accelerate` could leave behind."""
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return {
+        "class": type(pipe),
+        "attributes": dict(vars(pipe)),
+        "modules": {
+            (name, path): dict(vars(module))
+            for name, model in models.items()
+            for path, module in model.named_modules()
+        },
+    }
