@@ -254,3 +254,20 @@ def _site(tokens: int) -> AttentionSite:
 )
 def test_slices_that_do_not_fit(spans: tuple[tuple[int | None, int | None], ...]) -> None:
     assert given_tokens(_site(100).call, spans) is None
+
+
+def test_text_cut_at_a_length_that_a_mask_says() -> None:
+    """The length is known at run time only; all that is cut is exact."""
+
+    def pack(module: Stack, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        both = torch.cat([text, module.registers], 1)
+        return torch.cat([x, both[:, : mask.sum().item()]], 1)
+
+    module, backend = Stack(pack), Rewriting()
+    mask = torch.arange(TEXT) < 5
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        out = run_rewritten(module, *inputs(), mask, backend=backend)
+        assert exact_keys_seen(module, *inputs(), mask) == [list(range(VIDEO, VIDEO + 5))] * 2
+    assert backend.rewritten == 2
+    with torch.no_grad():
+        torch.testing.assert_close(out, module(*inputs(), mask), atol=1e-5, rtol=1e-4)
