@@ -92,7 +92,7 @@ def _name(stream: Stream) -> str:
             "option": "exact_tokens",
         }[stream.kind]
     name = re.sub(r"^[Ll]_+|_+$", "", stream.source.name)
-    return name.removeprefix("self_")
+    return name.removeprefix("self_").removeprefix("kwargs_")
 
 
 def given_tokens(call: Call, spans: Spans) -> ExactTokens | None:
