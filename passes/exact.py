@@ -43,7 +43,12 @@ def exact_tokens(streams: Streams, call: Call) -> ExactTokens:
     video = _video(queries, keys)
     if video is None:
         return NOTHING_EXACT
-    found = {part.stream for v in (queries, keys) if v is not None for part in leaves(v)}
+    found = {part.stream for part in leaves(queries)}
+    if keys is not None:
+        of_keys = {part.stream for part in leaves(keys)}
+        if found.isdisjoint(of_keys):
+            return NOTHING_EXACT  # they come into the graph apart: nothing shows what is video
+        found |= of_keys
     exact = frozenset(s for s in found if _is_exact(s, video))
     queries, keys = (
         v if v is not None and any(p.stream in exact and p.count != 0 for p in leaves(v)) else None

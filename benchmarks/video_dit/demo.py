@@ -165,8 +165,8 @@ def comparison_of(settings: DemoSettings, runs: list[Run], patch: int, page: Pat
         ("seconds", f"{settings.steps} × the median step after the {settings.dense_steps} dense"),
     )
     return Comparison(
-        (LABELS[settings.label],), (settings.seed,), tuple(sparse), clips, {"transformer": False},
-        conditions, fps=9.0, page=page,
+        (LABELS[settings.label],), (settings.seed,), tuple(sparse), clips, conditions, fps=9.0,
+        page=page,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +31,6 @@ from svg_ear_compile.passes import (
     patterns,
     site,
     steps,
-    symbolic,
 )
 from svg_ear_compile.passes import rewrite as rewriting
 from svg_ear_compile.passes.site import Padding
@@ -187,8 +187,9 @@ def _ragged_sizes_are_read(monkey: Monkey) -> None:
     def read(size: Any) -> Any:
         return size if size is None or isinstance(size, int) else int(size)
 
-    for module in (symbolic, find):
-        monkey.setattr(module, "hint", read)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("svg_ear_compile.passes.") and hasattr(module, "hint"):
+            monkey.setattr(module, "hint", read)
 
 
 def _any_tensor_is_plain(monkey: Monkey) -> None:
