@@ -42,7 +42,7 @@ def test_a_plan_field_may_be_a_bool(value: bool) -> None:
 def test_every_plan_field_is_an_option() -> None:
     for name, value in asdict(AttentionPlan()).items():
         if (
-            name not in ("top_p", "min_block_ratio", "threshold", "min_tokens")
+            name not in ("top_p", "min_block_ratio", "threshold", "min_tokens", "max_key_ratio")
             and value is not None
         ):
             assert getattr(Settings.parse({name: value}).plan, name) == value
