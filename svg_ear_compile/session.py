@@ -62,6 +62,7 @@ class Session:
         ascending: bool,
         guidance: Guidance,
         latents: str | None,
+        chunked: bool,
     ) -> None:
         _check_models(models)
         self._models = [BoundModel(module, timestep, latents) for module in models]
@@ -72,6 +73,7 @@ class Session:
             dense_layers=dense_layers,
             budget=budget,
             ascending=ascending,
+            chunked=chunked,
         )
         self._guidance = guidance
         self._generations: dict[str, Generation] = {}
@@ -328,6 +330,7 @@ def bind(
     guidance: Layout | None = None,
     branches: int | None = None,
     latents: str | None = None,
+    chunked: bool = False,
 ) -> Session:
     """Give models a session: layers with plans of their own, clusters reused between steps.
 
@@ -368,6 +371,10 @@ def bind(
         branches: number of branches of a declared layout, 2 by default.
         latents: name of the argument that holds the noisy video. By default the first argument of
             `guidance.LATENT_NAMES`, else the largest floating-point tensor.
+        chunked: the model makes a video chunk by chunk and attends to cached keys. A timestep that
+            jumps back to noise starts a chunk, not a generation; `Session.reset` starts one. By
+            default a chunk is told from a generation by a cache that has grown, so this is needed
+            only where the cache has reached its full length and rolls.
 
     Raises:
         ValueError: the forward has no such timestep or latents; the budget names no module, has a
@@ -385,4 +392,5 @@ def bind(
         ascending=ascending,
         guidance=Guidance(guidance, branches),
         latents=latents,
+        chunked=chunked,
     )
