@@ -4,12 +4,12 @@ Tokens are cut into blocks of 64 in the order in which they lie. Block i of the 
 of the keys have the proxy score ``a_ij = s q_i . k_j`` of their means. The blocks with the largest
 scores are computed exactly: a fixed fraction of every row ("top-k"), or all that lie more than tau
 standard deviations above the row's mean ("tau"; the deviation is that of keys whose features are
-independent). The diagonal block and its two neighbours are always exact. All queries of a block
-share what stands for its other blocks: one term ``n_j e^{a_ij} v_j`` for each.
+independent). The diagonal block and its two neighbours are always exact. Each of the others acts on
+a query q as one term ``n_j e^{s q . k_j} v_j``.
 
-A published implementation can route single tokens in addition: the keys outside of the exact blocks
-with the largest logit at the mean query become exact ("augmented"), and each of the others is a
-term of its own, ``e^{s q_i . k_t} v_t``.
+The wheel `comfy-kitchen` can route single tokens in addition ("augmented"): the keys outside of the
+exact blocks with the largest logit at the mean query become exact. Each of the others is a term of
+its own, whose logit is that of the mean query, ``s q_i . (k_t - k)`` about the mean k of all keys.
 """
 
 from __future__ import annotations
@@ -102,23 +102,22 @@ class SolAttn:
         exact = torch.ones(blocks, tokens, dtype=torch.bool, device=q.device)
         exact[:, :video] = chosen[:, block]
         if self.augmented:
-            logits = scale * mean_q @ k[:video].T
-            exact[:, :video] |= _largest_outside(logits, exact[:, :video], self.augmented)
-            rest = logits.masked_fill(exact[:, :video], -math.inf)
-            rest_values = v[:video]
-        else:
-            rest = (score + sizes.log()).masked_fill(chosen, -math.inf)
-            rest_values = mean_v
+            of_tokens = scale * mean_q @ k[:video].T
+            exact[:, :video] |= _largest_outside(of_tokens, exact[:, :video], self.augmented)
         out = torch.empty_like(q)
         out[video:] = torch.softmax(scale * q[video:] @ k.T, -1) @ v
         out[:video], lse = _attend(q[:video], k, v, exact, scale)
         if self.keeps_rest:
-            # Shares of the rest beside the exact keys: one softmax over both.
-            rest_lse = rest.logsumexp(1)
-            shift = torch.where(rest_lse == -math.inf, 0.0, rest_lse)
-            rest_out = (rest - shift[:, None]).exp() @ rest_values
-            share = torch.sigmoid(rest_lse[block] - lse)[:, None]
-            out[:video] = (1 - share) * out[:video] + share * rest_out[block]
+            if self.augmented:
+                rest = of_tokens.masked_fill(exact[:, :video], -math.inf)
+                rest_out, rest_lse = (x[block] for x in _softmax(rest, v[:video]))
+                rest_lse += scale * (q[:video] - mean_q[block]) @ mean_k.mean(0)
+            else:
+                rest = scale * q[:video] @ mean_k.T + sizes.log()
+                rest_out, rest_lse = _softmax(rest.masked_fill(chosen[block], -math.inf), mean_v)
+            # One softmax over exact keys and terms.
+            share = torch.sigmoid(rest_lse - lse)[:, None]
+            out[:video] = (1 - share) * out[:video] + share * rest_out
         return out, (exact[:, :video].sum(1, dtype=torch.float64) * sizes).sum()
 
 
@@ -172,6 +171,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, exact: Tensor, scale: float) -> tup
     for rows, seen in zip(q.split(rows_at_once), exact.split(_BLOCKS_AT_ONCE), strict=True):
         logits = scale * rows @ k.T
         logits.masked_fill_(~seen.repeat_interleave(BLOCK, 0)[: len(rows)], -math.inf)
-        totals.append(logits.logsumexp(1))
-        outs.append((logits - totals[-1][:, None]).exp() @ v)
+        out, total = _softmax(logits, v)
+        outs.append(out)
+        totals.append(total)
     return torch.cat(outs), torch.cat(totals)
+
+
+def _softmax(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean values (R, D) and log-sum-exp (R,) of logits (R, N); 0 and -inf where all are -inf."""
+    total = logits.logsumexp(1)
+    return (logits - total.masked_fill(total == -math.inf, 0.0)[:, None]).exp() @ values, total

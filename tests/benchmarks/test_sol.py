@@ -69,12 +69,13 @@ def definition(form: SolAttn, qkv: list[Tensor], plan: AttentionPlan) -> Tensor:
         weights, values = [logits[:, seen].exp()], [v[seen]]
         if form.keeps_rest and form.augmented:
             rest = [t for t in far if t not in single]
-            weights.append((k[rest] @ mean).exp().expand(len(logits), -1))
+            away = scale * q[rows] @ keys.mean(0) - mean @ keys.mean(0)
+            weights.append((k[rest] @ mean + away[:, None]).exp())
             values.append(v[rest])
         elif form.keeps_rest:
             rest = [j for j, p in enumerate(parts) if p.start not in tokens]
             mass = torch.tensor([parts[j].stop - parts[j].start for j in rest])
-            weights.append((mass * score[rest].exp()).expand(len(logits), -1))
+            weights.append(mass * (scale * q[rows] @ keys[rest].T).exp())
             values.append(torch.stack([v[parts[j]].mean(0) for j in rest]))
         weight, value = torch.cat(weights, 1), torch.cat(values)
         out[rows] = weight @ value / weight.sum(1, keepdim=True)
@@ -115,9 +116,9 @@ def test_blocks_of_equal_tokens_lose_nothing(qkv: list[Tensor]) -> None:
     cube = cube_order(GRID)
     block = torch.empty_like(cube)
     block[cube] = torch.arange(len(cube)) // BLOCK
-    q, k = (x.clone() for x in qkv[:2])
-    q[:, :, :-TEXT], k[:, :, :-TEXT] = q[:, :, block], k[:, :, block + 100]
-    q, k, v = q, k, qkv[2]
+    q, k, v = qkv
+    k = k.clone()
+    k[:, :, :-TEXT] = k[:, :, block]
     dense = F.scaled_dot_product_attention(q, k, v)
     out, _ = SolAttn("cubes")(q, k, v, by_tau(100.0), TEXT, GRID)
     torch.testing.assert_close(out, dense)
