@@ -227,7 +227,7 @@ def _with_given_tokens(site: AttentionSite, settings: Settings) -> AttentionSite
     spans = settings.exact_tokens
     if site.reason is not None or spans is None:
         return site
-    given = given_tokens(site.call, spans)
+    given = given_tokens(site.call, spans, settings.exact_length)
     return site if given is None else replace(site, exact=given)
 
 
@@ -236,7 +236,7 @@ def _note(site: AttentionSite, settings: Settings) -> str:
     spans = settings.exact_tokens
     if site.reason is not None:
         return ""
-    if spans is not None and given_tokens(site.call, spans) is None:
+    if spans is not None and given_tokens(site.call, spans, settings.exact_length) is None:
         return " The given exact_tokens do not fit its tokens: ignored here."
     if site.exact.guessed and spans is None:
         return " Exact tokens are a guess: tokens without positions. exact_tokens says it."

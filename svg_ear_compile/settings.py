@@ -58,6 +58,7 @@ class Settings:
             graph does not show them; None reads them off the graph. They are ignored in a call
             that they do not fit. Given as slices, or as numbers of tokens at the start and
             the end by `text_prefix` and `text_suffix`.
+        exact_length: number of keys of the only calls that these slices fit, None for any.
         strict: whether a graph of which no long attention went sparse raises, see `summary`.
         inductor: Inductor's own configuration, mode included.
     """
@@ -67,6 +68,7 @@ class Settings:
     budget: Budget | None = None
     min_tokens: int | None = None
     exact_tokens: tuple[tuple[int | None, int | None], ...] | None = None
+    exact_length: int | None = None
     strict: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -147,6 +149,11 @@ def exact_spans(value: object) -> tuple[tuple[int | None, int | None], ...]:
                 f'exact_tokens must be slices such as "0:226, -10:", got {shown(value)}'
             )
         return tuple(spans)
+    if callable(value):
+        raise InvalidTypeError(
+            "exact_tokens as a function is called with the model's inputs, which a compiled graph "
+            "does not know: give it to svg_ear_compile.bind(model, exact_tokens=...) or accelerate"
+        )
     slices: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
     for part in slices:
         if not isinstance(part, slice) or any(
