@@ -160,7 +160,7 @@ def explain(
         OSError: the folder cannot be written.
     """
     check_callable("explain", model)
-    settings = _settings(model, args, kwargs, options)
+    settings, exact_length = _settings(model, args, kwargs, options)
     graphs: list[GraphReport] = []
     drawn: set[object] = set()
     in_graphs = 0
@@ -169,7 +169,7 @@ def explain(
         tensors = (*gm.parameters(), *gm.buffers(), *vars(gm).values())
         traced = copy.deepcopy(gm, {id(t): t for t in tensors if isinstance(t, torch.Tensor)})
         before = {} if draw_to is None else surroundings_before(gm, find_sites(gm))
-        graphs.append(rewrite_graph(gm, settings))
+        graphs.append(rewrite_graph(gm, settings, exact_length))
         if draw_to is not None:
             _draw(Path(draw_to), before, surroundings_after(gm), drawn)
 
@@ -207,19 +207,19 @@ def _settings(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     options: Mapping[str, Any] | None,
-) -> Settings:
-    """The settings, with the exact tokens that a function names for these inputs."""
+) -> tuple[Settings, int | None]:
+    """The settings, with the exact tokens that a function names for these inputs, and whose."""
     function = options.get("exact_tokens") if isinstance(options, Mapping) else None
     if options is None or not callable(function):
-        return Settings.parse(options)
+        return Settings.parse(options), None
     rest = {key: value for key, value in options.items() if key != "exact_tokens"}
     settings = Settings.parse(rest)
     target = inner_of(model) if isinstance(model, nn.Module) else model
     signature = inspect.signature(target.forward if isinstance(target, nn.Module) else target)
     named = named_tokens(function, inputs_by_name(signature, args, kwargs))
     if named is None:
-        return settings
-    return replace(settings, exact_tokens=named.spans, exact_length=named.tokens)
+        return settings, None
+    return replace(settings, exact_tokens=named.spans), named.tokens
 
 
 def _draw(

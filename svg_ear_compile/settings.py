@@ -58,7 +58,6 @@ class Settings:
             graph does not show them; None reads them off the graph. They are ignored in a call
             that they do not fit. Given as slices, or as numbers of tokens at the start and
             the end by `text_prefix` and `text_suffix`.
-        exact_length: number of keys of the only calls that these slices fit, None for any.
         strict: whether a graph of which no long attention went sparse raises, see `summary`.
         inductor: Inductor's own configuration, mode included.
     """
@@ -68,7 +67,6 @@ class Settings:
     budget: Budget | None = None
     min_tokens: int | None = None
     exact_tokens: tuple[tuple[int | None, int | None], ...] | None = None
-    exact_length: int | None = None
     strict: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
