@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +57,19 @@ class CallRequest:
     cached_keys: bool = False
 
 
+class ExactTokens(NamedTuple):
+    """Tokens of a call that are always exact.
+
+    Attributes:
+        queries: (B|1, N_q) bool, None where all are clustered. keys: (B|1, N_k) bool, likewise.
+        clustered: numbers of the other queries and keys, see `TokenKinds`.
+    """
+
+    queries: Tensor | None
+    keys: Tensor | None
+    clustered: tuple[int, int]
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
     """Instructions for a call, or for a part of its batch.
@@ -69,6 +82,7 @@ class AttentionCall:
         blocks: clusters and block mask to reuse, which belong to `centroids`; None recomputes them.
         captured: captured graphs that may serve the call, or None. They serve no cached keys.
         cache: how the keys are clustered if they are cached, else None.
+        exact: the tokens that are always exact, instead of those that the graph names, or None.
     """
 
     plan: AttentionPlan
@@ -77,6 +91,7 @@ class AttentionCall:
     blocks: Blocks | None = None
     captured: CapturedGraphs | None = None
     cache: CachedKeys | None = None
+    exact: ExactTokens | None = None
 
 
 class CallSource(Protocol):

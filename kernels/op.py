@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svg_ear_compile.kernels import registry
-from svg_ear_compile.kernels.call import CallRequest, active_source
+from svg_ear_compile.kernels.call import CallRequest, ExactTokens, active_source
 from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.device_guard import on_device
 from svg_ear_compile.kernels.kinds import TokenKinds, token_kinds
@@ -96,8 +96,8 @@ def attention(
     )  # fmt: skip
     terms = _Terms(q.shape[-1] ** -0.5 if scale is None else scale, return_lse)
     with on_device(q.device):
-        kinds = partial(token_kinds, key_mask, exact_queries, exact_keys, clustered)
-        sparse = _sparse(q, k, v, kinds, request, terms)
+        exact = ExactTokens(exact_queries, exact_keys, clustered)
+        sparse = _sparse(q, k, v, key_mask, exact, request, terms)
         if sparse is None:
             out, lse = dense_attention(q, k, v, attn_mask, terms.scale, return_lse)
             # A mask whose padding was read off the graph masks keys; rows are masked here.
@@ -149,7 +149,8 @@ def _sparse(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kinds_of_tokens: Callable[[], TokenKinds],
+    key_mask: Tensor | None,
+    exact: ExactTokens,
     request: CallRequest,
     terms: _Terms,
 ) -> tuple[Tensor, Tensor] | None:
@@ -161,7 +162,7 @@ def _sparse(
         clusters_all = call.cache is None and call.blocks is None
         if call.plan.is_dense or request.dense_only or (request.many_keys and clusters_all):
             return None
-        kinds = kinds or kinds_of_tokens()
+        kinds = kinds or token_kinds(key_mask, *(call.exact or exact))
         rows = slice(None) if call.rows is None else call.rows
         attend: Callable[..., Result] = registry.sparse_attention
         if call.cache is not None:

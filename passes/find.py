@@ -99,7 +99,7 @@ def is_attention(target: object) -> bool:
 def _read(node: Node, flow: Dataflow) -> Call | None:
     if not _may_be_attention(node):
         return None
-    found = read_sdpa(node) or read_flex(node) or read_leaf(node) or read_kernel(node, flow)
+    found = read_sdpa(node) or read_flex(node, flow) or read_leaf(node) or read_kernel(node, flow)
     if found is None and is_exponential(node):
         return unread(node, flow)
     return found or read_handwritten(node, flow)

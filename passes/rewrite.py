@@ -95,6 +95,8 @@ class _Rewriter:
                 self._tensor(graph, operand, site.dtype) for operand in (call.q, call.k, call.v)
             )
             mask: tuple[Node | None, ...] = (None,)
+            if call.kept is not None:
+                mask = (call.kept.write(graph, q, self._now),)
             if call.mask is not None and site.padding is not None:
                 mask = (
                     self._conjunction(graph, site.padding.keys, call.mask.inverted), None,

@@ -8,6 +8,7 @@ from enum import Enum
 import torch
 from torch.fx import Node
 
+from svg_ear_compile.passes.block_mask import KeptKeys
 from svg_ear_compile.passes.memory import is_plain
 from svg_ear_compile.passes.symbolic import Size
 from svg_ear_compile.passes.vectors import ExactTokens
@@ -70,7 +71,7 @@ _SENTENCES = {
     Reason.VALUES: "Values come from other tokens than the keys.",
     Reason.PART_OF_CLIP: "Tokens of one frame, place or window attend to each other: short rows.",
     Reason.MASK: "The mask is a learned bias, one of several, or of no shape that padding has.",
-    Reason.FLEX: "flex_attention with a block mask or score function: what it leaves out is data.",
+    Reason.FLEX: "flex_attention with a score function or a block mask not shown to be padding.",
     Reason.LEAF: "Attention inside one PyTorch call, with its projections: it cannot be opened.",
     Reason.KERNEL: "Another library's kernel, in a use that is not known to be plain attention.",
     Reason.PATTERN: "Attention written by hand with a step that the pass does not know.",
@@ -193,6 +194,7 @@ class Call:
         mask: None where there is none.
         scale: of the logits; None is 1/sqrt(D).
         dropout_p, is_causal: as given to the call; hand-written attention has neither.
+        kept: the keys that take part, where a function says it; None where all do.
         lse: the node that holds the log-sum-exp of the logits, letters among "bhn"; None where
             nobody asks for it.
         reason: why the call cannot be read any further, or None.
@@ -208,6 +210,7 @@ class Call:
     scale: float | Node | None = None
     dropout_p: object = 0.0
     is_causal: object = False
+    kept: KeptKeys | None = None
     lse: Operand | None = None
     reason: Reason | None = None
 

@@ -209,7 +209,8 @@ class Generation:
 
         Raises:
             RuntimeError: another thread runs a forward, or another thread started the generation.
-            ValueError: the timestep or the declared latents are missing.
+            ValueError: the timestep or the declared latents are missing, or the function
+                `exact_tokens` raises or names tokens that no attention has.
         """
         if not self._running.acquire(blocking=False):
             raise RuntimeError(
@@ -219,10 +220,14 @@ class Generation:
         outer = self._forward
         try:
             timestep, latents = self._models[model].read(args, kwargs)
+            named = self._models[model].named_tokens(args, kwargs)
             self._forward = self._begin(model, timestep, latents)
+            self._forward.named = named
             try:
                 with calls_from(self):
                     yield self._forward.order.keys()
+                if named is not None:
+                    named.check_taken()
             except BaseException:
                 # An interrupted forward has recomputed the clusters of some layers only.
                 self.drop()
@@ -287,7 +292,9 @@ class Generation:
         layer.index = forward.order.setdefault(path, len(forward.order))
         # A call whose batch holds frames (folded into it) has no branches along its batch.
         places = forward.in_batch if request.q_shape[0] == forward.batch else 1
-        if request.dense_only or forward.dense:
+        exact = None if forward.named is None else forward.named.of(request)
+        is_short = exact is not None and request.plan.is_short(*exact.clustered)
+        if request.dense_only or forward.dense or is_short:
             plan = at_density(request.plan, 1.0)
         else:
             plan = self._plans.plan(
@@ -300,7 +307,7 @@ class Generation:
                 memory.skip()
             yield AttentionCall(plan)
         elif forward.index >= MAX_BRANCHES:
-            yield RememberedCall(plan, captured=self._graphs(request.device))
+            yield RememberedCall(plan, captured=self._graphs(request.device), exact=exact)
         else:
             if not plan.shared_branches:
                 keys = keys[:1]
@@ -321,7 +328,7 @@ class Generation:
             for memory in memories:
                 memory.step = step
             yield from calls_by_branch(
-                request, plan, memories, reference, self._graphs(request.device)
+                request, plan, memories, reference, self._graphs(request.device), exact
             )
 
     def _first_memory(self, place: Place, request: CallRequest) -> Memory:

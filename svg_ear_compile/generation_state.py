@@ -10,6 +10,7 @@ from svg_ear_compile.clock import Clock
 from svg_ear_compile.guidance import Branches
 from svg_ear_compile.layers import Identity
 from svg_ear_compile.memory import Memory
+from svg_ear_compile.named_tokens import NamedTokens
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Forward:
         thread: identifier of the thread that runs it.
         calls: number of calls so far, by site.
         order: layer path to position in the order of execution.
+        named: exact tokens that a function named in it, None for those that the graph shows.
     """
 
     model: int
@@ -86,3 +88,4 @@ class Forward:
     thread: int
     calls: Counter[str] = field(default_factory=Counter)
     order: dict[str, int] = field(default_factory=dict)
+    named: NamedTokens | None = None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels.call import AttentionCall, CallRequest
+from svg_ear_compile.kernels.call import AttentionCall, CallRequest, ExactTokens
 from svg_ear_compile.kernels.clusters import Blocks, Result
 from svg_ear_compile.kernels.kept_clusters import CachedKeys, KeptClusters
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -315,6 +315,7 @@ def calls_by_branch(
     memories: Sequence[Memory],
     reference: Memory | None = None,
     captured: CapturedGraphs | None = None,
+    exact: ExactTokens | None = None,
 ) -> Iterator[RememberedCall]:
     """One call for each guidance branch along a batch.
 
@@ -324,13 +325,13 @@ def calls_by_branch(
         memories: memories of the branches, in the order of the batch.
         reference: memory of the reference branch if it ran in an earlier forward. None makes the
             first of `memories` the reference branch and the others its followers.
-        captured: see `AttentionCall`.
+        captured, exact: see `AttentionCall`.
     """
     count = len(memories)
     batch = request.q_shape[0] // count
     for place, memory in enumerate(memories):
         rows = None if count == 1 else slice(place * batch, (place + 1) * batch)
-        yield _call(request, plan, rows, batch, memory, reference, captured)
+        yield _call(request, plan, rows, batch, memory, reference, captured, exact)
         if plan.shared_branches and reference is None:
             reference = memory
 
@@ -343,8 +344,10 @@ def _call(
     memory: Memory,
     reference: Memory | None,
     captured: CapturedGraphs | None,
+    exact: ExactTokens | None,
 ) -> RememberedCall:
-    q_clusters, k_clusters = plan.clusters(*request.clustered)
+    clustered = request.clustered if exact is None else exact.clustered
+    q_clusters, k_clusters = plan.clusters(*clustered)
     q_heads, q_tokens, dim = request.q_shape[1:]
     k_heads, k_tokens = request.k_shape[1:3]
     shapes = (batch, q_heads, q_clusters, dim), (batch, k_heads, k_clusters, dim)
@@ -354,7 +357,7 @@ def _call(
         centroids = reference.warm_start(*shapes, request.device)
         blocks = reference.blocks_of(plan, q_tokens, k_tokens) if centroids else None
     follows = blocks is not None
-    queries, keys = request.clustered
+    queries, keys = clustered
     cache = None
     if not follows:
         memory.hand_over(request.device)
@@ -368,7 +371,9 @@ def _call(
                 kept = memory.kept_clusters(plan, shapes[1], request.device)
             cache = CachedKeys(kept, min(queries, keys), grows, memory.calls)
     pairs = batch * q_heads * queries * keys
-    return RememberedCall(plan, rows, centroids, blocks, captured, cache, memory, follows, pairs)
+    return RememberedCall(
+        plan, rows, centroids, blocks, captured, cache, exact, memory, follows, pairs
+    )  # fmt: skip
 
 
 def _tokens(blocks: Blocks) -> tuple[int, int]:
