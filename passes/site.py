@@ -30,6 +30,7 @@ class Reason(str, Enum):
     """Why a site is left as it is. The value is the code; `sentence` says it in words."""
 
     CAUSAL = "causal"
+    CAUSAL_CHUNK = "causal_chunk"
     TEXT = "text"
     DROPOUT = "dropout"
     GRADIENTS = "gradients"
@@ -63,6 +64,7 @@ class Reason(str, Enum):
 
 _SENTENCES = {
     Reason.CAUSAL: "Causal or windowed by position: a language model's attention, not a video's.",
+    Reason.CAUSAL_CHUNK: "Causal among the new tokens: sparse only where they see all cached keys.",
     Reason.TEXT: "The tokens come from token ids alone: a text model.",
     Reason.DROPOUT: "Attention dropout is on: this is training.",
     Reason.GRADIENTS: "The graph needs gradients; the sparse operator is for inference.",

@@ -28,6 +28,7 @@ LONG_TOKENS = 16_384
 NEVER_SPARSE = frozenset(
     {
         Reason.CAUSAL,
+        Reason.CAUSAL_CHUNK,
         Reason.TEXT,
         Reason.CROSS_ATTENTION,
         Reason.LENGTHS,
