@@ -42,6 +42,7 @@ class Reason(str, Enum):
     FLEX = "flex"
     LEAF = "leaf"
     KERNEL = "kernel"
+    PACKED = "packed"
     PATTERN = "pattern"
     WEIGHTS = "weights"
     WRITTEN = "written"
@@ -76,6 +77,7 @@ _SENTENCES = {
     Reason.FLEX: "flex_attention with a score function or a block mask not shown to be padding.",
     Reason.LEAF: "Attention inside one PyTorch call, with its projections: it cannot be opened.",
     Reason.KERNEL: "Another library's kernel, in a use that is not known to be plain attention.",
+    Reason.PACKED: "Packed sequences of several lengths, or whose lengths the graph does not show.",
     Reason.PATTERN: "Attention written by hand with a step that the pass does not know.",
     Reason.WEIGHTS: "The attention weights are used elsewhere, so they have to be computed.",
     Reason.WRITTEN: "q, k, v or the mask is overwritten before the attention is complete.",
