@@ -23,7 +23,7 @@ from svg_ear_compile.passes.effects import Effects
 from svg_ear_compile.passes.exact_nodes import ExactNodes
 from svg_ear_compile.passes.find import owner_path
 from svg_ear_compile.passes.memory import fake_mode_of
-from svg_ear_compile.passes.site import AttentionSite, EmptyRow, Mask, Operand
+from svg_ear_compile.passes.site import AttentionSite, EmptyRow, Mask, Operand, Role
 from svg_ear_compile.passes.symbolic import hint, is_same
 from svg_ear_compile.passes.vectors import ExactTokens, Stream, Vector
 
@@ -127,6 +127,7 @@ class _Rewriter:
                         call.mask is not None and call.mask.empty_row is EmptyRow.MEAN
                     ),
                     "return_lse": call.lse is not None,
+                    "cached_keys": site.role is Role.PREFIX,
                 },
             )
             out = graph.call_function(operator.getitem, (done, 0))
