@@ -99,7 +99,7 @@ def is_attention(target: object) -> bool:
 def _read(node: Node, flow: Dataflow) -> Call | None:
     if not _may_be_attention(node):
         return None
-    found = read_sdpa(node) or read_flex(node) or read_leaf(node) or read_kernel(node, flow)
+    found = read_sdpa(node) or read_flex(node, flow) or read_leaf(node) or read_kernel(node, flow)
     if found is None and is_exponential(node):
         return unread(node, flow)
     return found or read_handwritten(node, flow)
@@ -176,7 +176,7 @@ def _computed_in(call: Call) -> torch.dtype | None:
 
 def _reason_to_leave(call: Call, role: Role, dtype: torch.dtype | None) -> Reason | None:
     if call.is_causal is not False:
-        return Reason.CAUSAL
+        return Reason.CAUSAL_CHUNK if role is Role.PREFIX else Reason.CAUSAL
     if call.dropout_p != 0.0:
         return Reason.DROPOUT
     values = [operand.node.meta.get("example_value") for operand in (call.q, call.k, call.v)]
