@@ -178,7 +178,7 @@ def _computed_in(call: Call) -> torch.dtype | None:
 
 def _reason_to_leave(call: Call, role: Role, dtype: torch.dtype | None) -> Reason | None:
     if call.is_causal is not False:
-        return Reason.CAUSAL
+        return Reason.CAUSAL_CHUNK if role is Role.PREFIX else Reason.CAUSAL
     if call.dropout_p != 0.0:
         return Reason.DROPOUT
     values = [operand.node.meta.get("example_value") for operand in (call.q, call.k, call.v)]

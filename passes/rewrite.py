@@ -131,8 +131,9 @@ class _Rewriter:
                 },
             )
             out = graph.call_function(operator.getitem, (done, 0))
-            if call.mask is not None and call.mask.empty_row is EmptyRow.NAN:
-                rows = mask[2] if site.padding else None
+            rows = mask[2] if site.padding and call.mask else None
+            leaves_out = mask[0] is not None or rows is not None
+            if leaves_out and call.mask and call.mask.empty_row is EmptyRow.NAN:
                 out = _without_empty_rows(graph, out, mask[0], rows, call.mask.added)
             out = self._take_place(site, _in_dims(graph, out, "bhnd", call.out_dims), old, last)
             if call.lse is not None:

@@ -30,6 +30,7 @@ class Reason(str, Enum):
     """Why a site is left as it is. The value is the code; `sentence` says it in words."""
 
     CAUSAL = "causal"
+    CAUSAL_CHUNK = "causal_chunk"
     TEXT = "text"
     DROPOUT = "dropout"
     GRADIENTS = "gradients"
@@ -41,6 +42,7 @@ class Reason(str, Enum):
     FLEX = "flex"
     LEAF = "leaf"
     KERNEL = "kernel"
+    PACKED = "packed"
     PATTERN = "pattern"
     WEIGHTS = "weights"
     WRITTEN = "written"
@@ -63,6 +65,7 @@ class Reason(str, Enum):
 
 _SENTENCES = {
     Reason.CAUSAL: "Causal or windowed by position: a language model's attention, not a video's.",
+    Reason.CAUSAL_CHUNK: "Causal among the new tokens: sparse only where they see all cached keys.",
     Reason.TEXT: "The tokens come from token ids alone: a text model.",
     Reason.DROPOUT: "Attention dropout is on: this is training.",
     Reason.GRADIENTS: "The graph needs gradients; the sparse operator is for inference.",
@@ -74,6 +77,7 @@ _SENTENCES = {
     Reason.FLEX: "flex_attention with a score function or a block mask not shown to be padding.",
     Reason.LEAF: "Attention inside one PyTorch call, with its projections: it cannot be opened.",
     Reason.KERNEL: "Another library's kernel, in a use that is not known to be plain attention.",
+    Reason.PACKED: "Packed sequences of several lengths, or whose lengths the graph does not show.",
     Reason.PATTERN: "Attention written by hand with a step that the pass does not know.",
     Reason.WEIGHTS: "The attention weights are used elsewhere, so they have to be computed.",
     Reason.WRITTEN: "q, k, v or the mask is overwritten before the attention is complete.",
