@@ -3,6 +3,8 @@
 Every text works on variables of fixed names: x (b, n, c) tokens, q, k, v operands, s scores, w
 weights, o output, keep (b, m) the keys that take part; b, n, m, h, g, d are batch, queries, keys,
 heads, heads of keys, head dim. `%(h)d` and its like are replaced by numbers.
+
+Longer than other files: it is one list of spellings.
 """
 
 from __future__ import annotations
