@@ -145,7 +145,7 @@ def updated_labels(
     cache, centroids, labels, changed = update
     centroids = centroids.float()
     earlier = centroids.shape[2]
-    # Ties go to the lowest cluster, so that copies of the first one get no key.
+    # Copies of a cluster tie with it, so they cost no key its nearest cluster.
     copies = centroids[:, :, :1].expand(-1, -1, clusters - earlier, -1)
     centroids = torch.cat([centroids, copies], 2)
     labels = torch.where(labels >= earlier, clusters, labels)

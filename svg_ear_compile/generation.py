@@ -146,8 +146,10 @@ class Generation:
             if memory.identities is not None
         }
         self.reset()
+        is_declared = self._plans.chunked or self._is_call
+        if is_declared:
+            self._state.chunk = last.chunk + 1
         if memories and same_thread:
-            is_declared = self._plans.chunked or self._is_call
             self._state.last_chunk = LastChunk(last.chunk, is_declared, memories)
 
     def drop(self) -> None:
