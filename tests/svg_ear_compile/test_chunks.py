@@ -111,15 +111,17 @@ def test_keys_that_are_too_many_to_cluster_are_sparse_in_a_session(
         assert (layer.cold, layer.kept + layer.reused) == (1, CHUNKS * len(TIMESTEPS) - 1)
 
 
-def test_graphs_are_as_many_as_without_the_backend() -> None:
-    for style in STYLES:
-        counts = []
-        for backend in (CompileCounter(), "svg_ear"):
-            torch._dynamo.reset()
-            counters.clear()
-            run(torch.compile(Chunked(style), backend=backend, dynamic=True), style)
-            counts.append(counters["stats"]["unique_graphs"])
-        assert counts[0] == counts[1] <= 2
+@pytest.mark.parametrize("style", ["cat", "slice"])
+def test_graphs_are_as_many_as_without_the_backend(style: str) -> None:
+    """Of caches that grow: one for a first chunk without a cache, one for every other."""
+    counts = []
+    for backend in (CompileCounter(), "svg_ear"):
+        torch._dynamo.reset()
+        counters.clear()
+        model = torch.compile(Chunked(style), backend=backend, dynamic=True)
+        list(generate(model, style, 4, timesteps=TIMESTEPS[:1]))
+        counts.append(counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1] <= 2
 
 
 def test_without_drift_keys_are_clustered_in_every_call() -> None:
