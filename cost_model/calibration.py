@@ -1,8 +1,8 @@
 """Calibration of a device: its roofs, and how many times longer each stage takes.
 
-A calibration is a versioned JSON file. It is calibrated on this machine (a file in the user's
-cache folder), recorded on another device of that name (`recorded/`, part of the package), or a
-conservative prior for devices that were never measured. `calibrate.py` does the measurements.
+A calibration is a versioned JSON file, or the prior of a device that was never measured
+(`prior.py`). `calibrate.py` does the measurements, `device_profile.py` finds the calibration of a
+device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,7 +35,6 @@ from svg_ear_compile.kernels.checked import (
 log = logging.getLogger(__name__)
 
 VERSION = 6
-RECORDED = Path(__file__).with_name("recorded")
 Origin = Literal["calibrated", "recorded", "prior"]
 
 # Ranges wide enough for any device: a value outside cannot have been measured.
@@ -114,6 +113,9 @@ class Calibration:
             is dense attention.
         seconds: duration of the calibration.
         samples: the measured calls.
+        uncertainty: share by which a sparse call may take longer than predicted while dense
+            attention does not; 0 where all coefficients were measured. None if the times of the
+            device are unknown: nothing can be decided from them.
     """
 
     version: Count
@@ -124,15 +126,20 @@ class Calibration:
     stages: dict[str, dict[str, Efficiency]]
     seconds: NotNegative = 0.0
     samples: tuple[Sample, ...] = field(default=(), repr=False)
+    uncertainty: Times | None = 0.0
 
     @property
     def basis(self) -> str:
         """Origin of the times, as words for a report."""
-        return {
+        if self.uncertainty is None:
+            return f"unknown: nothing was measured on {self.device.architecture or 'such a GPU'}"
+        where = f" for {self.device.architecture}" if self.device.architecture else ""
+        words = {
             "calibrated": "calibrated on this machine",
             "recorded": f"recorded on {self.device.name}",
-            "prior": "prior: not calibrated",
+            "prior": f"prior{where}: not calibrated",
         }[self.origin]
+        return words + (f", uncertain by {self.uncertainty:.0%}" if self.uncertainty else "")
 
     def stage_ms(self, stage: str, amount: Amount, dtype: str, head_dim: int) -> float:
         """Predicted milliseconds of one stage.
@@ -240,27 +247,7 @@ def save(calibration: Calibration) -> Path:
     return path
 
 
-def load(device: Device) -> Calibration:
-    """The calibration of a device: calibrated here, else recorded elsewhere, else a prior.
-
-    A file that cannot be used is skipped; the log says why, once.
-    """
-    try:
-        cached = cache_folder() / f"{device.key}.json"
-    except RuntimeError as error:
-        _warn_of_skipped(str(error))
-    else:
-        found = _read(cached, with_checksum=True)
-        if found is not None and found.device == device:
-            return found
-    for path in sorted(RECORDED.glob("*.json")):
-        found = _read(path, with_checksum=False)
-        if found is not None and found.device.name == device.name:
-            return replace(found, origin="recorded")
-    return prior(device)
-
-
-def _read(path: Path, with_checksum: bool) -> Calibration | None:
+def read(path: Path, with_checksum: bool) -> Calibration | None:
     """The calibration in a file of `save`; None if there is none or it cannot be used.
 
     Args:
@@ -277,7 +264,7 @@ def _read(path: Path, with_checksum: bool) -> Calibration | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        _warn_of_skipped(str(error))
+        warn_of_skipped(str(error))
         return None
 
 
@@ -286,41 +273,6 @@ def _checksum(data: object) -> str:
 
 
 @functools.cache
-def _warn_of_skipped(problem: str) -> None:
+def warn_of_skipped(problem: str) -> None:
+    """Log why a file is not used, once per process."""
     log.warning("calibration skipped: %s", printable(problem))
-
-
-# The priors are conservative: a sparse call slower than dense is worse than a dense call that could
-# have been faster. The efficiencies are rounded up from stage times of early kernels on one GPU
-# (benchmarks/NOTES.md) and on a two-core CPU. The roofs are those of an older data-centre GPU and a
-# small CPU. With these numbers a cold call at density 0.2 breaks even with dense near 45,000 tokens
-# of 128 channels on a GPU, near 37,000 on Hopper (where an H200 is 1.5 times as fast as dense at
-# 32,760), and near 14,000 on a CPU.
-_PRIORS = {
-    "cuda": (
-        Roofs({"bfloat16": 250.0, "float16": 250.0, "float32": 15.0}, 1500.0, 0.006),
-        2.0,
-        {
-            "dense": Efficiency(1.4, 1.0, 1.0),
-            "cluster": Efficiency(3.0, 4.0, 2.0),
-            "score": Efficiency(16.0, 3.0, 1.0),
-            "route": Efficiency(1.0, 4.0, 1.0),
-            "attend": Efficiency(3.0, 1.5, 1.0),
-            "correction": Efficiency(1.0, 2.0, 0.5),
-        },
-    ),
-    "cpu": (
-        Roofs({"bfloat16": 0.06, "float16": 0.06, "float32": 0.06}, 20.0, 0.004),
-        0.0,
-        {
-            "dense": Efficiency(1.0, 1.0, 1.0),
-            "sparse": Efficiency(3.0, 8.0, 3.0),
-        },
-    ),
-}
-
-
-def prior(device: Device) -> Calibration:
-    """Conservative calibration for a device that was never measured."""
-    roofs, host_ms, efficiencies = _PRIORS[device.kind]
-    return Calibration(VERSION, "prior", device, roofs, host_ms, {"bfloat16/128": efficiencies})

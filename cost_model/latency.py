@@ -89,9 +89,12 @@ def call_ms(shape: AttentionShape, plan: AttentionPlan, calibration: Calibration
 def pays(shape: AttentionShape, plan: AttentionPlan, calibration: Calibration) -> bool:
     """Whether the plan is predicted to be faster than dense attention.
 
-    Clusters are cold, because unbound models have no warm start.
+    Uncertainty counts against it. Clusters are cold, because unbound models have no warm start.
     """
-    return sparse_ms(shape, plan, calibration, "cold").total < dense_ms(shape, calibration)
+    if calibration.uncertainty is None:
+        return False
+    longest = sparse_ms(shape, plan, calibration, "cold").total * (1.0 + calibration.uncertainty)
+    return longest < dense_ms(shape, calibration)
 
 
 def break_even_tokens(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -51,6 +51,19 @@ class CallRequest:
     dense_only: bool = False
 
 
+class ExactTokens(NamedTuple):
+    """Tokens of a call that are always exact.
+
+    Attributes:
+        queries: (B|1, N_q) bool, None where all are clustered. keys: (B|1, N_k) bool, likewise.
+        clustered: numbers of the other queries and keys, see `TokenKinds`.
+    """
+
+    queries: Tensor | None
+    keys: Tensor | None
+    clustered: tuple[int, int]
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
     """Instructions for a call, or for a part of its batch.
@@ -62,6 +75,7 @@ class AttentionCall:
             starts; None for a cold call.
         blocks: clusters and block mask to reuse, which belong to `centroids`; None recomputes them.
         captured: captured graphs that may serve the call, or None.
+        exact: the tokens that are always exact, instead of those that the graph names, or None.
     """
 
     plan: AttentionPlan
@@ -69,6 +83,7 @@ class AttentionCall:
     centroids: tuple[Tensor, Tensor] | None = None
     blocks: Blocks | None = None
     captured: CapturedGraphs | None = None
+    exact: ExactTokens | None = None
 
 
 class CallSource(Protocol):

@@ -6,8 +6,6 @@ compiled on a machine without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svg_ear_compile.kernels import registry
-from svg_ear_compile.kernels.call import CallRequest, active_source
+from svg_ear_compile.kernels.call import CallRequest, ExactTokens, active_source
 from svg_ear_compile.kernels.device_guard import on_device
 from svg_ear_compile.kernels.kinds import TokenKinds, token_kinds
 from svg_ear_compile.kernels.plan import HEAD_DIMS, AttentionPlan
@@ -91,8 +89,8 @@ def attention(
     )  # fmt: skip
     terms = _Terms(q.shape[-1] ** -0.5 if scale is None else scale, return_lse)
     with on_device(q.device):
-        kinds = partial(token_kinds, key_mask, exact_queries, exact_keys, clustered)
-        sparse = _sparse(q, k, v, kinds, request, terms)
+        exact = ExactTokens(exact_queries, exact_keys, clustered)
+        sparse = _sparse(q, k, v, key_mask, exact, request, terms)
         if sparse is None:
             out, lse = dense_attention(q, k, v, attn_mask, terms.scale, return_lse)
             # A mask whose padding was read off the graph masks keys; rows are masked here.
@@ -143,7 +141,8 @@ def _sparse(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kinds_of_tokens: Callable[[], TokenKinds],
+    key_mask: Tensor | None,
+    exact: ExactTokens,
     request: CallRequest,
     terms: _Terms,
 ) -> tuple[Tensor, Tensor] | None:
@@ -154,7 +153,7 @@ def _sparse(
     for call in source.calls(request):
         if call.plan.is_dense or request.dense_only:
             return None
-        kinds = kinds or kinds_of_tokens()
+        kinds = kinds or token_kinds(key_mask, *(call.exact or exact))
         rows = slice(None) if call.rows is None else call.rows
         served = registry if call.captured is None else call.captured
         result = served.sparse_attention(

@@ -100,13 +100,18 @@ def _name(stream: Stream) -> str:
     return name.removeprefix("self_").removeprefix("kwargs_")
 
 
-def given_tokens(call: Call, spans: Spans) -> ExactTokens | None:
+def given_tokens(call: Call, spans: Spans, length: int | None = None) -> ExactTokens | None:
     """The tokens that an option names by slices; None if these do not fit the call.
 
     Slices are of the keys; queries have the same if they are as many. They fit if each lies inside
     of the sequence, as it was traced, and they leave a token to cluster.
+
+    Args:
+        length: number of keys of the only calls that they fit, None for any.
     """
     if "n" not in call.q.dims or "n" not in call.k.dims:
+        return None
+    if length not in (None, hint(_tokens(call.k)[0])):
         return None
     vectors: list[Vector | None] = []
     (q_tokens, q_dim), (k_tokens, k_dim) = (_tokens(x) for x in (call.q, call.k))
@@ -118,7 +123,7 @@ def given_tokens(call: Call, spans: Spans) -> ExactTokens | None:
         vector: Vector = Part(count, FILLED)
         for start, stop in spans:
             what = Cut(Part(count, OPTION), start, stop, None, None)
-            if not _fits(start, stop, hint(tokens)):
+            if not fits(start, stop, hint(tokens)):
                 return None
             vector = Placed(vector, (start, stop), what)
         vectors.append(vector)
@@ -131,7 +136,8 @@ def _tokens(operand: Operand) -> tuple[Size, int]:
     return operand.node.meta["example_value"].shape[dim], dim
 
 
-def _fits(start: int | None, stop: int | None, tokens: int | None) -> bool:
+def fits(start: int | None, stop: int | None, tokens: int | None) -> bool:
+    """True if a slice takes tokens of so many and none beyond, or if their number is not known."""
     if tokens is None:
         return True
     first, last = start or 0, tokens if stop is None else stop

@@ -249,7 +249,8 @@ def accelerate(
             attributes, or a module.
         density, target_speedup, budget: objective, at most one of them: see `Settings`. A budget
             may also be a list, one for each model, or the dict that `bind` takes.
-        options: further options of the backend, see `Settings.parse`.
+        options: further options of the backend, see `Settings.parse`; ``exact_tokens`` may also be
+            a function, see `bind`.
         dense_steps: leading denoising steps with dense attention: a number of steps, or a fraction
             in [0, 1) of the steps of each call.
         ascending: whether the timestep rises from noise to video, as in Mochi. By default the
@@ -268,6 +269,8 @@ def accelerate(
     _check_dense_steps(dense_steps, target)
     bound_budget, chosen = _budgets(budget, len(models))
     given = _options(density, target_speedup, options)
+    is_function = callable(given.get("exact_tokens"))
+    exact_tokens = given.pop("exact_tokens") if is_function else None
     every = [{**given, **({} if b is None else {"budget": b})} for b in chosen]
     for each in every:
         Settings.parse(each)
@@ -285,6 +288,7 @@ def accelerate(
             guidance=guidance,
             branches=branches,
             latents=latents,
+            exact_tokens=exact_tokens,
         )
         try:
             return Accelerated(target, models, compiled, session, dense_steps, ascending)

@@ -27,7 +27,7 @@ from rich.table import Table
 from svg_ear_compile.calibrating import calibrate
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import calibration as calibrations
-from svg_ear_compile.cost_model import json_record
+from svg_ear_compile.cost_model import device_profile, json_record
 from svg_ear_compile.cost_model.budget import Budget, Performance
 from svg_ear_compile.cost_model.calibrate import compare
 from svg_ear_compile.cost_model.calibration import Calibration
@@ -339,7 +339,7 @@ def _plot(given: argparse.Namespace) -> None:
         draw = plots.budget if given.what == "budget" else plots.frontier
         draw(budgets.load(given.budget), given.out)
     elif given.what == "times":
-        found = calibrations.load(describe(given.device))
+        found = device_profile.load(describe(given.device))
         if not found.samples:
             raise InvalidValueError(f"{given.device} was not measured: run svg-ear calibrate first")
         plots.times(compare(found, found.samples), found.device.name, given.out)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from svg_ear_compile.eager_calls import CountingAttention
 from svg_ear_compile.explained import entry, grouped, wrapped
 from svg_ear_compile.given_models import check_callable
 from svg_ear_compile.kernels.checked import printable
+from svg_ear_compile.layers import inner_of, inputs_by_name
+from svg_ear_compile.named_tokens import named_tokens
 from svg_ear_compile.passes.drawing import (
     Surroundings,
     draw,
@@ -147,7 +150,7 @@ def explain(
     Args:
         model: an `nn.Module`, compiled or not, or a function.
         args, kwargs: its inputs.
-        options: see `Settings.parse`.
+        options: see `Settings.parse`; ``exact_tokens`` may also be a function, see `bind`.
         draw_to: folder for drawings of the graph around sparse sites before and after the rewrite,
             one for each kind of site.
 
@@ -157,7 +160,7 @@ def explain(
         OSError: the folder cannot be written.
     """
     check_callable("explain", model)
-    settings = Settings.parse(options)
+    settings, exact_length = _settings(model, args, kwargs, options)
     graphs: list[GraphReport] = []
     drawn: set[object] = set()
     in_graphs = 0
@@ -166,7 +169,7 @@ def explain(
         tensors = (*gm.parameters(), *gm.buffers(), *vars(gm).values())
         traced = copy.deepcopy(gm, {id(t): t for t in tensors if isinstance(t, torch.Tensor)})
         before = {} if draw_to is None else surroundings_before(gm, find_sites(gm))
-        graphs.append(rewrite_graph(gm, settings))
+        graphs.append(rewrite_graph(gm, settings, exact_length))
         if draw_to is not None:
             _draw(Path(draw_to), before, surroundings_after(gm), drawn)
 
@@ -197,6 +200,26 @@ def explain(
         unseen = counted.calls - in_graphs
     name = type(target).__name__ if isinstance(target, nn.Module) else ""
     return Explanation(graphs, breaks, unseen, name)
+
+
+def _settings(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any] | None,
+) -> tuple[Settings, int | None]:
+    """The settings, with the exact tokens that a function names for these inputs, and whose."""
+    function = options.get("exact_tokens") if isinstance(options, Mapping) else None
+    if options is None or not callable(function):
+        return Settings.parse(options), None
+    rest = {key: value for key, value in options.items() if key != "exact_tokens"}
+    settings = Settings.parse(rest)
+    target = inner_of(model) if isinstance(model, nn.Module) else model
+    signature = inspect.signature(target.forward if isinstance(target, nn.Module) else target)
+    named = named_tokens(function, inputs_by_name(signature, args, kwargs))
+    if named is None:
+        return settings, None
+    return replace(settings, exact_tokens=named.spans), named.tokens
 
 
 def _draw(

@@ -22,6 +22,7 @@ from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.layer_plans import LayerPlans, at_density
 from svg_ear_compile.layers import BoundModel, Identity, LayerReport
 from svg_ear_compile.memory import Memory, RememberedCall, calls_by_branch
+from svg_ear_compile.named_tokens import NamedTokens
 
 if TYPE_CHECKING:
     from svg_ear_compile.kernels.gpu.captured_graphs import CapturedGraphs
@@ -82,6 +83,7 @@ class _Forward:
         thread: identifier of the thread that runs it.
         calls: number of calls so far, by site.
         order: layer path to position in the order of execution.
+        named: exact tokens that a function named in it, None for those that the graph shows.
     """
 
     model: int
@@ -94,6 +96,7 @@ class _Forward:
     thread: int
     calls: Counter[str] = field(default_factory=Counter)
     order: dict[str, int] = field(default_factory=dict)
+    named: NamedTokens | None = None
 
 
 class Generation:
@@ -236,7 +239,8 @@ class Generation:
 
         Raises:
             RuntimeError: another thread runs a forward, or another thread started the generation.
-            ValueError: the timestep or the declared latents are missing.
+            ValueError: the timestep or the declared latents are missing, or the function
+                `exact_tokens` raises or names tokens that no attention has.
         """
         if not self._running.acquire(blocking=False):
             raise RuntimeError(
@@ -246,10 +250,14 @@ class Generation:
         outer = self._forward
         try:
             timestep, latents = self._models[model].read(args, kwargs)
+            named = self._models[model].named_tokens(args, kwargs)
             self._forward = self._begin(model, timestep, latents)
+            self._forward.named = named
             try:
                 with calls_from(self):
                     yield self._forward.order.keys()
+                if named is not None:
+                    named.check_taken()
             except BaseException:
                 # An interrupted forward has recomputed the clusters of some layers only.
                 self.drop()
@@ -314,7 +322,9 @@ class Generation:
         layer.index = forward.order.setdefault(path, len(forward.order))
         # A call whose batch holds frames (folded into it) has no branches along its batch.
         places = forward.in_batch if request.q_shape[0] == forward.batch else 1
-        if request.dense_only or forward.dense:
+        exact = None if forward.named is None else forward.named.of(request)
+        is_short = exact is not None and request.plan.is_dense_for(*exact.clustered)
+        if request.dense_only or forward.dense or is_short:
             plan = at_density(request.plan, 1.0)
         else:
             plan = self._plans.plan(
@@ -327,7 +337,7 @@ class Generation:
                 memory.skip()
             yield AttentionCall(plan)
         elif forward.index >= MAX_BRANCHES:
-            yield RememberedCall(plan, captured=self._graphs(request.device))
+            yield RememberedCall(plan, captured=self._graphs(request.device), exact=exact)
         else:
             if not plan.shared_branches:
                 keys = keys[:1]
@@ -342,7 +352,7 @@ class Generation:
             for memory in memories:
                 memory.step = step
             yield from calls_by_branch(
-                request, plan, memories, reference, self._graphs(request.device)
+                request, plan, memories, reference, self._graphs(request.device), exact
             )
 
     def finished(self, call: AttentionCall, result: Result) -> None:

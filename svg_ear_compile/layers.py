@@ -17,6 +17,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from svg_ear_compile.guidance import Latents, find_latents
 from svg_ear_compile.kernels.checked import checked
+from svg_ear_compile.named_tokens import (
+    NamedTokens,
+    TokenFunction,
+    check_function,
+    named_tokens,
+)
 
 Identity = Literal["parameter", "order"]
 
@@ -68,13 +74,22 @@ class BoundModel:
         module: the module that is called, compiled or not.
         timestep: name of its timestep argument, None for the first of `TIMESTEP_NAMES`.
         latents: name of the argument with its latents, None to find it at each call.
+        exact_tokens: names the exact tokens of a forward, None to go by the graph.
 
     Raises:
         ValueError: the forward has no such argument.
         TypeError: a name is no string.
     """
 
-    def __init__(self, module: nn.Module, timestep: str | None, latents: str | None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        timestep: str | None,
+        latents: str | None,
+        exact_tokens: TokenFunction | None = None,
+    ) -> None:
+        check_function(exact_tokens)
+        self.exact_tokens = exact_tokens
         checked("timestep", timestep, str | None)
         checked("latents", latents, str | None)
         inner = inner_of(module)
@@ -117,10 +132,7 @@ class BoundModel:
         Raises:
             ValueError: the timestep or the declared latents are missing.
         """
-        given = dict(self.signature.bind_partial(*args, **kwargs).arguments)
-        for name, parameter in self.signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                given |= given.pop(name, {})
+        given = _by_name(self.signature.bind_partial(*args, **kwargs))
         value = given.pop(self.timestep, None)
         if value is None:
             raise ValueError(
@@ -128,6 +140,16 @@ class BoundModel:
             )
         timestep = float(value.max() if isinstance(value, Tensor) else value)
         return timestep, find_latents(given, self.latents)
+
+    def named_tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> NamedTokens | None:
+        """The exact tokens that the function names for a forward; None without a function.
+
+        Raises:
+            ValueError, TypeError: see `named_tokens.named_tokens`.
+        """
+        if self.exact_tokens is None:
+            return None
+        return named_tokens(self.exact_tokens, inputs_by_name(self.signature, args, kwargs))
 
     def later(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], fraction: float
@@ -165,6 +187,23 @@ class BoundModel:
         if (site, call) in self.ordered:
             return self.ordered[site, call], "order"
         return (bare if call == 0 and bare in self.paths else f"{site}@{call}"), "order"
+
+
+def inputs_by_name(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a forward by name, those that were not given with their defaults."""
+    bound = signature.bind_partial(*args, **kwargs)
+    bound.apply_defaults()
+    return _by_name(bound)
+
+
+def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
+    given = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given
 
 
 def inner_of(module: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels.call import AttentionCall, CallRequest
+from svg_ear_compile.kernels.call import AttentionCall, CallRequest, ExactTokens
 from svg_ear_compile.kernels.clusters import Blocks, Result
 from svg_ear_compile.kernels.plan import AttentionPlan
 
@@ -228,6 +228,7 @@ def calls_by_branch(
     memories: Sequence[Memory],
     reference: Memory | None = None,
     captured: CapturedGraphs | None = None,
+    exact: ExactTokens | None = None,
 ) -> Iterator[RememberedCall]:
     """One call for each guidance branch along a batch.
 
@@ -237,13 +238,13 @@ def calls_by_branch(
         memories: memories of the branches, in the order of the batch.
         reference: memory of the reference branch if it ran in an earlier forward. None makes the
             first of `memories` the reference branch and the others its followers.
-        captured: see `AttentionCall`.
+        captured, exact: see `AttentionCall`.
     """
     count = len(memories)
     batch = request.q_shape[0] // count
     for place, memory in enumerate(memories):
         rows = None if count == 1 else slice(place * batch, (place + 1) * batch)
-        yield _call(request, plan, rows, batch, memory, reference, captured)
+        yield _call(request, plan, rows, batch, memory, reference, captured, exact)
         if plan.shared_branches and reference is None:
             reference = memory
 
@@ -256,8 +257,10 @@ def _call(
     memory: Memory,
     reference: Memory | None,
     captured: CapturedGraphs | None,
+    exact: ExactTokens | None,
 ) -> RememberedCall:
-    q_clusters, k_clusters = plan.clusters(*request.clustered)
+    clustered = request.clustered if exact is None else exact.clustered
+    q_clusters, k_clusters = plan.clusters(*clustered)
     q_heads, q_tokens, dim = request.q_shape[1:]
     k_heads, k_tokens = request.k_shape[1:3]
     shapes = (batch, q_heads, q_clusters, dim), (batch, k_heads, k_clusters, dim)
@@ -271,9 +274,11 @@ def _call(
         memory.hand_over(request.device)
         centroids = memory.warm_start(*shapes, request.device)
         blocks = memory.lasting_blocks(plan, q_tokens, k_tokens) if centroids else None
-    queries, keys = request.clustered
+    queries, keys = clustered
     pairs = batch * q_heads * queries * keys
-    return RememberedCall(plan, rows, centroids, blocks, captured, memory, follows, pairs)
+    return RememberedCall(
+        plan, rows, centroids, blocks, captured, exact, memory, follows, pairs
+    )  # fmt: skip
 
 
 def _tokens(blocks: Blocks) -> tuple[int, int]:

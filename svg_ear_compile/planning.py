@@ -157,11 +157,17 @@ def _facts(site: AttentionSite) -> SiteFacts:
     return SiteFacts(site.layer, shape, site.device)
 
 
-def rewrite_graph(gm: GraphModule, settings: Settings) -> GraphReport:
+def rewrite_graph(
+    gm: GraphModule, settings: Settings, exact_length: int | None = None
+) -> GraphReport:
     """Find, plan and rewrite the sites of a graph in place; report every attention call.
 
     A graph on which the pass fails stays as it was, with a warning: a fault of this package must
     not keep a model from running.
+
+    Args:
+        exact_length: number of keys of the only calls that `settings.exact_tokens` fits, None for
+            any.
 
     Raises:
         ValueError: the settings have the budget of another model.
@@ -174,10 +180,10 @@ def rewrite_graph(gm: GraphModule, settings: Settings) -> GraphReport:
         return GraphReport([], non_attention)
     if settings.budget is not None:
         refuse_foreign(settings.budget, found)
-    sites = [_with_given_tokens(site, settings) for site in found]
+    sites = [_with_given_tokens(site, settings, exact_length) for site in found]
     decided = decide_sites(sites, non_attention, settings)
     plans = [plan_site(*pair, settings) for pair in zip(sites, decided, strict=True)]
-    notes = [_note(site, settings) for site in found]
+    notes = [_note(site, settings, exact_length) for site in found]
     planned = [(s, plan) for s, plan in zip(sites, plans, strict=True) if plan is not None]
     if planned:
         untouched = {module: copy.deepcopy(module.graph) for module in _graph_modules(gm)}
@@ -222,21 +228,23 @@ def _warn_of(fault: Exception) -> None:
     )
 
 
-def _with_given_tokens(site: AttentionSite, settings: Settings) -> AttentionSite:
+def _with_given_tokens(
+    site: AttentionSite, settings: Settings, length: int | None
+) -> AttentionSite:
     """The site with the exact tokens of the options, if these fit it."""
     spans = settings.exact_tokens
     if site.reason is not None or spans is None:
         return site
-    given = given_tokens(site.call, spans)
+    given = given_tokens(site.call, spans, length)
     return site if given is None else replace(site, exact=given)
 
 
-def _note(site: AttentionSite, settings: Settings) -> str:
+def _note(site: AttentionSite, settings: Settings, length: int | None) -> str:
     """What is to be said of the exact tokens of a site that could be sparse."""
     spans = settings.exact_tokens
     if site.reason is not None:
         return ""
-    if spans is not None and given_tokens(site.call, spans) is None:
+    if spans is not None and given_tokens(site.call, spans, length) is None:
         return " The given exact_tokens do not fit its tokens: ignored here."
     if site.exact.guessed and spans is None:
         return " Exact tokens are a guess: tokens without positions. exact_tokens says it."

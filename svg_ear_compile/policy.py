@@ -16,13 +16,13 @@ from typing import Literal
 
 import torch
 
-from svg_ear_compile.cost_model import calibration as calibrations
-from svg_ear_compile.cost_model import default_error, knapsack
+from svg_ear_compile.cost_model import default_error, device_profile, knapsack
 from svg_ear_compile.cost_model.budget import Budget, Choice
 from svg_ear_compile.cost_model.calibration import Calibration, Origin
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.cost_model.disturbance import disturbance_of
 from svg_ear_compile.cost_model.error import together
+from svg_ear_compile.cost_model.hardware import hardware_of
 from svg_ear_compile.cost_model.latency import (
     attention_allowance,
     break_even_tokens,
@@ -60,6 +60,7 @@ class Expectation:
             chosen or considered. Clusters are cold, as in a model that is not bound.
         error: relative RMS error of the model's output with this call alone sparse.
         times, errors: origin of the times and of the error, in words.
+        uncertainty: see `Calibration`.
     """
 
     dense_ms: float
@@ -67,6 +68,7 @@ class Expectation:
     error: float
     times: str
     errors: str
+    uncertainty: float | None = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,13 @@ class DeviceProfile:
     Attributes:
         origin: see `Calibration`.
         basis: origin in words.
+        uncertainty: see `Calibration`.
         improved_by: command that gives a better profile; None if there is none.
     """
 
     origin: Origin
     basis: str
+    uncertainty: float | None
     improved_by: str | None
 
 
@@ -112,19 +116,20 @@ def profile_of(device: torch.device) -> DeviceProfile | None:
     calibration = calibration_of(device)
     if calibration is None:
         return None
-    basis, here = calibration.basis, calibration.origin == "calibrated"
-    if here and disturbance_of(calibration) is None:
-        return DeviceProfile(calibration.origin, basis, None)
-    if here:
+    origin, basis, doubt = calibration.origin, calibration.basis, calibration.uncertainty
+    here = origin == "calibrated"
+    if here and disturbance_of(calibration) is not None:
         basis += " while it was busy"
-    return DeviceProfile(calibration.origin, basis, f"svg-ear calibrate --device {device.type}")
+    elif here and doubt == 0.0:
+        return DeviceProfile(origin, basis, doubt, None)
+    return DeviceProfile(origin, basis, doubt, f"svg-ear calibrate --device {device.type}")
 
 
 @functools.lru_cache(maxsize=16)
 def calibration_of(device: torch.device) -> Calibration | None:
     """Calibration of a device, read once per process; None where the device has no kernels."""
     try:
-        return calibrations.load(describe(device))
+        return device_profile.load(describe(device), hardware_of(device))
     except ValueError:
         return None
 
@@ -155,6 +160,7 @@ def expect(site: SiteFacts, plan: AttentionPlan, calibration: Calibration) -> Ex
         default_error.model_error(expected_density(plan), plan, *shape.clustered),
         calibration.basis,
         default_error.BASIS,
+        calibration.uncertainty,
     )
 
 
@@ -165,6 +171,8 @@ def _by_density(site: SiteFacts, settings: Settings) -> Decision:
         return _NO_KERNELS
     if plan.is_dense:
         return Decision(plan, 0, None, "dense, as asked for", None)
+    if calibration.uncertainty is None and settings.min_tokens is None:
+        return Decision(None, None, "short", f"The device's times are {calibration.basis}.", None)
     expected = expect(site, plan, calibration)
     least = at_any_ratio = settings.min_tokens
     ratio = 0.0
@@ -293,4 +301,5 @@ _NO_KERNELS = Decision(None, None, "device", Reason.DEVICE.sentence, None)
 
 
 def _times(expected: Expectation) -> str:
-    return f"{expected.sparse_ms:.3g} ms instead of {expected.dense_ms:.3g}"
+    doubt = f" (uncertain by {expected.uncertainty:.0%})" if expected.uncertainty else ""
+    return f"{expected.sparse_ms:.3g} ms{doubt} instead of {expected.dense_ms:.3g}"

@@ -26,6 +26,7 @@ from svg_ear_compile.given_models import check_module
 from svg_ear_compile.guidance import Guidance, Layout
 from svg_ear_compile.layer_plans import GivenBudget, LayerPlans
 from svg_ear_compile.layers import BoundModel, LayerReport, inner_of
+from svg_ear_compile.named_tokens import TokenFunction
 from svg_ear_compile.tracing import runs_once
 
 log = logging.getLogger(__name__)
@@ -62,9 +63,10 @@ class Session:
         ascending: bool,
         guidance: Guidance,
         latents: str | None,
+        exact_tokens: TokenFunction | None,
     ) -> None:
         _check_models(models)
-        self._models = [BoundModel(module, timestep, latents) for module in models]
+        self._models = [BoundModel(m, timestep, latents, exact_tokens) for m in models]
         self._plans = LayerPlans(
             self._models,
             dense_steps=dense_steps,
@@ -328,6 +330,7 @@ def bind(
     guidance: Layout | None = None,
     branches: int | None = None,
     latents: str | None = None,
+    exact_tokens: TokenFunction | None = None,
 ) -> Session:
     """Give models a session: layers with plans of their own, clusters reused between steps.
 
@@ -368,6 +371,9 @@ def bind(
         branches: number of branches of a declared layout, 2 by default.
         latents: name of the argument that holds the noisy video. By default the first argument of
             `guidance.LATENT_NAMES`, else the largest floating-point tensor.
+        exact_tokens: a function from the arguments of a forward, by name, to the tokens that are
+            exact in it, called once in each forward: see `named_tokens.TokenFunction`. A sequence
+            that they do not fit goes by its graph.
 
     Raises:
         ValueError: the forward has no such timestep or latents; the budget names no module, has a
@@ -385,4 +391,5 @@ def bind(
         ascending=ascending,
         guidance=Guidance(guidance, branches),
         latents=latents,
+        exact_tokens=exact_tokens,
     )

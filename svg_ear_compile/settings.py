@@ -147,6 +147,11 @@ def exact_spans(value: object) -> tuple[tuple[int | None, int | None], ...]:
                 f'exact_tokens must be slices such as "0:226, -10:", got {shown(value)}'
             )
         return tuple(spans)
+    if callable(value):
+        raise InvalidTypeError(
+            "exact_tokens as a function is called with the model's inputs, which a compiled graph "
+            "does not know: give it to svg_ear_compile.bind(model, exact_tokens=...) or accelerate"
+        )
     slices: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
     for part in slices:
         if not isinstance(part, slice) or any(

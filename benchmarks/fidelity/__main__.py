@@ -23,10 +23,12 @@ import torch
 from rich.console import Console
 
 from benchmarks.attention.inputs import Inputs, inputs_of
+from benchmarks.fidelity import kitchen
 from benchmarks.fidelity.grid import Cell, cells
 from benchmarks.fidelity.plots import write_frontier
 from benchmarks.fidelity.record import Record, read
 from benchmarks.fidelity.report import cells_table, derived_table
+from benchmarks.fidelity.rules import RULES
 from benchmarks.fidelity.scores import interval, score_clips
 from benchmarks.fidelity.subject import Subject
 from benchmarks.fidelity.times import WAN, measure_times
@@ -117,7 +119,7 @@ class Clips:
         self.record.rows.append(row)
         self.record.write()
         say(
-            f"{cell.model:5} {cell.rule:11} d={cell.density:<5g} {cell.queries}/{cell.keys} "
+            f"{cell.model:5} {cell.rule:16} {cell.budget:<5} {cell.queries}/{cell.keys} "
             f"warm-up {cell.warm_up:g}: {interval(scores['psnr'])} dB, attention error "
             f"{row['attention_error']:.3f} ({seconds:.1f} s)"
         )
@@ -170,7 +172,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--seeds", type=int, help=f"clips of a cell, by default {SEEDS}")
     parser.add_argument("--rules", help="only these rules")
-    parser.add_argument("--densities", help="only these densities")
+    parser.add_argument("--densities", help="only these densities, tau1, tau2")
     parser.add_argument("--clusters", help="only these, for example 128/64,256/64")
     parser.add_argument("--warm-ups", help="only these fractions of dense steps")
     return parser.parse_args()
@@ -182,7 +184,7 @@ def chosen_cells(given: argparse.Namespace, models: Sequence[str]) -> list[Cell]
     def within(cell: Cell) -> bool:
         texts = {
             "rules": cell.rule,
-            "densities": f"{cell.density:g}",
+            "densities": cell.budget,
             "clusters": f"{cell.queries}/{cell.keys}",
             "warm_ups": f"{cell.warm_up:g}",
         }
@@ -191,7 +193,13 @@ def chosen_cells(given: argparse.Namespace, models: Sequence[str]) -> list[Cell]
             for name, text in texts.items()
         )
 
-    return [cell for cell in cells(models) if within(cell)]
+    found = [cell for cell in cells(models) if within(cell)]
+    missing = kitchen.missing(_device())
+    if missing is None:
+        return found
+    if any(RULES[cell.rule].needs_kitchen for cell in found):
+        say(f"comfy-kitchen's own kernels are left out: {missing}")
+    return [cell for cell in found if not RULES[cell.rule].needs_kitchen]
 
 
 def report(out: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.fidelity.grid import DENSITIES, DROPPING, OURS, PAPER, WARM_UPS, Cell
+from benchmarks.fidelity.grid import DENSITIES, DROPPING, OURS, PAPER, RIVALS, WARM_UPS, Cell
 from benchmarks.fidelity.scores import Interval, interval
 
 Curve = list[tuple[float, float]]
@@ -110,8 +110,9 @@ def derived(points: Sequence[Point], shapes: Sequence[str]) -> dict[str, Any]:
         its own. ``equal_time``: by shape, the gain at the times at which the paper's frontier has
         its points; ``time_ratio``: by shape, the time of Gaussian compensation at the PSNR that
         the paper's rule has at density 0.2 (the best of its clusters) over the least time that the
-        paper's rule has it in. Interpolated in the logarithm of time or density. Ratios come as
-        (value, bound): ``"over"`` or ``"under"`` where the PSNR lies outside of what was measured.
+        paper's rule has it in. ``rivals``: by shape, `beside_rivals`. Interpolated in the logarithm
+        of time or density. Ratios come as (value, bound): ``"over"`` or ``"under"`` where the PSNR
+        lies outside of what was measured.
     """
     points = [p for p in points if p.cell.warm_up == WARM_UPS[0]]
     dropping = density_curve(points, DROPPING)
@@ -145,7 +146,56 @@ def derived(points: Sequence[Point], shapes: Sequence[str]) -> dict[str, Any]:
         time_ratio[shape] = None
         if ours_at is not None and paper_at is not None:
             time_ratio[shape] = (ours_at[0] / paper_at, ours_at[1])
-    return {"equal_density": equal_density, "equal_time": equal_time, "time_ratio": time_ratio}
+    return {
+        "equal_density": equal_density,
+        "equal_time": equal_time,
+        "time_ratio": time_ratio,
+        "rivals": {shape: beside_rivals(points, shape) for shape in shapes},
+    }
+
+
+def beside_rivals(points: Sequence[Point], shape: str) -> list[dict[str, Any]]:
+    """Gaussian compensation beside every point of Sol-Attn that has a time at a shape.
+
+    Returns:
+        A row for each: rule, budget and ms of the rival; ``gain``, an interval over seeds (paired)
+        of the PSNR of Gaussian compensation in the same time less the rival's, None where all of
+        its points take longer; ``time_ratio``, the time in which it has the rival's PSNR over the
+        rival's, as in `derived`.
+    """
+    curve = time_curve(points, OURS, shape)
+    rows: list[dict[str, Any]] = []
+    for rival in points:
+        if rival.cell.rule not in RIVALS or shape not in rival.ms:
+            continue
+        ms = rival.ms[shape]
+        ours = _seeds_at(points, shape, ms)
+        gain = None
+        if ours is not None:
+            gain = asdict(interval([a - b for a, b in zip(ours, rival.psnr, strict=True)]))
+        needed = bounded(curve, rival.mean_psnr)
+        ratio = None if needed is None else (needed[0] / ms, needed[1])
+        named = {"rule": rival.cell.rule, "budget": rival.cell.budget, "ms": ms}
+        rows.append({**named, "gain": gain, "time_ratio": ratio})
+    return rows
+
+
+def _seeds_at(points: Sequence[Point], shape: str, ms: float) -> tuple[float, ...] | None:
+    """PSNR of every seed that Gaussian compensation has in that time, on its frontier.
+
+    The last point of the frontier stands for all longer times.
+    """
+    frontier: list[Point] = []
+    timed = [p for p in _selected(points, OURS) if shape in p.ms]
+    for point in sorted(timed, key=lambda p: (p.ms[shape], -p.mean_psnr)):
+        if not frontier or point.mean_psnr > frontier[-1].mean_psnr:
+            frontier.append(point)
+    faster = [p for p in frontier if p.ms[shape] <= ms]
+    if not faster or faster[-1] is frontier[-1]:
+        return faster[-1].psnr if faster else None
+    before, after = faster[-1], frontier[len(faster)]
+    share = math.log(ms / before.ms[shape]) / math.log(after.ms[shape] / before.ms[shape])
+    return tuple(x + share * (y - x) for x, y in zip(before.psnr, after.psnr, strict=True))
 
 
 def gain_of(row: dict[str, Any]) -> Interval:

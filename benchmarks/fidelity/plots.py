@@ -25,6 +25,16 @@ _COLOURS = {
     "shared": "#98df8a",
     "recomputed": "#c7b299",
     "uniform": "#7f7f7f",
+    "top_k_drop": "#ffbb78",
+    "sol_top_k": "#d62728",
+    "sol_top_k_cubes": "#ff9896",
+    "sol_tau": "#393b79",
+    "sol_tau_cubes": "#9c9ede",
+    "sol_tokens": "#637939",
+    "sol_tokens_cubes": "#b5cf6b",
+    "kitchen_top_k": "#843c39",
+    "kitchen_tau": "#1b1c3a",
+    "kitchen_tokens": "#31431c",
 }
 
 

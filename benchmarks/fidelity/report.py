@@ -17,14 +17,14 @@ from benchmarks.fidelity.scores import interval
 def cells_table(evidence: Evidence) -> Table:
     """Every point with its intervals, and its time at the first shape."""
     table = Table(title="Against the dense clips, raw frames (± 95 % over seeds)")
-    for heading in ("model", "rule", "density", "clusters", "warm-up", "PSNR dB", "SSIM", "flicker",
+    for heading in ("model", "rule", "budget", "clusters", "warm-up", "PSNR dB", "SSIM", "flicker",
                     "attention error", "op ms"):  # fmt: skip
         table.add_column(heading, justify="left" if heading in ("model", "rule") else "right")
     for point in sorted(evidence.points, key=lambda p: p.cell):
         cell = point.cell
         ms = point.ms.get(evidence.shape)
         table.add_row(
-            cell.model, RULES[cell.rule].title, f"{cell.density:g}", f"{cell.queries}/{cell.keys}",
+            cell.model, RULES[cell.rule].title, cell.budget, f"{cell.queries}/{cell.keys}",
             f"{cell.warm_up:.0%}", str(interval(point.psnr)),
             f"{interval(point.ssim).mean:.4f}", f"{interval(point.flicker).mean:.4f}",
             f"{point.attention_error:.3f}", "" if ms is None else f"{ms:.1f}",
@@ -65,6 +65,14 @@ def derived_rows(found: dict[str, Any], shape: str) -> list[tuple[str, str]]:
         (f"operator time at the paper's PSNR at density 0.2, over the paper's ({shape})",
          _bounded(ratio, ".2f")),
     ]  # fmt: skip
+    for rival in found["rivals"].get(shape, []):
+        named = f"{RULES[rival['rule']].title} {rival['budget']} ({rival['ms']:.1f} ms, {shape})"
+        gain = "-" if rival["gain"] is None else f"{gain_of(rival)} dB"
+        rows += [
+            (f"PSNR over {named} in its time", gain),
+            (f"operator time at the PSNR of {named}, over its",
+             _bounded(rival["time_ratio"], ".2f")),
+        ]  # fmt: skip
     return rows
 
 

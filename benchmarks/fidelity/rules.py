@@ -1,8 +1,9 @@
 """Every rule that is compared: what it computes exactly and what it does with the rest.
 
 The paper's rule and the operator's own compensations go through the operator that users get. The
-others are written out in plain PyTorch (`head.py`, `orders.py`), the published ones from their
-descriptions: SVG2 is arXiv 2505.18875, SVG-EAR arXiv 2603.08982.
+others are written out in plain PyTorch (`head.py`, `orders.py`, `sol.py`), the published ones from
+their descriptions: SVG2 is arXiv 2505.18875, SVG-EAR arXiv 2603.08982, Sol-Attn arXiv 2607.24027.
+Sol-Attn's own kernels run too where the wheel is installed (`kitchen.py`).
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.fidelity import head, orders
+from benchmarks.fidelity import head, kitchen, orders
 from benchmarks.fidelity.head import Head, heads_of
+from benchmarks.fidelity.sol import Grid, SolAttn
 from svg_ear_compile.kernels import op, reference
 from svg_ear_compile.kernels.call import AttentionCall, CallRequest, calls_from
 from svg_ear_compile.kernels.kinds import exact_at_ends
@@ -26,6 +29,10 @@ from svg_ear_compile.memory import Memory, RememberedCall, calls_by_branch
 
 ByHead = Callable[[Head, float], tuple[Tensor, Tensor]]
 """Of a head and a density: output (N, D) and block mask (Qc, Kc)."""
+
+ByCall = Callable[[Tensor, Tensor, Tensor, AttentionPlan, int, Grid], tuple[Tensor, Tensor | None]]
+"""Of q, k, v, a plan, text tokens and the grid: output (B, H, N, D), and the number of exact pairs
+of video tokens, () float64, or None where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,11 @@ class Rule:
         metric: of the clusters; published rules have Euclidean ones.
         max_drift, shared_branches: see `AttentionPlan`; published rules cluster every branch at
             every step.
-        by_head: the rule in plain PyTorch, for the others; None in both is `uniform`.
+        by_head: the rule in plain PyTorch, for rules that need our clusters.
+        by_call: the rule as a whole, for rules without clusters.
+        timed_as: name of the rule whose calls take the time that this one's would, if another. The
+            order of the tokens costs nothing: the model itself can keep it.
+        needs_kitchen: runs where `kitchen.missing` says nothing.
     """
 
     title: str
@@ -47,6 +58,9 @@ class Rule:
     max_drift: float = 0.0
     shared_branches: bool = False
     by_head: ByHead | None = None
+    by_call: ByCall | None = None
+    timed_as: str | None = None
+    needs_kitchen: bool = False
 
 
 def svg2(this: Head, density: float) -> tuple[Tensor, Tensor]:
@@ -68,15 +82,17 @@ def values_only(this: Head, density: float) -> tuple[Tensor, Tensor]:
     return head.attend(this, exact, blocks.mean_value), exact
 
 
-def uniform_attention(q: Tensor, k: Tensor, v: Tensor, density: float, text: int) -> Tensor:
+def uniform_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, text: int, grid: Grid
+) -> tuple[Tensor, Tensor]:
     """Every query attends to the same regular sample of the keys, and to all text.
 
     The sample is the keys at places ``floor(i n / m)`` of the n video keys, i = 0..m-1 with
     ``m = ceil(density n)``; each stands for n/m keys, a logit bias of ``log(n/m)`` beside text keys
-    of bias 0. Text queries attend to everything. Arguments as `attention`.
+    of bias 0. Text queries attend to everything. Arguments and result as `ByCall`.
     """
     video = k.shape[2] - text
-    sampled = math.ceil(density * video)
+    sampled = math.ceil(plan.density * video)
     taken = torch.arange(sampled, device=k.device) * video // sampled
     places = torch.cat([taken, torch.arange(video, video + text, device=k.device)])
     bias = None  # without text every weight has the same factor
@@ -88,7 +104,8 @@ def uniform_attention(q: Tensor, k: Tensor, v: Tensor, density: float, text: int
     if text:
         own = F.scaled_dot_product_attention(q[:, :, video:], k, v)
         out = torch.cat([out, own], 2)
-    return out
+    pairs = q.shape[0] * q.shape[1] * video * sampled
+    return out, torch.tensor(pairs, dtype=torch.float64, device=q.device)
 
 
 RULES = {
@@ -113,7 +130,33 @@ RULES = {
         shared_branches=True,
     ),
     "recomputed": Rule("Gaussian, recomputed every time", compensation="gaussian", metric="logits"),
-    "uniform": Rule("uniform keys"),
+    "uniform": Rule("uniform keys", by_call=uniform_attention),
+    "top_k_drop": Rule("top-k of 64-token blocks, drop", by_call=SolAttn(keeps_rest=False)),
+    "sol_top_k": Rule("Sol-Attn, top-k", by_call=SolAttn(), timed_as="kitchen_top_k"),
+    "sol_top_k_cubes": Rule(
+        "Sol-Attn, top-k, 4 x 4 x 4", by_call=SolAttn("cubes"), timed_as="kitchen_top_k"
+    ),
+    "sol_tau": Rule("Sol-Attn, tau", by_call=SolAttn(), timed_as="kitchen_tau"),
+    "sol_tau_cubes": Rule(
+        "Sol-Attn, tau, 4 x 4 x 4", by_call=SolAttn("cubes"), timed_as="kitchen_tau"
+    ),
+    "sol_tokens": Rule(
+        "Sol-Attn, top-k and 256 tokens",
+        by_call=SolAttn(augmented=256),
+        timed_as="kitchen_tokens",
+    ),
+    "sol_tokens_cubes": Rule(
+        "Sol-Attn, top-k and 256 tokens, 4 x 4 x 4",
+        by_call=SolAttn("cubes", augmented=256),
+        timed_as="kitchen_tokens",
+    ),
+    "kitchen_top_k": Rule("comfy-kitchen, top-k", by_call=kitchen.attention, needs_kitchen=True),
+    "kitchen_tau": Rule("comfy-kitchen, tau", by_call=kitchen.attention, needs_kitchen=True),
+    "kitchen_tokens": Rule(
+        "comfy-kitchen, top-k and 256 tokens",
+        by_call=partial(kitchen.attention, augmented=256),
+        needs_kitchen=True,
+    ),
 }
 
 
@@ -171,6 +214,7 @@ def attention(
     plan: AttentionPlan,
     *,
     text: int = 0,
+    grid: Grid | None = None,
     site: str = "",
     remembered: Remembered | None = None,
 ) -> Tensor:
@@ -181,6 +225,7 @@ def attention(
         rule: its name.
         plan: density, clusters, iterations, seed; the rule decides the rest.
         text: text tokens at the end.
+        grid: of the video tokens; None is a single row.
         site: what is remembered is remembered for this site.
         remembered: starts from and keeps centroids; None for a cold call.
 
@@ -205,9 +250,14 @@ def attention(
                 clustered_keys=q.shape[2] - text,
             )  # fmt: skip
         return out
-    if chosen.by_head is None:
-        return uniform_attention(q, k, v, plan.density, text)
-    return attend_by_head(q, k, v, chosen.by_head, plan, text, remembered.of_site(site)[0])
+    memory = remembered.of_site(site)[0]
+    if chosen.by_head is not None:
+        return attend_by_head(q, k, v, chosen.by_head, plan, text, memory)
+    assert chosen.by_call is not None
+    video = q.shape[2] - text
+    out, memory.exact_pairs = chosen.by_call(q, k, v, plan, text, grid or (1, 1, video))
+    memory.pairs = q.shape[0] * q.shape[1] * video**2
+    return out
 
 
 def attend_by_head(

@@ -57,7 +57,8 @@ class Subject:
         self.model = self.trained.load(device=self.device, dtype=dtype)
         self.layers = len(self.model.blocks)
         self.text = self.model.text_tokens
-        self.tokens = math.prod(self.model.grid(self.shape))
+        self.grid = self.model.grid(self.shape)
+        self.tokens = math.prod(self.grid)
         prompts = [prompt_of(seed) for seed in self.seeds]
         label = torch.tensor([p[0] for p in prompts], device=self.device)
         camera = torch.tensor([p[1] for p in prompts], device=self.device)
@@ -115,7 +116,7 @@ class Subject:
                 return dense(q, k, v)
             return attention(
                 q, k, v, cell.rule, plan,
-                text=self.text, site=str(layer), remembered=remembered,
+                text=self.text, grid=self.grid, site=str(layer), remembered=remembered,
             )  # fmt: skip
 
         clips = self.generate(answer)
@@ -125,7 +126,9 @@ class Subject:
         """Mean relative L2 error of the output over the captured calls, each cold."""
         plan = cell.plan(self.tokens)
         errors = [
-            relative_error(attention(*call, cell.rule, plan, text=self.text), wanted)
+            relative_error(
+                attention(*call, cell.rule, plan, text=self.text, grid=self.grid), wanted
+            )
             for call, wanted in zip(self.calls, self._dense_calls, strict=True)
         ]
         return sum(errors) / len(errors)

@@ -1,7 +1,8 @@
 """Measured times of the attention operator at the shapes of the models and of Wan 14B at 720p.
 
 Sparse calls are those of `benchmarks.attention`: warm, everything included, and no time without a
-green gate. A model's own shape is timed on one of its captured calls.
+green gate. A model's own shape is timed on one of its captured calls. Sol-Attn's times are measured
+where its kernels run (`kitchen.py`); elsewhere those of `KNOWN_RIVALS` stand in.
 """
 
 from __future__ import annotations
@@ -9,16 +10,33 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from benchmarks.attention.inputs import Inputs
 from benchmarks.attention.measure import measure_shape, time_ms
-from benchmarks.fidelity.grid import REDUCED, Cell
-from benchmarks.fidelity.rules import RULES, uniform_attention
+from benchmarks.fidelity.grid import REDUCED, TIMED_CALLS, Cell
+from benchmarks.fidelity.rules import RULES
+from benchmarks.fidelity.sol import BLOCK
 
 WAN = "wan14b-720p"
 _REPEATS = 5
+
+KNOWN_DENSE_MS = 205.1
+KNOWN_RIVALS = [
+    {"shape": WAN, "queries": BLOCK, "keys": BLOCK, "density": density, "tau": tau, "rule": rule,
+     "ms": ms}
+    for rule, density, tau, ms in (
+        ("kitchen_top_k", 0.1, 0.0, 44.3),
+        ("kitchen_top_k", 0.2, 0.0, 80.5),
+        ("kitchen_tau", 0.0, 1.0, 104.0),
+        ("kitchen_tau", 0.0, 2.0, 50.2),
+        ("kitchen_tokens", 0.1, 0.0, 59.4),
+    )
+]  # fmt: skip
+"""Rows of Sol-Attn measured elsewhere, by the wheel `comfy-kitchen` 0.2.40: one H100, on which
+dense attention of cuDNN takes `KNOWN_DENSE_MS`."""
 
 
 def measure_times(
@@ -36,14 +54,14 @@ def measure_times(
         whose gate failed has None for ms.
     """
     tokens = inputs.q.shape[2] - inputs.text
-    plans = list(dict.fromkeys((c.rule, c.density, c.queries, c.keys) for c in wanted))
+    plans = list(dict.fromkeys(replace(c, model=inputs.name, warm_up=0.0) for c in wanted))
     rows: list[dict[str, Any]] = []
     dense_ms = math.nan
     # Clusters with the same rules and densities share one call, and so its dense baseline.
     requests: dict[tuple[int, int], set[tuple[str, float]]] = {}
-    for rule, density, queries, keys in plans:
-        if RULES[rule].compensation is not None and rule not in REDUCED:  # the same calls as OURS
-            requests.setdefault((queries, keys), set()).add((rule, density))
+    for plan in plans:
+        if RULES[plan.rule].compensation is not None and plan.rule not in REDUCED:  # OURS' calls
+            requests.setdefault((plan.queries, plan.keys), set()).add((plan.rule, plan.density))
     groups: dict[frozenset[tuple[str, float]], list[tuple[int, int]]] = {}
     for clusters, request in requests.items():
         groups.setdefault(frozenset(request), []).append(clusters)
@@ -78,18 +96,21 @@ def measure_times(
                     "reused_samples_ms": reused, "reused_gate": row.get("reused_gate"),
                 }
             )  # fmt: skip
-    for rule, density, queries, keys in plans:
-        if rule != "uniform":
+    for plan in plans:
+        call = RULES[plan.rule].by_call
+        if plan.rule not in TIMED_CALLS or call is None:
             continue
         samples = time_ms(
-            partial(uniform_attention, inputs.q, inputs.k, inputs.v, density, inputs.text),
+            partial(
+                call, inputs.q, inputs.k, inputs.v, plan.plan(tokens), inputs.text, (1, 1, tokens)
+            ),
             _REPEATS,
             inputs.q.is_cuda,
         )
         rows.append(
             {
-                "shape": inputs.name, "rule": rule, "density": density,
-                "queries": queries, "keys": keys,
+                "shape": inputs.name, "rule": plan.rule, "density": plan.density, "tau": plan.tau,
+                "queries": plan.queries, "keys": plan.keys,
                 "ms": statistics.median(samples), "samples_ms": samples, "gate": None,
                 "dense_ms": dense_ms, "reused_ms": None, "reused_samples_ms": None,
                 "reused_gate": None,

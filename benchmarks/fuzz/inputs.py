@@ -34,6 +34,7 @@ from benchmarks.provenance import provenance
 from svg_ear_compile.checkpoint import Checkpoint
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import calibration as calibrations
+from svg_ear_compile.cost_model import device_profile
 from svg_ear_compile.cost_model.budget import (
     Budget,
     Choice,
@@ -43,6 +44,7 @@ from svg_ear_compile.cost_model.budget import (
     fingerprint,
 )
 from svg_ear_compile.cost_model.device import Device
+from svg_ear_compile.cost_model.prior import prior
 from svg_ear_compile.cost_model.stages import ELEMENT_SIZES, Amount
 from svg_ear_compile.kernels.checked import InvalidTypeError, InvalidValueError
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -239,7 +241,7 @@ def try_budget(folder: Path, random_: random.Random) -> bool:
 
 def try_calibration(folder: Path, random_: random.Random) -> bool:
     """A spoiled calibration in the cache; True if it was read, unchanged."""
-    saved = asdict(calibrations.prior(_DEVICE)) | {"origin": "calibrated"}
+    saved = asdict(prior(_DEVICE)) | {"origin": "calibrated"}
     known = calibrations.json_record.decode(calibrations.Calibration, saved)
     path = calibrations.save(known)
     if random_.random() < 0.05:  # the folder itself
@@ -249,7 +251,7 @@ def try_calibration(folder: Path, random_: random.Random) -> bool:
         _SPECIAL[how](path.parent)
     elif random_.random() < 0.9:  # the checksum refuses every change: some files stay as they are
         spoiled(path, random_)
-    found = calibrations.load(_DEVICE)
+    found = device_profile.load(_DEVICE)
     for dtype in ELEMENT_SIZES:
         ms = found.stage_ms("dense", Amount(1e12, 1e9, 1.0), dtype, 128)
         if not 0.0 < ms < 1e9:

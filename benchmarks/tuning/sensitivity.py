@@ -23,7 +23,7 @@ from svg_ear_compile import bind, explain
 from svg_ear_compile.backend import svg_ear
 from svg_ear_compile.capture import CapturedCall, capture_attention
 from svg_ear_compile.cost_model import budget as budgets
-from svg_ear_compile.cost_model import calibration as calibrations
+from svg_ear_compile.cost_model import device_profile
 from svg_ear_compile.cost_model.budget import Budget, Choice, Schedule
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.cost_model.latency import dense_ms, non_attention_ms
@@ -60,7 +60,7 @@ def sensitivities(model: Any, calls: list[Any], density: float) -> list[dict[str
 
 def non_attention(model: Any, call: Any, repeats: int) -> dict[str, float]:
     """The non-attention cost: FLOPs and bytes, milliseconds measured and predicted."""
-    calibration = calibrations.load(describe(device()))
+    calibration = device_profile.load(describe(device()))
     if calibration.origin == "prior":
         raise SystemExit("run svg-ear calibrate first: a prior predicts no measured time")
     found = explain(model, *call.args, **call.kwargs)

@@ -21,8 +21,7 @@ from rich.table import Table
 from benchmarks.attention.inputs import plan_of
 from benchmarks.attention.summary import dense_ms, rows_of
 from svg_ear_compile import plots
-from svg_ear_compile.cost_model import calibration as calibrations
-from svg_ear_compile.cost_model import latency
+from svg_ear_compile.cost_model import device_profile, latency
 from svg_ear_compile.cost_model.calibrate import Comparison, shape_of
 from svg_ear_compile.cost_model.calibration import Calibration, Sample
 from svg_ear_compile.cost_model.device import Device
@@ -37,7 +36,7 @@ def calibration_for(record: dict[str, Any]) -> Calibration:
     versions = record["versions"]
     kind = "cuda" if record["cuda"] else "cpu"
     device = Device(kind, record["device"], versions["torch"], versions.get("triton", ""), "")
-    found = calibrations.load(device)
+    found = device_profile.load(device)
     if found.origin == "prior":
         raise ValueError(f"no calibration of {device.name}: put one into cost_model/recorded")
     return found

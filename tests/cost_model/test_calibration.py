@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import svg_ear_compile
 from svg_ear_compile.cost_model import calibrate as measuring
 from svg_ear_compile.cost_model import calibration as keeping
-from svg_ear_compile.cost_model import json_record
+from svg_ear_compile.cost_model import device_profile, json_record
 from svg_ear_compile.cost_model.calibrate import _Workload, by_stage, calibrate, compare, fit
 from svg_ear_compile.cost_model.calibration import Calibration, Efficiency, Roofs, Sample
 from svg_ear_compile.cost_model.device import describe
@@ -39,7 +39,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_a_saved_calibration_is_read_back_and_closed_to_others(cache: Path) -> None:
     saved = dataclasses.replace(even(), device=DEVICE)
     path = keeping.save(saved)
-    assert keeping.load(DEVICE) == saved
+    assert device_profile.load(DEVICE) == saved
     assert path.parent == cache
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     assert [p.name for p in cache.iterdir()] == [f"{DEVICE.key}.json"]
@@ -48,7 +48,7 @@ def test_a_saved_calibration_is_read_back_and_closed_to_others(cache: Path) -> N
 @pytest.mark.parametrize("change", ["name", "torch", "triton", "kernels", "architecture"])
 def test_any_other_fact_of_a_device_has_the_prior(change: str) -> None:
     keeping.save(dataclasses.replace(even(), device=DEVICE))
-    other = keeping.load(dataclasses.replace(DEVICE, **{change: "9.9"}))
+    other = device_profile.load(dataclasses.replace(DEVICE, **{change: "9.9"}))
     assert other.origin == "prior"
 
 
@@ -58,7 +58,7 @@ def test_a_broken_file_is_passed_over_and_reported(
 ) -> None:
     path = keeping.save(dataclasses.replace(even(), device=DEVICE))
     path.write_text(broken, encoding="latin-1")
-    assert keeping.load(DEVICE).origin == "prior"
+    assert device_profile.load(DEVICE).origin == "prior"
     assert str(path) in caplog.text
 
 
@@ -94,7 +94,7 @@ def test_what_cannot_predict_times_is_neither_saved_nor_read(
     path = keeping.save(SAVED)
     data = dataclasses.asdict(wrong)
     json_record.write(path, data | {"checksum": keeping._checksum(json.loads(json.dumps(data)))})
-    assert keeping.load(DEVICE).origin == "prior"
+    assert device_profile.load(DEVICE).origin == "prior"
     assert message in caplog.text
 
 
@@ -107,7 +107,7 @@ def test_a_flipped_bit_is_noticed(data: st.DataObject) -> None:
         at = data.draw(st.integers(0, len(content) - 1))
         content[at] ^= 1 << data.draw(st.integers(0, 7))
         path.write_bytes(content)
-        found = keeping.load(DEVICE)
+        found = device_profile.load(DEVICE)
         # A flip in a space or between e and E changes nothing that is read.
         assert found.origin == "prior" or found == SAVED
 
@@ -115,7 +115,7 @@ def test_a_flipped_bit_is_noticed(data: st.DataObject) -> None:
 def test_an_old_or_edited_calibration_without_a_checksum_is_skipped(cache: Path) -> None:
     path = keeping.save(SAVED)
     json_record.write(path, SAVED)
-    assert keeping.load(DEVICE).origin == "prior"
+    assert device_profile.load(DEVICE).origin == "prior"
 
 
 @pytest.mark.parametrize("place", ["file", "folder", "pipe", "cache is a file", "no home"])
@@ -139,7 +139,7 @@ def test_a_cache_that_cannot_be_read_is_passed_over_with_one_warning(
         else:
             path.write_text("\x1b[31m")
     for _ in range(3):
-        assert keeping.load(DEVICE).origin == "prior"
+        assert device_profile.load(DEVICE).origin == "prior"
     assert len(caplog.records) == (place != "cache is a file")
     assert all(record.getMessage().isprintable() for record in caplog.records)
 
@@ -151,7 +151,7 @@ def test_an_unreadable_cache_folder_is_passed_over(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(json_record, "read_bytes", denied)  # the tests may run as root
-    assert keeping.load(DEVICE).origin == "prior"
+    assert device_profile.load(DEVICE).origin == "prior"
     assert "Permission denied" in caplog.text
 
 
@@ -180,7 +180,7 @@ def test_a_folder_that_is_there_keeps_its_mode(cache: Path, tmp_path: Path) -> N
     cache.symlink_to(elsewhere)
     keeping.save(SAVED)
     assert stat.S_IMODE(elsewhere.stat().st_mode) == 0o755
-    assert keeping.load(DEVICE) == SAVED
+    assert device_profile.load(DEVICE) == SAVED
 
 
 @pytest.mark.parametrize("device", ["toaster", "cuda:99", "meta", "", "cpu:x", "cuda:-1", 7.5])
@@ -193,15 +193,15 @@ def test_devices_that_are_not_here_are_one_sentence(device: Any) -> None:
 def test_a_recorded_calibration_serves_that_gpu_under_any_versions(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(keeping, "RECORDED", tmp_path)
+    monkeypatch.setattr(device_profile, "RECORDED", tmp_path)
     json_record.write(tmp_path / "test-gpu.json", dataclasses.replace(even(), device=DEVICE))
-    found = keeping.load(dataclasses.replace(DEVICE, torch="2.11.0"))
+    found = device_profile.load(dataclasses.replace(DEVICE, torch="2.11.0"))
     assert found.origin == "recorded"
     assert found.basis == "recorded on Test GPU"
 
 
 def test_recorded_calibrations_are_readable_and_measured() -> None:
-    for path in keeping.RECORDED.glob("*.json"):
+    for path in device_profile.RECORDED.glob("*.json"):
         found = json_record.read(Calibration, path)
         assert found.version == keeping.VERSION
         assert found.samples, f"{path} says nothing of what was measured"
@@ -303,7 +303,7 @@ def test_this_cpu_is_measured_and_predicted(monkeypatch: pytest.MonkeyPatch) -> 
     for compared in compare(found, found.samples):
         assert 0.1 < compared.op_ms / compared.sample.op_ms < 10
     keeping.save(found)
-    assert keeping.load(found.device) == found
+    assert device_profile.load(found.device) == found
 
 
 def test_renamed_kernels_are_noticed() -> None:

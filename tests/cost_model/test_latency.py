@@ -10,8 +10,6 @@ from calibrations import DEVICE, even
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svg_ear_compile.cost_model.calibration import prior
-from svg_ear_compile.cost_model.device import Device
 from svg_ear_compile.cost_model.latency import (
     LONGEST,
     NON_ATTENTION_OVERHEAD,
@@ -154,21 +152,6 @@ def test_exact_keys_cost_less_than_exact_queries() -> None:
 def test_nothing_pays_on_a_device_whose_sparse_kernels_are_hopeless() -> None:
     assert break_even_tokens(SHAPE, AttentionPlan(), even(slower=50.0)) is None
     assert break_even_tokens(SHAPE, AttentionPlan(density=1.0), even()) is None
-
-
-@pytest.mark.parametrize(
-    ("kind", "low", "high"), [("cuda", 32_000, 50_000), ("cpu", 6_000, 15_000)]
-)
-def test_the_prior_for_an_unknown_device_is_late_rather_than_early(
-    kind: str, low: int, high: int
-) -> None:
-    calibration = prior(Device(kind, "never seen", "2.13.0", "", ""))
-    dtype = "bfloat16" if kind == "cuda" else "float32"
-    shape = AttentionShape(1, 24, 24, 1, 1, 128, dtype)
-    tokens = break_even_tokens(shape, AttentionPlan(), calibration)
-    assert tokens is not None
-    assert low <= tokens <= high
-    assert calibration.basis == "prior: not calibrated"
 
 
 def test_the_tiles_are_those_of_the_device_that_is_predicted_for() -> None:

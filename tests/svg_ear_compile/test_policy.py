@@ -17,8 +17,9 @@ from transformer_models import TOKENS, stack, wan
 from svg_ear_compile import explain, policy
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model.budget import Choice, Schedule
-from svg_ear_compile.cost_model.calibration import Calibration, Efficiency, prior
+from svg_ear_compile.cost_model.calibration import Calibration, Efficiency
 from svg_ear_compile.cost_model.device import describe
+from svg_ear_compile.cost_model.prior import prior
 from svg_ear_compile.cost_model.stages import STAGES, AttentionShape
 from svg_ear_compile.kernels.checked import InvalidValueError
 from svg_ear_compile.policy import SiteFacts, calibration_of, decide
@@ -32,7 +33,9 @@ def calibration(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calibration]:
     """A calibration of sparse stages at the roofs, without launches, so that few tokens pay."""
     base = prior(describe("cpu"))
     ideal = dict.fromkeys((*STAGES["cpu"], "dense"), Efficiency(1.0, 1.0, 0.0))
-    known = dataclasses.replace(base, origin="calibrated", stages={"float32/64": ideal})
+    known = dataclasses.replace(
+        base, origin="calibrated", stages={"float32/64": ideal}, uncertainty=0.0
+    )
     monkeypatch.setattr(policy, "calibration_of", lambda device: known)
     yield known
     calibration_of.cache_clear()
@@ -244,3 +247,18 @@ def test_a_length_known_at_run_time_keeps_the_least_that_pays() -> None:
     (least,) = {site.plan.min_tokens for site in found.sites if site.plan is not None}
     assert least > TOKENS
     assert f"sparse from {least:,} video tokens on" in found.sites[0].sentence
+
+
+def test_a_gpu_of_which_nothing_is_known_stays_dense_unless_the_user_says_from_when(
+    monkeypatch: pytest.MonkeyPatch, calibration: Calibration
+) -> None:
+    device = dataclasses.replace(calibration.device, kind="cuda", architecture="sm_70")
+    monkeypatch.setattr(policy, "calibration_of", lambda _: prior(device))
+    (found, *_) = decide(facts(), 0, 0, Settings.parse({}))
+    assert (found.plan, found.reason) == (None, "short")
+    assert found.sentence == "The device's times are unknown: nothing was measured on sm_70."
+    profile = policy.profile_of(torch.device("cuda"))
+    assert profile is not None
+    assert (profile.origin, profile.uncertainty) == ("prior", None)
+    assert profile.improved_by == "svg-ear calibrate --device cuda"
+    assert densities({"min_tokens": 16}) == [0.2] * 4

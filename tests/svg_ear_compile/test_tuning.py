@@ -18,9 +18,10 @@ from svg_ear_compile import ModelCall, TuningSettings, bind, capture_calls, tria
 from svg_ear_compile.checkpoint import Checkpoint
 from svg_ear_compile.cost_model.allocation import AllocationProblem
 from svg_ear_compile.cost_model.budget import Budget, Choice, check
-from svg_ear_compile.cost_model.calibration import Efficiency, prior
+from svg_ear_compile.cost_model.calibration import Efficiency
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.cost_model.margin import unseen_error
+from svg_ear_compile.cost_model.prior import prior
 from svg_ear_compile.cost_model.stages import STAGES, AttentionShape
 from svg_ear_compile.cost_model.threshold import routing_threshold
 
