@@ -21,7 +21,7 @@ from benchmarks.fidelity.grid import OURS, WARM_UPS
 from benchmarks.fidelity.record import read
 from benchmarks.fidelity.report import markdown_table
 from benchmarks.fidelity.times import WAN
-from benchmarks.priors import gpus_table
+from benchmarks.priors import gpus_table, long_lists_table, long_sequences_table
 from svg_ear_compile.passes.patterns import PRODUCTS, STEPS
 from svg_ear_compile.passes.site import Reason
 from svg_ear_compile.summary import CURES
@@ -341,6 +341,8 @@ def tables() -> dict[str, Table]:
         "models": lambda folder: models_table(zoo),
         "patterns": lambda folder: patterns_list(),
         "gpus": lambda folder: gpus_table(),
+        "long-sequences": lambda folder: long_sequences_table(),
+        "long-lists": lambda folder: long_lists_table(),
         "attention": lambda folder: attention_table(attention),
         "end-to-end": lambda folder: end_to_end_table(forwards),
         "generation": lambda folder: generation_table(generations),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from svg_ear_compile.kernels.clusters import Blocks, Result
+from svg_ear_compile.kernels.kept_clusters import CachedKeys
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class CallRequest:
         device: of q, k and v.
         dense_only: the call is dense whatever its plan, because it is too short or its mask is not
             padding.
+        many_keys: the call is dense unless clusters of its keys are kept or reused, because
+            clustering all keys would take longer than attention.
+        cached_keys: the queries are new tokens, the keys those of a cache and of the new tokens.
     """
 
     layer: Tensor | None
@@ -49,6 +53,8 @@ class CallRequest:
     clustered: tuple[int, int]
     device: torch.device
     dense_only: bool = False
+    many_keys: bool = False
+    cached_keys: bool = False
 
 
 class ExactTokens(NamedTuple):
@@ -74,7 +80,8 @@ class AttentionCall:
         centroids: (B, H, Qc, D) of the queries and (B, H_kv, Kc, D) of the keys, from which k-means
             starts; None for a cold call.
         blocks: clusters and block mask to reuse, which belong to `centroids`; None recomputes them.
-        captured: captured graphs that may serve the call, or None.
+        captured: captured graphs that may serve the call, or None. They serve no cached keys.
+        cache: how the keys are clustered if they are cached, else None.
         exact: the tokens that are always exact, instead of those that the graph names, or None.
     """
 
@@ -83,6 +90,7 @@ class AttentionCall:
     centroids: tuple[Tensor, Tensor] | None = None
     blocks: Blocks | None = None
     captured: CapturedGraphs | None = None
+    cache: CachedKeys | None = None
     exact: ExactTokens | None = None
 
 

@@ -13,6 +13,7 @@ from svg_ear_compile.kernels.clusters import (
     QueryTile,
     initial_centroids,
 )
+from svg_ear_compile.kernels.kept_clusters import Placed, excess_spread, updated_labels
 from svg_ear_compile.kernels.kinds import CLUSTERED, EXACT, PADDING, TokenKinds
 from svg_ear_compile.kernels.plan import AttentionPlan
 
@@ -25,16 +26,21 @@ def cluster(
     centroids: tuple[Tensor, Tensor] | None,
     blocks: Blocks | None = None,
     query_tile: QueryTile | None = None,
-) -> tuple[Clusters, Clusters]:
+    update: Placed | None = None,
+) -> tuple[Clusters, Clusters, Tensor | None]:
     """Query and key clusters: reused from `blocks`, warm from `centroids`, or cold.
 
     For the arguments see `reference.cluster_and_route`.
+
+    Returns:
+        The clusters, and the excess spread of key clusters that were kept.
     """
     if blocks is not None:
         assert centroids is not None, "blocks come with the centroids of their clusters"
         return (
             regrouped(q, kinds.queries, centroids[0].to(q.dtype), blocks.q_labels),
             regrouped(k, kinds.keys, centroids[1].to(k.dtype), blocks.k_labels),
+            None,
         )
     q_clusters, k_clusters = plan.clusters(*kinds.counts(q.shape[2], k.shape[2]))
     if centroids is not None:
@@ -47,10 +53,16 @@ def cluster(
     of_queries, of_keys = None, None
     if plan.cluster_metric == "logits":
         of_queries, of_keys = logit_metrics(q, k, kinds)
-    return (
-        kmeans(q, kinds.queries, q_start, iterations, of_queries, query_tile),
-        kmeans(k, kinds.keys, k_start, iterations, of_keys),
-    )
+    queries = kmeans(q, kinds.queries, q_start, iterations, of_queries, query_tile)
+    if update is None:
+        return queries, kmeans(k, kinds.keys, k_start, iterations, of_keys), None
+    labels, start = updated_labels(
+        k, kinds.keys, k_clusters, update, plan,
+        lambda x, of_x, start, rounds: kmeans(x, of_x, start.to(k.dtype), rounds, of_keys),
+        lambda start, labels: regrouped(k, kinds.keys, start.to(k.dtype), labels),
+    )  # fmt: skip
+    keys = regrouped(k, kinds.keys, start.to(k.dtype), labels)
+    return queries, keys, excess_spread(k, keys, of_keys)
 
 
 def is_kind(x: Tensor, kinds: Tensor | None, kind: int) -> Tensor:

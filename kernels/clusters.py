@@ -9,7 +9,7 @@ label of a token is its cluster, or ``C`` where the token is always exact (of th
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -75,12 +75,14 @@ class Routed:
         queries: query clusters of the H heads. keys: key clusters of the H_kv heads.
         block_mask: (B, H, Qc, Kc) bool, True for blocks computed exactly.
         row_area: (B, H, Qc) integer, clustered keys computed exactly for each query cluster.
+        excess: () float32, see `kept_clusters.excess_spread`; None if no key kept its cluster.
     """
 
     queries: Clusters
     keys: Clusters
     block_mask: Tensor
     row_area: Tensor
+    excess: Tensor | None = field(default=None, kw_only=True)
 
     def block_lists(self) -> tuple[Tensor, Tensor]:
         """The block mask as lists of key clusters; waits for the device.
@@ -105,6 +107,8 @@ class Result:
         queries, keys: see `Clusters`.
         block_mask: (B, H, Qc, Kc) bool, True for blocks computed exactly.
         row_area: (B, H, Qc) integer, clustered keys computed exactly for each query cluster.
+        identities: (B, N_k) int64 of cached keys, see `kept_clusters.identities_of`; else None.
+        excess: see `Routed`.
     """
 
     out: Tensor
@@ -113,6 +117,8 @@ class Result:
     keys: Clusters
     block_mask: Tensor
     row_area: Tensor
+    identities: Tensor | None = None
+    excess: Tensor | None = None
 
     @property
     def blocks(self) -> Blocks:

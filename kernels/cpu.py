@@ -22,6 +22,7 @@ from svg_ear_compile.kernels.compensation import (
     corrections,
     proxy_tokens,
 )
+from svg_ear_compile.kernels.kept_clusters import Placed
 from svg_ear_compile.kernels.kinds import TokenKinds
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.registry import Implementation, register
@@ -52,11 +53,12 @@ def cluster_and_route(
     scale: float,
     centroids: tuple[Tensor, Tensor] | None,
     blocks: Blocks | None,
+    update: Placed | None = None,
 ) -> SortedRouting:
     """See `reference.cluster_and_route`; query clusters are not aligned to a tile."""
     groups = q.shape[1] // k.shape[1]
     float_q, float_k = q.float(), k.float()
-    queries, keys = cluster(float_q, float_k, plan, kinds, centroids, blocks)
+    queries, keys, excess = cluster(float_q, float_k, plan, kinds, centroids, blocks, update=update)
     head_keys = keys.per_query_head(groups)
     order = head_keys.labels.argsort(dim=-1, stable=True)  # [B, H, N_k]
     bounds = _bounds(head_keys)
@@ -72,7 +74,7 @@ def cluster_and_route(
     else:
         block_mask = blocks.block_mask
     area = row_area(block_mask, head_keys)
-    return SortedRouting(queries, keys, block_mask, area, order, bounds)
+    return SortedRouting(queries, keys, block_mask, area, order, bounds, excess=excess)
 
 
 def attend(

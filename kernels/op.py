@@ -6,6 +6,8 @@ compiled on a machine without it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from svg_ear_compile.kernels import registry
 from svg_ear_compile.kernels.call import CallRequest, ExactTokens, active_source
+from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.device_guard import on_device
 from svg_ear_compile.kernels.kinds import TokenKinds, token_kinds
 from svg_ear_compile.kernels.plan import HEAD_DIMS, AttentionPlan
@@ -43,6 +46,7 @@ def attention(
     clustered_keys: int | None = None,
     averages_empty_rows: bool = False,
     return_lse: bool = False,
+    cached_keys: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """SVG-EAR attention of every head, or dense attention if the plan or the source says so.
 
@@ -66,6 +70,7 @@ def attention(
         averages_empty_rows: a row whose keys are all masked gives the mean of all values instead of
             0, as softmax does with a large negative bias.
         return_lse: also return the log-sum-exp.
+        cached_keys: the queries are new tokens, the keys those of a cache and of the new tokens.
 
     Returns:
         out (B, H, N_q, D) with the layout of q, and lse (B, H, N_q) float32, natural log, or an
@@ -85,7 +90,9 @@ def attention(
     is_padding = padding_proven is None or bool(padding_proven)
     request = CallRequest(
         layer, layer_owner, site, compiled, tuple(q.shape), tuple(k.shape), clustered, q.device,
-        dense_only=compiled.is_dense_for(*clustered) or q.numel() == 0 or not is_padding,
+        dense_only=compiled.is_short(*clustered) or q.numel() == 0 or not is_padding,
+        many_keys=compiled.has_many_keys(*clustered),
+        cached_keys=cached_keys,
     )  # fmt: skip
     terms = _Terms(q.shape[-1] ** -0.5 if scale is None else scale, return_lse)
     with on_device(q.device):
@@ -126,6 +133,7 @@ def _(
     clustered_keys: int | None = None,
     averages_empty_rows: bool = False,
     return_lse: bool = False,
+    cached_keys: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), _empty_lse(q, return_lse)
 
@@ -151,12 +159,17 @@ def _sparse(
     kinds: TokenKinds | None = None
     parts: tuple[Tensor, Tensor] | None = None
     for call in source.calls(request):
-        if call.plan.is_dense or request.dense_only:
+        clusters_all = call.cache is None and call.blocks is None
+        if call.plan.is_dense or request.dense_only or (request.many_keys and clusters_all):
             return None
         kinds = kinds or token_kinds(key_mask, *(call.exact or exact))
         rows = slice(None) if call.rows is None else call.rows
-        served = registry if call.captured is None else call.captured
-        result = served.sparse_attention(
+        attend: Callable[..., Result] = registry.sparse_attention
+        if call.cache is not None:
+            attend = partial(attend, cache=call.cache)
+        elif call.captured is not None:
+            attend = call.captured.sparse_attention
+        result = attend(
             q[rows], k[rows], v[rows], call.plan, kinds=kinds.of_rows(rows), scale=terms.scale,
             centroids=call.centroids, blocks=call.blocks, return_lse=terms.return_lse,
         )  # fmt: skip

@@ -143,11 +143,12 @@ class AttentionPlan:
         """Whether every block is computed exactly."""
         return self.density >= 1.0
 
-    def is_dense_for(self, clustered_queries: int, clustered_keys: int) -> bool:
-        """Whether a call with so many clustered tokens is too short, or has too many keys."""
-        least = max(1, self.min_tokens)
-        if min(clustered_queries, clustered_keys) < least:
-            return True
+    def is_short(self, clustered_queries: int, clustered_keys: int) -> bool:
+        """Whether a call with so many clustered tokens is too short to be sparse."""
+        return min(clustered_queries, clustered_keys) < max(1, self.min_tokens)
+
+    def has_many_keys(self, clustered_queries: int, clustered_keys: int) -> bool:
+        """Whether clustering so many keys would take longer than attention from these queries."""
         return 0 < self.max_key_ratio * clustered_queries < clustered_keys
 
     def clusters(self, q_tokens: int, k_tokens: int) -> tuple[int, int]:

@@ -40,6 +40,7 @@ from svg_ear_compile.kernels.compensation import (
     corrections,
     proxy_tokens,
 )
+from svg_ear_compile.kernels.kept_clusters import Placed
 from svg_ear_compile.kernels.kinds import ALL_CLUSTERED, TokenKinds
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.routing import BlockScores, route, row_area, take_until
@@ -107,6 +108,7 @@ def cluster_and_route(
     centroids: tuple[Tensor, Tensor] | None = None,
     blocks: Blocks | None = None,
     query_tile: QueryTile | None = None,
+    update: Placed | None = None,
 ) -> Routed:
     """Stages 1 to 3: clusters of queries and keys, and the block mask.
 
@@ -120,9 +122,10 @@ def cluster_and_route(
             the `centroids` of that call; None recomputes them.
         query_tile: tile that newly computed query clusters are aligned to, see
             `clustering.tile_aligned`; None leaves the clusters as k-means ends.
+        update: kept clusters of cached keys; None clusters all keys.
     """
     groups = q.shape[1] // k.shape[1]
-    queries, keys = cluster(q, k, plan, kinds, centroids, blocks, query_tile)
+    queries, keys, excess = cluster(q, k, plan, kinds, centroids, blocks, query_tile, update)
     head_keys = keys.per_query_head(groups)
     if blocks is None:
         all_k, all_v = (t.repeat_interleave(groups, 1) for t in (k, v))
@@ -130,7 +133,7 @@ def cluster_and_route(
         block_mask = route(scores, queries, head_keys, plan)
     else:
         block_mask = blocks.block_mask
-    return Routed(queries, keys, block_mask, row_area(block_mask, head_keys))
+    return Routed(queries, keys, block_mask, row_area(block_mask, head_keys), excess=excess)
 
 
 def attend(
@@ -256,4 +259,7 @@ def sparse_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     routed = cluster_and_route(q, k, v, plan, scale=scale, query_tile=query_tile, **more)
     out, lse = attend(q, k, v, routed, plan.compensation, scale=scale)
-    return Result(out, lse, routed.queries, routed.keys, routed.block_mask, routed.row_area)
+    return Result(
+        out, lse, routed.queries, routed.keys, routed.block_mask, routed.row_area,
+        excess=routed.excess,
+    )  # fmt: skip

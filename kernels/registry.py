@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from svg_ear_compile.kernels.clusters import Blocks, Result, Routed
+from svg_ear_compile.kernels.kept_clusters import CachedKeys, Placed, identities_of, placed
 from svg_ear_compile.kernels.kinds import ALL_CLUSTERED, TokenKinds
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 
@@ -38,6 +39,7 @@ class ClusterAndRoute(Protocol):
         scale: float,
         centroids: tuple[Tensor, Tensor] | None,
         blocks: Blocks | None,
+        update: Placed | None = None,
     ) -> Routed: ...
 
 
@@ -89,6 +91,7 @@ class Implementation:
         scale: float | None = None,
         centroids: tuple[Tensor, Tensor] | None = None,
         blocks: Blocks | None = None,
+        cache: CachedKeys | None = None,
         return_lse: bool = False,
     ) -> Result:
         """`cluster_and_route`, then `attend`.
@@ -102,19 +105,27 @@ class Implementation:
                 starts cold.
             blocks: labels and block mask of an earlier call under this plan, to be reused together
                 with the `centroids` of that call; None recomputes them.
+            cache: how the keys are clustered, if they are cached; not with `blocks` that are reused
+                and clusters that are kept, both.
             return_lse: whether to compute the log-sum-exp; otherwise `Result.lse` is empty.
 
         Returns:
             `Result`, its output in the dtype and layout of q.
         """
         scale = q.shape[-1] ** -0.5 if scale is None else scale
+        identities = None if cache is None else identities_of(v)
+        update = None if cache is None or identities is None else placed(cache, identities)
         routed = self.cluster_and_route(
-            q, k, v, plan, kinds=kinds, scale=scale, centroids=centroids, blocks=blocks
-        )
+            q, k, v, plan, kinds=kinds, scale=scale, centroids=centroids, blocks=blocks,
+            update=update,
+        )  # fmt: skip
         out, lse = self.attend(
             q, k, v, routed, plan.compensation, scale=scale, return_lse=return_lse
         )
-        return Result(out, lse, routed.queries, routed.keys, routed.block_mask, routed.row_area)
+        return Result(
+            out, lse, routed.queries, routed.keys, routed.block_mask, routed.row_area,
+            identities, routed.excess,
+        )  # fmt: skip
 
 
 _REGISTERED: dict[str, Implementation] = {}

@@ -34,7 +34,7 @@ from svg_ear_compile.passes.sdpa import (
 from svg_ear_compile.passes.site import AttentionSite, Call, Padding, Reason, Role, Size
 from svg_ear_compile.passes.steps import is_softmax
 from svg_ear_compile.passes.streams import Streams
-from svg_ear_compile.passes.symbolic import hint, is_same
+from svg_ear_compile.passes.symbolic import expression, hint, is_same
 from svg_ear_compile.passes.unread import is_exponential, unread
 from svg_ear_compile.passes.vectors import NOTHING_EXACT
 
@@ -99,7 +99,7 @@ def is_attention(target: object) -> bool:
 def _read(node: Node, flow: Dataflow) -> Call | None:
     if not _may_be_attention(node):
         return None
-    found = read_sdpa(node) or read_flex(node) or read_leaf(node) or read_kernel(node, flow)
+    found = read_sdpa(node) or read_flex(node, flow) or read_leaf(node) or read_kernel(node, flow)
     if found is None and is_exponential(node):
         return unread(node, flow)
     return found or read_handwritten(node, flow)
@@ -129,8 +129,10 @@ class _Describer:
             tokens = hint(q_shape[2])
             within = (role_in_clip(source, tokens, self.axes) for source in of_q)
             role = next((found for found in within if found is not None), role)
-            if role in (Role.SELF, Role.JOINT) and k_shape and tokens != hint(k_shape[2]):
-                role = Role.PREFIX  # keys of a cache are projected in no graph
+            if role in (Role.SELF, Role.JOINT) and k_shape:
+                # Keys of a cache are projected in no graph. In the traced call there may be none.
+                as_long = expression(q_shape[2]) == expression(k_shape[2])
+                role = role if as_long else Role.PREFIX
         dtype = _computed_in(call)
         padding = None
         reason = call.reason or _reason_to_leave(call, role, dtype)
@@ -176,7 +178,7 @@ def _computed_in(call: Call) -> torch.dtype | None:
 
 def _reason_to_leave(call: Call, role: Role, dtype: torch.dtype | None) -> Reason | None:
     if call.is_causal is not False:
-        return Reason.CAUSAL
+        return Reason.CAUSAL_CHUNK if role is Role.PREFIX else Reason.CAUSAL
     if call.dropout_p != 0.0:
         return Reason.DROPOUT
     values = [operand.node.meta.get("example_value") for operand in (call.q, call.k, call.v)]

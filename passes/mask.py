@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.fx import Node
 
 from svg_ear_compile.passes.arguments import Arguments, arguments
+from svg_ear_compile.passes.constants import number
 from svg_ear_compile.passes.dataflow import Dataflow, projected_input
 from svg_ear_compile.passes.memory import is_plain
-from svg_ear_compile.passes.operation import CASTS, operation
+from svg_ear_compile.passes.operation import CASTS, REARRANGEMENTS, operation
+from svg_ear_compile.passes.packed import constant
 from svg_ear_compile.passes.site import Call, Operand, Padding, Reason, Size
 from svg_ear_compile.passes.symbolic import hint, hints_of
 
+_Bounds = tuple[int, int]
 _COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "sub"})
+_CHUNK_COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq"})
+_BY_CHUNK = frozenset({"floordiv", "floor_divide", "repeat_interleave"})
+_ALWAYS: dict[str, Callable[[_Bounds, _Bounds], bool]] = {
+    "lt": lambda one, other: one[1] < other[0],
+    "le": lambda one, other: one[1] <= other[0],
+    "gt": lambda one, other: one[0] > other[1],
+    "ge": lambda one, other: one[0] >= other[1],
+}
+"""Which comparisons hold for all numbers between bounds."""
+_MOST_POSITIONS = 1 << 20
 _TRIANGLES = frozenset({"tril", "triu", "tril_", "triu_"})
 
 
@@ -26,7 +39,8 @@ def judge_mask(
     A bool mask without a row for each query is key padding by its shape, and so is one that the
     graph makes of such masks and of their transposes. A mask that is added to the logits can hold
     any bias, a square one can hold causality: where the graph does not show that it does, the
-    values are looked at, at run time.
+    values are looked at, at run time. A mask that is full leaves nothing out, and so may one that
+    compares chunks: the queries of one chunk see the same keys.
     """
     mask = call.mask
     assert mask is not None
@@ -46,6 +60,8 @@ def judge_mask(
     )
     if not fits:
         return Reason.MASK
+    if is_bool and not mask.inverted and is_full(flow, mask.tensor.node, call.node):
+        return Padding()
     if is_bool and rows == 1:
         return Padding(keys=(mask.tensor,))
     if is_bool and not mask.inverted:
@@ -53,8 +69,12 @@ def judge_mask(
         padding = _factors(flow, mask.tensor, call.node, dict(zip("bhqk", extents, strict=True)))
         if padding is not None:
             return padding
-    if rows != 1 and _is_positional(flow, mask.tensor.node, call.node):
-        return Reason.CAUSAL
+    compared = [] if rows == 1 else _positions(flow, mask.tensor.node, call.node)
+    if compared:
+        part = hint(q_shape[2]) != keys
+        if part and is_bool and all(_are_by_chunk(flow, each) for each in compared):
+            return None  # full over the keys of all chunks before and of this one, if it is one
+        return Reason.CAUSAL_CHUNK if part else Reason.CAUSAL
     return Reason.MASK if _is_learned(flow, mask.tensor.node, call.node) else None
 
 
@@ -131,20 +151,65 @@ def _last(letters: str, count: int) -> str:
     return letters[len(letters) - count :]
 
 
-def _is_positional(flow: Dataflow, mask: Node, reader: Node) -> bool:
-    """True if positions of queries and keys are compared on the way to the mask.
+def _positions(flow: Dataflow, mask: Node, reader: Node) -> list[Node]:
+    """Where positions of queries and keys are compared on the way to the mask.
 
     Causal and windowed masks are made so; padding compares a position with a length.
     """
+    found = []
     for node in flow.backward(mask, lambda n: projected_input(n) is not None, reader):
-        name = operation(node)
-        if name in _TRIANGLES:
-            return True
-        if name in _COMPARISONS:
-            sides = node.all_input_nodes
-            if len(sides) == 2 and all(_counts(flow, side) for side in sides):
-                return True
-    return False
+        sides = node.all_input_nodes
+        compares = operation(node) in _COMPARISONS and len(sides) == 2
+        if operation(node) in _TRIANGLES or (compares and all(_counts(flow, s) for s in sides)):
+            found.append(node)
+    return found
+
+
+def _are_by_chunk(flow: Dataflow, compared: Node) -> bool:
+    """True if numbers of chunks are compared and not places: the tokens of one have the same."""
+    if operation(compared) not in _CHUNK_COMPARISONS:
+        return False
+    return all(
+        any(
+            operation(source) in _BY_CHUNK
+            for source in flow.backward(side, lambda n: projected_input(n) is not None)
+        )
+        for side in compared.all_input_nodes
+    )
+
+
+def is_full(flow: Dataflow, mask: Node, reader: Node) -> bool:
+    """True if a bool mask is True everywhere when `reader` reads it, whatever is fed to the graph.
+
+    So is the mask of a chunk of queries that sees the whole cache: positions are compared, and the
+    graph makes both of constants.
+    """
+    value, name = mask.meta.get("example_value"), operation(mask)
+    if not is_plain(value) or value.dtype != torch.bool or flow.writes_before(mask, reader):
+        return False
+    if number(mask, flow) == 1.0:
+        return True
+    first = mask.args[0] if mask.args else None
+    other = mask.args[1] if len(mask.args) == 2 and not mask.kwargs else None
+    if name in _ALWAYS:
+        if (one := _bounds(first, mask, flow)) and (two := _bounds(other, mask, flow)):
+            return _ALWAYS[name](one, two)
+        return False
+    if name in ("logical_and", "logical_or"):
+        sides = (isinstance(s, Node) and is_full(flow, s, reader) for s in (first, other))
+        return (all if name == "logical_and" else any)(sides)
+    same = name in CASTS | REARRANGEMENTS | {"clone", "repeat"}
+    return same and isinstance(first, Node) and is_full(flow, first, reader)
+
+
+def _bounds(side: object, reader: Node, flow: Dataflow) -> _Bounds | None:
+    """Least and largest whole number that one side of a comparison holds, None where not known."""
+    if isinstance(side, int):
+        return side, side
+    held = constant(side, reader, flow, _MOST_POSITIONS) if isinstance(side, Node) else None
+    if held is None or held.numel() == 0 or held.is_floating_point() or held.is_complex():
+        return None
+    return int(held.min()), int(held.max())
 
 
 def _counts(flow: Dataflow, node: Node) -> bool:

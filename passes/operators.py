@@ -138,44 +138,52 @@ def read_kernel(node: Node, flow: Dataflow) -> Call | None:
         return None
     kernel, args = _kernel(node.target), arguments(node)
     if kernel is None or args is None:
-        return _left(node, *_tensors(node)[:3])
+        return _left(node, _tensors(node))
     q, k, v = (args.take(*names) for names in (("query", "q"), ("key", "k"), ("value", "v")))
     if not all(isinstance(tensor, Node) for tensor in (q, k, v)):
-        return _left(node, *_tensors(node)[:3])
-    dims, batch = _layout(node, kernel, args, (q, k), flow)
+        return _left(node, _tensors(node))
+    is_packed, (dims, batch) = _layout(node, kernel, args, (q, k), flow)
     is_causal, dropout = args.take("is_causal", "causal"), args.take("dropout_p", "p")
     mask = args.take("attn_mask", "attn_bias", "bias")
     scale = args.take("scale", "softmax_scale", "sm_scale")
     windows = [args.take(name) for name in _WINDOWS]
-    is_plain = _changes_nothing_else(args) and len(dims) == _rank(q) == _rank(k) == _rank(v)
+    is_causal = any(map(_is_window, windows)) or (False if is_causal is None else is_causal)
+    is_plain = _changes_nothing_else(args)
+    if is_plain and is_packed and not dims:
+        return _left(node, [q, k, v], Reason.PACKED if is_causal is False else Reason.CAUSAL)
+    is_plain = is_plain and len(dims) == _rank(q) == _rank(k) == _rank(v)
     if not is_plain or not isinstance(mask, (Node, type(None))):
-        return _left(node, q, k, v)
+        return _left(node, [q, k, v])
     of_q, of_k, of_v = (Operand(tensor, dims, batch=batch) for tensor in (q, k, v))
     call = Call(
         node, (node,), of_q, of_k, of_v, out_dims=dims,
         mask=None if mask is None else Mask(Operand(mask, "bhqk"[-_rank(mask):]), added=True),
         scale=scale, dropout_p=0.0 if dropout is None else dropout,
-        is_causal=any(map(_is_window, windows)) or (False if is_causal is None else is_causal),
+        is_causal=is_causal,
     )  # fmt: skip
     return _with_results(call, kernel) if kernel.returns_tuple else call
 
 
 def _layout(
     node: Node, kernel: _Kernel, args: Arguments, tensors: tuple[Node, Node], flow: Dataflow
-) -> tuple[str, int]:
-    """Letters of q, k and v and the samples in "p"; no letters where the layout is not known."""
+) -> tuple[bool, tuple[str, int]]:
+    """Whether lengths of sequences are given, letters of q, k and v, and the samples in "p".
+
+    No letters where the layout is not known.
+    """
     packed = [args.take(*names) for names in (_LENGTHS_OF_QUERIES, _LENGTHS_OF_KEYS)]
     if any(lengths is not None for lengths in packed):
         pairs = zip(packed, tensors, strict=True)
         of_q, of_k = (equal_sequences(lengths, tensor, node, flow) for lengths, tensor in pairs)
         if of_q is None or of_q != of_k:
-            return "", 1
-        return ("phd", of_q) if of_q > 1 else ("nhd", 1)
+            return True, ("", 1)
+        return True, ("phd", of_q) if of_q > 1 else ("nhd", 1)
     layout = args.take("tensor_layout")
     if layout is not None:
-        return _LAYOUTS.get(str(layout), ""), 1
+        return False, (_LAYOUTS.get(str(layout), ""), 1)
     # xformers takes tensors without heads, too.
-    return "bnd" if kernel is _XFORMERS and _rank(tensors[0]) == 3 else kernel.dims, 1
+    bare = kernel is _XFORMERS and _rank(tensors[0]) == 3
+    return False, ("bnd" if bare else kernel.dims, 1)
 
 
 def _changes_nothing_else(args: Arguments) -> bool:
@@ -227,8 +235,13 @@ def _is_lse(lse: Operand, call: Call) -> bool:
     return sizes is not None and wanted is not None and all(map(is_same, sizes, wanted))
 
 
-def _left(node: Node, q: Node, k: Node, v: Node) -> Call:
-    """The call as one that is not read; tokens are taken to be more than heads."""
+def _left(node: Node, tensors: list[Node], reason: Reason = Reason.KERNEL) -> Call:
+    """The call as one that is not read; tokens are taken to be more than heads.
+
+    Args:
+        tensors: queries, keys, values, and maybe others.
+    """
+    q, k, v = tensors[:3]
     dims = ""
     if _rank(q) == _rank(k) == _rank(v) == 3:
         dims = "nhd"
@@ -236,7 +249,7 @@ def _left(node: Node, q: Node, k: Node, v: Node) -> Call:
         _, heads, tokens, _ = (hint(size) or 0 for size in shape_of(q) or ())
         dims = "bhnd" if heads <= tokens else "bnhd"
     of_q, of_k, of_v = (Operand(tensor, dims) for tensor in (q, k, v))
-    return Call(node, (node,), of_q, of_k, of_v, reason=Reason.KERNEL)
+    return Call(node, (node,), of_q, of_k, of_v, reason=reason)
 
 
 def _looks_like_attention(node: Node) -> bool:

@@ -27,7 +27,8 @@ _COMPUTED = (
         "tensor", "as_tensor", "full", "zeros", "ones", "arange", "full_like", "zeros_like",
         "ones_like", "new_full", "new_zeros", "new_ones", "new_tensor", "cumsum", "cat", "stack",
         "pad", "repeat", "repeat_interleave", "add", "sub", "mul", "sum", "int", "long", "setitem",
-        "cumsum_", "add_", "mul_", "fill_", "copy_", "cuda", "cpu",
+        "cumsum_", "add_", "mul_", "fill_", "copy_", "cuda", "cpu", "floordiv", "floor_divide",
+        "mod", "remainder", "clamp", "neg",
     }
 )  # fmt: skip
 _LARGEST = 4096
@@ -57,14 +58,18 @@ def equal_sequences(boundaries: object, packed: Node, reader: Node, flow: Datafl
     return count if found.tolist() == list(wanted) else None
 
 
-def constant(node: Node, reader: Node, flow: Dataflow) -> Tensor | None:
-    """What a tensor holds when `reader` reads it, if constants alone decide that; else None."""
+def constant(node: Node, reader: Node, flow: Dataflow, largest: int = _LARGEST) -> Tensor | None:
+    """What a tensor holds when `reader` reads it, if constants alone decide that; else None.
+
+    Args:
+        largest: most elements of a tensor that is computed for it.
+    """
     nodes: dict[Node, None] = {}
     waiting = [node]
     while waiting:
         each = waiting.pop()
         if each not in nodes:
-            if not _is_computed(each):
+            if not _is_computed(each, largest):
                 return None
             nodes[each] = None
             waiting += [*each.all_input_nodes, *flow.writes_before(each, reader)]
@@ -81,8 +86,8 @@ def constant(node: Node, reader: Node, flow: Dataflow) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _is_computed(node: Node) -> bool:
+def _is_computed(node: Node, largest: int) -> bool:
     if node.op not in ("call_function", "call_method") or operation(node) not in _COMPUTED:
         return False
     sizes = shape_of(node)
-    return sizes is None or math.prod(hint(size) or 0 for size in sizes) <= _LARGEST
+    return sizes is None or math.prod(hint(size) or 0 for size in sizes) <= largest

@@ -23,7 +23,7 @@ from svg_ear_compile.passes.effects import Effects
 from svg_ear_compile.passes.exact_nodes import ExactNodes
 from svg_ear_compile.passes.find import owner_path
 from svg_ear_compile.passes.memory import fake_mode_of
-from svg_ear_compile.passes.site import AttentionSite, EmptyRow, Mask, Operand
+from svg_ear_compile.passes.site import AttentionSite, EmptyRow, Mask, Operand, Role
 from svg_ear_compile.passes.symbolic import hint, is_same
 from svg_ear_compile.passes.vectors import ExactTokens, Stream, Vector
 
@@ -95,6 +95,8 @@ class _Rewriter:
                 self._tensor(graph, operand, site.dtype) for operand in (call.q, call.k, call.v)
             )
             mask: tuple[Node | None, ...] = (None,)
+            if call.kept is not None:
+                mask = (call.kept.write(graph, q, self._now),)
             if call.mask is not None and site.padding is not None:
                 mask = (
                     self._conjunction(graph, site.padding.keys, call.mask.inverted), None,
@@ -125,11 +127,13 @@ class _Rewriter:
                         call.mask is not None and call.mask.empty_row is EmptyRow.MEAN
                     ),
                     "return_lse": call.lse is not None,
+                    "cached_keys": site.role is Role.PREFIX,
                 },
             )
             out = graph.call_function(operator.getitem, (done, 0))
-            if call.mask is not None and call.mask.empty_row is EmptyRow.NAN:
-                rows = mask[2] if site.padding else None
+            rows = mask[2] if site.padding and call.mask else None
+            leaves_out = mask[0] is not None or rows is not None
+            if leaves_out and call.mask and call.mask.empty_row is EmptyRow.NAN:
                 out = _without_empty_rows(graph, out, mask[0], rows, call.mask.added)
             out = self._take_place(site, _in_dims(graph, out, "bhnd", call.out_dims), old, last)
             if call.lse is not None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
+from svg_ear_compile.passes.block_mask import graph_of, kept_keys, result_of, takes_every_pair
+from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.site import Call, Mask, Operand, Reason
 
@@ -74,7 +76,7 @@ def _rank(node: Node) -> int:
     return value.dim() if isinstance(value, torch.Tensor) else 0
 
 
-def read_flex(node: Node) -> Call | None:
+def read_flex(node: Node, flow: Dataflow) -> Call | None:
     """A flex_attention call, or None for another node. Its output is the first of its results."""
     if node.op != "call_function" or node.target is not FLEX:
         return None
@@ -84,37 +86,19 @@ def read_flex(node: Node) -> Call | None:
     *_, key_block, mask_mod = block_mask
     # A mask that takes every pair may still come with lists that leave blocks out, except where one
     # block holds all keys: what flex_attention makes where it is given no mask.
-    everything = key_block == _WHOLE_SEQUENCE and _takes_every_pair(_graph(mask_mod))
-    if not (everything and _returns_its_score(_graph(score_mod))):
+    everything = key_block == _WHOLE_SEQUENCE and takes_every_pair(mask_mod)
+    kept = None if everything else kept_keys(node, flow)
+    if not ((everything or kept) and _returns_its_score(graph_of(score_mod))):
         return Call(node, (node,), q, k, v, reason=Reason.FLEX)
     outs = [u for u in node.users if operation(u) == "getitem" and u.args[1] == 0]
     if not len(outs) == len(node.users) == 1:
         return Call(node, (node,), q, k, v, reason=Reason.WEIGHTS)
-    return Call(outs[0], (node, outs[0]), q, k, v, scale=scale)
-
-
-def _graph(node: object) -> GraphModule | None:
-    if not isinstance(node, Node) or node.op != "get_attr" or node.graph.owning_module is None:
-        return None
-    found = getattr(node.graph.owning_module, str(node.target), None)
-    return found if isinstance(found, GraphModule) else None
-
-
-def _result(graph: GraphModule) -> object:
-    (output,) = graph.graph.find_nodes(op="output")
-    result = output.args[0]
-    return result[0] if isinstance(result, (tuple, list)) and len(result) == 1 else result
+    kept = None if kept is not None and kept.are_all else kept
+    return Call(outs[0], (node, outs[0]), q, k, v, scale=scale, kept=kept)
 
 
 def _returns_its_score(graph: GraphModule | None) -> bool:
-    return graph is not None and _result(graph) is next(iter(graph.graph.nodes))
-
-
-def _takes_every_pair(graph: GraphModule | None) -> bool:
-    if graph is None:
-        return False
-    result = _result(graph)
-    return isinstance(result, Node) and operation(result) in ("new_ones", "ones")
+    return graph is not None and result_of(graph) is next(iter(graph.graph.nodes))
 
 
 def read_leaf(node: Node) -> Call | None:

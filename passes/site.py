@@ -8,6 +8,7 @@ from enum import Enum
 import torch
 from torch.fx import Node
 
+from svg_ear_compile.passes.block_mask import KeptKeys
 from svg_ear_compile.passes.memory import is_plain
 from svg_ear_compile.passes.symbolic import Size
 from svg_ear_compile.passes.vectors import ExactTokens
@@ -29,6 +30,7 @@ class Reason(str, Enum):
     """Why a site is left as it is. The value is the code; `sentence` says it in words."""
 
     CAUSAL = "causal"
+    CAUSAL_CHUNK = "causal_chunk"
     TEXT = "text"
     DROPOUT = "dropout"
     GRADIENTS = "gradients"
@@ -40,6 +42,7 @@ class Reason(str, Enum):
     FLEX = "flex"
     LEAF = "leaf"
     KERNEL = "kernel"
+    PACKED = "packed"
     PATTERN = "pattern"
     WEIGHTS = "weights"
     WRITTEN = "written"
@@ -62,6 +65,7 @@ class Reason(str, Enum):
 
 _SENTENCES = {
     Reason.CAUSAL: "Causal or windowed by position: a language model's attention, not a video's.",
+    Reason.CAUSAL_CHUNK: "Causal among the new tokens: sparse only where they see all cached keys.",
     Reason.TEXT: "The tokens come from token ids alone: a text model.",
     Reason.DROPOUT: "Attention dropout is on: this is training.",
     Reason.GRADIENTS: "The graph needs gradients; the sparse operator is for inference.",
@@ -70,9 +74,10 @@ _SENTENCES = {
     Reason.VALUES: "Values come from other tokens than the keys.",
     Reason.PART_OF_CLIP: "Tokens of one frame, place or window attend to each other: short rows.",
     Reason.MASK: "The mask is a learned bias, one of several, or of no shape that padding has.",
-    Reason.FLEX: "flex_attention with a block mask or score function: what it leaves out is data.",
+    Reason.FLEX: "flex_attention with a score function or a block mask not shown to be padding.",
     Reason.LEAF: "Attention inside one PyTorch call, with its projections: it cannot be opened.",
     Reason.KERNEL: "Another library's kernel, in a use that is not known to be plain attention.",
+    Reason.PACKED: "Packed sequences of several lengths, or whose lengths the graph does not show.",
     Reason.PATTERN: "Attention written by hand with a step that the pass does not know.",
     Reason.WEIGHTS: "The attention weights are used elsewhere, so they have to be computed.",
     Reason.WRITTEN: "q, k, v or the mask is overwritten before the attention is complete.",
@@ -193,6 +198,7 @@ class Call:
         mask: None where there is none.
         scale: of the logits; None is 1/sqrt(D).
         dropout_p, is_causal: as given to the call; hand-written attention has neither.
+        kept: the keys that take part, where a function says it; None where all do.
         lse: the node that holds the log-sum-exp of the logits, letters among "bhn"; None where
             nobody asks for it.
         reason: why the call cannot be read any further, or None.
@@ -208,6 +214,7 @@ class Call:
     scale: float | Node | None = None
     dropout_p: object = 0.0
     is_causal: object = False
+    kept: KeptKeys | None = None
     lse: Operand | None = None
     reason: Reason | None = None
 

@@ -6,23 +6,23 @@ A generation is the source of all attention calls made during a forward of its m
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from svg_ear_compile.chunks import LastChunk, Place
 from svg_ear_compile.clock import Clock, RestartWatch, is_noisier
+from svg_ear_compile.generation_state import Forward, Layer, State
 from svg_ear_compile.guidance import MAX_BRANCHES, Branches, Guidance, Latents
 from svg_ear_compile.kernels.call import AttentionCall, CallRequest, calls_from
 from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.layer_plans import LayerPlans, at_density
-from svg_ear_compile.layers import BoundModel, Identity, LayerReport
+from svg_ear_compile.layers import BoundModel, LayerReport
 from svg_ear_compile.memory import Memory, RememberedCall, calls_by_branch
-from svg_ear_compile.named_tokens import NamedTokens
 
 if TYPE_CHECKING:
     from svg_ear_compile.kernels.gpu.captured_graphs import CapturedGraphs
@@ -45,60 +45,6 @@ class Held:
     nbytes: int
 
 
-@dataclass
-class _Layer:
-    identity: Identity = "order"
-    index: int = 0
-    # By site, index of the forward at its step, and position of the branch in the batch.
-    memories: dict[tuple[str, int, int], Memory] = field(default_factory=dict)
-    branches: set[tuple[int, int]] = field(default_factory=set)
-    last_sparse: Memory | None = None
-
-
-@dataclass
-class _State:
-    """State that is dropped when a new generation starts."""
-
-    clock: Clock
-    branches: Branches
-    latents: dict[int, tuple[object, ...]] = field(default_factory=dict)  # kind, by model
-    layers: dict[tuple[int, str], _Layer] = field(default_factory=dict)  # by model and path
-    dense_steps: set[int] = field(default_factory=set)
-    ascending: bool | None = None  # None before the first forward
-    thread: int | None = None  # identifier of the thread that started the generation
-
-
-@dataclass
-class _Forward:
-    """The forward that is running.
-
-    Attributes:
-        model: position of the model among the bound models.
-        index: index among the forwards of this model at this timestep.
-        timestep: timestep of the forward.
-        dense: True if all its attention is dense.
-        reference: index of the forward that is its reference branch; None if it is one itself.
-        in_batch: guidance branches along its batch.
-        batch: batch size of its latents.
-        thread: identifier of the thread that runs it.
-        calls: number of calls so far, by site.
-        order: layer path to position in the order of execution.
-        named: exact tokens that a function named in it, None for those that the graph shows.
-    """
-
-    model: int
-    index: int
-    timestep: float
-    dense: bool
-    reference: int | None
-    in_batch: int
-    batch: int
-    thread: int
-    calls: Counter[str] = field(default_factory=Counter)
-    order: dict[str, int] = field(default_factory=dict)
-    named: NamedTokens | None = None
-
-
 class Generation:
     """A named stream of generations; made by `Session.generation`, a context manager.
 
@@ -117,14 +63,15 @@ class Generation:
         self._restarts = RestartWatch()
         self._captured: CapturedGraphs | None = None
         self._running = threading.RLock()
-        self._forward: _Forward | None = None
+        self._forward: Forward | None = None
+        self._is_call = False  # of a pipeline, inside which no other video starts
         self._dense_steps: int | None = None  # of a call that has said its number of steps
         self._videos = 1
         self._rises: Callable[[], bool] = lambda: False
         self._state = self._fresh()
 
-    def _fresh(self) -> _State:
-        return _State(Clock(), Branches(self._guidance, self._videos))
+    def _fresh(self) -> State:
+        return State(Clock(), Branches(self._guidance, self._videos))
 
     def __enter__(self) -> Generation:
         entered = _ENTERED.get()
@@ -149,6 +96,11 @@ class Generation:
         return None if clock.timestep is None else clock.step
 
     @property
+    def chunk(self) -> int:
+        """Index of the current chunk of the video; 0 unless the model has a cache of keys."""
+        return self._state.chunk
+
+    @property
     def models_run(self) -> frozenset[int]:
         """Positions of the bound models that have run so far."""
         return frozenset(self._state.latents)
@@ -171,6 +123,7 @@ class Generation:
             rises: says at the first forward whether the timesteps rise from noise to video, if the
                 session does not.
         """
+        self._is_call = True
         self._dense_steps = dense_steps
         self._videos = videos
         self._rises = rises
@@ -182,6 +135,22 @@ class Generation:
         """Drop all clusters and the clock: the next forward starts a new generation."""
         self._plans.ended(self._state.clock.step + 1, self.dense_steps, self._dense_steps)
         self.drop()
+
+    def _start_again(self, same_thread: bool) -> None:
+        """Start a generation, or a chunk of the same video if the cached keys turn out to be."""
+        last = self._state
+        memories = {
+            (model, path, key): memory.next_chunk()
+            for (model, path), layer in last.layers.items()
+            for key, memory in layer.memories.items()
+            if memory.identities is not None
+        }
+        self.reset()
+        is_declared = self._plans.chunked or self._is_call
+        if is_declared:
+            self._state.chunk = last.chunk + 1
+        if memories and same_thread:
+            self._state.last_chunk = LastChunk(last.chunk, is_declared, memories)
 
     def drop(self) -> None:
         """`reset` of a generation that was interrupted, which says nothing about its schedule."""
@@ -196,7 +165,9 @@ class Generation:
 
     def held(self) -> list[Held]:
         """Device memory held, by use."""
-        memories = (m for layer in self._state.layers.values() for m in layer.memories.values())
+        memories = [m for layer in self._state.layers.values() for m in layer.memories.values()]
+        if self._state.last_chunk is not None:
+            memories += self._state.last_chunk.memories.values()
         latents = self._state.branches.references.values()
         return [
             Held(self.name, "centroids and block masks", sum(m.nbytes() for m in memories)),
@@ -224,6 +195,7 @@ class Generation:
                     sum(memory.cold for memory in memories),
                     sum(memory.recomputed for memory in memories),
                     sum(memory.reused for memory in memories),
+                    sum(memory.kept for memory in memories),
                 )
             )
         return sorted(reports, key=lambda layer: (layer.model, layer.index))
@@ -272,14 +244,14 @@ class Generation:
             self._state.ascending = self._plans.ascending or self._rises()
         return self._state.ascending
 
-    def _begin(self, model: int, timestep: float, latents: Latents) -> _Forward:
+    def _begin(self, model: int, timestep: float, latents: Latents) -> Forward:
         """Advance the clock to a forward and find its guidance branches."""
         thread, ascending = threading.get_ident(), self._ascending()
         state = self._state
         last = state.clock.timestep
         if last is not None and is_noisier(timestep, last, ascending):
             self._restarts.restarted(state.clock, timestep, ascending)
-            self.reset()
+            self._start_again(same_thread=state.thread == thread)
         elif state.thread not in (None, thread):
             raise RuntimeError(
                 f"generation {self.name!r} was started by another thread: let each thread have one "
@@ -302,7 +274,7 @@ class Generation:
         if not dense:  # dense forwards reuse nothing: latents need no comparison
             in_batch = state.branches.in_batch(model, latents)
             reference = state.branches.reference_of(model, index, latents)
-        return _Forward(
+        return Forward(
             model, index, timestep, dense, reference, in_batch, latents.batch, thread
         )  # fmt: skip
 
@@ -317,13 +289,13 @@ class Generation:
             request.layer, request.layer_owner, request.site, forward.calls[request.site]
         )
         forward.calls[request.site] += 1
-        layer = self._state.layers.setdefault((forward.model, path), _Layer())
+        layer = self._state.layers.setdefault((forward.model, path), Layer())
         layer.identity = identity
         layer.index = forward.order.setdefault(path, len(forward.order))
         # A call whose batch holds frames (folded into it) has no branches along its batch.
         places = forward.in_batch if request.q_shape[0] == forward.batch else 1
         exact = None if forward.named is None else forward.named.of(request)
-        is_short = exact is not None and request.plan.is_dense_for(*exact.clustered)
+        is_short = exact is not None and request.plan.is_short(*exact.clustered)
         if request.dense_only or forward.dense or is_short:
             plan = at_density(request.plan, 1.0)
         else:
@@ -341,7 +313,13 @@ class Generation:
         else:
             if not plan.shared_branches:
                 keys = keys[:1]
-            memories = [layer.memories.setdefault(key, Memory()) for key in keys]
+            for key in keys:
+                if key not in layer.memories:
+                    layer.memories[key] = self._first_memory((forward.model, path, key), request)
+            memories = [layer.memories[key] for key in keys]
+            if request.many_keys and any(memory.is_hopeless for memory in memories):
+                yield AttentionCall(at_density(plan, 1.0))
+                return
             layer.last_sparse = memories[0]
             step = self._state.clock.step
             reference = None
@@ -354,6 +332,15 @@ class Generation:
             yield from calls_by_branch(
                 request, plan, memories, reference, self._graphs(request.device), exact
             )
+
+    def _first_memory(self, place: Place, request: CallRequest) -> Memory:
+        """The memory of a layer that makes its first sparse call in this chunk."""
+        last = self._state.last_chunk
+        memory = None if last is None else last.take(place, request)
+        if last is None or memory is None:
+            return Memory()
+        self._state.chunk = last.number + 1
+        return memory
 
     def finished(self, call: AttentionCall, result: Result) -> None:
         """See `kernels.call.CallSource`."""

@@ -41,6 +41,7 @@ class LayerPlans:
         dense_layers: int,
         budget: GivenBudget | None,
         ascending: bool,
+        chunked: bool,
     ) -> None:
         self._models = models
         self._dense_steps = checked("dense_steps", dense_steps, Count)
@@ -49,6 +50,7 @@ class LayerPlans:
         )
         self._dense_layers = checked("dense_layers", dense_layers, Count)
         self._declared_ascending = checked("ascending", ascending, bool)
+        self.chunked = checked("chunked", chunked, bool)
         self._tuned: list[Budget] = []
         self._budget: dict[str, float] = {}
         self._densities: dict[str, float | None] = {}

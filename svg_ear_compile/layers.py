@@ -48,6 +48,8 @@ class LayerReport:
         recomputed: number of sparse calls that clustered from the centroids of the step before.
         reused: number of sparse calls that reused clusters and block mask, of the step before or of
             the reference branch.
+        kept: number of sparse calls that kept the clusters of cached keys, see
+            `kernels.kept_clusters`.
     """
 
     model: int
@@ -59,11 +61,12 @@ class LayerReport:
     cold: int
     recomputed: int
     reused: int
+    kept: int = 0
 
     @property
     def reused_fraction(self) -> float | None:
         """Fraction of the sparse calls that reused clusters; None if every call was dense."""
-        calls = self.cold + self.recomputed + self.reused
+        calls = self.cold + self.recomputed + self.reused + self.kept
         return self.reused / calls if calls else None
 
 

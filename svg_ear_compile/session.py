@@ -8,18 +8,17 @@ model's own timestep argument, which holds for guidance branches, several expert
 
 from __future__ import annotations
 
-import itertools
 import logging
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakSet
 
-import torch
 from torch import nn
 
+from svg_ear_compile.bound_call import BoundCall, warn_of_bypass
 from svg_ear_compile.cost_model.budget import Budget
 from svg_ear_compile.generation import Generation, Held, entered_generation
 from svg_ear_compile.given_models import check_module
@@ -27,7 +26,6 @@ from svg_ear_compile.guidance import Guidance, Layout
 from svg_ear_compile.layer_plans import GivenBudget, LayerPlans
 from svg_ear_compile.layers import BoundModel, LayerReport, inner_of
 from svg_ear_compile.named_tokens import TokenFunction
-from svg_ear_compile.tracing import runs_once
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +36,6 @@ DEFAULT = "default"
 """Name of the generation of forwards that run while no generation is entered."""
 
 _OPEN: WeakSet[Session] = WeakSet()
-# Calls by number: while Dynamo traces, `_warn_of_compilation` can take numbers only.
-_CALLS: WeakValueDictionary[int, _BoundCall] = WeakValueDictionary()
-_NUMBERS = itertools.count()
 
 
 class Session:
@@ -64,6 +59,7 @@ class Session:
         guidance: Guidance,
         latents: str | None,
         exact_tokens: TokenFunction | None,
+        chunked: bool,
     ) -> None:
         _check_models(models)
         self._models = [BoundModel(m, timestep, latents, exact_tokens) for m in models]
@@ -74,10 +70,11 @@ class Session:
             dense_layers=dense_layers,
             budget=budget,
             ascending=ascending,
+            chunked=chunked,
         )
         self._guidance = guidance
         self._generations: dict[str, Generation] = {}
-        self._calls = [_BoundCall(self, index, module) for index, module in enumerate(models)]
+        self._calls = [BoundCall(self, index, module) for index, module in enumerate(models)]
         for call in self._calls:
             call.module._compiled_call_impl = call
         _OPEN.add(self)
@@ -141,6 +138,11 @@ class Session:
         """Index of the denoising step of the current generation, None before the first."""
         return self._current().step
 
+    @property
+    def chunk(self) -> int:
+        """Index of the chunk of the video in the current generation, see `bind`."""
+        return self._current().chunk
+
     def timestep_of(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], model: int = 0
     ) -> float:
@@ -201,7 +203,7 @@ class Session:
         """
         for call in self._calls:
             if call.is_bypassed:
-                _warn_of_bypass(call.module)
+                warn_of_bypass(call.module)
         return self._current().report()
 
     def held(self) -> list[Held]:
@@ -218,89 +220,13 @@ class Session:
         return sum(held.nbytes for held in self.held())
 
 
-class _BoundCall:
-    """Wrapper of the call of a module, compiled or not.
-
-    `nn.Module.__call__` goes through `_compiled_call_impl` before hooks and forward, both in eager
-    modules and in results of `torch.compile`. Unlike a forward hook, the wrapper ends a forward
-    that a KeyboardInterrupt interrupts, and it is never traced with the module's own graph.
-    """
-
-    def __init__(self, session: Session, model: int, module: nn.Module) -> None:
-        self.session = session
-        self.model = model
-        self.module = module
-        self.compiled = module._compiled_call_impl
-        self.call: Callable[..., Any] = self.compiled or module._call_impl
-        self.traced = False
-        self.warned = False
-        self.ran = False
-        self.number = next(_NUMBERS)
-        _CALLS[self.number] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # True if the module was compiled after it was bound: the session must not get into the
-        # graph. `is_compiling` would not do, it is also true while another thread compiles.
-        if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
-            _warn_of_compilation(self.number)
-            return self.call(*args, **kwargs)
-        with self.session._current().running(self.model, args, kwargs) as layers:
-            output = self.call(*args, **kwargs)
-        if not self.ran:
-            self.ran = True
-            self._check_first(layers)
-        return output
-
-    def _check_first(self, layers: Collection[str]) -> None:
-        """Warn if the first forward shows that the model, or the budget, is not what it seems."""
-        if not layers:
-            log.warning(
-                "no sparse attention ran in the first forward of this %s: either it was not "
-                'compiled with backend="svg_ear" before it was bound, or all its attention stays '
-                "dense, for which svg_ear_compile.explain gives the reasons",
-                type(inner_of(self.module)).__name__,
-            )
-        self.session._plans.heard(self.model, layers)
-
-    @property
-    def is_bypassed(self) -> bool:
-        """Whether the module bypasses this call, because it was compiled after it was bound."""
-        return self.traced or self.module.__dict__.get("_compiled_call_impl") is not self
-
-    def restore(self) -> None:
-        """Restore the module's own call, unless the module was compiled in place meanwhile."""
-        if self.module.__dict__.get("_compiled_call_impl") is not self:
-            return
-        if self.compiled is None:
-            del self.module._compiled_call_impl
-        else:
-            self.module._compiled_call_impl = self.compiled
-
-
-@torch.compiler.assume_constant_result  # run while Dynamo traces; leaves no call in the graph
-def _warn_of_compilation(number: int) -> bool:
-    call = _CALLS.get(number)
-    if call is not None and not call.traced and not runs_once():
-        call.traced = True
-        _warn_of_bypass(call.module)
-    return True
-
-
-def _warn_of_bypass(module: nn.Module) -> None:
-    log.warning(
-        "this %s was compiled after it was bound: it bypasses its session, and every attention "
-        "runs as compiled. Compile first, and bind the result of torch.compile",
-        type(inner_of(module)).__name__,
-    )
-
-
 def warn_of_bypassed() -> None:
     """Warn of each model that was compiled in place after it was bound, once."""
     for session in list(_OPEN):
         for call in session._calls:
             if call.is_bypassed and not call.warned:
                 call.warned = True
-                _warn_of_bypass(call.module)
+                warn_of_bypass(call.module)
 
 
 def _check_models(models: tuple[nn.Module, ...]) -> None:
@@ -308,7 +234,7 @@ def _check_models(models: tuple[nn.Module, ...]) -> None:
         raise ValueError("bind needs at least one model")
     for module in models:
         name = type(check_module("bind", module)).__name__
-        if isinstance(module._compiled_call_impl, _BoundCall):
+        if isinstance(module._compiled_call_impl, BoundCall):
             raise ValueError(f"this {name} is bound already: close its session first")
         if any(inner_of(call.module) is inner_of(module) for s in _OPEN for call in s._calls):
             raise ValueError(
@@ -331,6 +257,7 @@ def bind(
     branches: int | None = None,
     latents: str | None = None,
     exact_tokens: TokenFunction | None = None,
+    chunked: bool = False,
 ) -> Session:
     """Give models a session: layers with plans of their own, clusters reused between steps.
 
@@ -374,6 +301,10 @@ def bind(
         exact_tokens: a function from the arguments of a forward, by name, to the tokens that are
             exact in it, called once in each forward: see `named_tokens.TokenFunction`. A sequence
             that they do not fit goes by its graph.
+        chunked: the model makes a video chunk by chunk and attends to cached keys. A timestep that
+            jumps back to noise starts a chunk, not a generation; `Session.reset` starts one. By
+            default a chunk is told from a generation by a cache that has grown, so this is needed
+            only where the cache has reached its full length and rolls.
 
     Raises:
         ValueError: the forward has no such timestep or latents; the budget names no module, has a
@@ -392,4 +323,5 @@ def bind(
         guidance=Guidance(guidance, branches),
         latents=latents,
         exact_tokens=exact_tokens,
+        chunked=chunked,
     )

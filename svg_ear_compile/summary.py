@@ -28,6 +28,7 @@ LONG_TOKENS = 16_384
 NEVER_SPARSE = frozenset(
     {
         Reason.CAUSAL,
+        Reason.CAUSAL_CHUNK,
         Reason.TEXT,
         Reason.CROSS_ATTENTION,
         Reason.LENGTHS,
@@ -46,6 +47,7 @@ CURES = {
     Reason.MASK: "pass a bool mask of padding, or none",
     Reason.LEAF: "let the module call torch.nn.functional.scaled_dot_product_attention itself",
     Reason.KERNEL: 'call PyTorch\'s attention, in diffusers by set_attention_backend("native")',
+    Reason.PACKED: "pass a batch of one length, or boundaries that the model computes of numbers",
     Reason.PATTERN: "write it as torch.nn.functional.scaled_dot_product_attention",
     Reason.WEIGHTS: "do not ask for the attention weights",
     Reason.WRITTEN: "write into a copy of the tensor",

@@ -271,7 +271,7 @@ def attend_by_head(
     warm = memory.warm_start(
         (batch, heads, q_clusters, dim), (batch, heads, k_clusters, dim), q.device
     )
-    queries, keys = reference.cluster(wide_q, wide_k, plan, exact_at_ends(q, k, 0, text), warm)
+    queries, keys, _ = reference.cluster(wide_q, wide_k, plan, exact_at_ends(q, k, 0, text), warm)
     out = torch.empty_like(q)
     pairs = torch.zeros((), dtype=torch.float64, device=q.device)
     for place, this in heads_of(wide_q, wide_k, wide_v, queries, keys, dim**-0.5):

@@ -35,6 +35,7 @@ from svg_ear_compile.kernels.gpu.launch import (
 from svg_ear_compile.kernels.gpu.metric import logit_metrics
 from svg_ear_compile.kernels.gpu.route import kv_indices_kernel, kv_offset_kernel, route_kernel
 from svg_ear_compile.kernels.gpu.score import score_kernel
+from svg_ear_compile.kernels.kept_clusters import Placed, excess_spread, updated_labels
 from svg_ear_compile.kernels.kinds import TokenKinds
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.registry import Implementation, register
@@ -72,6 +73,7 @@ def cluster_and_route(
     centroids: tuple[Tensor, Tensor] | None,
     blocks: Blocks | None,
     on_hopper: bool,
+    update: Placed | None = None,
 ) -> SortedRouting:
     """`reference.cluster_and_route` with `LaunchConfig.query_tile`; does not wait for the device.
 
@@ -81,7 +83,7 @@ def cluster_and_route(
     config = _config(q, on_hopper)
     batch, heads, _, dim = q.shape
     kv_heads, k_tokens = k.shape[1], k.shape[2]
-    queries, keys = _clustered(q, k, kinds, plan, centroids, blocks, config)
+    queries, keys, excess = _clustered(q, k, kinds, plan, centroids, blocks, update, config)
     q_clusters, k_clusters = queries.centroids.shape[1], keys.centroids.shape[1]
     value_means = torch.zeros_like(keys.centroids)
     spread = None
@@ -131,6 +133,7 @@ def cluster_and_route(
         keys,
         rounded_value_means,
         math.ceil(plan.density * k_tokens) if plan.routing == "density" else k_tokens,
+        excess=excess,
     )
 
 
@@ -247,17 +250,19 @@ def _clustered(
     plan: AttentionPlan,
     centroids: tuple[Tensor, Tensor] | None,
     blocks: Blocks | None,
+    update: Placed | None,
     config: LaunchConfig,
-) -> tuple[SortedClusters, SortedClusters]:
+) -> tuple[SortedClusters, SortedClusters, Tensor | None]:
     """`clustering.cluster` with tile-aligned query clusters."""
     if blocks is not None:
         assert centroids is not None, "blocks come with the centroids of their clusters"
         return (
             regrouped(q, kinds.queries, centroids[0], blocks.q_labels, config),
             regrouped(k, kinds.keys, centroids[1], blocks.k_labels, config),
+            None,
         )
+    q_clusters, k_clusters = plan.clusters(*kinds.counts(q.shape[2], k.shape[2]))
     if centroids is None:
-        q_clusters, k_clusters = plan.clusters(*kinds.counts(q.shape[2], k.shape[2]))
         q_init = initial_centroids(q, kinds.queries, q_clusters, plan.seed)
         k_init = initial_centroids(k, kinds.keys, k_clusters, plan.seed)
         iterations = plan.first_iterations
@@ -266,10 +271,22 @@ def _clustered(
     of_queries, of_keys = None, None
     if plan.cluster_metric == "logits":
         of_queries, of_keys = logit_metrics(q, k, kinds, config)
-    return (
-        kmeans(q, kinds.queries, q_init, iterations, config, of_queries, config.query_tile),
-        kmeans(k, kinds.keys, k_init, iterations, config, of_keys),
-    )
+    queries = kmeans(q, kinds.queries, q_init, iterations, config, of_queries, config.query_tile)
+    if update is None:
+        return queries, kmeans(k, kinds.keys, k_init, iterations, config, of_keys), None
+    batch, heads = k.shape[:2]
+    labels, start = updated_labels(
+        k, kinds.keys, k_clusters, update, plan,
+        lambda x, of_x, start, rounds: _clusters(
+            kmeans(x, of_x, start, rounds, config, of_keys), batch, heads
+        ),
+        lambda start, labels: _clusters(
+            regrouped(k, kinds.keys, start, labels, config), batch, heads
+        ),
+    )  # fmt: skip
+    keys = regrouped(k, kinds.keys, start, labels, config)
+    metric = None if of_keys is None else of_keys.unflatten(0, (batch, heads))
+    return queries, keys, excess_spread(k, _clusters(keys, batch, heads), metric)
 
 
 def query_tiles(queries: SortedClusters, q_tokens: int, rows: int) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,7 @@ def test_rules_rank_as_their_papers_say() -> None:
 def test_dropping_leaves_attention_over_the_chosen_blocks() -> None:
     q, k, v = random_qkv()
     plan = replace(PLAN, cluster_metric="euclidean")
-    queries, keys = reference.cluster(q, k, plan, exact_at_ends(q, k, 0, 4), None)
+    queries, keys, _ = reference.cluster(q, k, plan, exact_at_ends(q, k, 0, 4), None)
     out = attention(q, k, v, "svg2", PLAN, text=4)
     for (b, h), this in head.heads_of(q, k, v, queries, keys, 32**-0.5):
         exact = head.choose(this, head.mass_score(this), PLAN.density)

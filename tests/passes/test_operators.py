@@ -160,7 +160,7 @@ LEFT: dict[str, tuple[Attend, Reason]] = {
         Reason.WEIGHTS,
     ),
     **{
-        by: (packed(by), Reason.KERNEL) for by in ("unequal", "too short", "written", "of the data")
+        by: (packed(by), Reason.PACKED) for by in ("unequal", "too short", "written", "of the data")
     },
     "unknown": (torch.ops.acme.attend, Reason.KERNEL),
     "unknown, packed": (

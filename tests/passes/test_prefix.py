@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
-from traced_graphs import Rewriting, run_rewritten, sites_of
+from traced_graphs import Rewriting, graphs_of, run_rewritten, sites_of
 
 from svg_ear_compile.kernels.call import AttentionCall, CallRequest, calls_from
 from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.passes.dataflow import Dataflow
+from svg_ear_compile.passes.mask import is_full
 from svg_ear_compile.passes.site import Reason, Role
 from svg_ear_compile.planning import rewrite_graph
 from svg_ear_compile.settings import Settings
@@ -99,15 +101,86 @@ def test_text_that_attends_to_the_video_is_not_clustered(text: bool) -> None:
     assert site.exact.counts == (5, 5)
 
 
-def test_causality_inside_a_chunk_stays_dense() -> None:
-    def call(x: Tensor, cache: Tensor) -> Tensor:
-        k = torch.cat([cache, x], 2)
-        mask = torch.arange(k.shape[2]) <= torch.arange(x.shape[2])[:, None] + cache.shape[2]
-        return F.scaled_dot_product_attention(x, k, k, attn_mask=mask)
+CHUNK = 24
 
-    x, cache = torch.randn(1, 2, NEW, 32), torch.randn(1, 2, OLD, 32)
-    (site,) = sites_of(call, x, cache)
-    assert site.reason in (Reason.CAUSAL, Reason.LENGTHS)
+
+def block_causal(new: int, past: Tensor | int, keys: int) -> Tensor:
+    """(N_q, N_k): tokens of a chunk see all tokens of their chunk and of earlier ones."""
+    queries = torch.arange(new) + past
+    return (torch.arange(keys) // CHUNK)[None] <= (queries // CHUNK)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("new", "by_input", "shown"),
+    [(CHUNK, False, True), (CHUNK, True, False), (2 * CHUNK, False, False)],
+    ids=["one chunk", "its place is an input", "two chunks"],
+)
+def test_a_mask_over_whole_chunks_leaves_out_nothing_or_proves_it(
+    new: int, by_input: bool, shown: bool
+) -> None:
+    class Masked(Cached):
+        def forward(self, x: Tensor, k_cache: Tensor, v_cache: Tensor, text: Tensor) -> Tensor:
+            q, k, v = (
+                layer(x).unflatten(-1, (HEADS, -1)) for layer in (self.to_q, self.to_k, self.to_v)
+            )
+            k, v = torch.cat([k_cache, k], 1), torch.cat([v_cache, v], 1)
+            mask = block_causal(x.shape[1], past if by_input else 2 * CHUNK, k.shape[1])
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None])
+
+    module, given = Masked("cat"), inputs(new, 2 * CHUNK)
+    past = torch.tensor(2 * CHUNK)
+    (site,) = sites_of(module, *given)
+    assert (site.role, site.reason) == (Role.PREFIX, None)
+    assert site.prove_mask is not shown
+    backend = Rewriting()
+    out = run_rewritten(module, *given, backend=backend)
+    assert backend.rewritten == 1
+    with torch.no_grad():
+        torch.testing.assert_close(out, module(*given), atol=1e-5, rtol=1e-4)
+
+
+FULL = {
+    "ones": lambda q, k: torch.ones(NEW, OLD, dtype=torch.bool)[3:, 1:].all() | (k >= 0),
+    "a place": lambda q, k: k[None] <= q[:, None] + 200,
+    "both": lambda q, k: (k[None] < q[:, None] + 200) & (k >= 0),
+    "of a larger one": lambda q, k: (torch.arange(300)[None] < 400)[:, 7 : 7 + len(k)],
+}
+NOT_FULL = {
+    "one key": lambda q, k: k[None] < len(k) - 1 + 0 * q[:, None],
+    "one query": lambda q, k: k[None] <= q[:, None] + len(k) - 2,
+    "rounded": lambda q, k: k[None] < (q[:, None] + 4096).half(),
+    "equal": lambda q, k: k[None] != q[:, None] + 200,
+}
+
+
+@pytest.mark.parametrize("name", [*FULL, *NOT_FULL])
+def test_what_is_full_for_every_input(name: str) -> None:
+    def call(x: Tensor, keys: Tensor) -> Tensor:
+        q, k = torch.arange(x.shape[2]), torch.arange(keys.shape[2])
+        mask = (FULL | NOT_FULL)[name](q, k).expand(x.shape[2], -1)
+        return F.scaled_dot_product_attention(x, keys, keys, attn_mask=mask)
+
+    (graph,) = graphs_of(call, torch.randn(1, 2, NEW, 32), torch.randn(1, 2, OLD, 32))
+    (node,) = [n for n in graph.graph.nodes if n.target is F.scaled_dot_product_attention]
+    assert is_full(Dataflow(graph), node.kwargs["attn_mask"], node) is (name in FULL)
+
+
+@pytest.mark.parametrize("by_mask", [True, False])
+def test_causality_inside_a_chunk_stays_dense(by_mask: bool) -> None:
+    class Causal(Cached):
+        def forward(self, x: Tensor, k_cache: Tensor, v_cache: Tensor, text: Tensor) -> Tensor:
+            q, k = (layer(x).unflatten(-1, (HEADS, -1)) for layer in (self.to_q, self.to_k))
+            k = torch.cat([k_cache, k], 1)
+            places = torch.arange(x.shape[1])[:, None] + k_cache.shape[1]
+            mask = torch.arange(k.shape[1]) <= places
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
+            if by_mask:
+                return F.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+            return F.scaled_dot_product_attention(q, k, k, is_causal=True)
+
+    (site,) = sites_of(Causal("cat"), *inputs())
+    assert site.reason is Reason.CAUSAL_CHUNK
 
 
 class Asked:
@@ -144,16 +217,18 @@ def test_every_call_of_one_graph_decides_by_its_own_lengths(
     for new, old in lengths:
         with torch.no_grad(), calls_from(source):
             compiled(*inputs(new, old))
-    found = [request.dense_only for request in source.requests]
+    found = [request.many_keys for request in source.requests]
     assert found == [(new + old) > 8 * new for new, old in lengths[-len(found) :]]
     assert len(found) >= 2
 
 
 def test_a_plan_says_which_lengths_are_dense() -> None:
     plan = AttentionPlan(min_tokens=100, max_key_ratio=8.0)
-    assert not plan.is_dense_for(100, 800)
-    assert plan.is_dense_for(100, 801)
-    assert plan.is_dense_for(99, 800)
-    assert plan.is_dense_for(800, 99)
-    assert not AttentionPlan().is_dense_for(1, 10**6)
-    assert AttentionPlan().is_dense_for(0, 10)
+    assert not plan.has_many_keys(100, 800)
+    assert plan.has_many_keys(100, 801)
+    assert not plan.is_short(100, 800)
+    assert plan.is_short(99, 800)
+    assert plan.is_short(800, 99)
+    assert not AttentionPlan().has_many_keys(1, 10**6)
+    assert not AttentionPlan().is_short(1, 10**6)
+    assert AttentionPlan().is_short(0, 10)
