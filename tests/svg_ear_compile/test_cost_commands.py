@@ -115,6 +115,7 @@ def test_one_heads_blocks_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "head must be below 2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_budget_that_one_makes(tmp_path: Path) -> None:
     alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
     assert main([*TUNE, "--out", str(alone)]) == 0
