@@ -1,395 +1,351 @@
-"""Measurement of a device in a minute: roofs, dense attention, and every stage of a sparse call.
+"""Calibration of a device within a time: what teaches most is measured first.
 
-Each class of calls (dtype, head dim) is timed over a few lengths, densities, cluster counts and
-both compensation forms. The coefficients of `latency` are fitted to most of the samples and tested
-on the others. On a GPU, a profiler of its kernels gives the times of the stages; on a CPU the whole
-sparse call is one stage.
+The coefficients of a stage need six calls of a class (dtype, head dim). They are fitted to these
+and to what else there was time for, and tested on calls that were not fitted. A quick calibration
+measures two calls and scales the coefficients of a prior.
 """
 
 from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from svg_ear_compile.cost_model.calibration import (
-    VERSION,
-    Calibration,
-    Efficiency,
-    Roofs,
-    Sample,
-    ideal_ms,
-)
+from svg_ear_compile.cost_model.calibration import VERSION, Calibration, Roofs, Sample
 from svg_ear_compile.cost_model.device import Device, describe
-from svg_ear_compile.cost_model.latency import dense_ms, sparse_ms
-from svg_ear_compile.cost_model.stages import (
-    STAGES,
-    Amount,
-    AttentionShape,
-    dense_amount,
-    sparse_amounts,
-)
-from svg_ear_compile.cost_model.synthetic import video_like
-from svg_ear_compile.cost_model.timing import (
-    Clock,
-    busy_kernels_ms,
-    fastest_dense_ms,
-    measure_roofs,
-)
-from svg_ear_compile.kernels.kinds import exact_at_ends
+from svg_ear_compile.cost_model.device_profile import not_calibrated
+from svg_ear_compile.cost_model.fit import fit, scale
+from svg_ear_compile.cost_model.hardware import hardware_of
+from svg_ear_compile.cost_model.measure import DeviceUnderTest
 from svg_ear_compile.kernels.plan import AttentionPlan
-from svg_ear_compile.kernels.registry import captured_attention, sparse_attention
 
-SECONDS = 55.0
-"""Time that measuring may take. Most kernels are compiled before, which does not count. A class
-that is not measured in this time uses the coefficients of the nearest class."""
+SECONDS, QUICK_SECONDS = 30.0, 8.0
+"""Time that a calibration may take, and a quick one. Kernels that were never compiled on this
+machine are compiled in this time."""
 
-_LEAST_SAMPLES = 14  # two lengths: enough for the three coefficients of a stage
+QUICK_UNCERTAINTY = 0.25
+"""Of a quick calibration. The calls that were measured on the H200, predicted from the prior of any
+other GPU scaled by two of them, take up to 22 % longer than predicted, from 16,384 tokens on and
+with the default clusters."""
 
-# Stage of each kernel; all other kernels belong to clustering.
-STAGE_OF_KERNEL = {
-    "score_kernel": "score",
-    "route_kernel": "route",
-    "kv_offset_kernel": "route",
-    "kv_indices_kernel": "route",
-    "attend_kernel": "attend",
-    "attend_wgmma_kernel": "attend",
-    "covariance_kernel": "correction",
-    "logit_correction_kernel": "correction",
-    "value_correction_kernel": "correction",
-    "own_token_kernel": "correction",
-}
+
+_CALLS = 40
+"""Sparse and dense calls in the measurement of one sample, about: to warm up, to keep a GPU busy,
+to time, by each backend and under the profiler."""
 
 
 @dataclass(frozen=True)
-class _Workload:
-    """Classes to measure on one kind of device, in order of importance, and the lengths."""
+class Workload:
+    """What is measured on one kind of device.
+
+    Attributes:
+        classes: dtype and head dim of the calls, in order of importance.
+        tokens: a short, a middle and a long call.
+        held_out: tokens of the calls that test the fit.
+        heads, roof_side, copied: see `DeviceUnderTest`.
+        dtypes: of the roofs, the most important first.
+    """
 
     classes: tuple[tuple[str, int], ...]
-    tokens: tuple[int, ...]
-    held_out: tuple[int, ...]
+    tokens: tuple[int, int, int]
+    held_out: int
     heads: int
     roof_side: int
     copied: int
+    dtypes: tuple[str, ...]
 
 
-_WORKLOADS = {
-    "cuda": _Workload(
+WORKLOADS = {
+    "cuda": Workload(
         classes=(("bfloat16", 128), ("bfloat16", 64)),
         tokens=(4096, 16384, 40960),
-        held_out=(28672,),
+        held_out=28672,
         heads=8,
         roof_side=8192,
         copied=1 << 30,
+        dtypes=("bfloat16", "float16", "float32"),
     ),
-    "cpu": _Workload(
+    "cpu": Workload(
         classes=(("float32", 64), ("float32", 128)),
         tokens=(1024, 2560, 5120),
-        held_out=(3600,),
+        held_out=3600,
         heads=2,
         roof_side=2048,
         copied=1 << 27,
+        dtypes=("float32",),
     ),
 }
-_PLANS = (
-    AttentionPlan(density=0.1),
-    AttentionPlan(density=0.3),
-    AttentionPlan(density=0.2, compensation="centroid"),
+
+_GAUSSIAN = AttentionPlan(density=0.1)
+_CENTROID = AttentionPlan(density=0.2, compensation="centroid")
+# Index of the length, plan, cluster size as a multiple of the default size. The first six determine
+# every coefficient: fitted to them alone, the record of the H200 predicts its other calls within
+# 10 % (tests/cost_model/test_fit.py). Calls of one length follow each other, because each length
+# has its own tensors and its own dense attention.
+_NEEDED = (
+    (1, _GAUSSIAN, 1.0),
+    (1, _GAUSSIAN, 0.4),
+    (1, _GAUSSIAN, 2.0),
+    (0, _GAUSSIAN, 0.4),
+    (2, _CENTROID, 1.0),
+    (2, _GAUSSIAN, 1.0),
 )
-# Samples that test the fit have other densities and cluster sizes.
-_HELD_OUT_PLANS = (
-    AttentionPlan(density=0.15),
-    AttentionPlan(density=0.25, compensation="centroid"),
+_MORE = (
+    (2, _GAUSSIAN, 2.0),
+    (2, _GAUSSIAN, 0.4),
+    (1, _CENTROID, 1.0),
+    (0, _GAUSSIAN, 1.0),
+    (0, _CENTROID, 1.0),
+    (0, _GAUSSIAN, 2.0),
 )
-# Cluster sizes as multiples of the default sizes.
-_SIZES, _HELD_OUT_SIZES = (2.0, 0.4), (1.5, 0.6)
+_QUICK = ((1, _GAUSSIAN, 1.0), (2, _GAUSSIAN, 1.0))
+# Calls that test the fit have another length, other densities and other cluster sizes.
+_HELD_OUT = (
+    (AttentionPlan(density=0.15), 1.0),
+    (AttentionPlan(density=0.25, compensation="centroid"), 1.0),
+    (AttentionPlan(density=0.15), 1.5),
+    (AttentionPlan(density=0.15), 0.6),
+)
 
 
-def stages_ms(clock: Clock, call: Callable[[], object], plan: AttentionPlan) -> dict[str, float]:
-    """Milliseconds of a sparse call on a GPU by `STAGES`."""
-    # Kernels that this call does not run are not expected in its profile.
-    known = {
-        kernel: stage
-        for kernel, stage in STAGE_OF_KERNEL.items()
-        if stage != "correction" or plan.compensation == "gaussian"
-    }
-    with torch.cuda.device(clock.device):
-        return by_stage(busy_kernels_ms(call, 5), known)
+@dataclass(frozen=True)
+class Case:
+    """A call to measure.
 
-
-def by_stage(spent: dict[str, float], stage_of: dict[str, str]) -> dict[str, float]:
-    """Milliseconds by stage, summed over kernels; kernels without a stage count as clustering.
-
-    Args:
-        spent: milliseconds by kernel.
-        stage_of: stage by kernel.
-
-    Raises:
-        RuntimeError: no kernel of a stage was seen, because kernels were renamed.
+    Attributes:
+        dtype, head_dim, tokens, plan: shape and plan of the call.
+        fitted: see `Sample`.
+        needed: whether its class cannot be fitted without it.
     """
-    missing = set(stage_of.values()) - {stage_of[name] for name in spent if name in stage_of}
-    if missing:
-        raise RuntimeError(
-            f"the profiler saw no kernel of the stages {', '.join(sorted(missing))}: "
-            "STAGE_OF_KERNEL does not have the names of the kernels that run"
-        )
-    found = dict.fromkeys(STAGES["cuda"], 0.0)
-    for name, ms in spent.items():
-        found[stage_of.get(name, "cluster")] += ms
-    return found
+
+    dtype: str
+    head_dim: int
+    tokens: int
+    plan: AttentionPlan
+    fitted: bool
+    needed: bool
+
+    @property
+    def call_class(self) -> tuple[str, int]:
+        """dtype and head dim."""
+        return self.dtype, self.head_dim
+
+    def __str__(self) -> str:
+        return f"{self.dtype}, head dim {self.head_dim}, {self.tokens} tokens"
 
 
-def measure(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dense: float, *, text: int = 0,
-    fitted: bool = False,
-) -> Sample:  # fmt: skip
-    """Time one sparse call with warm centroids, as a whole and by stage.
+class Measurements(Protocol):
+    """A device on which calls are measured; see `DeviceUnderTest`."""
 
-    Args:
-        q, k, v: (B, H, N, D), all of one shape.
-        plan: plan that is not dense.
-        dense: milliseconds of dense attention on q, k and v, see `fastest_dense_ms`.
-        text: number of text tokens at the end.
-        fitted: whether coefficients will be fitted to the sample.
-    """
-    clock = Clock(q.device)
-    batch, heads, tokens, head_dim = q.shape
-    sparse_attention = captured_attention(q.device)
-    kinds = exact_at_ends(q, k, 0, text)
-    cold = sparse_attention(q, k, v, plan, kinds=kinds)
-    warm = (cold.queries.centroids, cold.keys.centroids)
+    def compile(self, dtype: str, head_dim: int, plans: Iterable[AttentionPlan]) -> None: ...
 
-    def call() -> object:
-        return sparse_attention(q, k, v, plan, kinds=kinds, centroids=warm)
+    def roofs(self, dtypes: Iterable[str]) -> Roofs: ...
 
-    op_ms = clock.ms(call)
-    stages = stages_ms(clock, call, plan) if clock.on_gpu else {"sparse": op_ms}
-    q_clusters, k_clusters = plan.clusters(tokens - text, tokens - text)
-    return Sample(
-        tokens=tokens,
-        heads=heads,
-        head_dim=head_dim,
-        dtype=str(q.dtype).removeprefix("torch."),
-        density=plan.density,
-        compensation=plan.compensation,
-        q_clusters=q_clusters,
-        k_clusters=k_clusters,
-        dense_ms=dense,
-        op_ms=op_ms,
-        stages_ms=stages,
-        fitted=fitted,
-        batch=batch,
-        text=text,
-    )
+    def host_ms(self, dtype: str, head_dim: int) -> float: ...
+
+    def sample(
+        self, dtype: str, head_dim: int, tokens: int, plan: AttentionPlan, fitted: bool
+    ) -> Sample: ...
 
 
 def calibrate(
     device: torch.device | str,
     *,
-    seconds: float = SECONDS,
+    quick: bool = False,
     on_sample: Callable[[str, float], None] | None = None,
 ) -> Calibration:
     """Measure a device.
 
     Args:
         device: CUDA or CPU.
-        seconds: measuring ends after this time, once there are enough samples to fit to. Compiling
-            most of the kernels before does not count.
-        on_sample: gets the description of each measurement, and the fraction of `seconds` that has
+        quick: take `QUICK_SECONDS`, not `SECONDS`: scale the coefficients of the prior, or of the
+            record of another device of this name.
+        on_sample: gets the description of each measurement, and the fraction of the time that has
             passed.
 
     Raises:
         ValueError: there are no kernels for this kind of device.
-        ImportError: scipy, part of the extra ``tune``, is missing.
+        ImportError: scipy, part of the extra ``tune``, is missing; a quick calibration needs none.
     """
-    importlib.import_module("scipy.optimize")  # `fit` needs scipy: fail before a minute is spent
-    began = time.perf_counter()
+    if not quick:
+        importlib.import_module("scipy.optimize")  # `fit` needs it: fail before time is spent
     device = torch.device(device)
-    facts, workload = describe(device), _WORKLOADS[device.type]
-    dtypes = ("bfloat16", "float16", "float32") if device.type == "cuda" else ("float32",)
+    facts, workload = describe(device), WORKLOADS[device.type]
+    measured = DeviceUnderTest(device, workload.heads, workload.roof_side, workload.copied)
+    base = not_calibrated(facts, hardware_of(device))
+    return within_time(measured, workload, base, facts, quick=quick, on_sample=on_sample)
 
-    if device.type == "cuda":
-        if on_sample is not None:
-            on_sample("kernels are compiled", 0.0)
-        for dtype, head_dim in workload.classes:
-            _compile(device, dtype, head_dim)
-    measuring = time.perf_counter()
 
-    def passed(what: str) -> float:
-        fraction = (time.perf_counter() - measuring) / seconds
-        if on_sample is not None:
-            on_sample(what, min(fraction, 1.0))
-        return fraction
+def within_time(
+    measured: Measurements,
+    workload: Workload,
+    base: Calibration,
+    facts: Device,
+    *,
+    quick: bool = False,
+    on_sample: Callable[[str, float], None] | None = None,
+    now: Callable[[], float] = time.perf_counter,
+) -> Calibration:
+    """`calibrate` for given measurements, prior and clock.
 
-    roofs = measure_roofs(device, dtypes, workload.roof_side, workload.copied)
-    passed("roofs")
+    A measurement is begun only if it is expected to end in time. Those that the first class needs
+    are made in any case; a quick calibration needs one.
+    """
+    watch = _Watch(QUICK_SECONDS if quick else SECONDS, now, on_sample)
+    first = workload.classes[0]
+    watch.say("kernels are compiled")
+    cases = cases_of(workload, quick)
+    measured.compile(*first, _forms(cases, first))
+    watch.compilation = watch.passed
+    watch.say("roofs")
+    dtypes = workload.dtypes[:1] if quick else workload.dtypes
+    roofs = measured.roofs(dtypes)
+    host_ms = measured.host_ms(*first)
+    begun, refused = {first}, set[tuple[str, int]]()
+    missing = Counter(case.call_class for case in cases if case.needed)
     samples: list[Sample] = []
-    for dtype, head_dim, tokens, fitted in _cases(workload):
-        what = f"{dtype}, head dim {head_dim}, {tokens} tokens"
-        if passed(what) > 1 and len(samples) >= _LEAST_SAMPLES:
-            break
-        tensors = video_like(workload.heads, tokens, head_dim, device, getattr(torch, dtype))
-        dense = fastest_dense_ms(*tensors)
-        for plan in _plans(tokens, fitted):
-            if passed(what) > 1 and len(samples) >= _LEAST_SAMPLES:
-                break
-            samples.append(measure(*tensors, plan, dense, fitted=fitted))
-    host_ms = _host_ms(device, workload) if device.type == "cuda" else 0.0
+    for case in cases:
+        if case.call_class in refused:
+            continue
+        if case.call_class not in begun:
+            if not watch.has_time_for_class(
+                other for other in cases if other.needed and other.call_class == case.call_class
+            ):
+                refused.add(case.call_class)
+                continue
+            begun.add(case.call_class)
+            watch.say(f"{case}: kernels are compiled")
+            measured.compile(*case.call_class, _forms(cases, case.call_class))
+        indispensable = case.needed and case.call_class == first
+        if not (indispensable or watch.has_time_for(case.tokens)):
+            continue
+        watch.say(str(case))
+        began = watch.passed
+        sample = measured.sample(*case.call_class, case.tokens, case.plan, case.fitted)
+        watch.note(sample, watch.passed - began)
+        samples.append(sample)
+        missing[case.call_class] -= case.needed
+    stages = scale(base, [sample for sample in samples if sample.fitted], roofs)
+    if quick:
+        rates = {
+            dtype: rate * roofs.flops[dtypes[0]] / base.roofs.flops[dtypes[0]]
+            for dtype, rate in base.roofs.flops.items()
+        }
+        roofs = replace(roofs, flops=rates)
+    else:
+        complete = [s for s in samples if not missing[s.dtype, s.head_dim]]
+        stages |= fit(complete, roofs, facts)
     return Calibration(
-        VERSION,
-        "calibrated",
-        facts,
-        roofs,
-        host_ms,
-        fit(samples, roofs, facts),
-        time.perf_counter() - began,
-        tuple(samples),
-    )
+        VERSION, "calibrated", facts, roofs, host_ms, stages, watch.passed, tuple(samples),
+        QUICK_UNCERTAINTY if quick else 0.0,
+    )  # fmt: skip
 
 
-def _cases(workload: _Workload) -> Iterator[tuple[str, int, int, bool]]:
-    """dtype, head dim, tokens, whether to fit to the samples; the most important cases first."""
-    for dtype, head_dim in workload.classes:
-        for tokens in (*workload.tokens, *workload.held_out):
-            yield dtype, head_dim, tokens, tokens not in workload.held_out
+class _Watch:
+    """The time of a calibration: what has passed, and what a measurement is expected to take."""
+
+    def __init__(
+        self,
+        seconds: float,
+        now: Callable[[], float],
+        on_sample: Callable[[str, float], None] | None,
+    ) -> None:
+        self._seconds, self._now, self._on_sample = seconds, now, on_sample
+        self._began = now()
+        self.compilation = 0.0  # seconds for the kernels of a class
+        # Seconds of the longest measurement, and milliseconds of its two calls, by tokens.
+        self._longest: dict[int, tuple[float, float]] = {}
+
+    @property
+    def passed(self) -> float:
+        """Seconds since the calibration began."""
+        return self._now() - self._began
+
+    def say(self, what: str) -> None:
+        """Report what is done next."""
+        if self._on_sample is not None:
+            self._on_sample(what, min(self.passed / self._seconds, 1.0))
+
+    def note(self, sample: Sample, seconds: float) -> None:
+        """Remember how long the measurement of a sample took."""
+        took = seconds, sample.dense_ms + sample.op_ms
+        self._longest[sample.tokens] = max(took, self._longest.get(sample.tokens, (0.0, 0.0)))
+
+    def has_time_for(self, tokens: int) -> bool:
+        """Whether a call of so many tokens is expected to be measured in time."""
+        return self.passed + self._expected(tokens) <= self._seconds
+
+    def has_time_for_class(self, cases: Iterable[Case]) -> bool:
+        """Whether a class is expected to be compiled and its cases to be measured in time."""
+        measuring = sum(self._expected(case.tokens) for case in cases)
+        return self.passed + self.compilation + measuring <= self._seconds
+
+    def _expected(self, tokens: int) -> float:
+        """Seconds as of the longest measurement of the nearest length."""
+        if not self._longest:
+            return 0.0
+        nearest = min(self._longest, key=lambda other: abs(other - tokens))
+        seconds, calls_ms = self._longest[nearest]
+        growth = max(1.0, tokens / nearest) ** 2 - 1.0
+        return seconds + _CALLS * calls_ms * growth / 1e3
 
 
-def _plans(tokens: int, fitted: bool) -> list[AttentionPlan]:
-    plans, sizes = (_PLANS, _SIZES) if fitted else (_HELD_OUT_PLANS, _HELD_OUT_SIZES)
-    counts = plans[0].clusters(tokens, tokens)
-    found = list(plans)
-    for size in sizes:
-        q_clusters, k_clusters = (max(1, round(count / size)) for count in counts)
-        other = replace(plans[0], q_clusters=q_clusters, k_clusters=k_clusters)
-        found += [other, replace(other, compensation="centroid")]
+def cases_of(workload: Workload, quick: bool = False) -> list[Case]:
+    """All calls of a calibration, those that teach most first.
+
+    A quick one has a middle call, which the scaling needs, a long one, and one to test the scaling.
+    """
+    if quick:
+        first = workload.classes[0]
+        return [
+            *_fitted(workload, *first, _QUICK[:1], True),
+            *_fitted(workload, *first, _QUICK[1:], False),
+            _held_out(workload, *first, *_HELD_OUT[0]),
+        ]
+    groups: list[list[Case]] = [[], [], []]
+    for call_class in workload.classes:
+        groups[0] += _fitted(workload, *call_class, _NEEDED, True)
+        groups[0] += [_held_out(workload, *call_class, *each) for each in _HELD_OUT[:2]]
+        groups[1] += _fitted(workload, *call_class, _MORE, False)
+        groups[2] += [_held_out(workload, *call_class, *each) for each in _HELD_OUT[2:]]
+    return [case for group in groups for case in group]
+
+
+def _fitted(
+    workload: Workload,
+    dtype: str,
+    head_dim: int,
+    calls: Iterable[tuple[int, AttentionPlan, float]],
+    needed: bool,
+) -> list[Case]:
+    found = []
+    for at, plan, size in calls:
+        tokens = workload.tokens[at]
+        found.append(Case(dtype, head_dim, tokens, _sized(plan, tokens, size), True, needed))
     return found
 
 
-def _compile(device: torch.device, dtype: str, head_dim: int) -> None:
-    """Compile the kernels of all plans by small calls.
-
-    The route kernel is compiled again later, for larger numbers of clusters.
-    """
-    tensors = _small(device, dtype, head_dim)
-    for plan in _PLANS:
-        sparse_attention(*tensors, plan)
+def _held_out(
+    workload: Workload, dtype: str, head_dim: int, plan: AttentionPlan, size: float
+) -> Case:
+    tokens = workload.held_out
+    return Case(dtype, head_dim, tokens, _sized(plan, tokens, size), False, False)
 
 
-def _small(device: torch.device, dtype: str, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    return video_like(1, 256, head_dim, device, getattr(torch, dtype))
-
-
-def _host_ms(device: torch.device, workload: _Workload) -> float:
-    """Milliseconds of a warm call so small that the host takes all of the time."""
-    tensors = _small(device, *workload.classes[0])
-    call, plan = captured_attention(device), AttentionPlan(density=0.5)
-    cold = call(*tensors, plan)
-    warm = (cold.queries.centroids, cold.keys.centroids)
-    return Clock(device).ms(lambda: call(*tensors, plan, centroids=warm), 7)
-
-
-def fit(
-    samples: Sequence[Sample], roofs: Roofs, device: Device
-) -> dict[str, dict[str, Efficiency]]:
-    """Coefficients of every stage and of dense attention, by class of call.
-
-    Non-negative least squares on relative errors. The error of a stage is taken relative to the
-    time of the stage plus a small part of the time of the call, so that stages of very short times
-    do not dominate the fit.
-
-    Args:
-        samples: samples with `Sample.fitted`; others are left out.
-        roofs: roofs of the same device.
-        device: the device.
-
-    Returns:
-        Class to stage to coefficients; classes without samples are missing.
-    """
-    classes: dict[str, list[Sample]] = {}
-    for sample in samples:
-        if sample.fitted:
-            classes.setdefault(f"{sample.dtype}/{sample.head_dim}", []).append(sample)
-    return {
-        name: {
-            stage: _fit_stage(stage, found, roofs, device)
-            for stage in (*STAGES[device.kind], "dense")
-        }
-        for name, found in classes.items()
-    }
-
-
-def _fit_stage(stage: str, samples: Sequence[Sample], roofs: Roofs, device: Device) -> Efficiency:
-    import numpy as np
-    from scipy.optimize import nnls
-
-    rows, wanted = [], []
-    for sample in samples:
-        shape, plan = shape_of(sample), plan_of(sample)
-        if stage == "dense":
-            amount, measured = dense_amount(shape), sample.dense_ms
-            against = measured
-        else:
-            amount, measured = sparse_amounts(shape, plan, device)[stage], sample.stages_ms[stage]
-            against = measured + 0.02 * sample.op_ms
-        if amount == Amount() or measured == 0.0:
-            continue
-        rows.append([x / against for x in ideal_ms(amount, roofs, sample.dtype)])
-        wanted.append(measured / against)
-    if not rows:
-        return Efficiency(0.0, 0.0, 0.0)
-    found, _ = nnls(np.array(rows), np.array(wanted))
-    return Efficiency(*map(float, found))
-
-
-def shape_of(sample: Sample) -> AttentionShape:
-    """The shape that a sample was measured at."""
-    return AttentionShape(
-        sample.batch,
-        sample.heads,
-        sample.heads,
-        sample.tokens,
-        sample.tokens,
-        sample.head_dim,
-        sample.dtype,
-        sample.text,
+def _sized(plan: AttentionPlan, tokens: int, size: float) -> AttentionPlan:
+    """The plan with clusters `size` times as large as by default."""
+    q_clusters, k_clusters = (
+        max(1, round(count / size)) for count in plan.clusters(tokens, tokens)
     )
+    return replace(plan, q_clusters=q_clusters, k_clusters=k_clusters)
 
 
-def plan_of(sample: Sample) -> AttentionPlan:
-    """The plan that a sample was measured with."""
-    return AttentionPlan(
-        density=sample.density,
-        compensation=sample.compensation,  # type: ignore[arg-type]
-        q_clusters=sample.q_clusters,
-        k_clusters=sample.k_clusters,
-    )
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Predicted and measured milliseconds of one sample: the sparse call and dense attention."""
-
-    sample: Sample
-    op_ms: float
-    dense_ms: float
-
-    @property
-    def op_error(self) -> float:
-        """Relative error of the sparse call's prediction."""
-        return self.op_ms / self.sample.op_ms - 1
-
-
-def compare(calibration: Calibration, samples: Iterable[Sample]) -> list[Comparison]:
-    """Predictions for samples that were measured on the device of the calibration."""
-    return [
-        Comparison(
-            sample,
-            sparse_ms(shape_of(sample), plan_of(sample), calibration).total,
-            dense_ms(shape_of(sample), calibration),
-        )
-        for sample in samples
-    ]
+def _forms(cases: Iterable[Case], call_class: tuple[str, int]) -> list[AttentionPlan]:
+    """A plan of each compensation form that is measured in a class: they compile other kernels."""
+    forms = {case.plan.compensation for case in cases if case.call_class == call_class}
+    return [AttentionPlan(compensation=form) for form in sorted(forms)]

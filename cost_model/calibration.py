@@ -147,12 +147,12 @@ class Calibration:
         The operations, bytes and launches of `amount` are divided by the roofs and multiplied by
         the stage's efficiencies.
         """
-        found = self.stages[self._class(dtype, head_dim)][stage]
+        found = self.stages[self.nearest_class(dtype, head_dim)][stage]
         flops, moved, launched = ideal_ms(amount, self.roofs, dtype)
         return found.flops * flops + found.bytes * moved + found.launches * launched
 
-    def _class(self, dtype: str, head_dim: int) -> str:
-        """Nearest measured call class: by element size, then by head dim, then by dtype."""
+    def nearest_class(self, dtype: str, head_dim: int) -> str:
+        """The call class that serves a call: by element size, then by head dim, then by dtype."""
 
         def distance(name: str) -> tuple[bool, float, bool]:
             other, dim = name.split("/")

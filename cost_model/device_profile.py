@@ -27,6 +27,11 @@ def load(device: Device, hardware: Hardware | None = None) -> Calibration:
         found = read(cached, with_checksum=True)
         if found is not None and found.device == device:
             return found
+    return not_calibrated(device, hardware)
+
+
+def not_calibrated(device: Device, hardware: Hardware | None = None) -> Calibration:
+    """The profile of a device as if it had never been calibrated here; arguments as in `load`."""
     for path in sorted(RECORDED.glob("*.json")):
         found = read(path, with_checksum=False)
         if found is not None and found.device.name == device.name:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from svg_ear_compile.cost_model.calibrate import compare
 from svg_ear_compile.cost_model.calibration import Calibration
+from svg_ear_compile.cost_model.fit import compare
 
 MOST_APART = 2.0
 """Largest ratio of a measured time and the fitted one on an idle device. On the H200 the largest is

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from svg_ear_compile.cost_model.calibration import Roofs
 from svg_ear_compile.kernels.op import dense_attention
 
-_PATIENCE_MS = 1500.0  # for the repeats of one call on a CPU
+_PATIENCE_MS = 1500.0  # for the repeats of one call; there are two of them at least
 # An idle GPU has a clock up to a fifth higher than one that was busy for so long.
 _BUSY_MS, _MOST_CALLS = 150.0, 150
 # Short calls wait for the host, whose delays vary: they are repeated for so long.
@@ -34,7 +34,7 @@ class Clock:
         """Milliseconds of a call after a first one to warm up.
 
         On a GPU, the median of calls back to back on a busy device, as in a generation. On a CPU,
-        the least of the repeats, because other processes only ever add time, and add much; there
+        the least of the repeats, because other processes only ever add time, and add much. There
         are fewer repeats where a call takes seconds.
         """
         if self.on_gpu:
@@ -50,12 +50,13 @@ class Clock:
 
 
 def busy_ms(call: Callable[[], object], repeats: int) -> list[float]:
-    """Milliseconds of each of at least `repeats` calls back to back on the current GPU.
+    """Milliseconds of each of `repeats` calls back to back on the current GPU.
 
-    The device is kept busy before. Short calls are repeated up to 40 times.
+    The device is kept busy before. Short calls are repeated up to 40 times, very long ones twice.
     """
     seconds = _keep_busy(call)
     repeats = max(repeats, min(_MOST_SAMPLES, math.ceil(_SAMPLED_MS / 1e3 / seconds)))
+    repeats = patient(repeats, seconds)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
     for mark in marks[1:]:
@@ -66,13 +67,21 @@ def busy_ms(call: Callable[[], object], repeats: int) -> list[float]:
 
 
 def busy_kernels_ms(call: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Mean device milliseconds of each kernel in a call, over `repeats` calls on a busy GPU."""
-    _keep_busy(call)
+    """Mean device milliseconds of each kernel in a call, over `repeats` calls on a busy GPU.
+
+    There are fewer repeats where a call takes seconds.
+    """
+    repeats = patient(repeats, _keep_busy(call))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(repeats):
             call()
         torch.cuda.synchronize()
     return {e.key: e.self_device_time_total / 1e3 / repeats for e in profile.key_averages()}
+
+
+def patient(repeats: int, seconds: float) -> int:
+    """Number of repeats of a call that takes so many seconds."""
+    return max(2, min(repeats, math.ceil(_PATIENCE_MS / 1e3 / seconds)))
 
 
 def _keep_busy(call: Callable[[], object]) -> float:

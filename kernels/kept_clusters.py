@@ -145,7 +145,7 @@ def updated_labels(
     cache, centroids, labels, changed = update
     centroids = centroids.float()
     earlier = centroids.shape[2]
-    # Ties go to the lowest cluster, so that copies of the first one get no key.
+    # Copies of a cluster tie with it, so they cost no key its nearest cluster.
     copies = centroids[:, :, :1].expand(-1, -1, clusters - earlier, -1)
     centroids = torch.cat([centroids, copies], 2)
     labels = torch.where(labels >= earlier, clusters, labels)
@@ -160,13 +160,15 @@ def updated_labels(
     # More keys changed than a call labels anew: until their turn they go to any cluster.
     labels = torch.where(fresh & (labels == clusters), 0, labels)
 
+    tokens = k.shape[2]
+    count = min(tokens, BATCHES * cache.new)
+    if count == tokens:
+        return kmeans(k, kinds, centroids, plan.warm_iterations).labels.long(), centroids
     order_of = torch.where(fresh, 0, 2).to(torch.uint8)  # [B, H|1, N] what is labelled first
     if given_away is not None:
         order_of = torch.where(given_away & (order_of > 0), 1, order_of)
     if clustered is not None:
         order_of = torch.where(clustered, order_of, 3)
-    tokens = k.shape[2]
-    count = min(tokens, BATCHES * cache.new)
     first = cache.turn * (count - cache.new) % tokens
     picked = order_of.roll(-first, 2).argsort(dim=-1, stable=True)[..., :count]
     picked = ((picked + first) % tokens).expand(-1, k.shape[1], -1)  # [B, H, M]

@@ -34,7 +34,7 @@ from svg_ear_compile.passes.sdpa import (
 from svg_ear_compile.passes.site import AttentionSite, Call, Padding, Reason, Role, Size
 from svg_ear_compile.passes.steps import is_softmax
 from svg_ear_compile.passes.streams import Streams
-from svg_ear_compile.passes.symbolic import hint, is_same
+from svg_ear_compile.passes.symbolic import expression, hint, is_same
 from svg_ear_compile.passes.unread import is_exponential, unread
 from svg_ear_compile.passes.vectors import NOTHING_EXACT
 
@@ -129,8 +129,10 @@ class _Describer:
             tokens = hint(q_shape[2])
             within = (role_in_clip(source, tokens, self.axes) for source in of_q)
             role = next((found for found in within if found is not None), role)
-            if role in (Role.SELF, Role.JOINT) and k_shape and tokens != hint(k_shape[2]):
-                role = Role.PREFIX  # keys of a cache are projected in no graph
+            if role in (Role.SELF, Role.JOINT) and k_shape:
+                # Keys of a cache are projected in no graph. In the traced call there may be none.
+                as_long = expression(q_shape[2]) == expression(k_shape[2])
+                role = role if as_long else Role.PREFIX
         dtype = _computed_in(call)
         padding = None
         reason = call.reason or _reason_to_leave(call, role, dtype)

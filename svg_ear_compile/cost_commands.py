@@ -29,9 +29,9 @@ from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import calibration as calibrations
 from svg_ear_compile.cost_model import device_profile, json_record
 from svg_ear_compile.cost_model.budget import Budget, Performance
-from svg_ear_compile.cost_model.calibrate import compare
 from svg_ear_compile.cost_model.calibration import Calibration
 from svg_ear_compile.cost_model.device import describe
+from svg_ear_compile.cost_model.fit import compare
 from svg_ear_compile.kernels.checked import (
     LARGEST,
     InvalidValueError,
@@ -53,8 +53,11 @@ _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def add(commands: Any) -> None:
     """Add the commands to the sub-parsers."""
-    about = "measure this device, in under a minute, and remember it"
+    about = "measure this device, in half a minute, and remember it"
     command = commands.add_parser("calibrate", help=about, description=about)
+    command.add_argument(
+        "--quick", action="store_true", help="in 8 seconds: corrects what is assumed or recorded"
+    )
     command.add_argument("--device", default=_DEVICE, help=f"default: {_DEVICE}")
     command.set_defaults(run=_calibrate)
 
@@ -181,7 +184,7 @@ def _calibrate(given: argparse.Namespace) -> None:
         def show(what: str, fraction: float) -> None:
             progress.update(task, description=what, completed=fraction)
 
-        found = calibrate(given.device, on_sample=show)
+        found = calibrate(given.device, quick=given.quick, on_sample=show)
     console.print(_calibration_table(found))
     console.print(plain(f"saved in {calibrations.cache_folder()}"), soft_wrap=True)
 

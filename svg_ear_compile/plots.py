@@ -20,7 +20,7 @@ from matplotlib.colors import ListedColormap, LogNorm
 
 from svg_ear_compile.capture import CapturedCall, capture_attention
 from svg_ear_compile.cost_model.budget import Budget
-from svg_ear_compile.cost_model.calibrate import Comparison
+from svg_ear_compile.cost_model.fit import Comparison
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 _STEPS = 40

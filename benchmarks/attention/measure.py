@@ -16,7 +16,7 @@ from benchmarks.attention.flex import flex_row
 from benchmarks.attention.gate import definition_rows, passes, relative_error
 from benchmarks.attention.inputs import Inputs, exact_pairs, plan_of
 from svg_ear_compile.cost_model import stages
-from svg_ear_compile.cost_model.calibrate import STAGE_OF_KERNEL
+from svg_ear_compile.cost_model.measure import STAGE_OF_KERNEL
 from svg_ear_compile.cost_model.timing import backend_takes, busy_kernels_ms, busy_ms
 from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.kinds import exact_at_ends

@@ -30,6 +30,7 @@ from benchmarks.fuzz.writes import BOOL_WRITES, VARIABLES, WRITES
 _STRICTNESS: tuple[Expect, ...] = ("rewrite", "reason", "equal", "untouched")
 _HEADER = '''"""{title}"""
 
+import itertools
 import math
 import operator
 
@@ -37,6 +38,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
+from torch.nn.attention import flex_attention as flex
 
 DTYPE = torch.{dtype}
 '''
@@ -60,6 +62,27 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
 @attend.register_fake
 def _(query, key, value):
     return torch.empty_like(query @ key.mT @ value)
+"""
+_PACKED = """
+@torch.library.custom_op("xformers_flash3::flash_fwd", mutates_args=())
+def flash_fwd(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_zeros(query.shape[1], query.shape[0], dtype=torch.float32)
+    for start, end in itertools.pairwise(cu_seqlens_q.tolist()):
+        q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))
+        scores = q @ k.mT * query.shape[-1] ** -0.5
+        out[start:end] = (scores.softmax(-1) @ v).transpose(0, 1)
+        lse[:, start:end] = scores.logsumexp(-1)
+    return out, lse
+
+
+@flash_fwd.register_fake
+def _(query, key, value, cu_seqlens_q, cu_seqlens_k):
+    lse = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+    return torch.empty_like(query, memory_format=torch.contiguous_format), lse
 """
 
 
@@ -512,6 +535,7 @@ class _Writer:
             _HEADER.format(title=f"Case {self.name}: {self._title()}", dtype=self.choices["dtype"]),
             _OPERATORS if "twice" in text else "",
             _KERNEL if "svg_ear_fuzz.attend" in text else "",
+            _PACKED if "flash_fwd" in text else "",
             "class Model(nn.Module):",
             "    def __init__(self):",
             "        super().__init__()",

@@ -3,6 +3,8 @@
 Every text works on variables of fixed names: x (b, n, c) tokens, q, k, v operands, s scores, w
 weights, o output, keep (b, m) the keys that take part; b, n, m, h, g, d are batch, queries, keys,
 heads, heads of keys, head dim. `%(h)d` and its like are replaced by numbers.
+
+Longer than other files: it is one list of spellings.
 """
 
 from __future__ import annotations
@@ -57,6 +59,14 @@ _BMM = ("s = torch.bmm(q, k.mT)", "s = q.bmm(k.transpose(1, 2))", "s = q @ k.tra
         "s = torch.bmm(input=q, mat2=k.permute(0, 2, 1))")  # fmt: skip
 _BMM_OUT = ("o = torch.bmm(w, v)", "o = w.bmm(v)", "o = w @ v", "o = torch.bmm(input=w, mat2=v)")
 _KERNEL = "torch.ops.aten._scaled_dot_product_"
+_PACKED = (
+    "o = torch.ops.xformers_flash3.flash_fwd(*(t.flatten(0, 1) for t in (q, k, v)), at, at)[0]"
+    ".unflatten(0, (b, n))"
+)
+_FLEX = (
+    "blocks = flex.create_block_mask({}, {}, None, n, m, device='cpu')\n"
+    "o = flex.flex_attention(q, k, v, block_mask=blocks)"
+)
 _DENSE = "q, k, v = (t.contiguous() for t in (q, k, v))\n"
 _SDPA = "F.scaled_dot_product_attention"
 
@@ -116,6 +126,35 @@ FORMS: dict[str, Form] = {
         "o = torch.ops.svg_ear_fuzz.attend(q, k, v)",
         "o = torch.ops.svg_ear_fuzz.attend.default(q, k, value=v)",
     ), expect="reason", weight=0.6),
+    "kernel_packed": Form("bnhd", "", tuple(f"{at}\n{_PACKED}" for at in (
+        "at = torch.arange(0, (b + 1) * n, n, dtype=torch.int32)",
+        "at = torch.tensor([n * i for i in range(b + 1)], dtype=torch.int32)",
+        "at = torch.zeros(b + 1, dtype=torch.int32)\nat[1:] = torch.full((b,), n).cumsum(0)",
+    ))),
+    "kernel_packed_unequal": Form("bnhd", "", tuple(f"{at}\n{_PACKED}" for at in (
+        "at = torch.tensor([0, 5, b * n], dtype=torch.int32)",
+        "at = torch.tensor([0, 3, 9, b * n])", "at = torch.tensor([0, b * n - 2])",
+        "at = torch.arange(0, (b + 1) * n, n)\nat[0] += 1",
+        "at = torch.arange(0, (b + 1) * n, n) + (x[0, 0, 0] * 0).int()",
+    )), expect="reason", weight=0.6),
+    "flex_padding": Form("bhnd", "", (
+        _FLEX.format("lambda bi, hi, i, j: j < 3 * m // 4", "None"),
+        _FLEX.format("lambda bi, hi, i, j: (j >= 2) & (j < m - 3)", 1),
+        "seen = torch.arange(m).expand(b, m) % 7 > 0\n"
+        + _FLEX.format("lambda bi, hi, i, j: seen[bi, j]", "b"),
+        "ends = torch.arange(b) + m // 2\n"
+        + _FLEX.format("lambda bi, hi, i, j: j < ends[bi]", "b"),
+        _FLEX.format("flex.noop_mask", "b"), "o = flex.flex_attention(q, k, v)",
+    ), weight=0.3),
+    "flex_other": Form("bhnd", "", (
+        _FLEX.format("lambda bi, hi, i, j: i >= j", "None"),
+        _FLEX.format("lambda bi, hi, i, j: (i - j).abs() < 9", "None"),
+        _FLEX.format("lambda bi, hi, i, j: (j < m - 3) & (i // 9 == j // 9)", "b"),
+        "ends = torch.arange(b) + m // 2\n"
+        "of_chunk = torch.arange(n) // 8\n"
+        + _FLEX.format("lambda bi, hi, i, j: (j // 8 <= of_chunk[i]) & (j < ends[bi])", "b"),
+        "o = flex.flex_attention(q, k, v, lambda s, bi, hi, i, j: s * 0.5)",
+    ), expect="reason", weight=0.3),
     "matmul": Form("bhnd", "bhqk", _SCORES, _OUTS, weight=6),
     "matmul_one_key_head": Form("bhnd", "bhqk", _SCORES, _OUTS, heads="one", expect="reason"),
     "matmul_grouped_repeat": Form("bhnd", "bhqk", (
@@ -217,7 +256,9 @@ FORMS: dict[str, Form] = {
 """Every form by name."""
 
 SDPA_NAMES = tuple(name for name, form in FORMS.items() if not form.score_dims)
-WITHOUT_MASKS = ("multihead_module", *(name for name in FORMS if name.startswith("kernel_")))
+WITHOUT_MASKS = (
+    "multihead_module", *(name for name in FORMS if name.startswith(("kernel_", "flex_")))
+)  # fmt: skip
 """Forms that take no mask."""
 
 HAND_NAMES = tuple(name for name, form in FORMS.items() if form.score_dims)

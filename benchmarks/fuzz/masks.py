@@ -125,6 +125,14 @@ CONTENTS: dict[str, Content] = {
         "mask = POS(((i - j).abs() < 9))", "mask = POS((i // 8 == j // 8))",
         "mask = POS(((i - j).abs().le(5) | (j < 3)))",
     ), expect="reason"),
+    "full": Content((
+        "mask = POS((j // 8 <= (i + m) // 8))", "mask = POS((j <= i + m))",
+        "mask = POS(((i + m > j) & (j >= 0)))", "mask = POS((torch.arange(m)[None] < i + m))",
+    )),
+    "chunks": Content((
+        "mask = POS((j // 8 <= (i + m - n) // 8))", "mask = POS((j // 16 <= i // 16))",
+        "mask = POS((j < 8 + i // 8 * 8))", "mask = POS(((i + m - n) // 32 >= j // 32))",
+    ), expect="reason"),
     "any_square": Content((
         "mask = POS(allowed)", "mask = POS(allowed).logical_or(KEYS)",
     ), expect="reason"),

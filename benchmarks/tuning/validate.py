@@ -22,9 +22,9 @@ from benchmarks.attention.inputs import plan_of
 from benchmarks.attention.summary import dense_ms, rows_of
 from svg_ear_compile import plots
 from svg_ear_compile.cost_model import device_profile, latency
-from svg_ear_compile.cost_model.calibrate import Comparison, shape_of
 from svg_ear_compile.cost_model.calibration import Calibration, Sample
 from svg_ear_compile.cost_model.device import Device
+from svg_ear_compile.cost_model.fit import Comparison, shape_of
 
 
 def calibration_for(record: dict[str, Any]) -> Calibration:

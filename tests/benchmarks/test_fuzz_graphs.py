@@ -76,7 +76,8 @@ def test_a_case_is_always_the_same_and_another_one_is_another() -> None:
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_the_pass_stands_a_graph_of_every_disturbance(part: int) -> None:
-    failures, invalid, graphs = [], 0, range(part, len(STRATA), PARTS)
+    graphs = [i for i in range(part, len(STRATA), PARTS) if not STRATA[i][1].startswith("flex_")]
+    failures, invalid = [], 0  # a block mask takes seconds to trace: tests/passes has its own
     for index in graphs:
         case = draw(20, index)
         verdict = judge(case)

@@ -1,12 +1,14 @@
-"""Calibrations that tests predict with: coefficients of round numbers."""
+"""Calibrations that tests predict with, and samples of devices that keep to a calibration."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from svg_ear_compile.cost_model.calibration import VERSION, Calibration, Efficiency, Roofs
+from svg_ear_compile.cost_model.calibration import VERSION, Calibration, Efficiency, Roofs, Sample
 from svg_ear_compile.cost_model.device import Device
-from svg_ear_compile.cost_model.stages import STAGES
+from svg_ear_compile.cost_model.latency import dense_ms, sparse_ms
+from svg_ear_compile.cost_model.stages import STAGES, AttentionShape
+from svg_ear_compile.kernels.plan import AttentionPlan
 
 DEVICE = Device("cuda", "Test GPU", "2.13.0", "3.9.0", "0a1b2c3d", "sm_90")
 
@@ -22,3 +24,14 @@ def even(kind: str = "cuda", slower: float = 2.0, host_ms: float = 0.0) -> Calib
         host_ms,
         {"bfloat16/128": {**stages, "dense": Efficiency(1.0, 1.0, 1.0)}},
     )
+
+
+def sample_of(
+    truth: Calibration, shape: AttentionShape, plan: AttentionPlan, fitted: bool = True
+) -> Sample:
+    """The sample that an idle device of that profile gives."""
+    times, tokens = sparse_ms(shape, plan, truth), shape.q_tokens
+    return Sample(
+        tokens, shape.heads, shape.head_dim, shape.dtype, plan.density, plan.compensation,
+        *plan.clusters(tokens, tokens), dense_ms(shape, truth), times.total, times.stages, fitted,
+    )  # fmt: skip

@@ -12,10 +12,10 @@ import torch
 
 from svg_ear_compile import calibrating
 from svg_ear_compile.cost_model import calibration as keeping
-from svg_ear_compile.cost_model.calibrate import compare, fit
 from svg_ear_compile.cost_model.calibration import Calibration
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.cost_model.disturbance import disturbance_of
+from svg_ear_compile.cost_model.fit import compare, fit
 from svg_ear_compile.cost_model.json_record import decode, parse
 from svg_ear_compile.cost_model.prior import RECORDED
 from svg_ear_compile.policy import calibration_of, profile_of

@@ -8,7 +8,7 @@ import pytest
 from transformer_models import TOKENS
 
 from svg_ear_compile.cli import main
-from svg_ear_compile.cost_model import calibrate as measuring
+from svg_ear_compile.cost_model import measure as measuring
 
 
 def explain(model: str, *arguments: str) -> int:

@@ -21,7 +21,7 @@ from svg_ear_compile.cost_commands import budget_table
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import calibrate as measuring
 from svg_ear_compile.cost_model.budget import Choice
-from svg_ear_compile.cost_model.calibrate import _Workload
+from svg_ear_compile.cost_model.calibrate import Workload
 from svg_ear_compile.policy import calibration_of
 
 TUNE = [
@@ -49,8 +49,8 @@ def drawn(path: Path) -> bool:
 def test_calibrate_then_explain_and_plot(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = _Workload((("float32", 32),), (256, 512), (384,), 1, 128, 1 << 20)
-    monkeypatch.setitem(measuring._WORKLOADS, "cpu", small)
+    small = Workload((("float32", 32),), (128, 256, 512), 384, 1, 128, 1 << 20, ("float32",))
+    monkeypatch.setitem(measuring.WORKLOADS, "cpu", small)
     assert main(["explain", *MODEL]) == 0
     assert "prior: not calibrated" in " ".join(capsys.readouterr().out.split())
     assert main(["plot", "times", "--device", "cpu", "--out", str(tmp_path / "x.png")]) == 2
@@ -108,6 +108,7 @@ def test_one_heads_blocks_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "head must be below 2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_budget_that_one_makes(tmp_path: Path) -> None:
     alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
     assert main([*TUNE, "--out", str(alone)]) == 0

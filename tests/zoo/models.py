@@ -77,8 +77,8 @@ def fill_zero_parameters(model: nn.Module, std: float = 0.1) -> None:
 
 
 def output_of(result: Any) -> Tensor:
-    """The output tensor of a forward pass: of a tensor, a tuple or a model-output object."""
-    return result if isinstance(result, Tensor) else result[0]
+    """The output tensor of a forward pass: the first of a tuple, list or model-output object."""
+    return result if isinstance(result, Tensor) else output_of(result[0])
 
 
 def latents(
@@ -622,6 +622,7 @@ FAMILIES = {
         Family("helios", packed_models.helios, "video"),
         Family("chronoedit", packed_models.chronoedit, "video"),
         Family("kandinsky-6", packed_models.kandinsky6, "video"),
+        Family("cosmos-3", packed_models.cosmos3, "video"),
         Family("style-megatron", original_styles.megatron, "video"),
         Family("style-options-dict", original_styles.options_dict, "video"),
         Family("flux", flux, "image"),

@@ -114,3 +114,47 @@ def kandinsky6() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     )
     places = (torch.arange(3), torch.arange(8), torch.arange(8))
     return model, inputs, {"visual_rope_pos": places}
+
+
+def cosmos3() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Cosmos 3 (Omni): 9 text, 192 video and 7 sound tokens in one sequence without a batch.
+
+    Text attends to itself, causally; video and sound attend to the keys of all.
+    """
+    video, sound = 192, 7
+    model = diffusers.Cosmos3OmniTransformer(
+        head_dim=HEAD_DIM,
+        hidden_size=HEADS * HEAD_DIM,
+        intermediate_size=32,
+        latent_channel=CHANNELS,
+        patch_latent_dim=CHANNELS * 4,
+        num_attention_heads=HEADS,
+        num_hidden_layers=2,
+        num_key_value_heads=1,
+        sound_dim=6,
+        sound_gen=True,
+        vocab_size=40,
+        rope_axes_dim=(4, 6, 6),
+    )
+    tokens = TEXT + video + sound
+    text_at, video_at, sound_at = torch.arange(tokens).split([TEXT, video, sound])
+    return model, (), {
+        "input_ids": torch.randint(40, (TEXT,)),
+        "text_indexes": text_at,
+        "position_ids": torch.arange(tokens).expand(3, tokens).clone(),
+        "und_len": TEXT,
+        "sequence_length": tokens,
+        "vision_tokens": [torch.randn(1, CHANNELS, 3, 16, 16)],
+        "vision_token_shapes": [(3, 8, 8)],
+        "vision_sequence_indexes": video_at,
+        "vision_mse_loss_indexes": video_at,
+        "vision_timesteps": torch.full((video,), 500.0),
+        "vision_noisy_frame_indexes": [torch.arange(3)],
+        "sound_tokens": [torch.randn(6, sound)],
+        "sound_token_shapes": [(sound, 1, 1)],
+        "sound_sequence_indexes": sound_at,
+        "sound_mse_loss_indexes": sound_at,
+        "sound_timesteps": torch.full((sound,), 500.0),
+        "sound_noisy_frame_indexes": [torch.arange(sound)],
+        "return_dict": False,
+    }  # fmt: skip
