@@ -15,7 +15,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test lint docs package try-torch offline clean
+.PHONY: demo test lint docs package try-torch try-triton offline clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -51,6 +51,13 @@ try-torch:
 	  tests/test_packaging.py tests/passes tests/svg_ear_compile \
 	  tests/kernels/test_operator.py tests/kernels/test_aot_compile.py $(PYTEST_ARGS)
 
+# Every launch configuration for every GPU by another release: `make try-triton TRITON=3.8.0`.
+try-triton: $(READY)
+	test -n "$(TRITON)"
+	$(RUN) -m pip install --quiet --no-deps --target .triton-$(TRITON) triton==$(TRITON)
+	OMP_NUM_THREADS=1 PYTHONPATH=.triton-$(TRITON) $(RUN) -m pytest -n auto --dist worksteal \
+	  tests/kernels/test_aot_compile.py $(PYTEST_ARGS)
+
 # torch comes first and alone: its pinned version decides what every other package may pull in.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -62,4 +69,4 @@ offline:
 	$(RUN) -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 
 clean:
-	rm -rf $(VENV) .venv-torch-* build dist site demo_out *.egg-info
+	rm -rf $(VENV) .venv-torch-* .triton-* build dist site demo_out *.egg-info

@@ -1,13 +1,19 @@
-"""What the priors of GPUs expect: tables for the documentation. None of it is a measurement."""
+"""What the priors of GPUs expect: tables for the documentation. None of it is a measurement.
+
+The times of the H200 are predicted from its recorded profile.
+"""
 
 from __future__ import annotations
 
-from svg_ear_compile.cost_model.calibration import Calibration
+from dataclasses import replace
+
+from svg_ear_compile.cost_model import device_profile
+from svg_ear_compile.cost_model.calibration import Calibration, Efficiency
 from svg_ear_compile.cost_model.device import Device
 from svg_ear_compile.cost_model.hardware import Hardware
-from svg_ear_compile.cost_model.latency import break_even_tokens
-from svg_ear_compile.cost_model.prior import prior
-from svg_ear_compile.cost_model.stages import AttentionShape
+from svg_ear_compile.cost_model.latency import break_even_tokens, dense_ms, sparse_ms
+from svg_ear_compile.cost_model.prior import H200, PORTABLE_ATTEND, prior
+from svg_ear_compile.cost_model.stages import AttentionShape, dense_amount, sparse_amounts
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 GPUS = {
@@ -53,9 +59,80 @@ def gpus_table() -> str:
 
 
 def _from(known: Calibration) -> str:
-    """Fewest tokens for 12 and for 40 heads, in thousands."""
+    """Fewest tokens for 40 and for 12 heads, in thousands."""
     least = [break_even_tokens(video(1, heads), AttentionPlan(), known) for heads in (12, 40)]
     if None in least:
         return "never"
     most, fewest = (f"{(tokens or 0) / 1000:.0f}" for tokens in least)
-    return f"{most},000 to {fewest},000 tokens"
+    return f"{fewest},000 to {most},000 tokens"
+
+
+_LONG = (1 << 17, 1 << 20)
+"""Tokens of the long sequences whose stages are listed."""
+
+
+def h200() -> Calibration:
+    """The recorded profile of the H200."""
+    return device_profile.load(Device("cuda", "NVIDIA H200", "", "", "", "sm_90"))
+
+
+def with_own_kernel(gpu: str) -> Calibration:
+    """The prior of a GPU if its attend stage kept to its roofs as well as the H200's does."""
+    known, record = prior_of(gpu), h200()
+    there = prior(record.device, H200)
+    stages = {
+        name: {
+            **found,
+            "attend": Efficiency(
+                there.stages[name]["attend"].flops,
+                found["attend"].bytes / PORTABLE_ATTEND,
+                found["attend"].launches,
+            ),
+        }
+        for name, found in known.stages.items()
+    }
+    # The tiles of that kernel are taken to be those of Hopper.
+    device = replace(known.device, architecture=record.device.architecture)
+    return replace(known, device=device, stages=stages)
+
+
+def long_sequences_table() -> str:
+    """Work and expected milliseconds of every stage of a long call: 24 heads, density 0.2."""
+    profiles = [h200(), prior_of("B200"), with_own_kernel("B200"), prior_of("MI300X")]
+    lines = [
+        "| tokens | stage | TFLOP | GB | H200 | B200 | B200, a kernel of its own | MI300X |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    plan = AttentionPlan()
+    for tokens in _LONG:
+        shape = video(tokens, 24)
+        amounts = {"dense": dense_amount(shape), **sparse_amounts(shape, plan, profiles[0].device)}
+        times = [
+            {"dense": dense_ms(shape, known), **sparse_ms(shape, plan, known).stages}
+            for known in profiles
+        ]
+        for stage, amount in amounts.items():
+            work = f"{amount.flops / 1e12:,.1f} | {amount.bytes / 1e9:,.0f}"
+            taken = " | ".join(f"{each[stage]:,.0f}" for each in times)
+            lines.append(f"| {tokens:,} | {stage} | {work} | {taken} |")
+        whole = [f"{t.pop('dense') / sum(t.values()):.1f}x" for t in times]
+        lines.append(f"| {tokens:,} | **dense over sparse** | | | " + " | ".join(whole) + " |")
+    return "\n".join(lines)
+
+
+def long_lists_table() -> str:
+    """Bytes of the tables between the stages, of one head at density 0.2."""
+    lines = [
+        "| tokens | clusters of queries × keys | scores of a head | key list of a head |",
+        "|---|---|---|---|",
+    ]
+    plan = AttentionPlan()
+    for tokens in (1 << 17, 1 << 18, 1 << 19, 1 << 20):
+        q_clusters, k_clusters = plan.clusters(tokens, tokens)
+        scores = 3 * 4 * q_clusters * k_clusters
+        listed = 4 * q_clusters * plan.density * tokens
+        lines.append(
+            f"| {tokens:,} | {q_clusters:,} × {k_clusters:,} | {scores / 1e9:.2f} GB | "
+            f"{listed / 1e9:.2f} GB |"
+        )
+    return "\n".join(lines)

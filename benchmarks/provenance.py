@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,3 +37,13 @@ def provenance() -> dict[str, Any]:
         "versions": versions,
         "commit": commit,
     }
+
+
+def where(records: Sequence[dict[str, Any]]) -> str:
+    """Devices and versions of records, each once."""
+    found = []
+    for record in records:
+        versions = record["versions"]
+        triton = f", Triton {versions['triton']}" if record["cuda"] else ""
+        found.append(f"{record['device']}, torch {versions['torch']}{triton}")
+    return "; ".join(dict.fromkeys(found))

@@ -17,11 +17,13 @@ from typing import Any
 
 from benchmarks.attention.summary import cold_ms, dense_ms, reused_speedup, rows_of, summary_table
 from benchmarks.context_parallel import report, ring_error
+from benchmarks.end_to_end.report import forward_seconds, forward_table, generation_table
 from benchmarks.fidelity.grid import OURS, WARM_UPS
 from benchmarks.fidelity.record import read
 from benchmarks.fidelity.report import markdown_table
 from benchmarks.fidelity.times import WAN
-from benchmarks.priors import gpus_table
+from benchmarks.priors import gpus_table, long_lists_table, long_sequences_table
+from benchmarks.provenance import where
 from svg_ear_compile.passes.patterns import PRODUCTS, STEPS
 from svg_ear_compile.passes.site import Reason
 from svg_ear_compile.summary import CURES
@@ -89,7 +91,7 @@ def patterns_list() -> str:
 def compile_time_table(record: Record) -> str:
     """Seconds of our passes and of Inductor, by depth."""
     lines = [
-        f"{_where([record])}, {record['threads']} threads.",
+        f"{where([record])}, {record['threads']} threads.",
         "",
         "| layers of Wan | nodes | passes, s | Inductor, s | passes over Inductor |",
         "|---|---|---|---|---|",
@@ -107,7 +109,7 @@ def compile_time_table(record: Record) -> str:
 def attention_table(record: Record) -> str:
     """Measured rows of the attention benchmark; rows whose gate failed say so."""
     lines = [
-        f"{_where([record])}. Matrix product {record['roofs']['tflops']:.0f} TFLOP/s, copy "
+        f"{where([record])}. Matrix product {record['roofs']['tflops']:.0f} TFLOP/s, copy "
         f"{record['roofs']['gb_per_second']:.0f} GB/s.",
         "",
         summary_table(record),
@@ -147,53 +149,6 @@ def attention_table(record: Record) -> str:
     return "\n".join(lines)
 
 
-def end_to_end_table(records: Sequence[Record]) -> str:
-    """Forwards through the whole model, dense and sparse."""
-    lines = [
-        f"{_where(records)}. Random weights.",
-        "",
-        "| model | layers | backend | density | s a forward | speed-up | first call, s "
-        "| peak GiB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for record in records:
-        dense = _forward_seconds(record["rows"][0])
-        for row in record["rows"]:
-            seconds = _forward_seconds(row)
-            cells = [
-                row["model"], row["layers"] or "all", row["backend"],
-                str(row["options"].get("density", "dense")), f"{seconds:.3f}",
-                f"{dense / seconds:.2f}x", f"{row['first_seconds']:.0f}",
-                f"{row['peak_bytes'] / 2**30:.1f}",
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def generation_table(records: Sequence[Record]) -> str:
-    """Whole sampling loops, dense and sparse."""
-    lines = [
-        f"{_where(records)}. Random weights.",
-        "",
-        "| model | backend | density | denoising steps (dense ones) | reused | s a generation "
-        "| speed-up |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for record in records:
-        dense = record["rows"][0]["seconds"]
-        for row in record["rows"]:
-            reused = row.get("reused")
-            cells = [
-                row["model"], row["backend"], str(row["options"].get("density", "dense")),
-                f"{row['steps']} ({row['dense_steps']})",
-                f"{statistics.fmean(reused):.0%} of sparse calls" if reused else "",
-                f"{row['seconds']:.1f}",
-                f"{dense / row['seconds']:.2f}x",
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def fidelity_section(records: Path, folder: Path) -> str:
     """The frontier's plot, what was derived from its points, and times at Wan's shape.
 
@@ -202,9 +157,9 @@ def fidelity_section(records: Path, folder: Path) -> str:
         folder: of the page.
     """
     evidence = read(records)
-    parts = [f"Clips: {_where(list(evidence.models.values()))}"]
+    parts = [f"Clips: {where(list(evidence.models.values()))}"]
     if evidence.times:
-        parts[0] += f"; times: {_where([evidence.times])}"
+        parts[0] += f"; times: {where([evidence.times])}"
     parts[0] += "."
     plot = os.path.relpath(records / "frontier.png", folder)
     parts.append(f"![Fidelity against time and density, one curve per rule]({plot})")
@@ -226,9 +181,9 @@ def densities_table(records: Path) -> str:
     }
     tokens = {name: record["model"]["tokens"] for name, record in evidence.models.items()}
     lines = [
-        f"Attention at {WAN} beside the fastest dense one ({_where([evidence.times])}); PSNR "
+        f"Attention at {WAN} beside the fastest dense one ({where([evidence.times])}); PSNR "
         f"to dense of two small video models, {WARM_UPS[0]:.0%} of their denoising steps dense "
-        f"({_where(list(evidence.models.values()))}).",
+        f"({where(list(evidence.models.values()))}).",
         "",
         "| density | attention, recomputed | attention, reused "
         f"| {' | '.join(f'PSNR, {name}, {tokens[name]:,} tokens' for name in tokens)} |",
@@ -280,7 +235,7 @@ def expectations_table(
         and row["density"] == _README_DENSITY
         and "samples_ms" in row
     }
-    forward = _pairs(forwards, _forward_seconds)
+    forward = _pairs(forwards, forward_seconds)
     generation = _pairs(generations, lambda row: float(row["seconds"]))
     for title, shape in _MODELS.items():
         call = calls[shape]
@@ -312,20 +267,6 @@ def _pair(times: tuple[float, float] | None, unit: str, digits: int) -> str:
     return f"{dense:.{digits}f} → {sparse:.{digits}f} {unit} (**{dense / sparse:.1f}x**)"
 
 
-def _forward_seconds(row: Record) -> float:
-    return statistics.median(row["samples_seconds"])
-
-
-def _where(records: Sequence[Record]) -> str:
-    """Devices and versions of records, each once."""
-    found = []
-    for record in records:
-        versions = record["versions"]
-        triton = f", Triton {versions['triton']}" if record["cuda"] else ""
-        found.append(f"{record['device']}, torch {versions['torch']}{triton}")
-    return "; ".join(dict.fromkeys(found))
-
-
 def tables() -> dict[str, Table]:
     """Every generated table by the name of its markers."""
     attention, compile_time, zoo = (
@@ -341,8 +282,10 @@ def tables() -> dict[str, Table]:
         "models": lambda folder: models_table(zoo),
         "patterns": lambda folder: patterns_list(),
         "gpus": lambda folder: gpus_table(),
+        "long-sequences": lambda folder: long_sequences_table(),
+        "long-lists": lambda folder: long_lists_table(),
         "attention": lambda folder: attention_table(attention),
-        "end-to-end": lambda folder: end_to_end_table(forwards),
+        "end-to-end": lambda folder: forward_table(forwards),
         "generation": lambda folder: generation_table(generations),
         "densities": lambda folder: densities_table(FIDELITY),
         "fidelity": lambda folder: fidelity_section(FIDELITY, folder),

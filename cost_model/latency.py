@@ -7,6 +7,7 @@ stages, or the time in which the host issues its launches if that is longer.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from dataclasses import dataclass
 from typing import Literal
@@ -31,9 +32,10 @@ LONGEST = 1 << 19
 NON_ATTENTION_OVERHEAD = 1.45
 
 
-Start = Literal["cold", "warm", "reused"]
+Start = Literal["cold", "warm", "kept", "reused"]
 """Origin of the clusters of a call: k-means from a sample of the tokens (cold), k-means from the
-centroids of the step before (warm), or clusters and block mask of an earlier step (reused)."""
+centroids of the step before (warm), likewise with labels that cached keys keep (kept), or clusters
+and block mask of an earlier step (reused)."""
 
 REUSED_FRACTION = 0.5
 """Expected fraction of the sparse calls of a bound model that reuse clusters and block mask. The
@@ -66,8 +68,8 @@ def sparse_ms(
     start: Start = "warm",
 ) -> StageTimes:
     """Milliseconds of one sparse call by stage."""
-    rounds = {"cold": plan.first_iterations, "warm": plan.warm_iterations, "reused": 0}
-    amounts = sparse_amounts(shape, plan, calibration.device, rounds[start])
+    rounds = {"cold": plan.first_iterations, "reused": 0}.get(start, plan.warm_iterations)
+    amounts = sparse_amounts(shape, plan, calibration.device, rounds, kept=start == "kept")
     stages = {
         stage: calibration.stage_ms(stage, amount, shape.dtype, shape.head_dim)
         for stage, amount in amounts.items()
@@ -86,14 +88,16 @@ def call_ms(shape: AttentionShape, plan: AttentionPlan, calibration: Calibration
     return REUSED_FRACTION * reused + (1 - REUSED_FRACTION) * warm
 
 
-def pays(shape: AttentionShape, plan: AttentionPlan, calibration: Calibration) -> bool:
+def pays(
+    shape: AttentionShape, plan: AttentionPlan, calibration: Calibration, start: Start = "cold"
+) -> bool:
     """Whether the plan is predicted to be faster than dense attention.
 
     Uncertainty counts against it. Clusters are cold, because unbound models have no warm start.
     """
     if calibration.uncertainty is None:
         return False
-    longest = sparse_ms(shape, plan, calibration, "cold").total * (1.0 + calibration.uncertainty)
+    longest = sparse_ms(shape, plan, calibration, start).total * (1.0 + calibration.uncertainty)
     return longest < dense_ms(shape, calibration)
 
 
@@ -115,6 +119,24 @@ def break_even_tokens(
         else:
             low = middle
     return high
+
+
+def fewest_cached_keys(
+    shape: AttentionShape, plan: AttentionPlan, calibration: Calibration
+) -> int | None:
+    """Smallest number of clustered keys at which the plan pays if keys keep their clusters.
+
+    The number of queries stays that of the shape: the chunks of a video are of one length. None if
+    the plan does not pay with `LONGEST` keys.
+    """
+
+    def is_enough(keys: int) -> bool:
+        tried = dataclasses.replace(shape, k_tokens=keys + shape.text)
+        return pays(tried, plan, calibration, "kept")
+
+    if plan.is_dense or not is_enough(LONGEST):
+        return None
+    return bisect.bisect_left(range(1, LONGEST), True, key=is_enough) + 1
 
 
 def most_keys_per_query(

@@ -25,7 +25,8 @@ from svg_ear_compile.kernels.gpu.launch import HOPPER
 
 RECORDED = Path(__file__).with_name("recorded")
 
-_H200 = Hardware("NVIDIA H200", HOPPER, 132, 1_980_000, 3_201_000, 6144)
+H200 = Hardware("NVIDIA H200", HOPPER, 132, 1_980_000, 3_201_000, 6144)
+"""The GPU whose recorded efficiencies are scaled."""
 
 # The stages whose bytes come from the cache for the most part.
 _CACHED = ("score", "attend")
@@ -137,7 +138,7 @@ def _scaled(
         here: rates of the GPU.
         on_hopper: whether the kernels of the H200 run on it.
     """
-    there = rated(_H200)
+    there = rated(H200)
     assert there is not None
     longer = PORTABLE_ATTEND if stage == "attend" and not on_hopper else 1.0
     matrix = measured.flops * longer * there.matrix / roofs.flops["bfloat16"]

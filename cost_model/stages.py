@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from svg_ear_compile.cost_model.device import Device
 from svg_ear_compile.kernels.gpu.launch import CLUSTERS_PER_COPY, launch_config
+from svg_ear_compile.kernels.kept_clusters import BATCHES
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 STAGES = {
@@ -112,7 +113,12 @@ def dense_amount(shape: AttentionShape) -> Amount:
 
 
 def sparse_amounts(
-    shape: AttentionShape, plan: AttentionPlan, device: Device, iterations: int | None = None
+    shape: AttentionShape,
+    plan: AttentionPlan,
+    device: Device,
+    iterations: int | None = None,
+    *,
+    kept: bool = False,
 ) -> dict[str, Amount]:
     """Work of each of the device's `STAGES` for a plan that is not dense.
 
@@ -122,11 +128,12 @@ def sparse_amounts(
         device: its kind gives the stages, its architecture the tiles.
         iterations: k-means iterations, by default those of a warm start; 0 where clusters and block
             mask are reused.
+        kept: whether keys keep their clusters, see `kernels.kept_clusters`.
     """
     if iterations is None:
         iterations = plan.warm_iterations
     if device.kind == "cpu":
-        return {"sparse": _on_cpu(shape, plan, iterations)}
+        return {"sparse": _on_cpu(shape, plan, iterations, kept)}
     dim, size = shape.head_dim, shape.element_size
     heads, kv_heads = shape.batch * shape.heads, shape.batch * shape.kv_heads
     queries, keys, q_clusters, k_clusters, exact = _clustered(shape, plan)
@@ -148,7 +155,7 @@ def sparse_amounts(
     blocks = float(heads * q_clusters * k_clusters)
     return {
         "cluster": Amount(
-            flops=_clustering_flops(shape, plan, iterations),
+            flops=_clustering_flops(shape, plan, iterations, kept),
             bytes=2.0 * passes * dim * size * tokens,
             launches=16.0 * passes,
         ),
@@ -184,7 +191,7 @@ def sparse_amounts(
     }
 
 
-def _on_cpu(shape: AttentionShape, plan: AttentionPlan, iterations: int) -> Amount:
+def _on_cpu(shape: AttentionShape, plan: AttentionPlan, iterations: int, kept: bool) -> Amount:
     """All stages together, see `kernels/cpu.py`: float32, one cluster at a time."""
     dim, heads = shape.head_dim, shape.batch * shape.heads
     queries, keys, q_clusters, k_clusters, exact = _clustered(shape, plan)
@@ -194,7 +201,7 @@ def _on_cpu(shape: AttentionShape, plan: AttentionPlan, iterations: int) -> Amou
     corrected = queries + keys if plan.compensation == "gaussian" else 0
     passes, _ = _passes(plan, iterations)
     return Amount(
-        flops=_clustering_flops(shape, plan, iterations)
+        flops=_clustering_flops(shape, plan, iterations, kept)
         + heads * dim * (2.0 * scored + 4.0 * attended + 4.0 * dim * corrected),
         bytes=heads * (8.0 * passes * dim * (queries + keys) + 40.0 * q_clusters * k_clusters),
         launches=16.0 * (passes + 1)
@@ -220,10 +227,13 @@ def _passes(plan: AttentionPlan, iterations: int) -> tuple[int, int]:
     return max(iterations, 1) + moments, moments
 
 
-def _clustering_flops(shape: AttentionShape, plan: AttentionPlan, iterations: int) -> float:
+def _clustering_flops(
+    shape: AttentionShape, plan: AttentionPlan, iterations: int, kept: bool
+) -> float:
     heads, kv_heads = shape.batch * shape.heads, shape.batch * shape.kv_heads
     queries, keys, q_clusters, k_clusters, _ = _clustered(shape, plan)
-    distances = heads * queries * q_clusters + kv_heads * keys * k_clusters
+    labelled = min(keys, BATCHES * queries) if kept else keys
+    distances = heads * queries * q_clusters + kv_heads * labelled * k_clusters
     _, moments = _passes(plan, iterations)
     tokens = heads * queries + kv_heads * keys
     products = iterations * distances + moments * shape.head_dim * tokens

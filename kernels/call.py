@@ -39,7 +39,7 @@ class CallRequest:
         device: of q, k and v.
         dense_only: the call is dense whatever its plan, because it is too short or its mask is not
             padding.
-        many_keys: the call is dense unless clusters of its keys are kept or reused, because
+        only_kept: the call is dense unless clusters of its keys are kept or reused, because
             clustering all keys would take longer than attention.
         cached_keys: the queries are new tokens, the keys those of a cache and of the new tokens.
     """
@@ -53,7 +53,7 @@ class CallRequest:
     clustered: tuple[int, int]
     device: torch.device
     dense_only: bool = False
-    many_keys: bool = False
+    only_kept: bool = False
     cached_keys: bool = False
 
 

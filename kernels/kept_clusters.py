@@ -160,13 +160,15 @@ def updated_labels(
     # More keys changed than a call labels anew: until their turn they go to any cluster.
     labels = torch.where(fresh & (labels == clusters), 0, labels)
 
+    tokens = k.shape[2]
+    count = min(tokens, BATCHES * cache.new)
+    if count == tokens:
+        return kmeans(k, kinds, centroids, plan.warm_iterations).labels.long(), centroids
     order_of = torch.where(fresh, 0, 2).to(torch.uint8)  # [B, H|1, N] what is labelled first
     if given_away is not None:
         order_of = torch.where(given_away & (order_of > 0), 1, order_of)
     if clustered is not None:
         order_of = torch.where(clustered, order_of, 3)
-    tokens = k.shape[2]
-    count = min(tokens, BATCHES * cache.new)
     first = cache.turn * (count - cache.new) % tokens
     picked = order_of.roll(-first, 2).argsort(dim=-1, stable=True)[..., :count]
     picked = ((picked + first) % tokens).expand(-1, k.shape[1], -1)  # [B, H, M]

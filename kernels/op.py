@@ -88,10 +88,12 @@ def attention(
         k.shape[2] if clustered_keys is None else min(clustered_keys, k.shape[2]),
     )
     is_padding = padding_proven is None or bool(padding_proven)
+    is_costly = compiled.is_dense_for(*clustered)
+    pays_kept = cached_keys and not compiled.is_dense_for(*clustered, keeps_clusters=True)
     request = CallRequest(
         layer, layer_owner, site, compiled, tuple(q.shape), tuple(k.shape), clustered, q.device,
-        dense_only=compiled.is_short(*clustered) or q.numel() == 0 or not is_padding,
-        many_keys=compiled.has_many_keys(*clustered),
+        dense_only=(is_costly and not pays_kept) or q.numel() == 0 or not is_padding,
+        only_kept=is_costly,
         cached_keys=cached_keys,
     )  # fmt: skip
     terms = _Terms(q.shape[-1] ** -0.5 if scale is None else scale, return_lse)
@@ -160,7 +162,7 @@ def _sparse(
     parts: tuple[Tensor, Tensor] | None = None
     for call in source.calls(request):
         clusters_all = call.cache is None and call.blocks is None
-        if call.plan.is_dense or request.dense_only or (request.many_keys and clusters_all):
+        if call.plan.is_dense or request.dense_only or (request.only_kept and clusters_all):
             return None
         kinds = kinds or token_kinds(key_mask, *(call.exact or exact))
         rows = slice(None) if call.rows is None else call.rows

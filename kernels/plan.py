@@ -88,6 +88,8 @@ class AttentionPlan:
             serve several lengths, for which nothing can be decided at compile time.
         max_key_ratio: a call with more clustered keys for each clustered query is dense, because
             clustering the keys would take longer than attention; 0 sets no limit.
+        min_cached_keys: a call that keeps the clusters of cached keys is sparse from so many
+            clustered keys on, whatever its number of queries. 0 leaves it to `min_tokens`.
 
     Raises:
         ValueError: a field is out of its range; the message names the field.
@@ -110,6 +112,7 @@ class AttentionPlan:
     seed: Seed = 0
     min_tokens: Count = 0
     max_key_ratio: NotNegative = 0.0
+    min_cached_keys: Count = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -143,13 +146,20 @@ class AttentionPlan:
         """Whether every block is computed exactly."""
         return self.density >= 1.0
 
-    def is_short(self, clustered_queries: int, clustered_keys: int) -> bool:
-        """Whether a call with so many clustered tokens is too short to be sparse."""
-        return min(clustered_queries, clustered_keys) < max(1, self.min_tokens)
+    def is_dense_for(
+        self, clustered_queries: int, clustered_keys: int, keeps_clusters: bool = False
+    ) -> bool:
+        """Whether a call with so many clustered tokens is too short, or has too many keys.
 
-    def has_many_keys(self, clustered_queries: int, clustered_keys: int) -> bool:
-        """Whether clustering so many keys would take longer than attention from these queries."""
-        return 0 < self.max_key_ratio * clustered_queries < clustered_keys
+        Args:
+            clustered_queries, clustered_keys: numbers of clustered tokens.
+            keeps_clusters: the call keeps the clusters of cached keys.
+        """
+        fewest = min(clustered_queries, clustered_keys)
+        if keeps_clusters and self.min_cached_keys:
+            return fewest < 1 or clustered_keys < self.min_cached_keys
+        too_many = 0 < self.max_key_ratio * clustered_queries < clustered_keys
+        return fewest < max(1, self.min_tokens) or (too_many and not keeps_clusters)
 
     def clusters(self, q_tokens: int, k_tokens: int) -> tuple[int, int]:
         """(Qc, Kc) for so many clustered tokens: at least 1 and at most one for each token."""

@@ -198,6 +198,10 @@ def _calibration_table(found: Calibration) -> Table:
         table.add_row(plain(f"matrix product, {dtype}"), f"{rate:.3g} TFLOP/s")
     table.add_row("copy", f"{found.roofs.bandwidth:.3g} GB/s")
     table.add_row("small operator", f"{1e3 * found.roofs.launch_ms:.2g} µs")
+    classes = dict.fromkeys(f"{s.dtype}, head dim {s.head_dim}" for s in found.samples)
+    table.add_row("calls measured", plain(f"{len(found.samples)}: {'; '.join(classes)}"))
+    if found.uncertainty:
+        table.add_row("uncertainty", f"{found.uncertainty:.0%}")
     if tested:
         off = [abs(c.op_error) for c in tested]
         table.add_row(

@@ -295,7 +295,9 @@ class Generation:
         # A call whose batch holds frames (folded into it) has no branches along its batch.
         places = forward.in_batch if request.q_shape[0] == forward.batch else 1
         exact = None if forward.named is None else forward.named.of(request)
-        is_short = exact is not None and request.plan.is_short(*exact.clustered)
+        is_short = exact is not None and request.plan.is_dense_for(
+            *exact.clustered, keeps_clusters=request.cached_keys
+        )
         if request.dense_only or forward.dense or is_short:
             plan = at_density(request.plan, 1.0)
         else:
@@ -317,7 +319,7 @@ class Generation:
                 if key not in layer.memories:
                     layer.memories[key] = self._first_memory((forward.model, path, key), request)
             memories = [layer.memories[key] for key in keys]
-            if request.many_keys and any(memory.is_hopeless for memory in memories):
+            if request.only_kept and any(memory.is_hopeless for memory in memories):
                 yield AttentionCall(at_density(plan, 1.0))
                 return
             layer.last_sparse = memories[0]

@@ -15,7 +15,7 @@ from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.passes.exact import given_tokens
 from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.passes.rewrite import rewrite
-from svg_ear_compile.passes.site import AttentionSite, Reason
+from svg_ear_compile.passes.site import AttentionSite, Reason, Role
 from svg_ear_compile.passes.symbolic import hint
 from svg_ear_compile.passes.workload import NonAttentionCost, non_attention_cost
 from svg_ear_compile.policy import (
@@ -137,13 +137,15 @@ def plan_site(
     if isinstance(decided, Reason):
         return None
     lengths = (site.q_shape[2], site.k_shape[2])
-    if any(isinstance(n, torch.SymInt) for n in lengths) and decided.least_tokens is not None:
+    varies = any(isinstance(n, torch.SymInt) for n in lengths) or decided.min_cached_keys > 0
+    if varies and decided.least_tokens is not None:
         # The graph serves other lengths, too. A guard on this length would compile again for the
-        # others, so each call decides by its own length.
+        # others, so each call decides by its own length. Only the call knows of kept clusters.
         return replace(
             decided.plan or settings.plan,
             min_tokens=decided.least_tokens,
             max_key_ratio=decided.max_key_ratio,
+            min_cached_keys=decided.min_cached_keys,
         )
     return decided.plan
 
@@ -154,7 +156,7 @@ def _facts(site: AttentionSite) -> SiteFacts:
     exact_queries, exact_keys = (count or 0 for count in site.exact.counts)
     dtype = str(site.dtype).removeprefix("torch.")
     shape = AttentionShape(q[0], q[1], k[1], q[2], k[2], q[3], dtype, exact_keys, exact_queries)
-    return SiteFacts(site.layer, shape, site.device)
+    return SiteFacts(site.layer, shape, site.device, site.role is Role.PREFIX)
 
 
 def rewrite_graph(

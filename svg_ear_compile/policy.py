@@ -24,9 +24,11 @@ from svg_ear_compile.cost_model.disturbance import disturbance_of
 from svg_ear_compile.cost_model.error import together
 from svg_ear_compile.cost_model.hardware import hardware_of
 from svg_ear_compile.cost_model.latency import (
+    LONGEST,
     attention_allowance,
     break_even_tokens,
     dense_ms,
+    fewest_cached_keys,
     most_keys_per_query,
     non_attention_ms,
     sparse_ms,
@@ -44,11 +46,19 @@ DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 
 @dataclass(frozen=True)
 class SiteFacts:
-    """Layer, shape and device of one attention call that could be sparse."""
+    """Layer, shape and device of one attention call that could be sparse.
+
+    Attributes:
+        layer: path of the layer.
+        shape: shape of the call.
+        device: device of its tensors.
+        cached_keys: the keys are those of a cache, whose clusters a session keeps.
+    """
 
     layer: str
     shape: AttentionShape
     device: torch.device
+    cached_keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class Decision:
             dense because the options ask for density 1.
         sentence: reason or expectation in words.
         expected: see `Expectation`; None where there are no predictions.
-        max_key_ratio: see `AttentionPlan`.
+        max_key_ratio, min_cached_keys: see `AttentionPlan`.
     """
 
     plan: AttentionPlan | None
@@ -92,6 +102,7 @@ class Decision:
     sentence: str
     expected: Expectation | None
     max_key_ratio: float = 0.0
+    min_cached_keys: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,8 +193,12 @@ def _by_density(site: SiteFacts, settings: Settings) -> Decision:
         least = break_even_tokens(site.shape, plan, calibration)
         at_any_ratio = break_even_tokens(square, plan, calibration)
         ratio = most_keys_per_query(site.shape, plan, calibration)
+    cached = 0
+    if site.cached_keys and settings.min_tokens is None:
+        cached = fewest_cached_keys(site.shape, plan, calibration) or 0
     if least is not None and tokens >= least:
-        return Decision(plan, at_any_ratio, None, f"sparse {_times(expected)}", expected, ratio)
+        sentence = f"sparse {_times(expected)}"
+        return Decision(plan, at_any_ratio, None, sentence, expected, ratio, cached)
     where = "at no length" if least is None else f"from {least:,} video tokens on"
     sentence = f"Too few tokens: sparse {where}; here {_times(expected)}."
     # A call whose length is known only at run time may still be long enough.
@@ -191,7 +206,10 @@ def _by_density(site: SiteFacts, settings: Settings) -> Decision:
         sentence = f"Too many keys for so few queries: sparse up to {ratio:g} for each; here " + (
             f"{keys / queries:.3g}: {_times(expected)}."
         )
-    return Decision(None, at_any_ratio, "short", sentence, expected, ratio)
+    if cached:  # a session that keeps clusters does not cluster all keys
+        at_any_ratio = LONGEST if at_any_ratio is None else at_any_ratio
+        sentence += f" In a session, sparse from {cached:,} cached keys on."
+    return Decision(None, at_any_ratio, "short", sentence, expected, ratio, cached)
 
 
 def _by_budget(site: SiteFacts, budget: Budget, settings: Settings) -> Decision:

@@ -32,7 +32,7 @@ _COMPARED = 64  # characters of an unknown name that are compared, in quadratic 
 # AttentionPlan.min_tokens is set for graphs of several lengths; the option of that name is one
 # number for all sites.
 _PLAN_FIELDS = {f.name: field_kinds(AttentionPlan)[f.name] for f in fields(AttentionPlan)}
-del _PLAN_FIELDS["min_tokens"], _PLAN_FIELDS["max_key_ratio"]
+del _PLAN_FIELDS["min_tokens"], _PLAN_FIELDS["max_key_ratio"], _PLAN_FIELDS["min_cached_keys"]
 _NUMBER_OF = {"top_p": "top_p", "min_block_ratio": "top_p", "threshold": "threshold"}
 
 _COUNTS = ("min_tokens", "text_prefix", "text_suffix")

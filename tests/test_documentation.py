@@ -74,7 +74,13 @@ def sparse_without_inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", PAGES)
+_SLOW = ("pipelines.md",)  # every recipe is a pipeline of its own
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW else []) for name in PAGES],
+)
 def test_the_code_of_a_page_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparse_without_inductor: None
 ) -> None:

@@ -73,7 +73,8 @@ def test_a_fault_that_is_put_back_is_found(
     put_back: Any, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_back(monkeypatch)
-    assert inputs.run(1000, 7, [kind])[kind].failures
+    # Most faults show at once.
+    assert any(inputs.run(cases, 7, [kind])[kind].failures for cases in (50, 1000))
 
 
 def test_the_same_seed_gives_the_same_cases_and_leaves_the_process_as_it_was(

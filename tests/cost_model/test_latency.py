@@ -18,6 +18,7 @@ from svg_ear_compile.cost_model.latency import (
     break_even_tokens,
     call_ms,
     dense_ms,
+    fewest_cached_keys,
     most_keys_per_query,
     ms_per_unit_density,
     non_attention_ms,
@@ -138,6 +139,20 @@ def test_more_keys_than_the_ratio_do_not_pay(density: float) -> None:
         queries = round(LONGEST / keys)
         shape = dataclasses.replace(SHAPE, q_tokens=queries, k_tokens=LONGEST)
         assert pays(shape, plan, calibration) == fits
+
+
+@pytest.mark.parametrize("queries", [6000, 9000])
+def test_cached_keys_pay_from_fewer_keys_on_than_keys_that_are_clustered(queries: int) -> None:
+    plan, calibration = AttentionPlan(density=0.2), even("cuda", 1.5)
+    shape = dataclasses.replace(SHAPE, q_tokens=queries)
+    fewest = fewest_cached_keys(shape, plan, calibration)
+    assert fewest is not None
+    for keys, fits in ((fewest, True), (fewest - 1, False)):
+        assert pays(dataclasses.replace(shape, k_tokens=keys), plan, calibration, "kept") == fits
+    shape = dataclasses.replace(shape, k_tokens=max(fewest, 6 * queries))
+    by_start = [sparse_ms(shape, plan, calibration, s).total for s in ("reused", "kept", "warm")]
+    assert by_start == sorted(by_start)
+    assert by_start[1] < by_start[2]
 
 
 def test_exact_keys_cost_less_than_exact_queries() -> None:

@@ -16,7 +16,7 @@ from svg_ear_compile.cost_model import device_profile, hardware
 from svg_ear_compile.cost_model.device import Device
 from svg_ear_compile.cost_model.hardware import Hardware, hardware_of
 from svg_ear_compile.cost_model.latency import break_even_tokens, dense_ms, pays, sparse_ms
-from svg_ear_compile.cost_model.prior import prior
+from svg_ear_compile.cost_model.prior import H200, prior
 from svg_ear_compile.cost_model.stages import AttentionShape
 from svg_ear_compile.kernels.plan import AttentionPlan
 
@@ -81,9 +81,8 @@ def test_uncertainty_counts_against_a_sparse_call() -> None:
 
 
 def test_the_prior_of_the_measured_gpu_repeats_its_record() -> None:
-    said = Hardware("NVIDIA H200", "sm_90", 132, 1980_000, 3201_000, 6144)
-    device = Device("cuda", said.name, "", "", "", "sm_90")
-    record, guessed = device_profile.load(device), prior(device, said)
+    device = Device("cuda", H200.name, "", "", "", H200.architecture)
+    record, guessed = device_profile.load(device), prior(device, H200)
     assert (record.origin, record.uncertainty) == ("recorded", 0.0)
     for dim in (64, 128):
         shape = replace(video(32760, 12), head_dim=dim)

@@ -1,7 +1,8 @@
-"""Fill uninitialised memory with NaN, so that elements that are never written fail a test."""
+"""Uninitialised memory is NaN, so that what is never written fails; the interpreter made faster."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,4 +33,38 @@ def poisoned_memory() -> Iterator[None]:
         patch.setattr(torch, "empty", poisoned(torch.empty))
         patch.setattr(torch, "empty_like", poisoned(torch.empty_like))
         patch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patched_once_a_launch() -> Iterator[None]:
+    """Triton's interpreter replaces triton.language in each call of a function in a kernel.
+
+    That takes milliseconds and a third of these tests' time. What a launch has replaced stays so
+    until its end: within one launch the first call of each kind of module is enough.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    replace, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    language = (interpreter.tl, interpreter.tl.core)
+    replaced: set[frozenset[int]] = set()
+
+    def replace_once(function: Any) -> Any:
+        seen = (x for x in function.__globals__.values() if x is language[0] or x is language[1])
+        modules = frozenset(map(id, seen))
+        if modules in replaced:
+            return None
+        replaced.add(modules)
+        return replace(function)
+
+    def launch_afresh(self: Any, *args: Any, **kwargs: Any) -> Any:
+        replaced.clear()
+        return launch(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", replace_once)
+        patch.setattr(interpreter.GridExecutor, "__call__", launch_afresh)
         yield

@@ -13,7 +13,7 @@ from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.kinds import CLUSTERED, EXACT, PADDING, exact_at_ends
 from svg_ear_compile.kernels.reference import Clusters, QueryTile
 
-few = settings(max_examples=6, phases=[Phase.generate]) if INTERPRETED else settings()
+few = settings(max_examples=4, phases=[Phase.generate]) if INTERPRETED else settings()
 
 
 def kmeans(
@@ -185,11 +185,10 @@ def test_inertia_falls_and_is_that_of_the_definition(
 ) -> None:
     x = tokens_of(form, seed, count[0], dim, dtype)
     start = reference.initial_centroids(x, None, count[1], seed=0)
-    reached = [inertia(x, kmeans(form, x, start, rounds)) for rounds in (1, 2, 4)]
+    reached = [inertia(x, kmeans(form, x, start, rounds)) for rounds in (1, 3)]
     assert reached[1] <= reached[0] * (1 + 1e-3)
-    assert reached[2] <= reached[1] * (1 + 1e-3)
     wide = x.cpu().double()
-    for rounds, got in zip((1, 4), (reached[0], reached[2]), strict=True):
+    for rounds, got in zip((1, 3), reached, strict=True):
         definition = reference.kmeans(wide, None, start.cpu().double(), rounds)
         assert got <= inertia(wide, definition) * (1 + (1e-3 if rounds == 1 else 2e-2))
 

@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import CPU, FORMS, SEEDS, Form, random_kinds, random_mask, random_qkv
-from hypothesis import given
+from attention_cases import (
+    CPU,
+    FORMS,
+    INTERPRETED,
+    SEEDS,
+    Form,
+    random_kinds,
+    random_mask,
+    random_qkv,
+)
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,6 +24,7 @@ from svg_ear_compile.kernels.kinds import ALL_CLUSTERED, CLUSTERED, TokenKinds, 
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 F16, F32 = torch.float16, torch.float32
+few = settings(max_examples=4, phases=[Phase.generate]) if INTERPRETED else settings()
 
 
 def metrics(
@@ -31,6 +41,7 @@ def metrics(
     return of_queries.unflatten(0, q.shape[:2]).cpu(), of_keys.unflatten(0, k.shape[:2]).cpu()
 
 
+@few
 @given(
     seed=SEEDS,
     tokens=st.tuples(st.sampled_from((37, 130, 1500)), st.sampled_from((41, 1100))),

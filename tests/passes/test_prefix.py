@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -217,18 +218,24 @@ def test_every_call_of_one_graph_decides_by_its_own_lengths(
     for new, old in lengths:
         with torch.no_grad(), calls_from(source):
             compiled(*inputs(new, old))
-    found = [request.many_keys for request in source.requests]
+    found = [request.only_kept for request in source.requests]
     assert found == [(new + old) > 8 * new for new, old in lengths[-len(found) :]]
     assert len(found) >= 2
 
 
 def test_a_plan_says_which_lengths_are_dense() -> None:
     plan = AttentionPlan(min_tokens=100, max_key_ratio=8.0)
-    assert not plan.has_many_keys(100, 800)
-    assert plan.has_many_keys(100, 801)
-    assert not plan.is_short(100, 800)
-    assert plan.is_short(99, 800)
-    assert plan.is_short(800, 99)
-    assert not AttentionPlan().has_many_keys(1, 10**6)
-    assert not AttentionPlan().is_short(1, 10**6)
-    assert AttentionPlan().is_short(0, 10)
+    assert not plan.is_dense_for(100, 800)
+    assert plan.is_dense_for(100, 801)
+    assert plan.is_dense_for(99, 800)
+    assert plan.is_dense_for(800, 99)
+    assert not AttentionPlan().is_dense_for(1, 10**6)
+    assert AttentionPlan().is_dense_for(0, 10)
+    # With kept clusters many keys are no matter, and with a bound of their own few queries neither.
+    assert not plan.is_dense_for(100, 801, keeps_clusters=True)
+    assert plan.is_dense_for(99, 800, keeps_clusters=True)
+    plan = replace(plan, min_cached_keys=500)
+    assert not plan.is_dense_for(1, 500, keeps_clusters=True)
+    assert plan.is_dense_for(100, 499, keeps_clusters=True)
+    assert plan.is_dense_for(0, 500, keeps_clusters=True)
+    assert not plan.is_dense_for(100, 499)

@@ -82,6 +82,7 @@ print(json.dumps([counters["inductor"]["fxgraph_cache_hit"],
 """
 
 
+@pytest.mark.slow
 def test_compile_caches_hit_in_a_second_process_and_miss_for_another_density(
     tmp_path: Path,
 ) -> None:

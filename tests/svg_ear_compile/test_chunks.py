@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from chunked_models import STYLES, TIMESTEPS, Chunked, generate
+from chunked_models import CHUNK, STYLES, TIMESTEPS, Chunked, generate
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 
-from svg_ear_compile import bind
+from svg_ear_compile import bind, policy
 from svg_ear_compile.generation import Generation
 
 CHUNKS = 5
@@ -89,6 +91,37 @@ def test_dense_steps_are_those_of_each_chunk() -> None:
         (layer,) = session.report()
         assert (layer.cold, session.chunk) == (1, CHUNKS - 1)
         assert layer.cold + layer.kept + layer.reused == CHUNKS * (len(TIMESTEPS) - 1)
+
+
+def test_keys_that_are_too_many_to_cluster_are_sparse_in_a_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a graph of one length: what a session keeps is not known when it is compiled."""
+    monkeypatch.setattr(policy, "break_even_tokens", lambda *given: None)
+    monkeypatch.setattr(policy, "most_keys_per_query", lambda *given: 2.0)
+    monkeypatch.setattr(policy, "fewest_cached_keys", lambda *given: 3 * CHUNK)
+    style, model = "roll", Chunked("roll")
+    sparse = torch.compile(model, backend="svg_ear", dynamic=False, options={"density": 0.3})
+    wanted = run(model, style)
+    for mine, other in zip(run(sparse, style), wanted, strict=True):
+        torch.testing.assert_close(mine, other)
+    with bind(sparse, chunked=True) as session:
+        assert error(run(sparse, style), wanted) > 0.01
+        (layer,) = session.report()
+        assert (layer.cold, layer.kept + layer.reused) == (1, CHUNKS * len(TIMESTEPS) - 1)
+
+
+@pytest.mark.parametrize("style", ["cat", "slice"])
+def test_graphs_are_as_many_as_without_the_backend(style: str) -> None:
+    """Of caches that grow: one for a first chunk without a cache, one for every other."""
+    counts = []
+    for backend in (CompileCounter(), "svg_ear"):
+        torch._dynamo.reset()
+        counters.clear()
+        model = torch.compile(Chunked(style), backend=backend, dynamic=True)
+        list(generate(model, style, 4, timesteps=TIMESTEPS[:1]))
+        counts.append(counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1] <= 2
 
 
 def test_without_drift_keys_are_clustered_in_every_call() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,14 +52,20 @@ def test_calibrate_then_explain_and_plot(
 ) -> None:
     small = Workload((("float32", 32),), (128, 256, 512), 384, 1, 128, 1 << 20, ("float32",))
     monkeypatch.setitem(measuring.WORKLOADS, "cpu", small)
+    monkeypatch.setattr(measuring, "QUICK_SECONDS", 0.5)
     assert main(["explain", *MODEL]) == 0
     assert "prior: not calibrated" in " ".join(capsys.readouterr().out.split())
     assert main(["plot", "times", "--device", "cpu", "--out", str(tmp_path / "x.png")]) == 2
     assert "run svg-ear calibrate first" in capsys.readouterr().err
-    assert main(["calibrate", "--device", "cpu"]) == 0
-    assert "TFLOP/s" in capsys.readouterr().out
+    assert main(["calibrate", "--quick", "--device", "cpu"]) == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "TFLOP/s" in printed
+    assert re.search(r"calls measured [1-3]: float32, head dim 32", printed)
+    assert "uncertainty 25%" in printed
     assert main(["explain", *MODEL]) == 0
-    assert "calibrated on this machine" in " ".join(capsys.readouterr().out.split())
+    assert "calibrated on this machine, uncertain by 25%; better: svg-ear calibrate" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert main(["plot", "times", "--device", "cpu", "--out", str(tmp_path / "x.png")]) == 0
     assert drawn(tmp_path / "x.png")
 
@@ -108,6 +115,7 @@ def test_one_heads_blocks_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "head must be below 2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_budget_that_one_makes(tmp_path: Path) -> None:
     alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
     assert main([*TUNE, "--out", str(alone)]) == 0

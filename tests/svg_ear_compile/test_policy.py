@@ -61,6 +61,21 @@ def test_a_density_is_used_where_it_pays_and_nowhere_else() -> None:
     assert short.expected.sparse_ms > short.expected.dense_ms
 
 
+def test_cached_keys_whose_clusters_are_kept_pay_where_clustering_does_not() -> None:
+    shape = AttentionShape(1, 4, 4, 512, 65536, 64, "float32")
+    decisions = [
+        decide([SiteFacts("attn", shape, CPU, cached)], 0, 0, Settings.parse({}))[0]
+        for cached in (False, True)
+    ]
+    assert [d.reason for d in decisions] == ["short"] * 2
+    assert [d.min_cached_keys > 0 for d in decisions] == [False, True]
+    assert "In a session" in decisions[1].sentence
+    (asked,) = decide(
+        [SiteFacts("attn", shape, CPU, True)], 0, 0, Settings.parse({"min_tokens": 9})
+    )
+    assert (asked.plan is None, asked.min_cached_keys) == (False, 0)
+
+
 def test_min_tokens_is_the_users_own_word() -> None:
     assert densities({"min_tokens": 16}, tokens=32) == [0.2] * 4
     assert densities({"min_tokens": 5000}) == [1.0] * 4

@@ -1,0 +1,170 @@
+"""`python -m benchmarks.attention.cache --out DIR`: one chunk of new tokens against longer caches.
+
+A call attends from the tokens of a chunk to those of all chunks so far. Timed are dense attention,
+sparse attention that clusters all keys anew, and sparse attention that keeps the clusters of cached
+keys: in the first denoising step of a chunk, in a later one, and in one that reuses the block mask,
+too. Every sparse result passes the gate before it is timed. ``--tiny`` uses short caches on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.attention.data import video_like
+from benchmarks.attention.gate import definition_rows, passes, relative_error
+from benchmarks.attention.inputs import Inputs
+from benchmarks.attention.measure import dense_baselines, stage_ms, time_ms
+from benchmarks.provenance import provenance
+from svg_ear_compile.kernels.clusters import Result
+from svg_ear_compile.kernels.kept_clusters import CachedKeys, KeptClusters
+from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.registry import sparse_attention
+
+HEADS, HEAD_DIM, CHUNK = 40, 128, 4680  # three latent frames of Wan 14B at 480p
+CHUNKS = (1, 2, 4, 8, 16, 24, 32)  # that are attended to; 32 are 149,760 keys
+TINY = (2, 32, 192, (1, 3))  # heads, head dim, chunk and chunks
+MODES = ("anew", "first step", "later step", "reused")
+_SAMPLED_ROWS = 48
+
+
+def kept_of(result: Result) -> KeptClusters:
+    """The clusters of a result as a session remembers them."""
+    assert result.identities is not None
+    centroids = result.keys.centroids.to(result.out.dtype)
+    return KeptClusters(result.identities, result.keys.labels.to(torch.int16), centroids)
+
+
+def sparse_calls(inputs: Inputs, plan: AttentionPlan) -> dict[str, Callable[[], Result]]:
+    """A sparse call for each of `MODES` that a cache of this length has; k ends with the chunk."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    chunk = q.shape[2]
+
+    def anew() -> Result:
+        return sparse_attention(q, k, v, plan, cache=CachedKeys(None, chunk, True, 0))
+
+    before = k.shape[2] - chunk
+    first = anew
+    calls: dict[str, Callable[[], Result]] = {"anew": anew}
+    if before:
+        cold = CachedKeys(None, chunk, True, 0)
+        cached = sparse_attention(q, k[:, :, :before], v[:, :, :before], plan, cache=cold)
+        growing = CachedKeys(kept_of(cached), chunk, True, 1)
+        first = calls["first step"] = lambda: sparse_attention(q, k, v, plan, cache=growing)
+    now = first()
+    centroids = (now.queries.centroids, now.keys.centroids)
+    staying = CachedKeys(kept_of(now), chunk, False, 2)
+    calls["later step"] = lambda: sparse_attention(
+        q, k, v, plan, centroids=centroids, cache=staying
+    )
+    again = calls["later step"]()
+    of_again = (again.queries.centroids, again.keys.centroids)
+    calls["reused"] = lambda: sparse_attention(
+        q,
+        k,
+        v,
+        plan,
+        centroids=of_again,
+        blocks=again.blocks,
+        cache=CachedKeys(None, chunk, False, 3),
+    )
+    return calls
+
+
+def rows_of(
+    inputs: Inputs, plan: AttentionPlan, repeats: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """A row for dense attention and one for each sparse mode, at one length of the cache."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    keys, on_gpu = k.shape[2], q.is_cuda
+    dense = dense_baselines(inputs, repeats)
+    best = min(dense, key=lambda name: statistics.median(dense[name]))
+    dense_ms = statistics.median(dense[best])
+    rows: list[dict[str, Any]] = [
+        {"keys": keys, "mode": "dense", "backend": best, "samples_ms": dense[best]}
+    ]
+    say(f"{keys:>7,} keys: dense {best} {dense_ms:.2f} ms")
+    wanted = F.scaled_dot_product_attention(q, k, v)
+    sampled = torch.randint(
+        q.shape[2], (_SAMPLED_ROWS,), generator=torch.Generator().manual_seed(1)
+    )
+    head = (0, q.shape[1] - 1)
+    for mode, call in sparse_calls(inputs, plan).items():
+        result = call()
+        error = relative_error(result.out, wanted)
+        defined = definition_rows(q, k, v, result, plan, head, sampled)
+        gate = relative_error(result.out[head][sampled], defined)
+        row: dict[str, Any] = {"keys": keys, "mode": mode, "gate": gate, "error": error}
+        if result.excess is not None:
+            row["excess"] = result.excess.item()
+        rows.append(row)
+        if not passes(gate, error, plan):
+            say(f"{'':14s}{mode:11s} GATE FAILED, error {gate:.2e}")
+            continue  # no time for a wrong result
+        row["samples_ms"] = time_ms(call, repeats, on_gpu)
+        row["speedup"] = dense_ms / statistics.median(row["samples_ms"])
+        if on_gpu:
+            row["stages_ms"] = stage_ms(call, repeats)
+        say(
+            f"{'':14s}{mode:11s} {statistics.median(row['samples_ms']):8.2f} ms "
+            f"{row['speedup']:5.2f}x  error {error:.3f}"
+        )
+    return rows
+
+
+def measure(
+    heads: int,
+    dim: int,
+    chunk: int,
+    chunks: Sequence[int],
+    plan: AttentionPlan,
+    repeats: int,
+    device: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The record: rows of caches of so many chunks, the new one among them."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v = video_like(1, heads, max(chunks) * chunk, dim, device=device, dtype=dtype)
+    rows: list[dict[str, Any]] = []
+    for count in sorted(chunks):
+        until = count * chunk
+        inputs = Inputs(
+            f"{until} keys", q[:, :, until - chunk : until], k[:, :, :until], v[:, :, :until]
+        )
+        rows += rows_of(inputs, plan, repeats, say)
+    return {
+        **provenance(), "heads": heads, "head_dim": dim, "chunk": chunk, "density": plan.density,
+        "rows": rows,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Parse the command line, measure, write `cache.json`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--density", type=float, default=0.2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="short caches on a CPU")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    if not given.tiny and not torch.cuda.is_available():
+        parser.error("these caches need a GPU (--tiny runs on a CPU)")
+    heads, dim, chunk, chunks = TINY if given.tiny else (HEADS, HEAD_DIM, CHUNK, CHUNKS)
+    record = measure(
+        heads, dim, chunk, chunks, AttentionPlan(density=given.density), given.repeats,
+        "cpu" if given.tiny else "cuda", lambda line: print(line, flush=True),
+    )  # fmt: skip
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "cache.json").write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

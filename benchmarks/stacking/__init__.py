@@ -1,0 +1,1 @@
+"""What the backend adds to what people use already: quantised layers, adapters, step caches."""
