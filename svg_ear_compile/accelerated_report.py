@@ -42,7 +42,7 @@ class ModelReport:
     def reused_fraction(self) -> float | None:
         """Fraction of the sparse calls that reused clusters, None if there was none."""
         reused = sum(layer.reused for layer in self.layers)
-        calls = reused + sum(layer.cold + layer.recomputed for layer in self.layers)
+        calls = reused + sum(layer.cold + layer.recomputed + layer.kept for layer in self.layers)
         return reused / calls if calls else None
 
     def __str__(self) -> str:

@@ -30,7 +30,7 @@ Blocks that are reused longer repeat their error in every step, and the sum outw
 MOST_EXCESS = 0.2
 """Largest excess spread of kept clusters, see `kept_clusters.excess_spread`; with more, the next
 call clusters all keys anew. On made streams of video the excess stays below 0.14 while the error is
-at most 1.1 times that of clustering anew; it is above 0.25 once a tenth of the keys has moved."""
+at most 1.15 times that of clustering anew; it is above 0.25 once a tenth of the keys has moved."""
 
 HOPELESS = 2
 """Clusters that outdate so often in a row are not worth clustering all keys anew for."""
