@@ -35,7 +35,7 @@ Spans = tuple[tuple[int | None, int | None], ...]
 def exact_tokens(streams: Streams, call: Call) -> ExactTokens:
     """The exact tokens of a call, as far as the graph shows them."""
     queries, keys = (
-        streams.tokens(x.node, x.dims.index("n")) if "n" in x.dims else None
+        streams.along(x.node, x.dims.index("n")) if "n" in x.dims else None
         for x in (call.q, call.k)
     )
     if queries is None:

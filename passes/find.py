@@ -131,8 +131,10 @@ class _Describer:
             role = next((found for found in within if found is not None), role)
             if role in (Role.SELF, Role.JOINT) and k_shape:
                 # Keys of a cache are projected in no graph. In the traced call there may be none.
+                # Sizes that are counted at run time have many expressions.
+                counted = hint(q_shape[2]) is None and hint(k_shape[2]) is None
                 as_long = expression(q_shape[2]) == expression(k_shape[2])
-                role = role if as_long else Role.PREFIX
+                role = role if as_long or counted else Role.PREFIX
         dtype = _computed_in(call)
         padding = None
         reason = call.reason or _reason_to_leave(call, role, dtype)
