@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import re
 
+from svg_ear_compile.passes.exact_places import NOTHING_EXACT, ExactTokens
 from svg_ear_compile.passes.site import Call, Operand
 from svg_ear_compile.passes.streams import Streams
 from svg_ear_compile.passes.symbolic import Size, hint
 from svg_ear_compile.passes.vectors import (
     FILLED,
-    NOTHING_EXACT,
     OPTION,
     Cut,
-    ExactTokens,
     Part,
     Placed,
     Stream,

@@ -16,6 +16,7 @@ from svg_ear_compile.kernels.op import DTYPES
 from svg_ear_compile.kernels.plan import HEAD_DIMS
 from svg_ear_compile.passes.dataflow import Dataflow, projected_input
 from svg_ear_compile.passes.exact import exact_tokens
+from svg_ear_compile.passes.exact_places import NOTHING_EXACT
 from svg_ear_compile.passes.folding import Axes, folds, role_in_clip
 from svg_ear_compile.passes.handwritten import read_handwritten
 from svg_ear_compile.passes.mask import judge_mask
@@ -36,7 +37,6 @@ from svg_ear_compile.passes.steps import is_softmax
 from svg_ear_compile.passes.streams import Streams
 from svg_ear_compile.passes.symbolic import expression, hint, is_same
 from svg_ear_compile.passes.unread import is_exponential, unread
-from svg_ear_compile.passes.vectors import NOTHING_EXACT
 
 
 def find_sites(gm: GraphModule) -> list[AttentionSite]:

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 PIXEL_RANK = 5
 """Dimensions of a clip: batch, channels, frames, height, width."""
-_INTO_PLACES = frozenset({"index_copy", "index_copy_", "scatter", "scatter_", "index_put"})
+# The last four write to places of several dimensions, which are not followed: tokens are lost.
+_INTO_PLACES = frozenset({
+    "index_copy", "index_copy_", "scatter", "scatter_", "index_put", "index_put_", "masked_scatter",
+    "masked_scatter_",
+})  # fmt: skip
 
 
 def joined_by_cat(streams: Streams, node: Node, args: Arguments | None) -> State:
@@ -69,12 +73,7 @@ def stacked(streams: Streams, node: Node, args: Arguments) -> State:
 def placed(streams: Streams, node: Node, args: Arguments) -> State:
     """`index_copy` and its kin: tokens written to places that an index tensor says."""
     base, dim = args.take("self"), args.take("dim")
-    index, values = args.take("index", "indices"), args.take("source", "src", "values")
-    if isinstance(index, (tuple, list)):  # index_put: one entry a dimension
-        given = [i for i, entry in enumerate(index) if entry is not None]
-        if len(given) != 1:
-            return LOST
-        dim, index = given[0], index[given[0]]
+    index, values = args.take("index"), args.take("source", "src")
     if isinstance(index, Node) and operation(index) in ("expand", "expand_as"):
         index = _unexpanded(index)
     state = _write(streams, base, dim, index, values)

@@ -74,17 +74,6 @@ def indexed(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
     return Mixed(at + state.dim - dim, state.vector)
 
 
-def narrowed(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
-    dim, start, length = args.take("dim"), args.take("start"), args.take("length")
-    if not isinstance(dim, int):
-        return LOST
-    if dim % len(shape) != state.dim:
-        return state
-    if not (isinstance(start, int) and isinstance(length, int)) or start < 0:
-        return LOST
-    return state_of(state.dim, cut(state.vector, start, start + length, None, length))
-
-
 def selected(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
     dim, index = args.take("dim"), args.take("index")
     if not isinstance(dim, int):
@@ -147,17 +136,9 @@ def padded(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
     if place >= len(pads):
         return state
     before, after = pads[place : place + 2]
-    if not (isinstance(before, int) and isinstance(after, int)):
+    if not (isinstance(before, int) and isinstance(after, int)) or min(before, after) < 0:
         return LOST
-    vector: Vector = state.vector
-    if before < 0 or after < 0:
-        stop = after if after < 0 else None
-        found = cut(vector, max(-before, 0), stop, None, tokens_of(node, state.dim))
-        if found is None:
-            return LOST
-        vector = found
-    parts = (Part(max(before, 0), FILLED), vector, Part(max(after, 0), FILLED))
-    return state_of(state.dim, joined(parts))
+    return state_of(state.dim, joined((Part(before, FILLED), state.vector, Part(after, FILLED))))
 
 
 _RESHAPES = frozenset({
@@ -171,7 +152,6 @@ REARRANGED: Mapping[str, Rule] = {
     **dict.fromkeys(_PERMUTATIONS, permuted),
     **dict.fromkeys(_SPLITS, split),
     "getitem": indexed,
-    "narrow": narrowed,
     "select": selected,
     "index_select": selected,
     "flip": flipped,
