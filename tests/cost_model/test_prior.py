@@ -164,4 +164,8 @@ def test_the_facts_are_those_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: said)
     monkeypatch.setattr(hardware, "architecture", lambda device: "sm_80")
     assert hardware_of(torch.device("cuda")) == GPUS["A100 40 GB"]
+    del said.memory_clock_rate
+    silent = hardware_of(torch.device("cuda"))
+    assert silent is not None
+    assert rated(silent) is None
     assert hardware_of(torch.device("cpu")) is None
