@@ -10,7 +10,7 @@ from dataclasses import replace
 from svg_ear_compile.cost_model import device_profile
 from svg_ear_compile.cost_model.calibration import Calibration, Efficiency
 from svg_ear_compile.cost_model.device import Device
-from svg_ear_compile.cost_model.hardware import Hardware
+from svg_ear_compile.cost_model.hardware import Hardware, rated
 from svg_ear_compile.cost_model.latency import break_even_tokens, dense_ms, sparse_ms
 from svg_ear_compile.cost_model.prior import H200, PORTABLE_ATTEND, prior
 from svg_ear_compile.cost_model.stages import AttentionShape, dense_amount, sparse_amounts
@@ -50,9 +50,10 @@ def gpus_table() -> str:
         "|---|---|---|---|---|",
     ]
     for gpu in GPUS:
-        known = prior_of(gpu)
+        known, sheet = prior_of(gpu), rated(GPUS[gpu])
+        assert sheet is not None
         lines.append(
-            f"| {gpu} | {known.roofs.flops['bfloat16']:.0f} | {known.roofs.bandwidth:.0f} | "
+            f"| {gpu} | {sheet.matrix:.0f} | {sheet.bandwidth:.0f} | "
             f"{known.uncertainty:.0%} | {_from(known)} |"
         )
     return "\n".join(lines)

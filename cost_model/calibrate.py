@@ -242,8 +242,13 @@ def within_time(
         stages |= fit(complete, roofs, facts)
     return Calibration(
         VERSION, "calibrated", facts, roofs, host_ms, stages, watch.passed, tuple(samples),
-        QUICK_UNCERTAINTY if quick else 0.0,
+        _least(QUICK_UNCERTAINTY, base.uncertainty) if quick else 0.0,
     )  # fmt: skip
+
+
+def _least(ours: float, of_base: float | None) -> float:
+    """The uncertainty of a scaled profile: measuring makes none less certain."""
+    return ours if of_base is None else min(ours, of_base)
 
 
 class _Watch:

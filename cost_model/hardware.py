@@ -19,7 +19,7 @@ class Hardware:
         multiprocessors: multiprocessors, on AMD compute units.
         clock_khz: highest clock of a multiprocessor.
         memory_clock_khz: highest clock of the memory.
-        memory_bits: width of the memory bus.
+        memory_bits: width of the memory bus. It and the clocks are 0 where PyTorch does not say.
     """
 
     name: str
@@ -77,13 +77,13 @@ def hardware_of(device: torch.device) -> Hardware | None:
     if device.type != "cuda":
         return None
     said = torch.cuda.get_device_properties(device)
+    # PyTorch 2.11 to 2.15 have these three, but no promise of them: a prior is worth no error.
+    rates = ("clock_rate", "memory_clock_rate", "memory_bus_width")
     return Hardware(
         said.name,
         architecture(device),
         said.multi_processor_count,
-        said.clock_rate,
-        said.memory_clock_rate,
-        said.memory_bus_width,
+        *(getattr(said, name, 0) for name in rates),
     )
 
 

@@ -37,6 +37,7 @@ STAGE_OF_KERNEL = {
     "covariance_kernel": "correction",
     "logit_correction_kernel": "correction",
     "value_correction_kernel": "correction",
+    "own_token_kernel": "correction",
 }
 
 

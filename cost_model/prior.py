@@ -89,7 +89,6 @@ def prior(device: Device, hardware: Hardware | None = None) -> Calibration:
         roofs, host_ms, stages = _UNKNOWN
         return _prior(device, roofs, host_ms, {"bfloat16/128": stages}, None)
     record = _record()
-    rates = {"bfloat16": found.matrix, "float16": found.matrix, "float32": found.single}
     on_hopper = device.architecture == HOPPER
     by_class = {
         name: {
@@ -98,12 +97,23 @@ def prior(device: Device, hardware: Hardware | None = None) -> Calibration:
         }
         for name, stages in record.stages.items()
     }
+    roofs = _reached(found, by_class["bfloat16/128"]["dense"].flops)
     uncertainty = PORTABLE_UNCERTAINTY if device.architecture.startswith("sm_") else AMD_UNCERTAINTY
     return _prior(
         device,
-        Roofs(rates, found.bandwidth, record.roofs.launch_ms),
+        roofs,
         record.host_ms,
-        by_class,
+        {
+            name: {
+                stage: Efficiency(
+                    one.flops * roofs.flops["bfloat16"] / found.matrix,
+                    one.bytes * roofs.bandwidth / found.bandwidth,
+                    one.launches,
+                )
+                for stage, one in stages.items()
+            }
+            for name, stages in by_class.items()
+        },
         HOPPER_UNCERTAINTY if on_hopper else uncertainty,
     )
 
@@ -124,6 +134,31 @@ def _record() -> Calibration:
     found = read(RECORDED / "nvidia-h200.json", with_checksum=False)
     assert found is not None
     return found
+
+
+def _reached(here: Rated, dense: float) -> Roofs:
+    """The rates that large products and copies are expected to reach: the roofs of other work.
+
+    Products keep the distance from dense attention that they have on the H200, where the limit of
+    power holds both below the datasheet; copies keep their share of the datasheet's rate.
+
+    Args:
+        here: rates of the GPU.
+        dense: factor by which dense attention is slower than these rates.
+    """
+    record, there = _record(), rated(H200)
+    assert there is not None
+    share = min(1.0, record.stages["bfloat16/128"]["dense"].flops / dense)
+    single = record.roofs.flops["float32"] / there.single
+    return Roofs(
+        {
+            "bfloat16": here.matrix * share,
+            "float16": here.matrix * share,
+            "float32": here.single * single,
+        },
+        here.bandwidth * record.roofs.bandwidth / there.bandwidth,
+        record.roofs.launch_ms,
+    )
 
 
 def _scaled(

@@ -24,6 +24,7 @@ from svg_ear_compile.kernels.compensation import (
 )
 from svg_ear_compile.kernels.kept_clusters import Placed
 from svg_ear_compile.kernels.kinds import TokenKinds
+from svg_ear_compile.kernels.own_tokens import with_own_tokens
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.registry import Implementation, register
 from svg_ear_compile.kernels.routing import BlockScores, route, row_area
@@ -100,7 +101,7 @@ def attend(
     if compensation == "gaussian":
         all_k = float_k.repeat_interleave(groups, 1)
         corrected = corrections(float_q, all_k, all_v, queries, head_keys, value_means, scale)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = torch.empty_like(float_q), q.new_empty(q.shape[:3], dtype=torch.float32)
     for p, at in _sorted_keys(routed.order, groups):
         _attend(
             float_q[p], float_k[at], float_v[at], queries.labels[p], routed.bounds[p],
@@ -109,7 +110,13 @@ def attend(
             None if corrected is None else Corrections(*(x[p] for x in corrected)),
             out[p], lse[p],
         )  # fmt: skip
-    return out, lse if return_lse else lse.new_empty(0)
+    if corrected is not None and q.shape[2] == k.shape[2]:
+        out, lse = with_own_tokens(
+            out, lse, float_q, all_k, all_v, queries, head_keys, block_mask, proxies, scale,
+            corrected,
+        )  # fmt: skip
+    result = torch.empty_like(q)
+    return result.copy_(out), lse if return_lse else lse.new_empty(0)
 
 
 def _sorted_keys(

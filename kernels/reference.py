@@ -42,6 +42,7 @@ from svg_ear_compile.kernels.compensation import (
 )
 from svg_ear_compile.kernels.kept_clusters import Placed
 from svg_ear_compile.kernels.kinds import ALL_CLUSTERED, TokenKinds
+from svg_ear_compile.kernels.own_tokens import with_own_tokens
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.routing import BlockScores, route, row_area, take_until
 
@@ -51,7 +52,7 @@ __all__ = [
     "QueryTile", "Result", "as_metric", "attend", "cluster", "cluster_and_route", "cluster_means",
     "corrections", "initial_centroids", "is_kind", "kmeans", "logit_metrics",
     "proxy_tokens", "route", "row_area", "score_blocks", "softmax_over", "sparse_attention",
-    "take_until",
+    "take_until", "with_own_tokens",
 ]  # fmt: skip
 
 
@@ -146,7 +147,7 @@ def attend(
     scale: float,
     return_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Stages 4 and 5: proxy tokens of the skipped blocks, then `softmax_over`.
+    """Stages 4 and 5: proxy tokens of the skipped blocks, `softmax_over`, then the own tokens.
 
     Args:
         q: (B, H, N_q, D). k, v: (B, H_kv, N_k, D).
@@ -170,6 +171,11 @@ def attend(
         q, k, v, routed.queries.labels, head_keys.labels, routed.block_mask, proxies, scale,
         corrected,
     )  # fmt: skip
+    if corrected is not None and q.shape[2] == k.shape[2]:
+        out, lse = with_own_tokens(
+            out, lse, q, k, v, routed.queries, head_keys, routed.block_mask, proxies, scale,
+            corrected,
+        )  # fmt: skip
     return out, lse if return_lse else lse.new_empty(0)
 
 

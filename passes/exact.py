@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import re
 
+from svg_ear_compile.passes.exact_places import NOTHING_EXACT, ExactTokens
 from svg_ear_compile.passes.site import Call, Operand
 from svg_ear_compile.passes.streams import Streams
 from svg_ear_compile.passes.symbolic import Size, hint
 from svg_ear_compile.passes.vectors import (
     FILLED,
-    NOTHING_EXACT,
     OPTION,
     Cut,
-    ExactTokens,
     Part,
     Placed,
     Stream,
@@ -35,7 +34,7 @@ Spans = tuple[tuple[int | None, int | None], ...]
 def exact_tokens(streams: Streams, call: Call) -> ExactTokens:
     """The exact tokens of a call, as far as the graph shows them."""
     queries, keys = (
-        streams.tokens(x.node, x.dims.index("n")) if "n" in x.dims else None
+        streams.along(x.node, x.dims.index("n")) if "n" in x.dims else None
         for x in (call.q, call.k)
     )
     if queries is None:

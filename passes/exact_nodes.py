@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch.fx import Graph, Node
 
+from svg_ear_compile.passes.exact_places import ExactTokens
 from svg_ear_compile.passes.vectors import (
     Cut,
-    ExactTokens,
     Flipped,
     Joined,
     Part,

@@ -16,6 +16,7 @@ from svg_ear_compile.kernels.op import DTYPES
 from svg_ear_compile.kernels.plan import HEAD_DIMS
 from svg_ear_compile.passes.dataflow import Dataflow, projected_input
 from svg_ear_compile.passes.exact import exact_tokens
+from svg_ear_compile.passes.exact_places import NOTHING_EXACT
 from svg_ear_compile.passes.folding import Axes, folds, role_in_clip
 from svg_ear_compile.passes.handwritten import read_handwritten
 from svg_ear_compile.passes.mask import judge_mask
@@ -36,7 +37,6 @@ from svg_ear_compile.passes.steps import is_softmax
 from svg_ear_compile.passes.streams import Streams
 from svg_ear_compile.passes.symbolic import expression, hint, is_same
 from svg_ear_compile.passes.unread import is_exponential, unread
-from svg_ear_compile.passes.vectors import NOTHING_EXACT
 
 
 def find_sites(gm: GraphModule) -> list[AttentionSite]:
@@ -131,8 +131,10 @@ class _Describer:
             role = next((found for found in within if found is not None), role)
             if role in (Role.SELF, Role.JOINT) and k_shape:
                 # Keys of a cache are projected in no graph. In the traced call there may be none.
+                # Sizes that are counted at run time have many expressions.
+                counted = hint(q_shape[2]) is None and hint(k_shape[2]) is None
                 as_long = expression(q_shape[2]) == expression(k_shape[2])
-                role = role if as_long else Role.PREFIX
+                role = role if as_long or counted else Role.PREFIX
         dtype = _computed_in(call)
         padding = None
         reason = call.reason or _reason_to_leave(call, role, dtype)

@@ -21,11 +21,12 @@ from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.effects import Effects
 from svg_ear_compile.passes.exact_nodes import ExactNodes
+from svg_ear_compile.passes.exact_places import ExactTokens
 from svg_ear_compile.passes.find import owner_path
 from svg_ear_compile.passes.memory import fake_mode_of
 from svg_ear_compile.passes.site import AttentionSite, EmptyRow, Mask, Operand, Role
 from svg_ear_compile.passes.symbolic import hint, is_same
-from svg_ear_compile.passes.vectors import ExactTokens, Stream, Vector
+from svg_ear_compile.passes.vectors import Stream, Vector
 
 _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "example_value")

@@ -9,9 +9,9 @@ import torch
 from torch.fx import Node
 
 from svg_ear_compile.passes.block_mask import KeptKeys
+from svg_ear_compile.passes.exact_places import ExactTokens
 from svg_ear_compile.passes.memory import is_plain
 from svg_ear_compile.passes.symbolic import Size
-from svg_ear_compile.passes.vectors import ExactTokens
 
 
 class Role(str, Enum):

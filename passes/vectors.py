@@ -131,7 +131,6 @@ class Placed:
 
 
 Vector = Part | Joined | Cut | Flipped | Rolled | Taken | Placed
-_MOST_SPANS = 3
 
 
 def joined(vectors: Iterable[Vector]) -> Vector:
@@ -339,56 +338,3 @@ def traced_count(vector: Vector, holds: Callable[[Stream], bool]) -> int | None:
         return None
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
-
-
-@dataclass(frozen=True)
-class ExactTokens:
-    """The tokens of a call that are always exact.
-
-    Attributes:
-        queries, keys: streams of the tokens, None where all are clustered.
-        streams: the streams whose tokens are exact.
-        origin: where they come from, in words; "" where there are none.
-        guessed: the graph does not prove it.
-    """
-
-    queries: Vector | None = None
-    keys: Vector | None = None
-    streams: frozenset[Stream] = frozenset()
-    origin: str = ""
-    guessed: bool = False
-
-    def is_exact(self, stream: Stream) -> bool:
-        """True if tokens of this stream are exact."""
-        return stream in self.streams
-
-    @property
-    def counts(self) -> tuple[int | None, int | None]:
-        """Numbers of exact queries and keys while tracing, None where not known."""
-        queries, keys = (
-            0 if vector is None else traced_count(vector, self.is_exact)
-            for vector in (self.queries, self.keys)
-        )
-        return queries, keys
-
-    @property
-    def spans(self) -> tuple[str, str]:
-        """Places of exact queries and keys while tracing, as "0:9, 201:205"; "" for none."""
-        queries, keys = (
-            "" if vector is None else _spans(vector, traced_places(vector, self.is_exact), self)
-            for vector in (self.queries, self.keys)
-        )
-        return queries, keys
-
-
-NOTHING_EXACT = ExactTokens()
-
-
-def _spans(vector: Vector, places: np.ndarray | None, exact: ExactTokens) -> str:
-    count = traced_count(vector, exact.is_exact)
-    if places is None:
-        return "an unknown number" if count is None else f"{count} by index"
-    edges = np.flatnonzero(np.diff(places.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
-    if len(edges) > _MOST_SPANS:
-        return f"{count} in {len(edges)} spans"
-    return ", ".join(f"{start}:{stop}" for start, stop in edges.tolist())

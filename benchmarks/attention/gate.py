@@ -28,7 +28,7 @@ def definition_rows(
     q: Tensor, k: Tensor, v: Tensor, result: Result, plan: AttentionPlan, head: tuple[int, int],
     rows: Tensor,
 ) -> Tensor:  # fmt: skip
-    """`reference.softmax_over` of a few queries, from the labels and blocks of `result`.
+    """`reference.attend` of a few queries, from the labels and blocks of `result`.
 
     Proxy tokens are rounded to the inputs' dtype as the kernels hold them, so that what is left is
     the arithmetic.
@@ -53,9 +53,15 @@ def definition_rows(
         keys=proxies.keys.to(k.dtype).double(), values=proxies.values.to(k.dtype).double()
     )
     exact = result.block_mask[b : b + 1, h : h + 1]
-    out, _ = reference.softmax_over(
+    out, lse = reference.softmax_over(
         q, wide_k, wide_v, queries.labels, keys.labels, exact, stored, scale, corrected
     )
+    if corrected is not None:
+        own = keys._replace(labels=keys.labels[..., rows])
+        out, _ = reference.with_own_tokens(
+            out, lse, q, wide_k[:, :, rows], wide_v[:, :, rows], queries, own, exact, stored, scale,
+            corrected,
+        )  # fmt: skip
     return out[0, 0]
 
 

@@ -17,6 +17,7 @@ from benchmarks.video_dit.attention import attention_answered_by
 from benchmarks.video_dit.data import LABELS
 from benchmarks.video_dit.sample import denoise, noise_of
 from benchmarks.video_dit.zoo import Shape, TrainedModel
+from svg_ear_compile.kernels.plan import AttentionPlan
 
 _Dense = Callable[..., Tensor]
 _CAPTURED_STEPS = (0.25, 0.5, 0.75)
@@ -39,7 +40,8 @@ class Subject:
     Attributes:
         seeds: of the clips.
         steps: denoising steps.
-        guidance: classifier-free guidance; each step runs both branches in one forward.
+        guidance: classifier-free guidance; each step runs both branches in one forward, at 1 the
+            branch with conditions alone.
         shape: (frames, height, width).
         calls: q, k, v (1, H, N, D) of some layers and steps of the first dense clip.
     """
@@ -63,7 +65,8 @@ class Subject:
         label = torch.tensor([p[0] for p in prompts], device=self.device)
         camera = torch.tensor([p[1] for p in prompts], device=self.device)
         null = torch.full_like(label, self.model.config.null_label)
-        branches = [self.model.conditions(n, camera) for n in (label, null)]
+        self.branches = 1 if self.guidance == 1 else 2
+        branches = [self.model.conditions(n, camera) for n in (label, null)[: self.branches]]
         self._conditions = tuple(torch.cat(parts) for parts in zip(*branches, strict=True))
         self.dense_clips = self._dense_clips()
         self._dense_calls = [
@@ -75,7 +78,7 @@ class Subject:
     ) -> Tensor:
         """Clips (S, T, H, W, 3) float32 on the CPU, attention answered by ``answer``.
 
-        ``answer(dense, q, k, v, step, layer)`` gets batches of 2 S: all clips with, then all
+        ``answer(dense, q, k, v, step, layer)`` gets all clips with, then with guidance all
         without their conditions.
         """
         count = 0
@@ -87,6 +90,8 @@ class Subject:
             return answer(dense, q, k, v, step, layer)
 
         def velocity(x: Tensor, timestep: Tensor) -> Tensor:
+            if self.branches == 1:
+                return self.model(x, timestep, *self._conditions)
             both = self.model(x.repeat(2, 1, 1, 1, 1), timestep.repeat(2), *self._conditions)
             found, without = both.chunk(2)
             return without + self.guidance * (found - without)
@@ -107,15 +112,23 @@ class Subject:
 
     def sparse_clips(self, cell: Cell) -> tuple[Tensor, Remembered]:
         """Clips under a rule, and what is remembered at their end."""
-        plan = cell.plan(self.tokens)
         dense_steps = round(cell.warm_up * self.steps)
-        remembered = Remembered(branches=2, batch=2 * len(self.seeds))
+        plan = cell.plan(self.tokens)
+        plans = [None] * dense_steps + [plan] * (self.steps - dense_steps)
+        return self.clips_by_step(cell.rule, plans)
+
+    def clips_by_step(
+        self, rule: str, plans: Sequence[AttentionPlan | None]
+    ) -> tuple[Tensor, Remembered]:
+        """Clips under a plan for each denoising step, None for dense attention."""
+        remembered = Remembered(branches=self.branches, batch=self.branches * len(self.seeds))
 
         def answer(dense: _Dense, q: Tensor, k: Tensor, v: Tensor, step: int, layer: int) -> Tensor:
-            if step < dense_steps:
+            plan = plans[step]
+            if plan is None:
                 return dense(q, k, v)
             return attention(
-                q, k, v, cell.rule, plan,
+                q, k, v, rule, plan,
                 text=self.text, grid=self.grid, site=str(layer), remembered=remembered,
             )  # fmt: skip
 

@@ -33,6 +33,7 @@ from svg_ear_compile.kernels.gpu.launch import (
     token_strides,
 )
 from svg_ear_compile.kernels.gpu.metric import logit_metrics
+from svg_ear_compile.kernels.gpu.own_tokens import make_own_tokens_exact
 from svg_ear_compile.kernels.gpu.route import kv_indices_kernel, kv_offset_kernel, route_kernel
 from svg_ear_compile.kernels.gpu.score import score_kernel
 from svg_ear_compile.kernels.kept_clusters import Placed, excess_spread, updated_labels
@@ -161,7 +162,10 @@ def attend(
     kv_heads, k_tokens = k.shape[1], k.shape[2]
     q_clusters, k_clusters = queries.centroids.shape[1], keys.centroids.shape[1]
     flat_heads = batch * heads
-    lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
+    corrected = compensation == "gaussian"
+    owns = corrected and q_tokens == k_tokens
+    needs_lse = return_lse or owns
+    lse = q.new_empty(q.shape[:3] if needs_lse else (0,), dtype=torch.float32)
     tile_cluster, tile_place = query_tiles(queries, q_tokens, tile.rows)
     tiles = tile_cluster.shape[1]
     step = _heads_at_once(q, k, q_clusters * (k_clusters * 4 * 2 + pitch * 4))
@@ -171,7 +175,6 @@ def attend(
 
     bias, offset = table(k_clusters, dtype=torch.float32), table(k_clusters)
     rows, kv_indices = table(3), table(pitch)
-    corrected = compensation == "gaussian"
     correction = proxy_weight = bias  # placeholders, neither read nor written
     if corrected:
         curvature, slope = curvature_and_slope(k, v, keys, routed.value_means, scale, config)
@@ -200,7 +203,7 @@ def attend(
         )  # fmt: skip
         constants = {
             "D": dim, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns,
-            "CORRECTED": corrected, "WRITE_LSE": return_lse, "num_warps": tile.warps,
+            "CORRECTED": corrected, "WRITE_LSE": needs_lse, "num_warps": tile.warps,
         }  # fmt: skip
         if config.wgmma:
             # Gluon is experimental in Triton, so only calls of this kernel import it.
@@ -212,11 +215,16 @@ def attend(
                 *arguments, **constants, BLOCK_D=config.block_dim, INT64_OFFSETS=_needs_int64(k, v),
                 num_stages=tile.stages,
             )  # fmt: skip
+    if owns:
+        make_own_tokens_exact(
+            out, lse, proxy_weight, q, k, v, queries, keys, routed.value_means, block_mask,
+            correction, scale, config,
+        )  # fmt: skip
     if corrected:
         correct_values(out, q, queries, slope, clip, proxy_weight, kv_heads, config)
     if out is not result:
         result.copy_(out)
-    return result, lse
+    return result, lse if return_lse else lse.new_empty(0)
 
 
 def _as_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:

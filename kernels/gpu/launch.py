@@ -20,6 +20,9 @@ from svg_ear_compile.kernels.plan import HEAD_DIMS
 WGMMA_SUBTILE = 64
 """Queries of one group of warps; a group without queries does nothing."""
 
+OWN_TOKENS = 16
+"""Tokens of one program of `own_token_kernel`, which holds six rows of each in registers."""
+
 CLUSTERS_PER_COPY = 64
 """Key clusters whose tokens one program of `kv_indices_kernel` copies."""
 

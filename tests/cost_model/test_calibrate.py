@@ -168,6 +168,17 @@ def test_a_quick_calibration_scales_the_prior() -> None:
     keeping.check(found)
 
 
+@pytest.mark.parametrize(
+    ("uncertainty", "then"), [(None, QUICK_UNCERTAINTY), (1.0, QUICK_UNCERTAINTY), (0.0, 0.0)]
+)
+def test_a_quick_calibration_makes_no_profile_less_certain(
+    uncertainty: float | None, then: float
+) -> None:
+    base = dataclasses.replace(BASE, uncertainty=uncertainty)
+    found = within_time(Simulated(), WORKLOADS["cuda"], base, DEVICE, quick=True, now=lambda: 0.0)
+    assert found.uncertainty == then
+
+
 @given(st.booleans(), st.floats(0.0, 30.0), st.floats(0.0, 3.0), st.floats(0.1, 50.0))
 def test_no_measurement_is_begun_that_does_not_end_in_time(
     quick: bool, compilation: float, overhead: float, slower: float

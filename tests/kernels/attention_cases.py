@@ -188,12 +188,19 @@ class Oracle:
                 self.q, self.k, self.v, self.queries, self.keys, value_means, self.scale
             )
             corrected = Corrections(found.logit.to(computed), rounded(found.value))
+        stored_proxies = ProxyTokens(
+            rounded(proxies.keys), rounded(proxies.values), proxies.bias.to(computed)
+        )
         out, lse = reference.softmax_over(
             *(t.to(computed) for t in (self.q, self.k, self.v)),
             self.queries.labels, self.keys.labels, block_mask.cpu(),
-            ProxyTokens(rounded(proxies.keys), rounded(proxies.values), proxies.bias.to(computed)),
-            self.scale, corrected,
+            stored_proxies, self.scale, corrected,
         )  # fmt: skip
+        if corrected is not None and self.q.shape[2] == self.k.shape[2]:
+            out, lse = reference.with_own_tokens(
+                out, lse, *(t.to(computed) for t in (self.q, self.k, self.v)),
+                self.queries, self.keys, block_mask.cpu(), stored_proxies, self.scale, corrected,
+            )  # fmt: skip
         return rounded(out), lse
 
 

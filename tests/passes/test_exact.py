@@ -221,6 +221,27 @@ def test_timesteps_of_every_token_do_not_hide_the_video() -> None:
     assert site.exact.spans == ("120:129", "120:129")
 
 
+@pytest.mark.parametrize("how", ["put back", "written from a place"])
+def test_tokens_without_positions_are_a_guess_at_text(how: str) -> None:
+    """One sequence comes in, and all but its first tokens are rotated."""
+
+    def rotated(q: Tensor, cos: Tensor) -> Tensor:
+        if how == "put back":
+            return torch.cat([q[:, :TEXT], q[:, TEXT:] * cos], 1)
+        q[:, TEXT:] = q[:, TEXT:] * cos
+        return q
+
+    class Whole(Stack):
+        def forward(self, x: Tensor, cos: Tensor) -> Tensor:
+            q, k = (rotated(layer(x), cos) for layer in (self.to_q, self.to_k))
+            return attend(q, k, self.to_v(x))
+
+    x, cos = torch.randn(1, TEXT + VIDEO, WIDTH), torch.randn(VIDEO, WIDTH)
+    (site,) = sites_of(Whole(lambda m, x, t: x), x, cos)
+    assert site.exact.spans == ("0:9", "0:9")
+    assert (site.exact.guessed, site.exact.origin) == (True, "tokens without positions")
+
+
 @given(
     text=st.integers(1, 40),
     video=st.integers(41, 90),

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from traced_graphs import sites_of
 
+from svg_ear_compile.passes.exact_places import NOTHING_EXACT
 from svg_ear_compile.passes.site import AttentionSite, Reason, Role
-from svg_ear_compile.passes.vectors import NOTHING_EXACT
 
 HEADS, DIM, WIDTH, VIDEO, TEXT, FRAMES = 2, 32, 16, 48, 6, 3
 

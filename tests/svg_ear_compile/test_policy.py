@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import transformer_models
 from made_budgets import budget_for
 from transformer_models import TOKENS, stack, wan
 
+from benchmarks.priors import prior_of, video
 from svg_ear_compile import explain, policy
-from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model.budget import Choice, Schedule
 from svg_ear_compile.cost_model.calibration import Calibration, Efficiency
 from svg_ear_compile.cost_model.device import describe
@@ -216,7 +217,7 @@ def test_a_budget_file_is_read(tmp_path: Path) -> None:
     model, inputs = stack()
     path = tmp_path / "budget.json"
     layers = dict.fromkeys(("blocks.0", "blocks.1"), (Choice(0.3, 4, 8),))
-    budgets.save(budget_for(model, layers, TOKENS), path)
+    budget_for(model, layers, TOKENS).save(path)
     found = explain(model, *inputs, options={"budget": path})
     assert [site.plan is not None for site in found.sites] == [True, True]
 
@@ -277,3 +278,30 @@ def test_a_gpu_of_which_nothing_is_known_stays_dense_unless_the_user_says_from_w
     assert (profile.origin, profile.uncertainty) == ("prior", None)
     assert profile.improved_by == "svg-ear calibrate --device cuda"
     assert densities({"min_tokens": 16}) == [0.2] * 4
+
+
+@pytest.mark.parametrize(
+    ("gpu", "sparse", "words"),
+    [
+        ("H100 SXM", True, r"^sparse .* ms \(uncertain by 20%\) instead of "),
+        (
+            "A100 80 GB",
+            False,
+            r"^Too few tokens: sparse from 4\d,\d{3} video tokens on; here .* 50%",
+        ),
+        ("RTX 4090", True, r"^sparse .* ms \(uncertain by 50%\) instead of "),
+    ],
+)
+def test_a_480p_video_on_a_gpu_with_a_prior(
+    gpu: str, sparse: bool, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "calibration_of", lambda _: prior_of(gpu))
+    site = SiteFacts("blocks.0.attn1", video(32760, 12), torch.device("cuda"))
+    (found,) = decide([site], 0, 0, Settings.parse({}))
+    assert (found.plan is not None) == sparse
+    assert re.search(words, found.sentence), found.sentence
+    assert (found.reason == "short") == (not sparse)
+    profile = policy.profile_of(torch.device("cuda"))
+    assert profile is not None
+    assert profile.basis == prior_of(gpu).basis
+    assert profile.improved_by == "svg-ear calibrate --device cuda"

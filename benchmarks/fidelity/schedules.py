@@ -1,0 +1,234 @@
+"""`python -m benchmarks.fidelity.schedules --out DIR`: how to spend a budget over the steps.
+
+A schedule gives each denoising step a density. Schedules are compared at equal time of a whole
+generation's attention: the sum over the steps of the operator's recorded times at a shape, calls
+that reuse their blocks in the share that the clips had. Each schedule generates the clips of the
+same seeds at several levels; figures at equal time lie between these.
+
+The times are those of a GPU; clips may be made on any device. Rows are written one by one, and a
+run that ended goes on where it was when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+
+from benchmarks.attention.summary import rows_of
+from benchmarks.fidelity.frontier import rising, value_at
+from benchmarks.fidelity.grid import FINE, OURS
+from benchmarks.fidelity.record import Record
+from benchmarks.fidelity.scores import score_clips
+from benchmarks.fidelity.subject import Subject
+from benchmarks.fidelity.times import WAN
+from benchmarks.video_dit.zoo import MODELS
+from svg_ear_compile.kernels.plan import AttentionPlan
+
+RESULTS = Path(__file__).parents[1] / "results" / "nvidia-h200"
+SHORT = "wan1.3b-480p"
+"""12 heads of 32,760 tokens."""
+
+LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3)
+SEEDS = {"self": 3, "joint": 2}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Density of each step.
+
+    Attributes:
+        name: in records and tables.
+        front: fraction of the steps that lead, rounded to whole ones.
+        factor: their density over that of the other steps; infinite for dense ones.
+    """
+
+    name: str
+    front: float = 0.0
+    factor: float = 1.0
+
+    def densities(self, level: float, steps: int) -> tuple[float, ...]:
+        """Densities of all steps, the level being that of the steps behind the front."""
+        leading = round(self.front * steps)
+        return (min(1.0, self.factor * level),) * leading + (level,) * (steps - leading)
+
+
+SCHEDULES = (
+    Schedule("even"),
+    Schedule("first fifth dense", 0.2, math.inf),
+    Schedule("first eighth at 2x", 0.125, 2.0),
+    Schedule("first quarter at 1.5x", 0.25, 1.5),
+    Schedule("first quarter at 2x", 0.25, 2.0),
+    Schedule("first half at 1.5x", 0.5, 1.5),
+    Schedule("first half at 0.67x", 0.5, 2 / 3),
+)
+"""The usual recipe is the second."""
+
+
+@dataclass(frozen=True)
+class CallTimes:
+    """Milliseconds of one call at a shape.
+
+    Attributes:
+        dense: of dense attention.
+        recomputed, reused: by rising density, (density, ms).
+    """
+
+    dense: float
+    recomputed: tuple[tuple[float, float], ...]
+    reused: tuple[tuple[float, float], ...]
+
+    def at(self, density: float, reused: float) -> float:
+        """Mean of calls of which a share reuses its blocks; never slower than dense attention."""
+        if density >= 1.0:
+            return self.dense
+        made, taken = (_line(points, density) for points in (self.recomputed, self.reused))
+        return min(self.dense, reused * taken + (1 - reused) * made)
+
+    def of(self, densities: Sequence[float], reused: float) -> float:
+        """Mean over the steps."""
+        return statistics.fmean(self.at(density, reused) for density in densities)
+
+
+def _line(points: Sequence[tuple[float, float]], at: float) -> float:
+    """Linear between points, and on along the outermost two."""
+    right = next((i for i, (x, _) in enumerate(points) if x >= at and i), len(points) - 1)
+    (x0, y0), (x1, y1) = points[right - 1], points[right]
+    return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+
+
+def recorded_times(results: Path = RESULTS) -> dict[str, CallTimes]:
+    """The default's recorded times by shape.
+
+    Args:
+        results: folder of a GPU's records.
+    """
+    rows = json.loads((results / "fidelity" / "times.json").read_text())["rows"]
+    mine = sorted(
+        (r for r in rows if r["shape"] == WAN and r["rule"] == OURS and r["ms"] is not None
+         and (r["queries"], r["keys"]) == FINE),
+        key=lambda r: r["density"],
+    )  # fmt: skip
+    found = {
+        WAN: CallTimes(
+            mine[0]["dense_ms"],
+            tuple((r["density"], r["ms"]) for r in mine),
+            tuple((r["density"], r["reused_ms"]) for r in mine),
+        )
+    }
+    record = json.loads((results / "attention.json").read_text())
+    mine = sorted(
+        (r for r in rows_of(record) if r["shape"] == SHORT and r["form"].startswith("gaussian")
+         and r["clusters"] == "default" and "samples_ms" in r and "reused_samples_ms" in r),
+        key=lambda r: r["density"],
+    )  # fmt: skip
+    if len(mine) > 1:
+        dense = min(statistics.median(s) for s in mine[0]["dense_samples_ms"].values())
+        points = {
+            name: tuple((r["density"], statistics.median(r[name])) for r in mine)
+            for name in ("samples_ms", "reused_samples_ms")
+        }
+        found[SHORT] = CallTimes(dense, points["samples_ms"], points["reused_samples_ms"])
+    return found
+
+
+def measure(subject: Subject, schedule: Schedule, level: float) -> dict[str, Any]:
+    """Clips of one schedule at one level, scored against the dense ones."""
+    densities = schedule.densities(level, subject.steps)
+    queries, keys = (math.ceil(subject.tokens / each) for each in FINE)
+    plans = [
+        None if d >= 1.0 else AttentionPlan(density=d, q_clusters=queries, k_clusters=keys)
+        for d in densities
+    ]
+    clips, remembered = subject.clips_by_step(OURS, plans)
+    return {
+        "schedule": asdict(schedule), "level": level, "densities": densities,
+        "area": sum(densities), "reused": remembered.reused,
+        **score_clips(clips, subject.dense_clips),
+    }  # fmt: skip
+
+
+def compared(record: Mapping[str, Any], times: Mapping[str, CallTimes]) -> str:
+    """PSNR of every schedule at the times of the usual recipe, and time at its picture.
+
+    Args:
+        record: of a run.
+        times: by shape.
+    """
+    usual = SCHEDULES[1].name
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        by_name.setdefault(row["schedule"]["name"], []).append(row)
+    lines = []
+    for shape, call in times.items():
+        curves = {
+            name: rising(
+                [(call.of(r["densities"], r["reused"]), statistics.fmean(r["psnr"])) for r in rows]
+            )
+            for name, rows in by_name.items()
+        }
+        marks = [
+            call.of(row["densities"], row["reused"])
+            for level in (0.1, 0.2)
+            for row in by_name.get(usual, [])
+            if row["level"] == level
+        ]
+        heads = "".join(f" | dB at {ms:.1f} ms a call" for ms in marks)
+        lines += [f"{shape}, dense {call.dense:.1f} ms a call", "", f"| schedule{heads} |"]
+        lines.append("|---" * (1 + len(marks)) + "|")
+        for name, curve in curves.items():
+            values = [value_at(curve, ms) for ms in marks]
+            cells = ["" if value is None else f"{value:.1f}" for value in values]
+            lines.append(f"| {' | '.join([name, *cells])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=list(MODELS), default="self")
+    parser.add_argument("--clip", choices=("short", "long"), default="long")
+    parser.add_argument("--steps", type=int, default=24, help="denoising steps")
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--seeds", type=int, help=f"clips, by default {SEEDS}")
+    parser.add_argument("--levels", default=",".join(map(str, LEVELS)))
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(argv)
+    trained = MODELS[given.model]
+    given.out.mkdir(parents=True, exist_ok=True)
+    path = given.out / f"{given.model}-{given.steps}-{given.guidance:g}.json"
+    record = Record(path, {n: getattr(given, n) for n in ("clip", "steps", "guidance", "seeds")})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    subject = Subject(
+        trained, range(given.seeds or SEEDS[given.model]), given.steps, given.guidance,
+        getattr(trained, given.clip), device,
+    )  # fmt: skip
+    done = {(row["schedule"]["name"], row["level"]) for row in record.rows}
+    for level in (float(x) for x in given.levels.split(",")):
+        for schedule in SCHEDULES:
+            if (schedule.name, level) in done:
+                continue
+            began = time.perf_counter()
+            row = measure(subject, schedule, level)
+            record.rows.append(row)
+            record.write()
+            psnr, seconds = statistics.fmean(row["psnr"]), time.perf_counter() - began
+            print(f"{schedule.name}, {level:g}: {psnr:.2f} dB ({seconds:.1f} s)", flush=True)
+    Console(width=120).print(Markdown(compared(record.data, recorded_times())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Operations that cut, join or reorder the tokens of a mixture, and do the same to its streams.
+
+Every rule gets the call, its arguments, the state of its tensor, and that tensor's shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+
+from svg_ear_compile.passes.arguments import Arguments
+from svg_ear_compile.passes.operation import operation
+from svg_ear_compile.passes.symbolic import Size, hint, is_same, shape_of
+from svg_ear_compile.passes.token_states import LOST, Mixed, State, state_of, tokens_of
+from svg_ear_compile.passes.vectors import (
+    FILLED,
+    Flipped,
+    Part,
+    Rolled,
+    Taken,
+    TokenCount,
+    Vector,
+    cut,
+    joined,
+)
+
+Shape = tuple[Size, ...]
+Rule = Callable[[Node, Arguments, Mixed, Shape], Any]
+
+
+def reshaped(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
+    after = shape_of(node)
+    dim = None if after is None else _place_after(shape, state.dim, after)
+    return LOST if dim is None else Mixed(dim, state.vector)
+
+
+def permuted(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
+    """The same call on a tensor whose extents tell its dimensions apart."""
+    marker = torch.empty(tuple(range(2, 2 + len(shape))), device="meta")
+    source = args.take("self")
+    given = [marker if a is source else a for a in node.args]
+    kwargs = {k: marker if a is source else a for k, a in node.kwargs.items()}
+    if any(isinstance(a, Node) for a in tree_leaves((given, kwargs))):
+        return LOST
+    target: Any = node.target
+    if node.op == "call_method":
+        moved = getattr(given[0], target)(*given[1:], **kwargs)
+    else:
+        moved = target(*given, **kwargs)
+    return Mixed(list(moved.shape).index(2 + state.dim), state.vector)
+
+
+def indexed(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
+    if shape_of(node) is None:
+        return None
+    index = node.args[1]
+    dim, at = 0, 0
+    for entry in indices(index if isinstance(index, tuple) else (index,), len(shape)):
+        if entry is None:
+            at += 1
+            continue
+        if dim == state.dim:
+            return state_of(at, _taken(state.vector, entry, tokens_of(node, at)))
+        if isinstance(entry, slice):
+            at += 1
+        elif not isinstance(entry, int):
+            return LOST
+        dim += 1
+    return Mixed(at + state.dim - dim, state.vector)
+
+
+def selected(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
+    dim, index = args.take("dim"), args.take("index")
+    if not isinstance(dim, int):
+        return LOST
+    dim %= len(shape)
+    if operation(node) == "select":
+        return LOST if dim == state.dim else Mixed(state.dim - (dim < state.dim), state.vector)
+    if dim != state.dim:
+        return state
+    return state_of(dim, _taken(state.vector, index, tokens_of(node, dim)))
+
+
+def split(node: Node, args: Arguments, state: Mixed, shape: Shape) -> list[State]:
+    values, dim = node.meta["example_value"], args.take("dim")
+    if not isinstance(dim, int):
+        return [LOST] * len(values)
+    dim %= len(shape)
+    if operation(node) == "unbind":
+        kept = Mixed(state.dim - (dim < state.dim), state.vector)
+        return [LOST if dim == state.dim else kept] * len(values)
+    if dim != state.dim:
+        return [state] * len(values)
+    found: list[State] = []
+    start: Size = 0
+    for value in values:
+        size = value.shape[dim]
+        stop = start + size
+        count = size if isinstance(size, int) else None
+        found.append(state_of(dim, cut(state.vector, start, stop, None, count)))
+        start = stop
+    return found
+
+
+def flipped(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
+    dims = args.take("dims", "dim")
+    dims = (dims,) if isinstance(dims, int) else dims
+    if not isinstance(dims, (tuple, list)) or not all(isinstance(d, int) for d in dims):
+        return LOST
+    if state.dim not in [d % len(shape) for d in dims]:
+        return state
+    return Mixed(state.dim, Flipped(state.vector))
+
+
+def rolled(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
+    # One number in place of a list, as `roll` takes them, is in no schema.
+    given = {**dict(zip(("self", "shifts", "dims"), node.args, strict=False)), **node.kwargs}
+    shifts, dims = (_listed(given.get(name)) for name in ("shifts", "dims"))
+    pairs = list(zip(shifts, dims, strict=False))
+    for shift, dim in pairs:
+        if isinstance(dim, int) and dim % len(shape) == state.dim:
+            return Mixed(state.dim, Rolled(state.vector, shift))
+    return state if pairs and all(isinstance(d, int) for _, d in pairs) else LOST
+
+
+def padded(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
+    pads = args.take("pad")
+    if not isinstance(pads, (tuple, list)):
+        return LOST
+    place = 2 * (len(shape) - 1 - state.dim)
+    if place >= len(pads):
+        return state
+    before, after = pads[place : place + 2]
+    if not (isinstance(before, int) and isinstance(after, int)) or min(before, after) < 0:
+        return LOST
+    return state_of(state.dim, joined((Part(before, FILLED), state.vector, Part(after, FILLED))))
+
+
+_RESHAPES = frozenset({
+    "view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", "view_as",
+    "reshape_as",
+})  # fmt: skip
+_PERMUTATIONS = frozenset({"transpose", "permute", "movedim", "moveaxis", "mT", "T", "t"})
+_SPLITS = frozenset({"chunk", "split", "split_with_sizes", "tensor_split", "unbind"})
+REARRANGED: Mapping[str, Rule] = {
+    **dict.fromkeys(_RESHAPES, reshaped),
+    **dict.fromkeys(_PERMUTATIONS, permuted),
+    **dict.fromkeys(_SPLITS, split),
+    "getitem": indexed,
+    "select": selected,
+    "index_select": selected,
+    "flip": flipped,
+    "roll": rolled,
+    "pad": padded,
+}
+"""The rule of each operation; the first of its tensors is the one that it rearranges."""
+
+
+def indices(index: tuple[object, ...], rank: int) -> list[object]:
+    """One index for each dimension, an ellipsis and what is left out written out."""
+    entries = sum(1 for entry in index if entry is not None and entry is not Ellipsis)
+    missing = [slice(None)] * (rank - entries)
+    if any(entry is Ellipsis for entry in index):
+        place = next(i for i, entry in enumerate(index) if entry is Ellipsis)
+        return [*index[:place], *missing, *index[place + 1 :]]
+    return [*index, *missing]
+
+
+def _taken(vector: Vector, entry: object, count: int | TokenCount) -> Vector | None:
+    """The tokens of a vector that an index entry takes; None where it takes no sequence."""
+    if isinstance(entry, slice):
+        if entry == slice(None):
+            return vector
+        bounds = (entry.start, entry.stop)
+        fits = all(b is None or isinstance(b, (int, Node)) for b in bounds)
+        step = entry.step
+        if not fits or not (step is None or (isinstance(step, int) and step > 0)):
+            return None
+        return cut(vector, *bounds, step, count)
+    if isinstance(entry, Node) and len(shape_of(entry) or ()) == 1:
+        return Taken(vector, entry, count)
+    return None
+
+
+def _place_after(before: Sequence[Size], dim: int, after: Sequence[Size]) -> int | None:
+    """Where a dimension is after a reshape that left it whole; None if it did not."""
+    leading = [hint(size) for size in before[:dim]]
+    if None in leading:
+        same = len(after) > dim and all(map(is_same, before[: dim + 1], after))
+        return dim if same else None
+    product = 1
+    for place, size in enumerate(after):
+        if product == math.prod(leading) and is_same(size, before[dim]):  # type: ignore[arg-type]
+            return place
+        known = hint(size)
+        if known is None:
+            return None
+        product *= known
+    return None
+
+
+def _listed(value: object) -> list[Any]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
