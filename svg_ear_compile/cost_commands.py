@@ -116,7 +116,7 @@ def add(commands: Any) -> None:
         help="leading dense denoising steps (default: 0)",
     )
     command.add_argument(
-        "--dense-from", type=_finite, help="steps at this timestep or noisier are dense"
+        "--dense-from", type=_finite, help="timestep from which on the last steps are dense"
     )
     command.add_argument(
         "--thresholds", action="store_true", help="route by an error threshold, not by density"
