@@ -198,6 +198,27 @@ class Budget:
     frontier: tuple[Point, ...] = field(default=(), repr=False)
     note: str = ""
 
+    def save(self, path: str | Path) -> None:
+        """Write a budget file.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        json_record.write(Path(path), check(self))
+
+    @staticmethod
+    def load(path: str | Path) -> Budget:
+        """Read a budget file of this format version or of version 1.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: the file is broken or has another version; the message names file and fault.
+        """
+        path = Path(path)
+        with json_record.naming(path):
+            data = _with_current_names(json_record.parse(json_record.read_bytes(path)))
+            return check(json_record.decode(Budget, data))
+
     def choice(self, layer: str, timestep: float) -> Choice | None:
         """The choice of a layer at a timestep; None if the budget has no such layer."""
         choices = self.layers.get(layer)
@@ -287,23 +308,6 @@ def check(budget: Budget) -> Budget:
 def schema() -> dict[str, Any]:
     """JSON Schema of a budget file."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | json_record.schema(Budget)
-
-
-def save(budget: Budget, path: Path) -> None:
-    """Write a budget file."""
-    json_record.write(path, check(budget))
-
-
-def load(path: Path) -> Budget:
-    """Read a budget file of this format version or of version 1.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is broken or has another version; the message names file and fault.
-    """
-    with json_record.naming(path):
-        data = _with_current_names(json_record.parse(json_record.read_bytes(path)))
-        return check(json_record.decode(Budget, data))
 
 
 def _with_current_names(data: object) -> object:

@@ -14,7 +14,6 @@ import tiny_diffusers
 import torch
 
 import svg_ear_compile
-from svg_ear_compile.cost_model import budget as budgets
 
 
 def main() -> None:
@@ -47,7 +46,7 @@ def main() -> None:
     budget = svg_ear_compile.tune(
         pipe.transformer, calls, density=given.density, settings=tried, checkpoint=checkpoint
     )
-    budgets.save(budget, given.out)
+    budget.save(given.out)
 
     with svg_ear_compile.accelerate(pipe, budget=given.out) as handle:
         pipe(given.prompt, **call)

@@ -241,7 +241,7 @@ def _tune(given: argparse.Namespace) -> None:
     try:
         found = _tuned(given)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            budgets.save(found, given.out)
+            found.save(given.out)
             Console().print(budget_table(found))
     finally:
         if dist.is_initialized():
@@ -358,7 +358,7 @@ def _plot(given: argparse.Namespace) -> None:
         if given.budget is None:
             raise InvalidValueError(f"plot {given.what} needs --budget FILE")
         draw = plots.budget if given.what == "budget" else plots.frontier
-        draw(budgets.load(given.budget), given.out)
+        draw(Budget.load(given.budget), given.out)
     elif given.what == "times":
         found = device_profile.load(describe(given.device))
         if not found.samples:

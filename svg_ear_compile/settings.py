@@ -210,7 +210,7 @@ def usable_budget(value: object) -> Budget:
     if not isinstance(value, (str, Path, Budget)):
         raise InvalidTypeError(f"budget must be a path or a Budget, got {shown(value)}")
     try:
-        return budgets.check(value) if isinstance(value, Budget) else budgets.load(Path(value))
+        return budgets.check(value) if isinstance(value, Budget) else Budget.load(Path(value))
     except (OSError, ValueError) as error:
         problem = printable(str(error))
         raise InvalidValueError(f"the budget cannot be used: {problem}") from error

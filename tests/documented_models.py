@@ -47,4 +47,4 @@ def write_budget(model: nn.Module, path: Path) -> None:
         budgets.VERSION, fingerprint_of(model), 192, describe("cpu"), "density 0.2", "tuned",
         schedule, layers,
     )  # fmt: skip
-    budgets.save(found, path)
+    found.save(path)

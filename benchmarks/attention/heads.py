@@ -65,13 +65,14 @@ class Scene:
         """(N, D) values, another projection of the code."""
         return self.code @ self.normal(LATENT, self.dim) / math.sqrt(LATENT)
 
-    def place(self, weights: tuple[float, float, float]) -> Tensor:
+    def place(self, weights: tuple[float, float, float], frames_back: int = 0) -> Tensor:
         """(N, D): one vector, rotated to the place of every token.
 
         The logit of two tokens is ``sum_axes weight * mean_bands cos(frequency * distance)``.
 
         Args:
             weights: of time, rows and columns.
+            frames_back: how many frames before its own a token's place lies.
         """
         half = self.dim // 2
         of_pairs = torch.zeros(half)
@@ -80,7 +81,8 @@ class Scene:
             bands = half // 3 // 4 + 1  # those that turn fastest, down to a tenth for each token
             of_pairs[start : start + bands] = math.sqrt(weight / bands)
         vector = torch.stack([of_pairs, torch.zeros(half)], -1).flatten().to(self.at)
-        return self.dim**0.25 * rope(vector.expand(len(self.at), -1), self.at)
+        at = self.at - torch.tensor([frames_back, 0, 0], device=self.at.device)
+        return self.dim**0.25 * rope(vector.expand(len(at), -1), at)
 
     def of_places(self, weights: tuple[float, float, float]) -> Head:
         """A head that looks at near places, see `place`."""
@@ -91,6 +93,13 @@ class Scene:
 def own_token(scene: Scene) -> Head:
     """Every token looks at itself."""
     return scene.of_places((_SHARP, _SHARP, _SHARP))
+
+
+def same_place_before(scene: Scene) -> Head:
+    """Every token looks at its place in the frame before, those of the first frame at their own."""
+    weights = (_SHARP, _SHARP, _SHARP)
+    q, k = scene.place(weights, frames_back=1), scene.place(weights)
+    return q + _SEEN * scene.seen(), k + _SEEN * scene.seen(), scene.values()
 
 
 def near_in_space(scene: Scene) -> Head:
@@ -142,6 +151,7 @@ def what_is_seen(scene: Scene) -> Head:
 KINDS: dict[str, Callable[[Scene], Head]] = {
     "one token, by its place": own_token,
     "one token, by what it shows": what_is_seen,
+    "one token of the frame before": same_place_before,
     "neighbours in space": near_in_space,
     "one place at all times": near_in_time,
     "one token and everything": own_and_everything,

@@ -215,7 +215,7 @@ _SPECIAL: dict[str, Callable[[Path], object]] = {
 def try_budget(folder: Path, random_: random.Random) -> bool:
     """A spoiled budget file through the options; True if it was accepted."""
     path = folder / random_.choice(("budget.json", "[bold]\x1b[31m.json", "a*b?.json"))
-    budgets.save(_BUDGET, path)
+    _BUDGET.save(path)
     how = spoiled(path, random_)
     found = Settings.parse({"budget": str(path)}).budget
     assert found is not None

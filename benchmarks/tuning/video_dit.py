@@ -31,7 +31,6 @@ from benchmarks.video_dit.sample import generate
 from benchmarks.video_dit.zoo import MODELS, Shape
 from svg_ear_compile import ModelCall, TuningSettings, bind, capture_calls, plots, tune
 from svg_ear_compile.backend import svg_ear
-from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model.budget import Budget, Choice
 from svg_ear_compile.cost_model.device import describe
 
@@ -139,7 +138,7 @@ class Proof:
             checkpoint=folder / "checkpoint",
             **objective,
         )
-        budgets.save(found, folder / f"budget-{found.objective.replace(' ', '-')}.json")
+        found.save(folder / f"budget-{found.objective.replace(' ', '-')}.json")
         return found
 
     def frames(self, budget: Budget, seed: int) -> tuple[torch.Tensor, float]:
@@ -232,8 +231,8 @@ def main() -> None:
         record["max_error"] = {"objective": given.max_error, "unseen": errors}
         keep()
     for path in sorted(given.out.glob("budget-*.json")):
-        plots.budget(budgets.load(path), path.with_suffix(".png"))
-        plots.frontier(budgets.load(path), path.with_name(f"frontier-{path.stem}.png"))
+        plots.budget(Budget.load(path), path.with_suffix(".png"))
+        plots.frontier(Budget.load(path), path.with_name(f"frontier-{path.stem}.png"))
     show(record)
 
 

@@ -15,7 +15,7 @@ from torch.fx import Node
 from benchmarks.fuzz.case import draw
 from benchmarks.fuzz.choices import STRATA, choices_of
 from benchmarks.fuzz.forms import FORMS
-from benchmarks.fuzz.judge import judge
+from benchmarks.fuzz.judge import _difference, _Run, judge
 from benchmarks.fuzz.masks import APPLICATIONS, ARGUMENTS, BIASES, CONTENTS
 from benchmarks.fuzz.near_misses import NEAR_MISSES
 from benchmarks.fuzz.survey import BAD
@@ -72,6 +72,15 @@ def test_a_case_is_always_the_same_and_another_one_is_another() -> None:
     assert draw(6, 0).source != first[0]
     focused = draw(5, 3, {"near": "number_added"})
     assert focused.choices["near"] == "number_added"
+
+
+def test_outputs_are_compared_with_a_float64_result_of_their_shape_alone() -> None:
+    eager, wide = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.3], dtype=torch.float64)
+    runs = [_Run([t], []) for t in (torch.tensor([1.0, 2.5]), eager)]
+    assert _difference(*runs, None) is not None
+    assert _difference(*runs, [wide]) is None  # eager is as far from it
+    assert _difference(*runs, [wide[:1]]) is not None
+    assert _difference(_Run([eager + 0], []), runs[1], [wide[:1]]) is None
 
 
 @pytest.mark.parametrize("part", range(PARTS))

@@ -38,6 +38,13 @@ def test_one_token_has_the_mass(scene: Scene) -> None:
         assert float(weights(kind, scene).diagonal().mean()) > 0.98, kind
 
 
+def test_the_frame_before_has_the_mass(scene: Scene) -> None:
+    back = scene.at[:, None] - scene.at
+    other = (back[..., 0] == 1) & (back[..., 1:] == 0).all(-1)
+    share = mass(weights("one token of the frame before", scene), other)
+    assert float(share[other.any(1)].mean()) > 0.98
+
+
 def test_neighbours_in_space_have_the_mass(scene: Scene) -> None:
     frames, side = apart(scene)
     weight = weights("neighbours in space", scene)

@@ -22,7 +22,7 @@ from benchmarks.tuning.video_dit import forward_error, show
 from benchmarks.video_dit.attention import attention_answered_by
 from benchmarks.video_dit.demo import WEIGHTS
 from benchmarks.video_dit.model import VideoDiT
-from svg_ear_compile.cost_model import budget as budgets
+from svg_ear_compile import Budget
 from svg_ear_compile.fingerprint import fingerprint_of
 
 
@@ -59,9 +59,9 @@ def test_committed_budgets_are_read_or_name_what_is_gone(path: Path) -> None:
     text = path.read_text()
     if "first_order" in text or "second_order" in text:
         with pytest.raises(ValueError, match="has to be tuned again"):
-            budgets.load(path)
+            Budget.load(path)
         return
-    budget, model = budgets.load(path), VideoDiT.from_pretrained(WEIGHTS)
+    budget, model = Budget.load(path), VideoDiT.from_pretrained(WEIGHTS)
     if budget.fingerprint.model == type(model).__name__:
         budget.check_model(fingerprint_of(model))
 

@@ -45,8 +45,8 @@ BUDGET = Budget(
 
 def test_a_file_reads_back_as_it_was_written_and_a_person_can_read_it(tmp_path: Path) -> None:
     path = tmp_path / "budget.json"
-    budgets.save(BUDGET, path)
-    assert budgets.load(path) == BUDGET
+    BUDGET.save(path)
+    assert Budget.load(path) == BUDGET
     assert '"density": 0.3' in path.read_text()
 
 
@@ -174,7 +174,7 @@ def test_a_budget_whose_parts_do_not_fit_is_refused(
     path = tmp_path / "broken.json"
     json_record.write(path, broken)
     with pytest.raises(ValueError, match=message) as caught:
-        budgets.load(path)
+        Budget.load(path)
     assert str(path) in str(caught.value)
 
 
@@ -182,7 +182,7 @@ def test_a_file_of_version_1_is_read_under_its_former_names(tmp_path: Path) -> N
     path = tmp_path / "old.json"
     former = TEXT.replace('"objective"', '"wish"').replace('"outcome"', '"verdict"')
     path.write_text(former.replace('"version": 2', '"version": 1'))
-    assert budgets.load(path) == BUDGET
+    assert Budget.load(path) == BUDGET
     for text, message in (
         (former, "'wish' is not known"),
         (TEXT.replace('"version": 2', '"version": 1'), "names of version 2, but says version 1"),
@@ -190,21 +190,21 @@ def test_a_file_of_version_1_is_read_under_its_former_names(tmp_path: Path) -> N
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            budgets.load(path)
+            Budget.load(path)
 
 
 @given(st.data())
 def test_a_file_that_was_cut_or_changed_is_read_or_refused_by_name(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "budget.json"
-        budgets.save(BUDGET, path)
+        BUDGET.save(path)
         text = path.read_text()
         at = data.draw(st.integers(0, len(text) - 1))
         cut = data.draw(st.booleans())
         path.write_text(text[:at] + data.draw(st.text(max_size=3)) + text[at + 1 :] * (not cut))
         refusal = ""
         try:
-            found = budgets.load(path)
+            found = Budget.load(path)
         except ValueError as error:
             refusal = str(error)
         else:
@@ -217,7 +217,7 @@ def test_a_budget_of_a_form_that_is_gone_has_to_be_tuned_again(form: str, tmp_pa
     path = tmp_path / "old.json"
     path.write_text(json.dumps(dataclasses.asdict(BUDGET)).replace('"gaussian"', f'"{form}"'))
     with pytest.raises(ValueError, match=f'"{form}" was replaced by "gaussian": .* tuned again'):
-        budgets.load(path)
+        Budget.load(path)
 
 
 TEXT = json.dumps(dataclasses.asdict(BUDGET))
@@ -254,7 +254,7 @@ def test_nonsense_in_a_file_is_one_printable_sentence(
     path.write_text(text, encoding="utf-8")
     began = time.process_time()
     with pytest.raises(InvalidValueError) as caught:
-        budgets.load(path)
+        Budget.load(path)
     assert time.process_time() - began < 1
     said = str(caught.value)
     assert message in said
@@ -282,11 +282,11 @@ def test_only_regular_files_of_some_size_are_read(tmp_path: Path) -> None:
     began = time.process_time()
     for path, message in ((pipe, "a pipe"), (folder, "a folder"), (large, "larger than 4 MiB")):
         with pytest.raises(InvalidValueError, match=message):
-            budgets.load(path)
+            Budget.load(path)
     with pytest.raises(InvalidValueError, match="a device"):
-        budgets.load(Path("/dev/zero"))
+        Budget.load(Path("/dev/zero"))
     with pytest.raises(FileNotFoundError):
-        budgets.load(tmp_path / "nowhere")
+        Budget.load(tmp_path / "nowhere")
     assert time.process_time() - began < 1
 
 
@@ -298,7 +298,7 @@ def test_the_umask_says_who_may_read_a_budget(umask: int, mode: int, tmp_path: P
     path.symlink_to(other)
     before = os.umask(umask)
     try:
-        budgets.save(BUDGET, path)
+        BUDGET.save(path)
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.lstat().st_mode) == mode

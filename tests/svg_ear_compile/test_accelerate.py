@@ -18,7 +18,6 @@ from torch._inductor.compile_fx import compile_fx
 from transformer_models import stack
 
 from svg_ear_compile import accelerate
-from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model.budget import Choice
 
 FAMILIES = pytest.mark.parametrize(
@@ -206,7 +205,7 @@ def test_each_expert_follows_its_budget(tmp_path: Path) -> None:
         budget_for(model, dict.fromkeys(layers, (Choice(density),)), 144)
         for model, density in zip(models, (0.6, 0.2), strict=True)
     ]
-    budgets.save(made[1], tmp_path / "low_noise.json")
+    made[1].save(tmp_path / "low_noise.json")
     with accelerate(pipe, budget=[made[0], tmp_path / "low_noise.json"]) as handle:
         tiny.generate(pipe, tiny.wan_call())
         high, low = handle.report().models

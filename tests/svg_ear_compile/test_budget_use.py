@@ -13,7 +13,6 @@ from session_models import Heard
 from transformer_models import TOKENS, stack
 
 from svg_ear_compile import bind
-from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model.budget import Choice, Schedule
 from svg_ear_compile.kernels import op
 
@@ -60,7 +59,7 @@ def taken(calls: list[Any]) -> list[float]:
 def test_layers_follow_their_choices_from_noise_to_video(calls: list[Any], tmp_path: Path) -> None:
     inner, model, x = compiled()
     path = tmp_path / "budget.json"
-    budgets.save(budget_for(inner, LAYERS, TOKENS, SCHEDULE), path)
+    budget_for(inner, LAYERS, TOKENS, SCHEDULE).save(path)
     with bind(model, budget=path) as session:
         for timestep, wanted in (
             (1000.0, [1.0, 1.0]),  # the leading dense step

@@ -19,9 +19,8 @@ from rich.console import Console
 from svg_ear_compile import trial_runs
 from svg_ear_compile.cli import main
 from svg_ear_compile.cost_commands import budget_table
-from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import calibrate as measuring
-from svg_ear_compile.cost_model.budget import Choice
+from svg_ear_compile.cost_model.budget import Budget, Choice
 from svg_ear_compile.cost_model.calibrate import Workload
 from svg_ear_compile.policy import calibration_of
 
@@ -76,7 +75,7 @@ def test_tune_then_explain_and_plot(tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = " ".join(capsys.readouterr().out.split())
     assert "24 forwards to measure (0 are in the checkpoint)" in printed
     assert "blocks.2" in printed
-    assert budgets.load(out).schedule.phases == 2
+    assert Budget.load(out).schedule.phases == 2
     assert json.loads(out.read_text())["objective"] == "density 0.3"
     for what in ("budget", "frontier"):
         picture = tmp_path / f"{what}.png"
@@ -129,7 +128,7 @@ def test_two_ranks_make_the_budget_that_one_makes(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "on each of 2 ranks" in " ".join(done.stdout.split())
-    one, two = budgets.load(alone), budgets.load(shared)
+    one, two = Budget.load(alone), Budget.load(shared)
     assert one.layers == two.layers
     assert one.predicted.error == pytest.approx(two.predicted.error, rel=1e-4)
     # Each rank kept what it measured.

@@ -17,7 +17,6 @@ from transformer_models import TOKENS, stack, wan
 
 from benchmarks.priors import prior_of, video
 from svg_ear_compile import explain, policy
-from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model.budget import Choice, Schedule
 from svg_ear_compile.cost_model.calibration import Calibration, Efficiency
 from svg_ear_compile.cost_model.device import describe
@@ -218,7 +217,7 @@ def test_a_budget_file_is_read(tmp_path: Path) -> None:
     model, inputs = stack()
     path = tmp_path / "budget.json"
     layers = dict.fromkeys(("blocks.0", "blocks.1"), (Choice(0.3, 4, 8),))
-    budgets.save(budget_for(model, layers, TOKENS), path)
+    budget_for(model, layers, TOKENS).save(path)
     found = explain(model, *inputs, options={"budget": path})
     assert [site.plan is not None for site in found.sites] == [True, True]
 
