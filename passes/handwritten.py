@@ -68,7 +68,7 @@ class _Reading:
     def __post_init__(self) -> None:
         self.zeroes_empty_rows = self.softmax.zeroes_empty_rows  # instead of leaving them NaN
 
-    def take(self, step: Step, node: Node) -> None:
+    def take(self, step: Step) -> None:
         self.moved |= step.order is not None or step.shape is not None
         if step.order is not None:
             self.letters.reorder(step.order)
@@ -94,13 +94,12 @@ class _Reading:
                 Mask(Operand(tensor, ""), step.inverted, added=added, factor=step.sign)
             )
             self.fill = step.fill
+
+    def round(self, node: Node) -> None:
+        """The logits, with the mask that is in them, have the dtype of this node."""
         dtype = _dtype(node)
         if dtype is not None:  # the lowest float32 is -inf in float16
             self.fill = float(torch.tensor(self.fill, dtype=torch.float64).to(dtype))
-
-    def round(self, node: Node) -> None:
-        """The logits, with the mask that has been added to them, have the dtype of this node."""
-        dtype = _dtype(node)
         self.masks = [
             replace(m, rounded=dtype)
             if m.added and (m.rounded is None or _is_narrower(dtype, m.rounded)) else m
@@ -153,15 +152,16 @@ def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
         return unread(softmax, flow)
     reading = _Reading(Letters(product.out_dims, shape), read, product.factor)
     if product.added is not None:
-        reading.take(added_by_product(product.added, flow), product_node)
+        reading.take(added_by_product(product.added, flow))
         reading.round(product_node)
     for taken in score_steps:
-        reading.take(taken.step, taken.node)
+        reading.take(taken.step)
         reading.round(taken.node)
+    reading.round(softmax)
     normalised = "" if reading.tangled else reading.letters.groups[read.dim]
     reading.moved = False
     for taken in weight_steps:
-        reading.take(taken.step, taken.node)
+        reading.take(taken.step)
     reading.reason = next((r for r in reasons if r is not None), reading.reason)
     weights = weight_steps[-1].node if weight_steps else read.weights
     operands = None

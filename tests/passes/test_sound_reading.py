@@ -197,6 +197,32 @@ def test_a_row_of_padding_sees_the_mask_alone(
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("narrowed", ["scores", "softmax", "weights"])
+def test_a_row_that_a_fill_empties_is_uniform_while_the_fill_is_finite(
+    narrowed: str, dtype: torch.dtype
+) -> None:
+    """The lowest float32 is minus infinity in 16 bits, but not where the weights are rounded."""
+
+    def body(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+        wide = scores(q.float(), k.float())
+        wide = wide.masked_fill(~(row(valid) & row(valid).mT), torch.finfo(torch.float32).min)
+        if narrowed == "scores":
+            return wide.to(v.dtype).softmax(-1) @ v
+        if narrowed == "softmax":
+            return wide.softmax(-1, dtype=v.dtype) @ v
+        return wide.softmax(-1).to(v.dtype) @ v
+
+    layer, (x, valid) = Layer(body).to(dtype), given(dtype)
+    backend = Rewriting()
+    with torch.no_grad():
+        expected = layer(x, valid)
+    found = run_rewritten(layer, x, valid, backend=backend)
+    assert found.isnan().any() == (narrowed != "weights")
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05, equal_nan=True)
+    assert backend.rewritten == 1 or narrowed != "weights"  # else a low-precision softmax
+
+
 def test_half_rounds_bfloat16_no_less_and_overflows_sooner() -> None:
     body = of_scores(lambda s: s.half().to(s))
     check(body, Reason.DTYPE, torch.bfloat16)
