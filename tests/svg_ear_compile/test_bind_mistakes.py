@@ -28,12 +28,12 @@ def _without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def warned(caplog: pytest.LogCaptureFixture) -> Warned:
-    """Warnings so far, which are forgotten."""
+    """Warnings of this package so far, which are forgotten."""
 
     def taken() -> list[str]:
-        found = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+        ours = [r for r in caplog.records if r.name.startswith("svg_ear_compile")]
         caplog.clear()
-        return found
+        return [r.getMessage() for r in ours if r.levelno >= logging.WARNING]
 
     return taken
 
