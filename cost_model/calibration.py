@@ -137,7 +137,7 @@ class Calibration:
         words = {
             "calibrated": "calibrated on this machine",
             "recorded": f"recorded on {self.device.name}",
-            "prior": f"prior{where}: not calibrated",
+            "prior": f"prior{where}, not calibrated",
         }[self.origin]
         return words + (f", uncertain by {self.uncertainty:.0%}" if self.uncertainty else "")
 

@@ -19,6 +19,10 @@ from svg_ear_compile.explain import explain
 from svg_ear_compile.kernels.checked import InvalidValueError, printable, shown
 from svg_ear_compile.made_models import model_and_inputs
 
+_ABOUT = (
+    "Sparse attention for video diffusion transformers: what goes sparse, how fast and how close."
+)
+
 # What an interrupted command has kept.
 _AGAIN = {
     "tune": "; run the same command again to continue",
@@ -68,12 +72,12 @@ def _sentence(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="svg-ear", description=__doc__)
+    parser = _Parser(prog="svg-ear", description=_ABOUT)
     about = f"svg-ear {__version__}, torch {torch.__version__}"
     parser.add_argument("--version", action="version", version=about)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    about = "list every attention call of a model: layer, role, shape, plan, reason"
+    about = "list what goes sparse in a model, with its plan, and why the rest stays dense"
     command = commands.add_parser("explain", help=about, description=about)
     command.add_argument(
         "--model",
@@ -82,12 +86,18 @@ def _parser() -> argparse.ArgumentParser:
         help="a callable without arguments that returns (model, args) or (model, args, kwargs)",
     )
     command.add_argument(
-        "--option", action="append", default=[], metavar="KEY=VALUE", help="as in options={...}"
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the backend, e.g. density=0.1; may be given several times",
     )
-    command.add_argument("--budget", metavar="FILE", help="tuned budget, as options={'budget': …}")
+    command.add_argument("--budget", metavar="FILE", help="a tuned budget")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.add_argument(
-        "--draw", metavar="FOLDER", help="also draw each kind of site before and after"
+        "--draw",
+        metavar="FOLDER",
+        help="also draw each kind of attention call before and after, into this folder",
     )
     command.set_defaults(run=_explain)
     cost_commands.add(commands)

@@ -53,10 +53,12 @@ _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def add(commands: Any) -> None:
     """Add the commands to the sub-parsers."""
-    about = "measure this device, in half a minute, and remember it"
+    about = "measure this device once, in half a minute, so that predicted times are its own"
     command = commands.add_parser("calibrate", help=about, description=about)
     command.add_argument(
-        "--quick", action="store_true", help="in 8 seconds: corrects what is assumed or recorded"
+        "--quick",
+        action="store_true",
+        help="in 8 seconds, less exact: scales the times that are there",
     )
     command.add_argument("--device", default=_DEVICE, help=f"default: {_DEVICE}")
     command.set_defaults(run=_calibrate)
@@ -80,14 +82,14 @@ def add(commands: Any) -> None:
         "--max-error", type=_finite, help="relative RMS error of the model's output"
     )
     objective.add_argument(
-        "--density", type=_finite, help="mean fraction of the area computed exactly"
+        "--density", type=_finite, help="mean fraction of the query-key area computed exactly"
     )
     command.add_argument("--out", type=Path, required=True, help="budget file to write")
     command.add_argument(
         "--densities",
         type=_densities,
         default="0.05,0.1,0.2,0.4",
-        help="densities tried in each layer",
+        help="densities tried in each layer (default: %(default)s)",
     )
     command.add_argument(
         "--clusters",
@@ -99,14 +101,26 @@ def add(commands: Any) -> None:
         "--forms",
         type=_forms,
         default=AttentionPlan.compensation,
-        help="compensations that are tried, e.g. gaussian,centroid",
+        help="compensations that are tried: gaussian, centroid or both (default: %(default)s)",
     )
     command.add_argument(
-        "--phases", type=_number(1, 1000), default=1, help="phases of the denoising"
+        "--phases",
+        type=_number(1, 1000),
+        default=1,
+        help="parts of the denoising with densities of their own (default: 1)",
     )
-    command.add_argument("--dense-steps", type=_number(0), default=0, help="leading dense steps")
-    command.add_argument("--dense-from", type=_finite, help="timestep from which steps are dense")
-    command.add_argument("--thresholds", action="store_true", help="route by threshold")
+    command.add_argument(
+        "--dense-steps",
+        type=_number(0),
+        default=0,
+        help="leading dense denoising steps (default: 0)",
+    )
+    command.add_argument(
+        "--dense-from", type=_finite, help="timestep from which on the last steps are dense"
+    )
+    command.add_argument(
+        "--thresholds", action="store_true", help="route by an error threshold, not by density"
+    )
     command.add_argument("--timestep", help="name of the model's timestep argument")
     command.add_argument(
         "--ascending", action="store_true", help="timesteps rise from noise to video"

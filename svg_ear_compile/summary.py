@@ -163,7 +163,7 @@ def _profile(report: GraphReport) -> str:
         return ""
     better = report.profile.improved_by
     command = f" (better: {better})" if better else ""
-    return f"; times {report.profile.basis}{command}"
+    return f"; predicted times: {report.profile.basis}{command}"
 
 
 @functools.lru_cache(maxsize=256)

@@ -142,9 +142,9 @@ def test_nothing_pays_on_a_gpu_of_which_nothing_is_known(said: Hardware | None) 
 
 
 def test_a_prior_names_its_architecture_and_its_uncertainty() -> None:
-    assert prior_of("H100 PCIe").basis == "prior for sm_90: not calibrated, uncertain by 20%"
-    assert prior_of("RTX 5090").basis == "prior for sm_120: not calibrated, uncertain by 50%"
-    assert prior_of("MI300X").basis == "prior for gfx942: not calibrated, uncertain by 100%"
+    assert prior_of("H100 PCIe").basis == "prior for sm_90, not calibrated, uncertain by 20%"
+    assert prior_of("RTX 5090").basis == "prior for sm_120, not calibrated, uncertain by 50%"
+    assert prior_of("MI300X").basis == "prior for gfx942, not calibrated, uncertain by 100%"
 
 
 def test_the_prior_of_a_cpu_is_late_rather_than_early() -> None:
@@ -153,7 +153,7 @@ def test_the_prior_of_a_cpu_is_late_rather_than_early() -> None:
     tokens = break_even_tokens(shape, AttentionPlan(), known)
     assert tokens is not None
     assert 6_000 <= tokens <= 15_000
-    assert known.basis == "prior: not calibrated, uncertain by 50%"
+    assert known.basis == "prior, not calibrated, uncertain by 50%"
 
 
 def test_the_facts_are_those_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def test_calibrate_then_explain_and_plot(
     monkeypatch.setitem(measuring.WORKLOADS, "cpu", small)
     monkeypatch.setattr(measuring, "QUICK_SECONDS", 0.5)
     assert main(["explain", *MODEL]) == 0
-    assert "prior: not calibrated" in " ".join(capsys.readouterr().out.split())
+    assert "prior, not calibrated" in " ".join(capsys.readouterr().out.split())
     assert main(["plot", "times", "--device", "cpu", "--out", str(tmp_path / "x.png")]) == 2
     assert "run svg-ear calibrate first" in capsys.readouterr().err
     assert main(["calibrate", "--quick", "--device", "cpu"]) == 0

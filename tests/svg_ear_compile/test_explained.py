@@ -68,7 +68,7 @@ def test_lines_fit_and_names_are_whole(width: int, site: SiteReport) -> None:
     text = " ".join(found.text(width).split())
     assert text.startswith("Wan: 5 attention calls in 2 graphs, 3 sparse.")
     assert (
-        "Milliseconds: prior: not calibrated, uncertain by 50%; "
+        "Milliseconds: prior, not calibrated, uncertain by 50%; "
         "better: svg-ear calibrate --device cpu." in text
     )
     assert "dense, cross_attention: Queries and keys come from different tokens; text" in text

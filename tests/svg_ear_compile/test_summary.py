@@ -76,7 +76,7 @@ def test_the_line_counts_what_went_sparse_and_why_the_rest_did_not(lines: Lines)
     run(model, *inputs, options={"density": 0.3, "min_tokens": 64}, **kwargs)
     assert lines() == [
         "INFO svg_ear: WanTransformer3DModel: 2 of 4 attentions sparse at density 0.3 "
-        "(192 video tokens); dense: 2 cross_attention; times prior: not calibrated, "
+        "(192 video tokens); dense: 2 cross_attention; predicted times: prior, not calibrated, "
         "uncertain by 50% (better: svg-ear calibrate --device cpu)"
     ]
 
