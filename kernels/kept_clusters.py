@@ -10,7 +10,7 @@ With the means that follow this is k-means over small batches.
 A key is known again by the value that stands beside it in the cache: values have no rotary
 positions, so they keep their bits when the keys are rotated anew. Where a key moved in the cache is
 no matter, so caches may grow, roll, or be written anywhere. `excess_spread` tells whether labels
-still fit keys that changed without their values.
+still fit: keys may change without their values, and the metric follows the queries.
 """
 
 from __future__ import annotations
@@ -59,12 +59,14 @@ class CachedKeys:
         grows: whether these keys were added since, and get clusters of their own. Otherwise the
             earlier call had them too, with other contents.
         turn: number of earlier calls, by which all keys have their turn.
+        labels_all: whether all keys are labelled anew, from the kept centroids.
     """
 
     kept: KeptClusters | None
     new: int
     grows: bool
     turn: int
+    labels_all: bool = False
 
 
 class Placed(NamedTuple):
@@ -161,7 +163,7 @@ def updated_labels(
     labels = torch.where(fresh & (labels == clusters), 0, labels)
 
     tokens = k.shape[2]
-    count = min(tokens, BATCHES * cache.new)
+    count = tokens if cache.labels_all else min(tokens, BATCHES * cache.new)
     if count == tokens:
         return kmeans(k, kinds, centroids, plan.warm_iterations).labels.long(), centroids
     order_of = torch.where(fresh, 0, 2).to(torch.uint8)  # [B, H|1, N] what is labelled first

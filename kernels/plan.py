@@ -79,7 +79,7 @@ class AttentionPlan:
         warm_iterations: k-means iterations from remembered centroids.
         max_drift: a bound layer reuses the clusters and the block mask of an earlier step while it
             expects that fewer than this fraction of the tokens would change their cluster. 0
-            recomputes both at every step.
+            recomputes both at every step, and clusters all cached keys in every call.
         shared_branches: the guidance branches of a bound layer reuse the clusters and the block
             mask of the reference branch at every step. Their errors are alike then, and cancel
             where guidance subtracts one branch from the other.

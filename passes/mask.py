@@ -27,6 +27,7 @@ _ALWAYS: dict[str, Callable[[_Bounds, _Bounds], bool]] = {
     "ge": lambda one, other: one[0] >= other[1],
 }
 """Which comparisons hold for all numbers between bounds."""
+_OPPOSITES = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt"}
 _MOST_POSITIONS = 1 << 20
 _TRIANGLES = frozenset({"tril", "triu", "tril_", "triu_"})
 
@@ -60,7 +61,7 @@ def judge_mask(
     )
     if not fits:
         return Reason.MASK
-    if is_bool and not mask.inverted and is_full(flow, mask.tensor.node, call.node):
+    if is_bool and is_always(not mask.inverted, flow, mask.tensor.node, call.node):
         return Padding()
     if is_bool and rows == 1:
         return Padding(keys=(mask.tensor,))
@@ -178,28 +179,32 @@ def _are_by_chunk(flow: Dataflow, compared: Node) -> bool:
     )
 
 
-def is_full(flow: Dataflow, mask: Node, reader: Node) -> bool:
-    """True if a bool mask is True everywhere when `reader` reads it, whatever is fed to the graph.
+def is_always(wanted: bool, flow: Dataflow, mask: Node, reader: Node) -> bool:
+    """True if a bool mask is `wanted` everywhere when `reader` reads it, for every input.
 
-    So is the mask of a chunk of queries that sees the whole cache: positions are compared, and the
-    graph makes both of constants.
+    The mask of a chunk of queries that sees the whole cache is always True: positions are compared,
+    and the graph makes both of constants.
     """
     value, name = mask.meta.get("example_value"), operation(mask)
     if not is_plain(value) or value.dtype != torch.bool or flow.writes_before(mask, reader):
         return False
-    if number(mask, flow) == 1.0:
+    if number(mask, flow) == float(wanted):
         return True
     first = mask.args[0] if mask.args else None
     other = mask.args[1] if len(mask.args) == 2 and not mask.kwargs else None
     if name in _ALWAYS:
         if (one := _bounds(first, mask, flow)) and (two := _bounds(other, mask, flow)):
-            return _ALWAYS[name](one, two)
+            return _ALWAYS[name if wanted else _OPPOSITES[name]](one, two)
         return False
     if name in ("logical_and", "logical_or"):
-        sides = (isinstance(s, Node) and is_full(flow, s, reader) for s in (first, other))
-        return (all if name == "logical_and" else any)(sides)
+        sides = (isinstance(s, Node) and is_always(wanted, flow, s, reader) for s in (first, other))
+        return (all if (name == "logical_and") is wanted else any)(sides)
+    if not isinstance(first, Node):
+        return False
+    if name == "logical_not":
+        return is_always(not wanted, flow, first, reader)
     same = name in CASTS | REARRANGEMENTS | {"clone", "repeat"}
-    return same and isinstance(first, Node) and is_full(flow, first, reader)
+    return same and is_always(wanted, flow, first, reader)
 
 
 def _bounds(side: object, reader: Node, flow: Dataflow) -> _Bounds | None:

@@ -97,7 +97,7 @@ class Generation:
 
     @property
     def chunk(self) -> int:
-        """Index of the current chunk of the video; 0 unless the model has a cache of keys."""
+        """Index of the current chunk of the video, 0 before the timestep first jumped back."""
         return self._state.chunk
 
     @property

@@ -27,13 +27,15 @@ MOST_AGE = 1
 """Largest number of successive calls that reuse the same blocks, however little their tokens drift.
 Blocks that are reused longer repeat their error in every step, and the sum outweighs the saving."""
 
-MOST_EXCESS = 0.2
-"""Largest excess spread of kept clusters, see `kept_clusters.excess_spread`; with more, the next
-call clusters all keys anew. On made streams of video the excess stays below 0.14 while the error is
-at most 1.15 times that of clustering anew; it is above 0.25 once a tenth of the keys has moved."""
+STALE, OUTDATED = 0.1, 0.25
+"""Excess spread of kept clusters, see `kept_clusters.excess_spread`, from which on the next call
+labels all keys, starting from the kept centroids, and from which on it clusters them anew. On keys
+of a trained model, whose metric follows the queries, labels grow stale after several chunks. The
+excess is above 0.25 once a tenth of the keys has moved without their values."""
 
 HOPELESS = 2
-"""Clusters that outdate so often in a row are not worth clustering all keys anew for."""
+"""Clusters that are stale or outdated so often in a row cost more than they save where clustering
+all keys takes longer than attention."""
 
 _DTYPE_OF_LABELS = torch.int16  # half the memory of int32; holds up to 32,766 clusters
 
@@ -105,6 +107,7 @@ class Memory:
         identities: (B, N_k) int64 of the last cached keys, None if the keys are not cached.
         k_labels: (B, H_kv, N_k) their labels.
         excess: excess spread of the last clusters that were kept, or None.
+        is_stale: the next call labels all keys.
         outdated: number of times in a row that the excess was too large.
         cold, recomputed, reused, kept: numbers of sparse calls, see `LayerReport`.
         step: denoising step of the last sparse call, None before the first.
@@ -122,6 +125,7 @@ class Memory:
     identities: Tensor | None = None
     k_labels: Tensor | None = None
     excess: Arriving | None = None
+    is_stale: bool = False
     outdated: int = 0
     cold: int = 0
     recomputed: int = 0
@@ -183,17 +187,18 @@ class Memory:
         return KeptClusters(self.identities, self.k_labels, self.k_centroids)
 
     def take_stock(self) -> None:
-        """Drop everything but the counts if the clusters of cached keys turned out outdated."""
+        """Read how the last clusters of cached keys fitted; outdated ones are dropped."""
         if self.excess is None:
             return
-        outdated = self.excess.read() >= MOST_EXCESS
-        self.excess, self.outdated = None, self.outdated + 1 if outdated else 0
-        if outdated:
+        excess, self.excess = self.excess.read(), None
+        self.is_stale = excess >= STALE
+        self.outdated = self.outdated + 1 if self.is_stale else 0
+        if excess >= OUTDATED:
             self.q_centroids = self.k_centroids = self.blocks = self.identities = None
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether kept clusters of cached keys outdated again and again."""
+        """Whether the clusters of cached keys turned out stale again and again."""
         return self.outdated >= HOPELESS
 
     def next_chunk(self) -> Memory:
@@ -365,12 +370,14 @@ def _call(
         grows = memory.q_centroids is None
         memory.take_stock()
         centroids = memory.warm_start(*shapes, request.device)
-        blocks = memory.lasting_blocks(plan, q_tokens, k_tokens) if centroids else None
+        if centroids is not None and not memory.is_stale:
+            blocks = memory.lasting_blocks(plan, q_tokens, k_tokens)
         if request.cached_keys:
             kept = None
             if blocks is None:
                 kept = memory.kept_clusters(plan, shapes[1], request.device)
-            cache = CachedKeys(kept, min(queries, keys), grows, memory.calls)
+            is_stale, memory.is_stale = memory.is_stale, False
+            cache = CachedKeys(kept, min(queries, keys), grows, memory.calls, is_stale)
     pairs = batch * q_heads * queries * keys
     return RememberedCall(
         plan, rows, centroids, blocks, captured, cache, exact, memory, follows, pairs

@@ -34,6 +34,7 @@ def definition_rows(
     the arithmetic.
     """
     b, h = head
+    owns = q.shape[2] == k.shape[2]
     kv = h // (q.shape[1] // k.shape[1])
     scale = q.shape[-1] ** -0.5
     queries, keys = (
@@ -56,7 +57,7 @@ def definition_rows(
     out, lse = reference.softmax_over(
         q, wide_k, wide_v, queries.labels, keys.labels, exact, stored, scale, corrected
     )
-    if corrected is not None:
+    if corrected is not None and owns:
         own = keys._replace(labels=keys.labels[..., rows])
         out, _ = reference.with_own_tokens(
             out, lse, q, wide_k[:, :, rows], wide_v[:, :, rows], queries, own, exact, stored, scale,

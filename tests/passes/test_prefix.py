@@ -15,7 +15,7 @@ from traced_graphs import Rewriting, graphs_of, run_rewritten, sites_of
 from svg_ear_compile.kernels.call import AttentionCall, CallRequest, calls_from
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.passes.dataflow import Dataflow
-from svg_ear_compile.passes.mask import is_full
+from svg_ear_compile.passes.mask import is_always
 from svg_ear_compile.passes.site import Reason, Role
 from svg_ear_compile.planning import rewrite_graph
 from svg_ear_compile.settings import Settings
@@ -154,17 +154,25 @@ NOT_FULL = {
     "equal": lambda q, k: k[None] != q[:, None] + 200,
 }
 
+EMPTY = {
+    "turned": lambda q, k: ~(k[None] <= q[:, None] + 200),
+    "one side": lambda q, k: (k[None] > q[:, None] + 200) & (k > 3),
+    "both sides": lambda q, k: (k[None] > q[:, None] + 200) | (k < 0),
+}
 
-@pytest.mark.parametrize("name", [*FULL, *NOT_FULL])
+
+@pytest.mark.parametrize("name", [*FULL, *NOT_FULL, *EMPTY])
 def test_what_is_full_for_every_input(name: str) -> None:
     def call(x: Tensor, keys: Tensor) -> Tensor:
         q, k = torch.arange(x.shape[2]), torch.arange(keys.shape[2])
-        mask = (FULL | NOT_FULL)[name](q, k).expand(x.shape[2], -1)
+        mask = (FULL | NOT_FULL | EMPTY)[name](q, k).expand(x.shape[2], -1)
         return F.scaled_dot_product_attention(x, keys, keys, attn_mask=mask)
 
     (graph,) = graphs_of(call, torch.randn(1, 2, NEW, 32), torch.randn(1, 2, OLD, 32))
     (node,) = [n for n in graph.graph.nodes if n.target is F.scaled_dot_product_attention]
-    assert is_full(Dataflow(graph), node.kwargs["attn_mask"], node) is (name in FULL)
+    flow, mask = Dataflow(graph), node.kwargs["attn_mask"]
+    assert is_always(True, flow, mask, node) is (name in FULL)
+    assert is_always(False, flow, mask, node) is (name in EMPTY)
 
 
 @pytest.mark.parametrize("by_mask", [True, False])

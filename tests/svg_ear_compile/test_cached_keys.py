@@ -16,7 +16,15 @@ from svg_ear_compile.kernels.call import AttentionCall, CallRequest, calls_from
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.reference import Result
 from svg_ear_compile.kernels.registry import sparse_attention
-from svg_ear_compile.memory import HOPELESS, Memory, RememberedCall, calls_by_branch
+from svg_ear_compile.memory import (
+    HOPELESS,
+    OUTDATED,
+    STALE,
+    Arriving,
+    Memory,
+    RememberedCall,
+    calls_by_branch,
+)
 
 PLAN = AttentionPlan(density=0.2)
 ALL_BLOCKS = replace(PLAN, routing="threshold", threshold=0.0)
@@ -146,6 +154,25 @@ def test_keys_that_moved_without_their_values_are_found(video: Video) -> None:
     assert error(stream.attend(q, k, v), q, k, v) > 1.2 * anew
     assert error(stream.attend(q, k, v), q, k, v) == anew
     assert stream.counts == (2, 0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("excess", "counts"),
+    [(0.9 * STALE, (1, 0, 0, 1)), (STALE, (1, 0, 0, 1)), (OUTDATED, (2, 0, 0, 0))],
+)
+def test_stale_labels_are_all_renewed(excess: float, counts: tuple[int, ...], video: Video) -> None:
+    stream = Stream()
+    q, k, v = chunk(video, 5)
+    stream.attend(q, k, v)
+    memory = stream.memory
+    assert memory.k_labels is not None
+    memory.k_labels = torch.zeros_like(memory.k_labels)  # fit no key, beside centroids that do
+    memory.excess = Arriving(torch.tensor(excess))
+    stream.attend(q, k, v)
+    assert stream.counts == counts
+    found = stream.result.excess
+    assert (found is not None and found.item() > 0.5) == (excess < STALE)
+    assert not memory.is_stale
 
 
 def test_keys_that_outdate_again_and_again_are_hopeless(video: Video) -> None:
