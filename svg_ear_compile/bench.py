@@ -184,7 +184,7 @@ def _bench(given: argparse.Namespace) -> None:
     batch, heads, tokens, dim = SHAPES[given.shape].size
     table = Table(
         title=f"{given.shape}: {batch} × {heads} heads of {dim}, {tokens:,} tokens",
-        caption=f"{describe(given.device).name}; synthetic tensors, so errors are no picture's",
+        caption=f"{describe(given.device).name}; synthetic tensors: not the error of a video",
     )
     for heading in ("density", "reached", "dense ms", "sparse ms", "speed-up", "error"):
         table.add_column(heading, justify="right")
