@@ -224,7 +224,7 @@ FAULTS: list[tuple[Callable[[Monkey], None], dict[str, str]]] = [
     (_lists_are_never_written, {"write": "foreach"}),
     (_sites_read_what_was_replaced, {"near": "attention_of_attention"}),
     (_only_positional_arguments_are_known, {"form": "matmul", "scale": "divided"}),
-    (_repeated_masks_keep_their_batch, {"mask": "halves_repeated"}),
+    (_repeated_masks_keep_their_batch, {"form": "sdpa_positional", "mask": "halves_repeated"}),
     (_outputs_have_strides_of_their_own, {"near": "output_viewed"}),
     (_ragged_sizes_are_read, {"near": "jagged"}),
     (_any_tensor_is_plain, {"near": "transformed"}),
@@ -240,7 +240,7 @@ def test_a_fault_that_is_put_back_is_found(
         put_back(monkey)
         found = next(
             case
-            for case in (draw(21, index, focus) for index in range(200))
+            for case in (draw(24, index, focus) for index in range(200))
             if judge(case).outcome in ("wrong", "crashed")
         )
     assert judge(found).outcome not in BAD

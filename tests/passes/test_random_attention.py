@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from traced_graphs import Rewriting
 
 SEEDS = st.integers(0, 2**31 - 1)
-MORE = settings(max_examples=settings().max_examples * 4)
+MORE = settings(max_examples=settings().max_examples * 2)
 
 
 def check(
