@@ -161,13 +161,16 @@ def test_a_run_that_was_cut_continues(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 def test_a_small_model_on_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Ulysses over processes runs in tests of its own.
+    rings = lambda gpus, heads: [x for x in layouts(gpus, heads) if x.ulysses == 1]  # noqa: E731
+    monkeypatch.setattr(command, "layouts", rings)
     given = ["--tiny", "--gpus", "2", "--layers", "1", "--densities", "0.3", "--repeats", "2"]
     run(monkeypatch, tmp_path, *given)
     path = tmp_path / "tiny.json"
     written = json.loads(path.read_text())
     rows = written["rows"]
     assert [(r["ring"], r["ulysses"], r["density"]) for r in rows] == [
-        (*degrees, density) for degrees in ((1, 1), (1, 2), (2, 1)) for density in (1.0, 0.3)
+        (*degrees, density) for degrees in ((1, 1), (2, 1)) for density in (1.0, 0.3)
     ]
     for row in rows:
         assert row["finite"]
