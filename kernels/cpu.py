@@ -24,7 +24,7 @@ from svg_ear_compile.kernels.compensation import (
 )
 from svg_ear_compile.kernels.kept_clusters import Placed
 from svg_ear_compile.kernels.kinds import TokenKinds
-from svg_ear_compile.kernels.own_tokens import with_own_tokens
+from svg_ear_compile.kernels.own_tokens import has_own_tokens, with_own_tokens
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.registry import Implementation, register
 from svg_ear_compile.kernels.routing import BlockScores, route, row_area
@@ -110,7 +110,7 @@ def attend(
             None if corrected is None else Corrections(*(x[p] for x in corrected)),
             out[p], lse[p],
         )  # fmt: skip
-    if corrected is not None and q.shape[2] == k.shape[2]:
+    if corrected is not None and has_own_tokens(compensation, q, k):
         out, lse = with_own_tokens(
             out, lse, float_q, all_k, all_v, queries, head_keys, block_mask, proxies, scale,
             corrected,

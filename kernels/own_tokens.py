@@ -14,6 +14,12 @@ from torch import Tensor
 
 from svg_ear_compile.kernels.clusters import Clusters
 from svg_ear_compile.kernels.compensation import Corrections, ProxyTokens
+from svg_ear_compile.kernels.plan import Compensation
+
+
+def has_own_tokens(compensation: Compensation, q: Tensor, k: Tensor) -> bool:
+    """True if attention of q (B, H, N_q, D) to k (B, H_kv, N_k, D) has exact own tokens."""
+    return compensation == "gaussian" and q.shape[2] == k.shape[2]
 
 
 def with_own_tokens(

@@ -42,7 +42,7 @@ from svg_ear_compile.kernels.compensation import (
 )
 from svg_ear_compile.kernels.kept_clusters import Placed
 from svg_ear_compile.kernels.kinds import ALL_CLUSTERED, TokenKinds
-from svg_ear_compile.kernels.own_tokens import with_own_tokens
+from svg_ear_compile.kernels.own_tokens import has_own_tokens, with_own_tokens
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.routing import BlockScores, route, row_area, take_until
 
@@ -171,7 +171,7 @@ def attend(
         q, k, v, routed.queries.labels, head_keys.labels, routed.block_mask, proxies, scale,
         corrected,
     )  # fmt: skip
-    if corrected is not None and q.shape[2] == k.shape[2]:
+    if corrected is not None and has_own_tokens(compensation, q, k):
         out, lse = with_own_tokens(
             out, lse, q, k, v, routed.queries, head_keys, routed.block_mask, proxies, scale,
             corrected,

@@ -28,7 +28,10 @@ _ELEMENTWISE = frozenset({
     "lt", "le", "gt", "ge", "eq", "ne", "logical_and", "logical_or", "logical_not", "add", "sub",
     "mul", "floordiv", "floor_divide", "mod", "remainder",
 })  # fmt: skip
-_VMAP = torch._functorch.predispatch
+# How vmap appears in a graph is no promise of PyTorch: where it appears otherwise, masks stay data.
+_VMAP = getattr(torch._functorch, "predispatch", None)
+_ADD_BATCH_DIM = getattr(_VMAP, "_add_batch_dim", None)
+_REMOVE_BATCH_DIM = getattr(_VMAP, "_remove_batch_dim", None)
 
 
 @dataclass(frozen=True)
@@ -295,7 +298,7 @@ def _applies(
     if len(sizes) != _INDICES or sizes[2:] != tokens:
         return False
     for level, size in enumerate(sizes, start=1):  # vmap of vmap, the sample outermost
-        if not isinstance(node, Node) or node.target is not _VMAP._remove_batch_dim:
+        if not isinstance(node, Node) or node.target is not _REMOVE_BATCH_DIM:
             return False
         if node.args[1:] != (level, size, 0):
             return False
@@ -334,7 +337,7 @@ def _applies(
 
 def _is_number(node: Node, place: int, size: int | None) -> bool:
     """True if a node holds the numbers below `size`, each in a run of its own of vmap's level."""
-    if node.target is not _VMAP._add_batch_dim or node.args[1:] != (0, place + 1):
+    if node.target is not _ADD_BATCH_DIM or node.args[1:] != (0, place + 1):
         return False
     numbers = node.args[0]
     if not isinstance(numbers, Node) or operation(numbers) != "arange":

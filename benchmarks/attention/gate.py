@@ -6,6 +6,7 @@ from torch import Tensor
 
 from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.clusters import Clusters, Result
+from svg_ear_compile.kernels.own_tokens import has_own_tokens
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 GATE = 1e-2
@@ -34,7 +35,7 @@ def definition_rows(
     the arithmetic.
     """
     b, h = head
-    owns = q.shape[2] == k.shape[2]
+    owns = has_own_tokens(plan.compensation, q, k)
     kv = h // (q.shape[1] // k.shape[1])
     scale = q.shape[-1] ** -0.5
     queries, keys = (

@@ -38,6 +38,7 @@ from svg_ear_compile.kernels.gpu.route import kv_indices_kernel, kv_offset_kerne
 from svg_ear_compile.kernels.gpu.score import score_kernel
 from svg_ear_compile.kernels.kept_clusters import Placed, excess_spread, updated_labels
 from svg_ear_compile.kernels.kinds import TokenKinds
+from svg_ear_compile.kernels.own_tokens import has_own_tokens
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.registry import Implementation, register
 
@@ -163,7 +164,7 @@ def attend(
     q_clusters, k_clusters = queries.centroids.shape[1], keys.centroids.shape[1]
     flat_heads = batch * heads
     corrected = compensation == "gaussian"
-    owns = corrected and q_tokens == k_tokens
+    owns = has_own_tokens(compensation, q, k)
     needs_lse = return_lse or owns
     lse = q.new_empty(q.shape[:3] if needs_lse else (0,), dtype=torch.float32)
     tile_cluster, tile_place = query_tiles(queries, q_tokens, tile.rows)
