@@ -31,6 +31,7 @@ from svg_ear_compile.kernels.checked import (
     printable,
     shown,
 )
+from svg_ear_compile.kernels.plan import Compensation
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Sample:
     head_dim: Size
     dtype: str
     density: Fraction
-    compensation: str
+    compensation: Compensation
     q_clusters: Size
     k_clusters: Size
     dense_ms: Milliseconds

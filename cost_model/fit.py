@@ -139,7 +139,7 @@ def plan_of(sample: Sample) -> AttentionPlan:
     """The plan that a sample was measured with."""
     return AttentionPlan(
         density=sample.density,
-        compensation=sample.compensation,  # type: ignore[arg-type]
+        compensation=sample.compensation,
         q_clusters=sample.q_clusters,
         k_clusters=sample.k_clusters,
     )

@@ -189,13 +189,13 @@ def _taken(vector: Vector, entry: object, count: int | TokenCount) -> Vector | N
 
 def _place_after(before: Sequence[Size], dim: int, after: Sequence[Size]) -> int | None:
     """Where a dimension is after a reshape that left it whole; None if it did not."""
-    leading = [hint(size) for size in before[:dim]]
-    if None in leading:
+    leading = [n for size in before[:dim] if (n := hint(size)) is not None]
+    if len(leading) < dim:
         same = len(after) > dim and all(map(is_same, before[: dim + 1], after))
         return dim if same else None
     product = 1
     for place, size in enumerate(after):
-        if product == math.prod(leading) and is_same(size, before[dim]):  # type: ignore[arg-type]
+        if product == math.prod(leading) and is_same(size, before[dim]):
             return place
         known = hint(size)
         if known is None:

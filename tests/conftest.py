@@ -1,4 +1,4 @@
-"""Hypothesis profiles, and where Triton kernels run: on a CUDA device, else interpreted."""
+"""Hypothesis profiles; where Triton kernels run; compilation without Inductor."""
 
 from __future__ import annotations
 
@@ -56,6 +56,20 @@ def _said_before_is_forgotten() -> None:
     summary = sys.modules.get("svg_ear_compile.summary")
     if summary is not None:
         summary.say_once.cache_clear()
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each graph runs as the pass leaves it; no session is left active."""
+    from svg_ear_compile.kernels.call import UNBOUND, active_source
+
+    torch.compiler.reset()
+    monkeypatch.setattr(
+        "svg_ear_compile.backend.compile_fx", lambda gm, inputs, **given: gm.forward
+    )
+    yield
+    torch.compiler.reset()
+    assert active_source() is UNBOUND
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

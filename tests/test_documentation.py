@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from documented_models import LAYERS, wan_inputs, wan_pipeline, write_budget
 from tiny_diffusers import wan_transformer
 
@@ -57,7 +56,7 @@ def blocks_of(text: str) -> Iterator[Block]:
 
 
 @pytest.fixture
-def sparse_without_inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def sparse_without_inductor(monkeypatch: pytest.MonkeyPatch, without_inductor: None) -> None:
     """Short videos go sparse, and graphs run as they are."""
     parse = Settings.parse
 
@@ -66,12 +65,6 @@ def sparse_without_inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return parse(options if "budget" in options else {"min_tokens": 1, **options}, mode)
 
     monkeypatch.setattr(Settings, "parse", staticmethod(lowered))
-    monkeypatch.setattr(
-        "svg_ear_compile.backend.compile_fx", lambda gm, inputs, **given: gm.forward
-    )
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 _SLOW = ("pipelines.md",)  # every recipe is a pipeline of its own

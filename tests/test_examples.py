@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = {
@@ -21,15 +20,6 @@ PIPELINES = (
     "wan", "wan22_two_experts", "hunyuan_video", "cogvideox", "minimax_h3", "lora", "quantised",
     "step_cache",
 )  # fmt: skip
-
-
-@pytest.fixture
-def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs run as they are."""
-    monkeypatch.setattr(
-        "svg_ear_compile.backend.compile_fx", lambda gm, inputs, **given: gm.forward
-    )
-    torch._dynamo.reset()
 
 
 def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,9 @@ from rich.markdown import Markdown
 
 from benchmarks.context_parallel.layouts import layouts, misfit, sizes
 from benchmarks.context_parallel.measure import Task, outputs_of_one_gpu, run
-from benchmarks.context_parallel.models import SIZES, TINY, shape_of
+from benchmarks.context_parallel.models import SIZES, shape_of
 from benchmarks.context_parallel.report import measured_table, write_plot
+from benchmarks.end_to_end.models import TINY
 from benchmarks.provenance import provenance
 
 

@@ -17,9 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import svg_ear_compile
 from benchmarks.context_parallel.layouts import Layout
-from benchmarks.context_parallel.models import SIZES, TINY, TINY_OPTIONS, divide
+from benchmarks.context_parallel.models import SIZES, divide
 from benchmarks.end_to_end.measure import seconds_of
-from benchmarks.end_to_end.models import Size
+from benchmarks.end_to_end.models import TINY, TINY_OPTIONS, Size
 
 
 @dataclass(frozen=True)

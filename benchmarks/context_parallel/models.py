@@ -22,17 +22,6 @@ SIZES = {
         {"num_attention_heads": 24, "num_layers": 60, "ffn_dim": 12288},
     ),
 }
-TINY = Size(
-    _wan,
-    (4, 4, 16, 16),  # 4 x 8 x 8 = 256 tokens
-    (8, 16),
-    {
-        "num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4,
-        "text_dim": 16, "freq_dim": 16, "ffn_dim": 64, "num_layers": 2, "rope_max_seq_len": 32,
-    },
-)  # fmt: skip
-"""A size for CPUs, to see that everything runs."""
-TINY_OPTIONS = {"min_tokens": 32, "q_clusters": 4, "k_clusters": 8}
 
 
 def shape_of(size: Size) -> Shape:

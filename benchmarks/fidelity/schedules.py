@@ -63,16 +63,17 @@ class Schedule:
         return (min(1.0, self.factor * level),) * leading + (level,) * (steps - leading)
 
 
+USUAL = Schedule("first fifth dense", 0.2, math.inf)
+"""The recipe of the papers."""
 SCHEDULES = (
     Schedule("even"),
-    Schedule("first fifth dense", 0.2, math.inf),
+    USUAL,
     Schedule("first eighth at 2x", 0.125, 2.0),
     Schedule("first quarter at 1.5x", 0.25, 1.5),
     Schedule("first quarter at 2x", 0.25, 2.0),
     Schedule("first half at 1.5x", 0.5, 1.5),
     Schedule("first half at 0.67x", 0.5, 2 / 3),
 )
-"""The usual recipe is the second."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,6 @@ def compared(record: Mapping[str, Any], times: Mapping[str, CallTimes]) -> str:
         record: of a run.
         times: by shape.
     """
-    usual = SCHEDULES[1].name
     by_name: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
         by_name.setdefault(row["schedule"]["name"], []).append(row)
@@ -180,7 +180,7 @@ def compared(record: Mapping[str, Any], times: Mapping[str, CallTimes]) -> str:
         marks = [
             call.of(row["densities"], row["reused"])
             for level in (0.1, 0.2)
-            for row in by_name.get(usual, [])
+            for row in by_name.get(USUAL.name, [])
             if row["level"] == level
         ]
         heads = "".join(f" | dB at {ms:.1f} ms a call" for ms in marks)

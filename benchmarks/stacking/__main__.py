@@ -17,22 +17,11 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benchmarks.end_to_end.models import SIZES, Size, _wan
+from benchmarks.end_to_end.models import SIZES, TINY, TINY_OPTIONS
 from benchmarks.provenance import provenance
 from benchmarks.stacking.measure import stacked
 from benchmarks.stacking.neighbours import NEIGHBOURS
 from benchmarks.stacking.report import table
-
-TINY = Size(
-    _wan,
-    (4, 3, 16, 16),
-    (7, 16),
-    {
-        "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4,
-        "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 32,
-    },
-)  # fmt: skip
-"""192 tokens."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     size = TINY if given.tiny else SIZES[given.model]
     if given.layers:
         size = size.with_layers((given.layers,))
-    options = {"density": given.density, **({"min_tokens": 100} if given.tiny else {})}
+    options = {"density": given.density, **(TINY_OPTIONS if given.tiny else {})}
     record: dict[str, Any] = {
         **provenance(), "model": "tiny" if given.tiny else given.model, "layers": given.layers,
         "density": given.density, "steps": given.steps, "rows": [],

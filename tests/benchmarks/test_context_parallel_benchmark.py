@@ -162,7 +162,9 @@ def test_a_run_that_was_cut_continues(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.slow
 def test_a_small_model_on_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Ulysses over processes runs in tests of its own.
-    rings = lambda gpus, heads: [x for x in layouts(gpus, heads) if x.ulysses == 1]  # noqa: E731
+    def rings(gpus: int, heads: int) -> list[Layout]:
+        return [layout for layout in layouts(gpus, heads) if layout.ulysses == 1]
+
     monkeypatch.setattr(command, "layouts", rings)
     given = ["--tiny", "--gpus", "2", "--layers", "1", "--densities", "0.3", "--repeats", "2"]
     run(monkeypatch, tmp_path, *given)

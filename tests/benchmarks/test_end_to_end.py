@@ -8,30 +8,23 @@ from rich.console import Console
 
 from benchmarks.end_to_end.__main__ import table
 from benchmarks.end_to_end.measure import forward, generation
-from benchmarks.end_to_end.models import SIZES, Size, _hunyuan, _wan
+from benchmarks.end_to_end.models import SIZES, TINY, Size, _hunyuan
 
-WAN = {
-    "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4,
-    "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 32,
-}  # fmt: skip
 HUNYUAN = {
     "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4,
     "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": 16,
     "pooled_projection_dim": 8, "rope_axes_dim": (8, 12, 12), "guidance_embeds": True,
 }  # fmt: skip
-TINY = {
-    "wan": Size(_wan, (4, 3, 16, 16), (7, 16), WAN),
-    "hunyuan": Size(
-        _hunyuan, (4, 3, 16, 16), (7, 16), HUNYUAN, ("num_layers", "num_single_layers"), 8
-    ),
-}
+TINY_HUNYUAN = Size(
+    _hunyuan, (4, 3, 16, 16), (7, 16), HUNYUAN, ("num_layers", "num_single_layers"), 8
+)
 OPTIONS = {"density": 0.3, "min_tokens": 64}
 
 
 @pytest.mark.slow
 def test_a_forward_reports_time_attention_and_clusters() -> None:
     rows = [
-        {"model": "wan", **forward(TINY["wan"], backend, options, 2, "cpu", torch.float32)}
+        {"model": "wan", **forward(TINY, backend, options, 2, "cpu", torch.float32)}
         for backend, options in (("inductor", {}), ("svg_ear", OPTIONS))
     ]
     for row in rows:
@@ -57,7 +50,7 @@ def test_a_generation_is_run_from_caches_that_its_first_steps_fill() -> None:
         {
             "model": "wan",
             **generation(
-                TINY["wan"],
+                TINY,
                 backend,
                 options,
                 steps=3,
@@ -77,7 +70,7 @@ def test_a_generation_is_run_from_caches_that_its_first_steps_fill() -> None:
 
 @torch.no_grad()
 def test_a_model_with_pooled_text_and_guidance_takes_its_inputs() -> None:
-    size = TINY["hunyuan"]
+    size = TINY_HUNYUAN
     out = size.build("cpu", torch.float32)(**size.inputs("cpu", torch.float32))[0]
     assert out.shape == (1, *size.latents)
     assert out.isfinite().all()

@@ -147,8 +147,9 @@ def test_the_wheel_gets_what_it_takes(qkv: list[Tensor], monkeypatch: pytest.Mon
 
     wheel = ModuleType("comfy_kitchen")
     wheel.__spec__ = ModuleSpec("comfy_kitchen", None)
-    wheel.sol_attn = sol_attn  # type: ignore[attr-defined]
-    wheel.sol_attn_is_available = lambda device: device.type == "cuda"  # type: ignore[attr-defined]
+    vars(wheel).update(
+        sol_attn=sol_attn, sol_attn_is_available=lambda device: device.type == "cuda"
+    )
     monkeypatch.setitem(sys.modules, "comfy_kitchen", wheel)
     assert kitchen.missing(torch.device("cuda")) is None
     assert kitchen.missing(torch.device("cpu")) == "comfy-kitchen has no kernels for cpu"

@@ -106,7 +106,7 @@ def test_a_fit_to_exact_times_predicts_times_that_it_never_saw(
         return sample_of(truth, shape, plan, fitted)
 
     seen = [
-        sample(n, AttentionPlan(density=d, compensation=form, q_clusters=c, k_clusters=2 * c), True)  # type: ignore[arg-type]
+        sample(n, AttentionPlan(density=d, compensation=form, q_clusters=c, k_clusters=2 * c), True)
         for n, d, form, c in itertools.product(
             (999, 4000, 9000), (0.1, 0.4), ("gaussian", "centroid"), (7, 50)
         )

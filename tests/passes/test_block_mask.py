@@ -133,7 +133,7 @@ def with_kwargs(name: str, **kwargs: Any) -> Change:
 
 def other_function(graph: GraphModule) -> Iterator[tuple[Node, dict[str, Any]]]:
     """Another function inside of blocks than the one that the lists are made of."""
-    yield nodes(graph.mask_fn_0, "lt")[0], {"target": operator.le}  # type: ignore[arg-type]
+    yield nodes(graph.mask_fn_0, "lt")[0], {"target": operator.le}
 
 
 def of_queries(graph: GraphModule) -> Iterator[tuple[Node, dict[str, Any]]]:
@@ -191,7 +191,7 @@ def test_lists_of_other_blocks_are_left(graph: GraphModule, change: Change) -> N
 
 def test_a_function_of_a_tensor_that_changes_is_left(graph: GraphModule) -> None:
     node = flex(graph)
-    (lengths,) = node.args[8]  # type: ignore[misc]
+    (lengths,) = node.args[8]
     with graph.graph.inserting_before(node):
         write = graph.graph.call_method("sub_", (lengths, 1))
     write.meta["example_value"] = lengths.meta["example_value"]

@@ -20,10 +20,7 @@ OPTIONS = {"density": 0.4, "min_tokens": TOKENS}
 Warned = Callable[[], list[str]]
 
 
-@pytest.fixture(autouse=True)
-def _without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("svg_ear_compile.backend.compile_fx", lambda gm, *_, **__: gm.forward)
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("without_inductor")
 
 
 @pytest.fixture

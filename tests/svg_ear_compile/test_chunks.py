@@ -18,8 +18,7 @@ CHUNKS = 5
 OPTIONS = {"density": 0.3, "min_tokens": 1}
 
 
-@pytest.fixture(autouse=True)
-def _without_inductor(without_inductor: None) -> None: ...
+pytestmark = pytest.mark.usefixtures("without_inductor")
 
 
 def compiled(model: torch.nn.Module, **options: Any) -> Any:

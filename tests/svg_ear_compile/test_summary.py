@@ -23,10 +23,7 @@ LOGGER = "svg_ear_compile.summary"
 Lines = Callable[[], list[str]]
 
 
-@pytest.fixture(autouse=True)
-def _without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("svg_ear_compile.backend.compile_fx", lambda gm, *_, **__: gm.forward)
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("without_inductor")
 
 
 @pytest.fixture

@@ -29,13 +29,9 @@ QUICK = TuningSettings(densities=(0.1, 0.3), compiler="eager", cluster_sizes=((3
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, without_inductor: None) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(trial_runs, "REPEATS", 2)
-    monkeypatch.setattr(
-        "svg_ear_compile.backend.compile_fx", lambda gm, inputs, **given: gm.forward
-    )
-    torch._dynamo.reset()
 
 
 def model_and_calls() -> tuple[nn.Module, list[ModelCall]]:
