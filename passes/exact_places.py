@@ -58,7 +58,13 @@ def _spans(vector: Vector, places: np.ndarray | None, exact: ExactTokens) -> str
     count = traced_count(vector, exact.is_exact)
     if places is None:
         return "an unknown number" if count is None else f"{count} by index"
-    edges = np.flatnonzero(np.diff(places.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
-    if len(edges) > _MOST_SPANS:
-        return f"{count} in {len(edges)} spans"
-    return ", ".join(f"{start}:{stop}" for start, stop in edges.tolist())
+    found = spans_of(places)
+    if len(found) > _MOST_SPANS:
+        return f"{count} in {len(found)} spans"
+    return ", ".join(f"{start}:{stop}" for start, stop in found)
+
+
+def spans_of(places: np.ndarray) -> list[tuple[int, int]]:
+    """Start and stop of every run of True in places (N,) bool."""
+    edges = np.flatnonzero(np.diff(places.astype(np.int8), prepend=0, append=0))
+    return [(start, stop) for start, stop in edges.reshape(-1, 2).tolist()]

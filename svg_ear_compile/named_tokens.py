@@ -18,12 +18,14 @@ from svg_ear_compile.kernels.checked import (
     shown,
 )
 from svg_ear_compile.passes.exact import fits
+from svg_ear_compile.passes.exact_places import spans_of
 from svg_ear_compile.settings import exact_spans
 
 TokenFunction = Callable[[Mapping[str, Any]], object]
 """From the arguments of a forward, by name, to the tokens that are exact in it: slices, as the
 option `exact_tokens` takes them, a bool mask (N,) or (B, N), indices of tokens, or None for what
-the graph shows. A token that one sample of the batch names is exact in all."""
+the graph shows. A token that one sample of the batch names is exact in all. A mask or indices on a
+GPU make each forward wait for it; slices do not."""
 
 
 @dataclass
@@ -114,7 +116,7 @@ def named_tokens(function: TokenFunction, inputs: Mapping[str, Any]) -> NamedTok
                 f"{tuple(named.shape)}"
             )
         mask = (named if named.dim() == 1 else named.any(0)).cpu().numpy()
-        return NamedTokens(_runs(mask), len(mask))
+        return NamedTokens(tuple(spans_of(mask)), len(mask))
     if named.is_floating_point() or named.is_complex():
         raise InvalidTypeError(
             f"exact_tokens must return a bool mask or integer indices, got a tensor of "
@@ -130,11 +132,6 @@ def check_function(function: object) -> None:
             f"exact_tokens of bind is a function of the model's inputs, got {shown(function)}: "
             "slices are an option of torch.compile"
         )
-
-
-def _runs(mask: np.ndarray) -> tuple[tuple[int, int], ...]:
-    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
-    return tuple((int(start), int(stop)) for start, stop in edges)
 
 
 def _of_indices(indices: np.ndarray) -> tuple[tuple[int, int | None], ...]:

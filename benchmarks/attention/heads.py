@@ -1,10 +1,10 @@
-"""`python -m benchmarks.attention.heads`: the error of sparse attention on heads of known kinds.
+"""`python -m benchmarks.attention.heads`: the error of sparse attention on heads of known types.
 
-A mean over the heads of a model hides its worst head. Here every kind of head that video
+A mean over the heads of a model hides its worst head. Here every type of head that video
 transformers are known to have gets inputs of its own, made so that dense attention has a known
 answer: one token, near neighbours in space, one place at all times, everything alike, a few sinks,
 one token and everything at once. Heads of places have the same query and key everywhere, rotated by
-RoPE, plus a little of what is seen there. Prints the error of each kind and names the worst.
+RoPE, plus a little of what is seen there. Prints the error of each type and names the worst.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def what_is_seen(scene: Scene) -> Head:
     return found[0][0, 0], found[1][0, 0], found[2][0, 0]
 
 
-KINDS: dict[str, Callable[[Scene], Head]] = {
+TYPES: dict[str, Callable[[Scene], Head]] = {
     "one token, by its place": own_token,
     "one token, by what it shows": what_is_seen,
     "one token of the frame before": same_place_before,
@@ -173,19 +173,19 @@ def scene_of(tokens: int, dim: int, seed: int, device: str) -> Scene:
 
 
 def errors_of(
-    kind: str, tokens: int, dim: int, heads: int, device: str, form: str = "gaussian"
+    name: str, tokens: int, dim: int, heads: int, device: str, form: str = "gaussian"
 ) -> dict[float, float]:
-    """Relative error of the output by density, over some heads of a kind, each of its own scene.
+    """Relative error of the output by density, over some heads of a type, each of its own scene.
 
     Args:
-        kind: name in `KINDS`.
+        name: name in `TYPES`.
         tokens: of the video.
         dim: head dim.
         heads: number of heads.
         device: ``"cuda"`` or ``"cpu"``.
         form: compensation and metric, see `plan_of`.
     """
-    made = [KINDS[kind](scene_of(tokens, dim, seed, device)) for seed in range(heads)]
+    made = [TYPES[name](scene_of(tokens, dim, seed, device)) for seed in range(heads)]
     q, k, v = (torch.stack(part)[None] for part in zip(*made, strict=True))
     dense = F.scaled_dot_product_attention(q, k, v)
     return {
@@ -195,28 +195,28 @@ def errors_of(
 
 
 def main() -> None:
-    """Print the error of every kind and name the worst."""
+    """Print the error of every type and name the worst."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--tokens", type=int, default=32760 if on_gpu else 8190)
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=12 if on_gpu else 1, help="of every kind")
+    parser.add_argument("--heads", type=int, default=12 if on_gpu else 1, help="of every type")
     parser.add_argument("--form", default="gaussian", help="also centroid, gaussian/euclidean")
     given = parser.parse_args()
     frames, rows, columns = grid_of(given.tokens)
     print(
-        f"{given.tokens} tokens of {frames} x {rows} x {columns}, {given.heads} heads of a kind, "
+        f"{given.tokens} tokens of {frames} x {rows} x {columns}, {given.heads} heads of a type, "
         f"head dim {given.dim}, {given.form}"
     )
     print(f"{'error at density':30s}", *(f"{density:>7g}" for density in DENSITIES))
     found = {}
-    for kind in KINDS:
-        found[kind] = errors_of(
-            kind, given.tokens, given.dim, given.heads, "cuda" if on_gpu else "cpu", given.form
+    for name in TYPES:
+        found[name] = errors_of(
+            name, given.tokens, given.dim, given.heads, "cuda" if on_gpu else "cpu", given.form
         )
-        print(f"{kind:30s}", *(f"{e:7.3f}" for e in found[kind].values()), flush=True)
+        print(f"{name:30s}", *(f"{e:7.3f}" for e in found[name].values()), flush=True)
     for density in DENSITIES:
-        worst = max(found, key=lambda kind: found[kind][density])
+        worst = max(found, key=lambda name: found[name][density])
         print(f"worst at {density:g}: {worst}, {found[worst][density]:.3f}")
 
 

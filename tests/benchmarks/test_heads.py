@@ -1,4 +1,4 @@
-"""Heads of known kinds: what dense attention does with them, and that the bench names the worst."""
+"""Heads of known types: what dense attention does with them, and that the bench names the worst."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention import heads
-from benchmarks.attention.heads import KINDS, SINK_MASS, Scene, scene_of, sink_places
+from benchmarks.attention.heads import SINK_MASS, TYPES, Scene, scene_of, sink_places
 
 TOKENS = 1011  # the last row of the grid is cut
 
@@ -17,8 +17,8 @@ def scene(request: pytest.FixtureRequest) -> Scene:
     return scene_of(TOKENS, request.param, 0, "cpu")
 
 
-def weights(kind: str, scene: Scene) -> Tensor:
-    q, k, _ = KINDS[kind](scene)
+def weights(name: str, scene: Scene) -> Tensor:
+    q, k, _ = TYPES[name](scene)
     return torch.softmax(scene.dim**-0.5 * q @ k.T, -1)
 
 
@@ -34,8 +34,8 @@ def apart(scene: Scene) -> tuple[Tensor, Tensor]:
 
 
 def test_one_token_has_the_mass(scene: Scene) -> None:
-    for kind in ("one token, by its place", "one token, by what it shows"):
-        assert float(weights(kind, scene).diagonal().mean()) > 0.98, kind
+    for name in ("one token, by its place", "one token, by what it shows"):
+        assert float(weights(name, scene).diagonal().mean()) > 0.98, name
 
 
 def test_the_frame_before_has_the_mass(scene: Scene) -> None:
@@ -78,14 +78,14 @@ def test_sinks_have_the_mass(scene: Scene) -> None:
     assert float(share.mean()) == pytest.approx(SINK_MASS, abs=0.05)
 
 
-def test_the_worst_kind_is_named(
+def test_the_worst_type_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["heads", "--tokens", "333", "--dim", "32"])
     heads.main()
     lines = capsys.readouterr().out.splitlines()
     errors = {line[:30].strip(): float(line.split()[-2]) for line in lines[2:-2]}
-    assert errors.keys() == KINDS.keys()
-    worst = max(errors, key=lambda kind: errors[kind])
+    assert errors.keys() == TYPES.keys()
+    worst = max(errors, key=lambda name: errors[name])
     assert lines[-2] == f"worst at 0.1: {worst}, {errors[worst]:.3f}"
     assert errors["everything"] < 0.1 < errors[worst]
