@@ -18,7 +18,9 @@ from torch import Tensor
 from svg_ear_compile.kernels.gpu.launch import parts_of, token_strides
 from svg_ear_compile.kernels.kinds import EXACT, PADDING
 
-_BLOCK = 128  # tokens that are compared with each other
+# Tokens that are compared with each other. A thread holds a part of the table of all pairs: more
+# tokens would take all of its registers.
+_BLOCK = 64
 
 
 class Sorted(NamedTuple):
@@ -122,11 +124,13 @@ def place_tokens_kernel(
         label = tl.load(label_ptr + g * tokens + token, mask=there, other=-1)
         place = tl.load(next_row + label, mask=there, other=0)
         same = label[:, None] == label[None, :]  # [BN, BN]
-        earlier = tl.sum((same & (n[None, :] < n[:, None])).to(tl.int32), 1)
-        later = tl.sum((same & (n[None, :] > n[:, None])).to(tl.int32), 1)
+        # Tokens of the same label: those before, and 2^16 times those from this one on.
+        count = tl.sum(tl.where(same, tl.where(n[None, :] < n[:, None], 1, 65536), 0), 1)
+        earlier = count & 65535
+        is_last = (count >> 16) == 1
         tl.store(order_ptr + g * tokens + place + earlier, token, mask=there)
         tl.debug_barrier()
-        tl.store(next_row + label, place + earlier + 1, mask=there & (later == 0))
+        tl.store(next_row + label, place + earlier + 1, mask=there & is_last)
 
 
 def sort_by_label(labels: Tensor, clusters: int, heads: int, kinds: Tensor | None = None) -> Sorted:
