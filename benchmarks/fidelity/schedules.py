@@ -40,7 +40,7 @@ SHORT = "wan1.3b-480p"
 """12 heads of 32,760 tokens."""
 
 LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3)
-SEEDS = {"self": 3, "joint": 2}
+SEEDS = {"self": 3, "joint": 2, "third": 2}
 
 
 @dataclass(frozen=True)
