@@ -143,7 +143,9 @@ def exact_spans(value: object) -> tuple[tuple[int | None, int | None], ...]:
     count = value.count(",") if isinstance(value, str) else 0
     count = len(value) - 1 if isinstance(value, (list, tuple)) else count
     if count >= _MOST_SPANS:
-        raise InvalidValueError(f"exact_tokens must be at most {_MOST_SPANS} slices, got {count + 1}")
+        raise InvalidValueError(
+            f"exact_tokens must be at most {_MOST_SPANS} slices, got {count + 1}"
+        )
     if isinstance(value, str):
         found = [_SPAN.fullmatch(part.strip()) for part in value.split(",")]
         spans = [(int(m[1] or 0), int(m[2]) if m[2] else None) for m in found if m is not None]
