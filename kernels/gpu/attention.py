@@ -31,6 +31,7 @@ from svg_ear_compile.kernels.gpu.launch import (
     architecture,
     launch_config,
     token_strides,
+    without_e4m3,
 )
 from svg_ear_compile.kernels.gpu.metric import logit_metrics
 from svg_ear_compile.kernels.gpu.own_tokens import make_own_tokens_exact
@@ -39,7 +40,7 @@ from svg_ear_compile.kernels.gpu.score import score_kernel
 from svg_ear_compile.kernels.kept_clusters import Placed, excess_spread, updated_labels
 from svg_ear_compile.kernels.kinds import TokenKinds
 from svg_ear_compile.kernels.own_tokens import has_own_tokens
-from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation, Precision
 from svg_ear_compile.kernels.registry import Implementation, register
 
 # Memory for the scores or lists of the heads of one launch: a fraction of the bytes of Q, K, V and
@@ -148,6 +149,7 @@ def attend(
     *,
     scale: float,
     return_lse: bool,
+    precision: Precision = "16",
     on_hopper: bool,
 ) -> tuple[Tensor, Tensor]:
     """`reference.attend` of the result of `cluster_and_route`; does not wait for the device."""
@@ -337,15 +339,19 @@ def _clusters(found: SortedClusters, batch: int, heads: int) -> Clusters:
     )
 
 
-def _no_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def _no_triton(q: Tensor, k: Tensor, v: Tensor, precision: Precision) -> str | None:
     if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
         return f"needs a GPU, not {q.device.type}"
+    if precision == "fp8":
+        return without_e4m3(architecture(q.device)) or 'has no precision="fp8" yet'
     return None
 
 
-def _no_hopper(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def _no_hopper(q: Tensor, k: Tensor, v: Tensor, precision: Precision) -> str | None:
     if architecture(q.device) != HOPPER or triton.knobs.runtime.interpret:
         return f"needs {HOPPER} (Gluon has no interpreter)"
+    if precision == "fp8":
+        return 'has no precision="fp8" yet'
     if launch_config(q.shape[-1], q.element_size(), HOPPER).wgmma is None:
         return f"has no tile for head dim {q.shape[-1]} in {q.dtype}"
     q, k, v, _ = _as_rows(q, k, v, 1.0)

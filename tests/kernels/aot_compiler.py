@@ -131,7 +131,7 @@ def compile_job(job: Job) -> list[Report]:
     plan = AttentionPlan(compensation=job.compensation, first_iterations=1)  # type: ignore[arg-type]
     JITFunction.run = compile_only
     try:
-        on_hopper = attention.HOPPER_GLUON.unsupported(q, k, v) is None
+        on_hopper = attention.HOPPER_GLUON.unsupported(q, k, v, plan.precision) is None
         used = attention.HOPPER_GLUON if on_hopper else attention.TRITON
         made = used.sparse_attention(q, k, v, plan, kinds=kinds, return_lse=True)
         if job.masked:  # once for each tile is enough

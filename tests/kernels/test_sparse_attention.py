@@ -56,12 +56,13 @@ class Case:
     density: float
     scale: float | None
 
-    def plan(self, compensation: str) -> AttentionPlan:
+    def plan(self, compensation: str, precision: str) -> AttentionPlan:
         return AttentionPlan(
             density=self.density,
             routing=self.routing,
             threshold=10 ** (-4 * self.density),
             compensation=compensation,
+            precision=precision,
             q_clusters=self.clusters[0],
             k_clusters=self.clusters[1],
             first_iterations=2,
@@ -138,7 +139,9 @@ def check_route(oracle: Oracle, got: Result) -> None:
     assert (area == 0)[row].all() or plan.density > 0
 
 
-def check_case(form: Form, dim: int, dtype: torch.dtype, compensation: str, case: Case) -> None:
+def check_case(
+    form: Form, dim: int, dtype: torch.dtype, compensation: str, case: Case, precision: str = "16"
+) -> None:
     q, k, v = random_qkv(
         case.seed, case.batch, case.heads, case.tokens, dim, dtype, form.device, case.layout
     )
@@ -146,7 +149,7 @@ def check_case(form: Form, dim: int, dtype: torch.dtype, compensation: str, case
     if case.mask is not None:
         kv_shape = (case.batch, case.heads[1])
         mask = random_mask(case.seed, case.mask, kv_shape, case.tokens[1], form.device)
-    plan = case.plan(compensation)
+    plan = case.plan(compensation, precision)
     kinds = random_kinds(case.seed, mask, case.batch, case.tokens, case.exact, form.device)
     got = form(q, k, v, plan, kinds=kinds, scale=case.scale, return_lse=True)
     assert got.out.dtype == dtype
@@ -172,12 +175,17 @@ def check_output(oracle: Oracle, got: Result) -> None:
 @given(case=cases(33, 97, 150))
 @pytest.mark.parametrize("compensation", COMPENSATIONS)
 @pytest.mark.parametrize(
-    ("dim", "dtype"), [(32, F32), (64, BF16), (72, F16), (128, F32), (192, BF16)], ids=str
-)
+    ("dim", "dtype", "precision"),
+    [
+        (32, F32, "16"), (64, BF16, "16"), (72, F16, "16"), (128, F32, "16"), (192, BF16, "16"),
+        (72, F16, "fp8"), (128, BF16, "fp8"),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_cpu_equals_the_definition_on_its_own_blocks(
-    dim: int, dtype: torch.dtype, compensation: str, case: Case
+    dim: int, dtype: torch.dtype, precision: str, compensation: str, case: Case
 ) -> None:
-    check_case(CPU, dim, dtype, compensation, case)
+    check_case(CPU, dim, dtype, compensation, case, precision)
 
 
 @needs_interpreter
