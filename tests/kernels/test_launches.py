@@ -1,0 +1,32 @@
+"""A call of the GPU path launches few kernels and operations, and a change does not add to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import INTERPRETER, needs_interpreter, random_qkv
+from counted_launches import counted_launches
+
+from svg_ear_compile.kernels.kinds import exact_at_ends
+from svg_ear_compile.kernels.plan import AttentionPlan
+
+# Launches of a call with and without text tokens.
+MOST = {"cold": (205, 215), "recomputed": (117, 117), "reused": (68, 82)}
+
+
+@needs_interpreter
+@pytest.mark.parametrize("with_text", [False, True])
+def test_launches_of_a_call_are_bounded(with_text: bool) -> None:
+    q, k, v = random_qkv(0, 1, (1, 1), (90, 90), 32, torch.float16, "cpu")
+    kinds = exact_at_ends(q, k, 0, 5 if with_text else 0)
+    more: dict[str, Any] = {}
+    for start, most in MOST.items():
+        with counted_launches() as launches:
+            made = INTERPRETER(q, k, v, AttentionPlan(), kinds=kinds, **more)
+        print(f"{start}: {launches}")
+        assert launches.total <= most[with_text], f"{start}: {launches}"
+        more["centroids"] = (made.queries.centroids, made.keys.centroids)
+        if start == "recomputed":
+            more["blocks"] = made.blocks
