@@ -35,6 +35,7 @@ from svg_ear_compile.kernels.gpu.launch import (
 )
 from svg_ear_compile.kernels.gpu.metric import logit_metrics
 from svg_ear_compile.kernels.gpu.own_tokens import make_own_tokens_exact
+from svg_ear_compile.kernels.gpu.rounded_keys import rounded_keys
 from svg_ear_compile.kernels.gpu.route import kv_indices_kernel, kv_offset_kernel, route_kernel
 from svg_ear_compile.kernels.gpu.score import score_kernel
 from svg_ear_compile.kernels.kept_clusters import Placed, excess_spread, updated_labels
@@ -183,6 +184,10 @@ def attend(
         curvature, slope = curvature_and_slope(k, v, keys, routed.value_means, scale, config)
         correction, clip = logit_corrections(q, queries, curvature, kv_heads, config)
         proxy_weight = torch.empty_like(correction)
+    fp8 = precision == "fp8"
+    of_keys, proxy_keys = (k, bias, bias), keys.rounded  # of the first only the place is taken
+    if fp8:
+        *of_keys, proxy_keys = rounded_keys(k, keys, config)
     block_mask = routed.block_mask.flatten(0, 1)
     block_k = triton.next_power_of_2(k_clusters)
     for first_head in range(0, flat_heads, step):
@@ -199,8 +204,10 @@ def attend(
         )  # fmt: skip
         arguments = (
             q, k, v, out, lse, tile_cluster, tile_place, queries.order, queries.starts,
-            keys.order, keys.starts, kv_indices, rows, keys.rounded, routed.value_means, bias,
+            keys.order, keys.starts, kv_indices, rows, proxy_keys, routed.value_means, bias,
             correction, proxy_weight,
+        )  # fmt: skip
+        numbers = (
             *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(out),
             *head_counts, q_tokens, k_tokens, q_clusters, k_clusters, tiles, pitch, scale,
         )  # fmt: skip
@@ -212,11 +219,13 @@ def attend(
             # Gluon is experimental in Triton, so only calls of this kernel import it.
             from svg_ear_compile.kernels.gpu.attend_wgmma import attend_wgmma_kernel
 
-            attend_wgmma_kernel[(tiles, launched)](*arguments, **constants, STAGES=tile.stages)
+            attend_wgmma_kernel[(tiles, launched)](
+                *arguments, *numbers, **constants, STAGES=tile.stages
+            )
         else:
             attend_kernel[(tiles, launched)](
-                *arguments, **constants, BLOCK_D=config.block_dim, INT64_OFFSETS=_needs_int64(k, v),
-                num_stages=tile.stages,
+                *arguments, *of_keys, *numbers, **constants, BLOCK_D=config.block_dim,
+                INT64_OFFSETS=_needs_int64(k, v), FP8=fp8, num_stages=tile.stages,
             )  # fmt: skip
     if owns:
         make_own_tokens_exact(
@@ -327,8 +336,9 @@ def query_tiles(queries: SortedClusters, q_tokens: int, rows: int) -> tuple[Tens
 
 
 def _needs_int64(k: Tensor, v: Tensor) -> bool:
-    """Whether offsets inside one head reach 2^31 elements."""
-    return bool(k.shape[2] * max(k.stride(2), v.stride(2)) >= 2**31)
+    """Whether offsets inside one head of K, V or a dense copy of K reach 2^31 elements."""
+    widest = max(k.stride(2), v.stride(2), triton.next_power_of_2(k.shape[3]))
+    return bool(k.shape[2] * widest >= 2**31)
 
 
 def _clusters(found: SortedClusters, batch: int, heads: int) -> Clusters:
@@ -343,7 +353,7 @@ def _no_triton(q: Tensor, k: Tensor, v: Tensor, precision: Precision) -> str | N
     if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
         return f"needs a GPU, not {q.device.type}"
     if precision == "fp8":
-        return without_e4m3(architecture(q.device)) or 'has no precision="fp8" yet'
+        return without_e4m3(architecture(q.device))
     return None
 
 

@@ -30,6 +30,7 @@ class Job:
     dtype: str
     compensation: str
     masked: bool
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,9 @@ def compile_job(job: Job) -> list[Report]:
         for _ in range(3)
     )
     kinds = exact_at_ends(q, k, 1, 1) if job.masked else ALL_CLUSTERED
-    plan = AttentionPlan(compensation=job.compensation, first_iterations=1)  # type: ignore[arg-type]
+    plan = AttentionPlan(
+        compensation=job.compensation, first_iterations=1, precision=job.precision  # type: ignore[arg-type]
+    )  # fmt: skip
     JITFunction.run = compile_only
     try:
         on_hopper = attention.HOPPER_GLUON.unsupported(q, k, v, plan.precision) is None

@@ -25,9 +25,13 @@ needs_interpreter = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Form:
-    """An implementation and the device it runs on: "cpu", "interpreter" or "cuda"."""
+    """An implementation and the device it runs on: "cpu", "interpreter" or "cuda".
+
+    On "cuda" `kernel` names the implementation; None leaves the choice to the registry.
+    """
 
     name: str
+    kernel: str | None = None
 
     @property
     def device(self) -> str:
@@ -38,7 +42,7 @@ class Form:
         return self.name != "cpu"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, **more) -> Result:
-        name = "cpu" if not self.is_triton else "triton" if self.name == "interpreter" else None
+        name = {"cpu": "cpu", "interpreter": "triton"}.get(self.name, self.kernel)
         found = registry.get(name) if name else registry.choose(q, k, v, precision=plan.precision)
         return found.sparse_attention(q, k, v, plan, **more)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import pytest
@@ -201,6 +201,34 @@ def test_interpreted_kernels_equal_the_definition_on_their_own_blocks(
     check_case(INTERPRETER, dim, dtype, compensation, case)
 
 
+# Odd sizes, grouped heads, always exact tokens and padding; N_q = N_k has own tokens.
+FP8_CASES = {
+    "own tokens": Case(
+        seed=11, batch=1, heads=(2, 1), tokens=(45, 45), layout="bshd", exact=(0.0, 0.0), mask=None,
+        clusters=(2, 5), routing="density", density=0.4, scale=None,
+    ),
+    "kinds": Case(
+        seed=12, batch=1, heads=(2, 1), tokens=(33, 45), layout="fused", exact=(0.1, 0.2),
+        mask=(True, False), clusters=(2, 5), routing="density", density=0.3, scale=0.2,
+    ),
+    "no blocks": Case(
+        seed=13, batch=1, heads=(1, 1), tokens=(17, 45), layout="bhsd", exact=(0.0, 0.0),
+        mask=(False, False), clusters=(2, 5), routing="density", density=0.0, scale=None,
+    ),
+}  # fmt: skip
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("dim", "compensation", "case"),
+    [(64, "gaussian", "own tokens"), (72, "gaussian", "kinds"), (128, "centroid", "no blocks")],
+)
+def test_interpreted_kernels_round_as_the_definition_does(
+    dim: int, compensation: str, case: str
+) -> None:
+    check_case(INTERPRETER, dim, F16, compensation, FP8_CASES[case], "fp8")
+
+
 @pytest.mark.gpu
 @given(case=cases(257, 515, 1031))
 @settings(max_examples=4, phases=[Phase.generate])  # a shrunk example would compile again
@@ -217,27 +245,47 @@ def test_cuda_kernels_equal_the_definition_on_their_own_blocks(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kernel", [None, "triton"])
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+@pytest.mark.parametrize("case", FP8_CASES)
+@pytest.mark.parametrize("dim", [40, 64, 72, 128])
+def test_cuda_kernels_round_as_the_definition_does(
+    dim: int, case: str, compensation: str, kernel: str | None
+) -> None:
+    form = replace(CUDA, kernel=kernel)
+    many = replace(FP8_CASES[case], tokens=tuple(19 * n for n in FP8_CASES[case].tokens))
+    check_case(form, dim, BF16, compensation, many, "fp8")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("routing", ["density", "threshold"])
 @pytest.mark.parametrize("compensation", COMPENSATIONS)
-@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize(
+    ("dim", "precision"), [(64, "16"), (80, "16"), (128, "16"), (64, "fp8"), (128, "fp8")]
+)
 def test_cuda_rows_of_many_tiles_equal_the_definition(
-    dim: int, compensation: str, routing: str
+    dim: int, precision: str, compensation: str, routing: str
 ) -> None:
     case = Case(
         seed=3, batch=1, heads=(2, 1), tokens=(2503, 4999), layout="bshd", exact=(0.05, 0.03),
         mask=None, clusters=(9, 37), routing=routing, density=0.4, scale=None,
     )  # fmt: skip
-    check_case(CUDA, dim, BF16, compensation, case)
+    check_case(CUDA, dim, BF16, compensation, case, precision)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compensation", COMPENSATIONS)
-@pytest.mark.parametrize("dim", HEAD_DIMS)
-def test_cuda_calls_are_bit_equal_whatever_memory_held_before(dim: int, compensation: str) -> None:
+@pytest.mark.parametrize(
+    ("dim", "precision"), [*((dim, "16") for dim in HEAD_DIMS), (64, "fp8"), (128, "fp8")]
+)
+def test_cuda_calls_are_bit_equal_whatever_memory_held_before(
+    dim: int, precision: str, compensation: str
+) -> None:
     q, k, v = random_qkv(0, 1, (2, 2), (515, 771), dim, BF16, "cuda")
     plan = AttentionPlan(
-        density=0.3, compensation=compensation, q_clusters=3, k_clusters=11, first_iterations=2
-    )
+        density=0.3, compensation=compensation, q_clusters=3, k_clusters=11, first_iterations=2,
+        precision=precision,
+    )  # fmt: skip
     first = None
     for _ in range(8):
         torch.cuda.empty_cache()
