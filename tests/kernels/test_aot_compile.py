@@ -29,8 +29,8 @@ SHARED_LIMIT = {
 }
 
 # Each run compiles a few head dims in 16 bits: both forms for the target that was measured, one for
-# the others, which have the tiles of each other, and float32 for the one of least shared memory. These
-# two have precision="fp8" too.
+# the others, which have the tiles of each other, and float32 for the one of least shared memory.
+# Precision "fp8" is compiled for the first and the last of these.
 # `make try-triton` compiles everything, in half an hour.
 MEASURED, SMALLEST = ("cuda", 90), ("cuda", 89)
 SAMPLED_DIMS = (72, 128)
