@@ -342,11 +342,8 @@ def _needs_int64(k: Tensor, v: Tensor) -> bool:
 
 
 def _clusters(found: SortedClusters, batch: int, heads: int) -> Clusters:
-    clusters = found.centroids.shape[1]
-    sizes = found.starts.diff()[:, :clusters]
-    return Clusters(
-        *(t.unflatten(0, (batch, heads)) for t in (found.labels, found.centroids, sizes))
-    )
+    tensors = (found.labels, found.centroids, found.sizes)
+    return Clusters(*(t.unflatten(0, (batch, heads)) for t in tensors))
 
 
 def _no_triton(q: Tensor, k: Tensor, v: Tensor, precision: Precision) -> str | None:

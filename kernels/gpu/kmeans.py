@@ -17,6 +17,7 @@ from torch import Tensor
 from svg_ear_compile.kernels.clusters import QueryTile
 from svg_ear_compile.kernels.gpu.launch import LaunchConfig, token_strides
 from svg_ear_compile.kernels.gpu.nearest import keep_nearer, nearest_of, nothing_yet
+from svg_ear_compile.kernels.gpu.sort import sort_by_label
 from svg_ear_compile.kernels.gpu.tile_align import align_to_tile
 from svg_ear_compile.kernels.kinds import EXACT, PADDING
 
@@ -28,9 +29,7 @@ class SortedClusters(NamedTuple):
     """Tokens of G heads sorted by label.
 
     Attributes:
-        labels: (G, N) int32 in [0, C + 1]: cluster, always exact (C) or padding (C + 1).
-        order: (G, N) int32 token at each place of the order by label; a stable sort.
-        starts: (G, C + 3) int32 first place of each label in the order; the last entry is N.
+        labels, order, starts, sizes: see `sort.Sorted`.
         centroids: (G, C, D) float32.
         rounded: (G, C, D) centroids in the dtype of the tokens.
     """
@@ -38,6 +37,7 @@ class SortedClusters(NamedTuple):
     labels: Tensor
     order: Tensor
     starts: Tensor
+    sizes: Tensor
     centroids: Tensor
     rounded: Tensor
 
@@ -209,18 +209,6 @@ def cluster_mean_kernel(
             tl.store(square_ptr + g * tokens + at, tl.sum(away * away, 1), mask=inside)
 
 
-def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Order (G, N) int32 and starts (G, C + 3) int32 of labels (G, N), see `SortedClusters`."""
-    # A radix sort takes one pass per byte, and most labels fit in two bytes.
-    narrow = labels.to(torch.int16) if clusters + 2 < 2**15 else labels
-    ranked, order = narrow.sort(dim=-1, stable=True)
-    every = torch.arange(clusters + 3, device=labels.device, dtype=narrow.dtype)
-    starts = torch.searchsorted(
-        ranked, every.expand(labels.shape[0], -1).contiguous(), out_int32=True
-    )
-    return order.to(torch.int32), starts
-
-
 def cluster_means(
     x: Tensor,
     order: Tensor,
@@ -285,12 +273,12 @@ def kmeans(
             HAS_KINDS=kinds is not None, IS_PADDING=PADDING, IS_EXACT=EXACT,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-        order, starts = sort_by_label(labels, clusters)
+        found = sort_by_label(labels, clusters, heads)
         if query_tile is not None and iteration == iterations - 1:
-            align_to_tile(x, aims, half_norm, order, starts, labels, query_tile, config)
-            order, starts = sort_by_label(labels, clusters)
-        rounded = cluster_means(x, order, starts, means, config)
-    return SortedClusters(labels, order, starts, means, rounded)
+            align_to_tile(x, aims, half_norm, found.order, found.starts, labels, query_tile, config)
+            found = sort_by_label(labels, clusters, heads)
+        rounded = cluster_means(x, found.order, found.starts, means, config)
+    return SortedClusters(*found, means, rounded)
 
 
 def regrouped(
@@ -306,14 +294,11 @@ def regrouped(
         config: see `launch_config`.
     """
     clusters = centroids.shape[2]
-    if kinds is not None:
-        labels = torch.where(kinds == EXACT, clusters, labels.clamp(max=clusters))
-        labels = torch.where(kinds == PADDING, clusters + 1, labels)
-    labels = labels.flatten(0, 1).to(torch.int32)
+    flat = labels.flatten(0, 1).contiguous()
+    found = sort_by_label(flat, clusters, x.shape[1], kinds)
     means = centroids.flatten(0, 1).to(torch.float32, copy=True)
-    order, starts = sort_by_label(labels, clusters)
-    rounded = cluster_means(x, order, starts, means, config)
-    return SortedClusters(labels, order, starts, means, rounded)
+    rounded = cluster_means(x, found.order, found.starts, means, config)
+    return SortedClusters(*found, means, rounded)
 
 
 def aims_of(rounded: Tensor, metric: Tensor | None, config: LaunchConfig) -> tuple[Tensor, Tensor]:
