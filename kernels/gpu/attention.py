@@ -185,9 +185,9 @@ def attend(
         correction, clip = logit_corrections(q, queries, curvature, kv_heads, config)
         proxy_weight = torch.empty_like(correction)
     fp8 = precision == "fp8"
-    of_keys, proxy_keys = (k, bias, bias), keys.rounded  # of the first only the place is taken
-    if fp8:
-        *of_keys, proxy_keys = rounded_keys(k, keys, config)
+    in_e4m3 = rounded_keys(k, keys, config) if fp8 else None
+    # Without e4m3 only the places of the first three are taken.
+    *of_keys, proxy_keys = in_e4m3 or (k, bias, bias, keys.rounded)
     block_mask = routed.block_mask.flatten(0, 1)
     block_k = triton.next_power_of_2(k_clusters)
     for first_head in range(0, flat_heads, step):
