@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -103,11 +104,11 @@ def cluster_and_route(
         step = _heads_at_once(q, k, q_clusters * k_clusters * 4 * 3)
     else:
         block_mask, step = blocks.block_mask.flatten(0, 1).contiguous(), flat_heads
-    budget = torch.ceil(plan.density * keys.starts[:, k_clusters].double()).float()
     scores = (block_mask,) * 3  # placeholders, which are not read where blocks are reused
     if spread is not None:
         score = torch.empty(3, step, q_clusters, k_clusters, device=q.device)
         scores = (score[0], score[1], score[2])
+    density_bits = int.from_bytes(struct.pack("<d", plan.density), "little")
     log_threshold = math.log(plan.threshold) if plan.threshold > 0 else -math.inf
     block_k = triton.next_power_of_2(k_clusters)
     for first_head in range(0, flat_heads, step):
@@ -122,8 +123,8 @@ def cluster_and_route(
                 num_warps=config.score.warps, num_stages=config.score.stages,
             )  # fmt: skip
         route_kernel[(q_clusters, launched)](
-            *scores, queries.starts, keys.starts, budget, block_mask, row_area,
-            first_head, heads, kv_heads, q_clusters, k_clusters,
+            *scores, queries.starts, keys.starts, block_mask, row_area,
+            first_head, heads, kv_heads, q_clusters, k_clusters, density_bits,
             plan.top_p, plan.min_block_ratio, log_threshold,
             BLOCK_K=block_k, ROUTING=plan.routing if blocks is None else "reused",
             num_warps=_row_warps(block_k),
