@@ -40,7 +40,7 @@ SHORT = "wan1.3b-480p"
 """12 heads of 32,760 tokens."""
 
 LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3)
-SEEDS = {"self": 3, "joint": 2}
+SEEDS = {"self": 3, "joint": 2, "third": 2}
 
 
 @dataclass(frozen=True)
@@ -49,30 +49,39 @@ class Schedule:
 
     Attributes:
         name: in records and tables.
-        front: fraction of the steps that lead, rounded to whole ones.
-        factor: their density over that of the other steps; infinite for dense ones.
+        fronts: fraction of the steps and their density over that of the last steps, from the first
+            step on; infinite for dense ones. Fractions are rounded to whole steps.
     """
 
     name: str
-    front: float = 0.0
-    factor: float = 1.0
+    fronts: tuple[tuple[float, float], ...] = ()
 
     def densities(self, level: float, steps: int) -> tuple[float, ...]:
-        """Densities of all steps, the level being that of the steps behind the front."""
-        leading = round(self.front * steps)
-        return (min(1.0, self.factor * level),) * leading + (level,) * (steps - leading)
+        """Densities of all steps, the level being that of the last."""
+        found = [level] * steps
+        end, at = 0.0, 0
+        for fraction, factor in self.fronts:
+            end += fraction
+            until = round(end * steps)
+            found[at:until] = [min(1.0, factor * level)] * (until - at)
+            at = until
+        return tuple(found)
 
 
-USUAL = Schedule("first fifth dense", 0.2, math.inf)
+USUAL = Schedule("first fifth dense", ((0.2, math.inf),))
 """The recipe of the papers."""
 SCHEDULES = (
     Schedule("even"),
     USUAL,
-    Schedule("first eighth at 2x", 0.125, 2.0),
-    Schedule("first quarter at 1.5x", 0.25, 1.5),
-    Schedule("first quarter at 2x", 0.25, 2.0),
-    Schedule("first half at 1.5x", 0.5, 1.5),
-    Schedule("first half at 0.67x", 0.5, 2 / 3),
+    Schedule("first eighth at 2x", ((0.125, 2.0),)),
+    Schedule("first quarter at 1.5x", ((0.25, 1.5),)),
+    Schedule("first quarter at 2x", ((0.25, 2.0),)),
+    Schedule("first half at 1.5x", ((0.5, 1.5),)),
+    Schedule("first half at 0.67x", ((0.5, 2 / 3),)),
+    Schedule("first eighth at 3x", ((0.125, 3.0),)),
+    Schedule("first eighth at 4x", ((0.125, 4.0),)),
+    Schedule("eighths at 2x, 1.5x", ((0.125, 2.0), (0.125, 1.5))),
+    Schedule("eighths at 3x, 1.5x", ((0.125, 3.0), (0.125, 1.5))),
 )
 
 
