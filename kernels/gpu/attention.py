@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -31,15 +32,18 @@ from svg_ear_compile.kernels.gpu.launch import (
     architecture,
     launch_config,
     token_strides,
+    without_e4m3,
 )
 from svg_ear_compile.kernels.gpu.metric import logit_metrics
 from svg_ear_compile.kernels.gpu.own_tokens import make_own_tokens_exact
+from svg_ear_compile.kernels.gpu.query_tiles import query_tiles
+from svg_ear_compile.kernels.gpu.rounded_keys import rounded_keys
 from svg_ear_compile.kernels.gpu.route import kv_indices_kernel, kv_offset_kernel, route_kernel
 from svg_ear_compile.kernels.gpu.score import score_kernel
 from svg_ear_compile.kernels.kept_clusters import Placed, excess_spread, updated_labels
 from svg_ear_compile.kernels.kinds import TokenKinds
 from svg_ear_compile.kernels.own_tokens import has_own_tokens
-from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation, Precision
 from svg_ear_compile.kernels.registry import Implementation, register
 
 # Memory for the scores or lists of the heads of one launch: a fraction of the bytes of Q, K, V and
@@ -87,11 +91,12 @@ def cluster_and_route(
     kv_heads, k_tokens = k.shape[1], k.shape[2]
     queries, keys, excess = _clustered(q, k, kinds, plan, centroids, blocks, update, config)
     q_clusters, k_clusters = queries.centroids.shape[1], keys.centroids.shape[1]
-    value_means = torch.zeros_like(keys.centroids)
     spread = None
     if blocks is None:
         spread = Spread(*(torch.empty_like(keys.order, dtype=torch.float32) for _ in range(2)))
-    rounded_value_means = cluster_means(v, keys.order, keys.starts, value_means, config, spread)
+    value_means, rounded_value_means = cluster_means(
+        v, keys.order, keys.starts, None, config, spread
+    )
 
     flat_heads = batch * heads
     row_area = torch.empty(flat_heads, q_clusters, dtype=torch.int32, device=q.device)
@@ -101,11 +106,11 @@ def cluster_and_route(
         step = _heads_at_once(q, k, q_clusters * k_clusters * 4 * 3)
     else:
         block_mask, step = blocks.block_mask.flatten(0, 1).contiguous(), flat_heads
-    budget = torch.ceil(plan.density * keys.starts[:, k_clusters].double()).float()
     scores = (block_mask,) * 3  # placeholders, which are not read where blocks are reused
     if spread is not None:
         score = torch.empty(3, step, q_clusters, k_clusters, device=q.device)
         scores = (score[0], score[1], score[2])
+    density_bits = int.from_bytes(struct.pack("<d", plan.density), "little")
     log_threshold = math.log(plan.threshold) if plan.threshold > 0 else -math.inf
     block_k = triton.next_power_of_2(k_clusters)
     for first_head in range(0, flat_heads, step):
@@ -120,8 +125,8 @@ def cluster_and_route(
                 num_warps=config.score.warps, num_stages=config.score.stages,
             )  # fmt: skip
         route_kernel[(q_clusters, launched)](
-            *scores, queries.starts, keys.starts, budget, block_mask, row_area,
-            first_head, heads, kv_heads, q_clusters, k_clusters,
+            *scores, queries.starts, keys.starts, block_mask, row_area,
+            first_head, heads, kv_heads, q_clusters, k_clusters, density_bits,
             plan.top_p, plan.min_block_ratio, log_threshold,
             BLOCK_K=block_k, ROUTING=plan.routing if blocks is None else "reused",
             num_warps=_row_warps(block_k),
@@ -148,6 +153,7 @@ def attend(
     *,
     scale: float,
     return_lse: bool,
+    precision: Precision = "16",
     on_hopper: bool,
 ) -> tuple[Tensor, Tensor]:
     """`reference.attend` of the result of `cluster_and_route`; does not wait for the device."""
@@ -167,7 +173,7 @@ def attend(
     owns = has_own_tokens(compensation, q, k)
     needs_lse = return_lse or owns
     lse = q.new_empty(q.shape[:3] if needs_lse else (0,), dtype=torch.float32)
-    tile_cluster, tile_place = query_tiles(queries, q_tokens, tile.rows)
+    tile_cluster, tile_place = query_tiles(queries.starts, q_tokens, tile.rows)
     tiles = tile_cluster.shape[1]
     step = _heads_at_once(q, k, q_clusters * (k_clusters * 4 * 2 + pitch * 4))
 
@@ -181,6 +187,10 @@ def attend(
         curvature, slope = curvature_and_slope(k, v, keys, routed.value_means, scale, config)
         correction, clip = logit_corrections(q, queries, curvature, kv_heads, config)
         proxy_weight = torch.empty_like(correction)
+    fp8 = precision == "fp8"
+    in_e4m3 = rounded_keys(k, keys, config) if fp8 else None
+    # Without e4m3 only the places of the first three are taken.
+    *of_keys, proxy_keys = in_e4m3 or (k, bias, bias, keys.rounded)
     block_mask = routed.block_mask.flatten(0, 1)
     block_k = triton.next_power_of_2(k_clusters)
     for first_head in range(0, flat_heads, step):
@@ -197,8 +207,10 @@ def attend(
         )  # fmt: skip
         arguments = (
             q, k, v, out, lse, tile_cluster, tile_place, queries.order, queries.starts,
-            keys.order, keys.starts, kv_indices, rows, keys.rounded, routed.value_means, bias,
+            keys.order, keys.starts, kv_indices, rows, proxy_keys, routed.value_means, bias,
             correction, proxy_weight,
+        )  # fmt: skip
+        numbers = (
             *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(out),
             *head_counts, q_tokens, k_tokens, q_clusters, k_clusters, tiles, pitch, scale,
         )  # fmt: skip
@@ -210,11 +222,13 @@ def attend(
             # Gluon is experimental in Triton, so only calls of this kernel import it.
             from svg_ear_compile.kernels.gpu.attend_wgmma import attend_wgmma_kernel
 
-            attend_wgmma_kernel[(tiles, launched)](*arguments, **constants, STAGES=tile.stages)
+            attend_wgmma_kernel[(tiles, launched)](
+                *arguments, *numbers, **constants, STAGES=tile.stages
+            )
         else:
             attend_kernel[(tiles, launched)](
-                *arguments, **constants, BLOCK_D=config.block_dim, INT64_OFFSETS=_needs_int64(k, v),
-                num_stages=tile.stages,
+                *arguments, *of_keys, *numbers, **constants, BLOCK_D=config.block_dim,
+                INT64_OFFSETS=_needs_int64(k, v), FP8=fp8, num_stages=tile.stages,
             )  # fmt: skip
     if owns:
         make_own_tokens_exact(
@@ -298,35 +312,10 @@ def _clustered(
     return queries, keys, excess_spread(k, _clusters(keys, batch, heads), metric)
 
 
-def query_tiles(queries: SortedClusters, q_tokens: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Tiles of `rows` queries of one cluster, those of the always exact queries first.
-
-    Always exact queries attend to every key and take many times as long as
-    the others. If their tiles were started last, they would still run when all others are done.
-
-    Returns:
-        (G, T) int32 cluster of each tile, more than Qc where there is no tile, and (G, T) int32
-        place of its first query. T is an upper bound of the number of tiles for any cluster sizes.
-    """
-    clusters = queries.starts.shape[1] - 2  # with the label Qc of the always exact queries
-    sizes = queries.starts.diff()[:, :clusters].roll(1, -1)  # [G, C], label Qc first
-    starts = queries.starts[:, :clusters].roll(1, -1)
-    ends = ((sizes + rows - 1) // rows).cumsum(-1, dtype=torch.int32)  # [G, C]
-    tile = torch.arange(
-        triton.cdiv(q_tokens, rows) + clusters, device=ends.device, dtype=torch.int32
-    )
-    tile = tile.expand(ends.shape[0], -1).contiguous()
-    rank = torch.searchsorted(ends, tile, right=True, out_int32=True)  # [G, T]
-    known = rank.clamp(max=clusters - 1).long()
-    first_tile = torch.where(known > 0, ends.gather(1, (known - 1).clamp(min=0)), 0)
-    place = starts.gather(1, known) + (tile - first_tile) * rows
-    cluster = torch.where(rank == 0, clusters - 1, rank - 1)
-    return torch.where(rank == clusters, clusters, cluster), place
-
-
 def _needs_int64(k: Tensor, v: Tensor) -> bool:
-    """Whether offsets inside one head reach 2^31 elements."""
-    return bool(k.shape[2] * max(k.stride(2), v.stride(2)) >= 2**31)
+    """Whether offsets inside one head of K, V or a dense copy of K reach 2^31 elements."""
+    widest = max(k.stride(2), v.stride(2), triton.next_power_of_2(k.shape[3]))
+    return bool(k.shape[2] * widest >= 2**31)
 
 
 def _clusters(found: SortedClusters, batch: int, heads: int) -> Clusters:
@@ -334,15 +323,19 @@ def _clusters(found: SortedClusters, batch: int, heads: int) -> Clusters:
     return Clusters(*(t.unflatten(0, (batch, heads)) for t in tensors))
 
 
-def _no_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def _no_triton(q: Tensor, k: Tensor, v: Tensor, precision: Precision) -> str | None:
     if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
         return f"needs a GPU, not {q.device.type}"
+    if precision == "fp8":
+        return without_e4m3(architecture(q.device))
     return None
 
 
-def _no_hopper(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def _no_hopper(q: Tensor, k: Tensor, v: Tensor, precision: Precision) -> str | None:
     if architecture(q.device) != HOPPER or triton.knobs.runtime.interpret:
         return f"needs {HOPPER} (Gluon has no interpreter)"
+    if precision == "fp8":
+        return 'has no precision="fp8" yet'
     if launch_config(q.shape[-1], q.element_size(), HOPPER).wgmma is None:
         return f"has no tile for head dim {q.shape[-1]} in {q.dtype}"
     q, k, v, _ = _as_rows(q, k, v, 1.0)
