@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import triton
@@ -30,7 +30,9 @@ from svg_ear_compile.kernels.gpu.launch import (
     HOPPER,
     LaunchConfig,
     architecture,
+    ceil_div,
     launch_config,
+    power_of_2_from,
     token_strides,
 )
 from svg_ear_compile.kernels.gpu.metric import logit_metrics
@@ -110,11 +112,11 @@ def cluster_and_route(
         scores = (score[0], score[1], score[2])
     density_bits = int.from_bytes(struct.pack("<d", plan.density), "little")
     log_threshold = math.log(plan.threshold) if plan.threshold > 0 else -math.inf
-    block_k = triton.next_power_of_2(k_clusters)
+    block_k = power_of_2_from(k_clusters)
     for first_head in range(0, flat_heads, step):
         launched = min(step, flat_heads - first_head)
         if spread is not None:
-            score_kernel[(k_clusters, triton.cdiv(q_clusters, config.score.rows), launched)](
+            score_kernel[(k_clusters, ceil_div(q_clusters, config.score.rows), launched)](
                 queries.rounded, k, keys.order, keys.starts, keys.centroids, value_means,
                 *spread, *scores, *token_strides(k), first_head, heads, kv_heads,
                 k_tokens, q_clusters, k_clusters, scale,
@@ -185,7 +187,7 @@ def attend(
         correction, clip = logit_corrections(q, queries, curvature, kv_heads, config)
         proxy_weight = torch.empty_like(correction)
     block_mask = routed.block_mask.flatten(0, 1)
-    block_k = triton.next_power_of_2(k_clusters)
+    block_k = power_of_2_from(k_clusters)
     for first_head in range(0, flat_heads, step):
         launched = min(step, flat_heads - first_head)
         head_counts = (first_head, heads, kv_heads)
@@ -193,7 +195,7 @@ def attend(
             block_mask, keys.starts, bias, offset, rows, *head_counts, q_clusters, k_clusters,
             BLOCK_K=block_k, num_warps=_row_warps(block_k),
         )  # fmt: skip
-        kv_indices_kernel[(q_clusters, triton.cdiv(k_clusters, CLUSTERS_PER_COPY), launched)](
+        kv_indices_kernel[(q_clusters, ceil_div(k_clusters, CLUSTERS_PER_COPY), launched)](
             offset, keys.starts, keys.order, kv_indices, *head_counts,
             k_tokens, q_clusters, k_clusters, pitch,
             BLOCK_J=CLUSTERS_PER_COPY, BLOCK_N=32,
@@ -240,7 +242,12 @@ def _as_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
 
 
 def _config(q: Tensor, on_hopper: bool) -> LaunchConfig:
-    config = launch_config(q.shape[-1], q.element_size(), architecture(q.device))
+    return _config_for(q.shape[-1], q.element_size(), architecture(q.device), on_hopper)
+
+
+@functools.lru_cache(maxsize=256)
+def _config_for(dim: int, element_size: int, architecture: str, on_hopper: bool) -> LaunchConfig:
+    config = launch_config(dim, element_size, architecture)
     return config if on_hopper else replace(config, wgmma=None)
 
 
@@ -337,8 +344,8 @@ TRITON = register(
     Implementation(
         "triton",
         _no_triton,
-        partial(cluster_and_route, on_hopper=False),
-        partial(attend, on_hopper=False),
+        functools.partial(cluster_and_route, on_hopper=False),
+        functools.partial(attend, on_hopper=False),
     )
 )
 """Plain Triton, for every GPU, and for Triton's interpreter on a CPU."""
@@ -347,8 +354,8 @@ HOPPER_GLUON = register(
     Implementation(
         "hopper",
         _no_hopper,
-        partial(cluster_and_route, on_hopper=True),
-        partial(attend, on_hopper=True),
+        functools.partial(cluster_and_route, on_hopper=True),
+        functools.partial(attend, on_hopper=True),
     )
 )
 """As `TRITON`, with the attend stage in Gluon."""
