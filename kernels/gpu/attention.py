@@ -174,13 +174,13 @@ def attend(
     lse = q.new_empty(q.shape[:3] if needs_lse else (0,), dtype=torch.float32)
     tile_cluster, tile_place = query_tiles(queries.starts, q_tokens, tile.rows)
     tiles = tile_cluster.shape[1]
-    step = _heads_at_once(q, k, q_clusters * (k_clusters * 4 * 2 + pitch * 4))
+    step = _heads_at_once(q, k, q_clusters * (k_clusters * 4 * 3 + pitch * 4))
 
     def table(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(step, q_clusters, *shape, dtype=dtype, device=q.device)
 
     bias, offset = table(k_clusters, dtype=torch.float32), table(k_clusters)
-    rows, kv_indices = table(3), table(pitch)
+    first, rows, kv_indices = table(k_clusters), table(3), table(pitch)
     correction = proxy_weight = bias  # placeholders, neither read nor written
     if corrected:
         curvature, slope = curvature_and_slope(k, v, keys, routed.value_means, scale, config)
@@ -192,11 +192,12 @@ def attend(
         launched = min(step, flat_heads - first_head)
         head_counts = (first_head, heads, kv_heads)
         kv_offset_kernel[(q_clusters, launched)](
-            block_mask, keys.starts, bias, offset, rows, *head_counts, q_clusters, k_clusters,
+            block_mask, keys.starts, bias, offset, first, rows,
+            *head_counts, q_clusters, k_clusters,
             BLOCK_K=block_k, num_warps=_row_warps(block_k),
         )  # fmt: skip
         kv_indices_kernel[(q_clusters, ceil_div(k_clusters, CLUSTERS_PER_COPY), launched)](
-            offset, keys.starts, keys.order, kv_indices, *head_counts,
+            offset, first, rows, keys.order, kv_indices, *head_counts,
             k_tokens, q_clusters, k_clusters, pitch,
             BLOCK_J=CLUSTERS_PER_COPY, BLOCK_N=32,
         )  # fmt: skip
