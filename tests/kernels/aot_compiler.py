@@ -30,6 +30,7 @@ class Job:
     dtype: str
     compensation: str
     masked: bool
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,12 @@ def compile_job(job: Job) -> list[Report]:
         for _ in range(3)
     )
     kinds = exact_at_ends(q, k, 1, 1) if job.masked else ALL_CLUSTERED
-    plan = AttentionPlan(compensation=job.compensation, first_iterations=1)  # type: ignore[arg-type]
+    plan = AttentionPlan(
+        compensation=job.compensation, first_iterations=1, precision=job.precision  # type: ignore[arg-type]
+    )  # fmt: skip
     JITFunction.run = compile_only
     try:
-        on_hopper = attention.HOPPER_GLUON.unsupported(q, k, v) is None
+        on_hopper = attention.HOPPER_GLUON.unsupported(q, k, v, plan.precision) is None
         used = attention.HOPPER_GLUON if on_hopper else attention.TRITON
         made = used.sparse_attention(q, k, v, plan, kinds=kinds, return_lse=True)
         if job.masked:  # once for each tile is enough
