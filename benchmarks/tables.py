@@ -15,15 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.attention import cache, heads
 from benchmarks.attention.summary import cold_ms, dense_ms, reused_speedup, rows_of, summary_table
 from benchmarks.context_parallel import report, ring_error
 from benchmarks.end_to_end.report import forward_seconds, forward_table, generation_table
+from benchmarks.fidelity import schedules
 from benchmarks.fidelity.grid import OURS, WARM_UPS
 from benchmarks.fidelity.record import read
 from benchmarks.fidelity.report import markdown_table
 from benchmarks.fidelity.times import WAN
 from benchmarks.priors import gpus_table, long_lists_table, long_sequences_table
 from benchmarks.provenance import where
+from benchmarks.stacking import report as stacking
 from svg_ear_compile.passes.patterns import PRODUCTS, STEPS
 from svg_ear_compile.passes.site import Reason
 from svg_ear_compile.summary import CURES
@@ -33,6 +36,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 ATTENTION = RESULTS / "nvidia-h200" / "attention.json"
 END_TO_END = RESULTS / "nvidia-h200" / "end_to_end"
 FIDELITY = RESULTS / "nvidia-h200" / "fidelity"
+HEADS = RESULTS / "nvidia-h200" / "heads.json"
+CACHE = RESULTS / "nvidia-h200" / "cache.json"
 COMPILE_TIME = RESULTS / "cpu" / "compile_time" / "compile_time.json"
 ZOO = ROOT / "tests" / "zoo" / "sites.json"
 
@@ -267,6 +272,12 @@ def _pair(times: tuple[float, float] | None, unit: str, digits: int) -> str:
     return f"{dense:.{digits}f} → {sparse:.{digits}f} {unit} (**{dense / sparse:.1f}x**)"
 
 
+def _measured(path: Path, table: Callable[[Record], str]) -> str:
+    if not path.exists():
+        return f"Not measured yet: `python -m benchmarks.attention.{path.stem} --out DIR`."
+    return table(json.loads(path.read_text()))
+
+
 def tables() -> dict[str, Table]:
     """Every generated table by the name of its markers."""
     attention, compile_time, zoo = (
@@ -288,6 +299,10 @@ def tables() -> dict[str, Table]:
         "end-to-end": lambda folder: forward_table(forwards),
         "generation": lambda folder: generation_table(generations),
         "densities": lambda folder: densities_table(FIDELITY),
+        "schedules": lambda folder: schedules.section(FIDELITY / "schedules"),
+        "heads": lambda folder: _measured(HEADS, heads.table),
+        "cache": lambda folder: _measured(CACHE, cache.table),
+        "stacking": lambda folder: stacking.section(RESULTS / "nvidia-h200" / "stacking"),
         "fidelity": lambda folder: fidelity_section(FIDELITY, folder),
         "context-parallel": lambda folder: report.section(RESULTS / "nvidia-h200", folder),
         "ring-error": lambda folder: ring_error.section(RESULTS / "cpu" / "ring"),

@@ -35,6 +35,7 @@ STAGE_OF_KERNEL = {
     "attend_kernel": "attend",
     "attend_wgmma_kernel": "attend",
     "covariance_kernel": "correction",
+    "pooled_kernel": "correction",
     "logit_correction_kernel": "correction",
     "value_correction_kernel": "correction",
     "own_token_kernel": "correction",

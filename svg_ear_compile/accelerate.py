@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 
 from svg_ear_compile.accelerated_report import AccelerationReport, ModelReport
 from svg_ear_compile.cost_model.budget import Budget
+from svg_ear_compile.early_steps import EARLY_FACTOR
 from svg_ear_compile.generation import Generation
 from svg_ear_compile.guidance import Layout
 from svg_ear_compile.in_place import CompiledInPlace, has_repeated_blocks, is_compiled
@@ -106,7 +107,9 @@ class Accelerated:
         self._warn_of_changes()
         dense_steps = self._dense_steps_of(call)
         with self._generation() as generation:
-            generation.start(dense_steps=dense_steps, videos=call.prompts, rises=self._rises)
+            generation.start(
+                steps=call.steps, dense_steps=dense_steps, videos=call.prompts, rises=self._rises
+            )
             graphs, started = _graphs_compiled(), time.perf_counter()
             try:
                 yield
@@ -207,8 +210,9 @@ class Accelerated:
         )
         steps = 0 if generation.step is None else generation.step + 1
         return AccelerationReport(
-            0, None, False, steps, generation.dense_steps, models, tuple(generation.held())
-        )
+            0, None, False, steps, generation.dense_steps, generation.early_steps, models,
+            tuple(generation.held()),
+        )  # fmt: skip
 
 
 def accelerate(
@@ -221,6 +225,7 @@ def accelerate(
     dense_steps: int | float = 0,
     dense_above_timestep: float | None = None,
     dense_layers: int = 0,
+    early_factor: float = EARLY_FACTOR,
     timestep: str | None = None,
     ascending: bool | None = None,
     guidance: Layout | None = None,
@@ -255,6 +260,8 @@ def accelerate(
             in [0, 1) of the steps of each call.
         ascending: whether the timestep rises from noise to video, as in Mochi. By default the
             pipeline's scheduler says in each call; of a module, the timestep falls.
+        early_factor: density of the first eighth of the steps of each call over that of the others,
+            see `bind`. A module does not know its number of steps: all have one density.
         dense_above_timestep, dense_layers, timestep, guidance, branches, latents: see `bind`.
 
     Returns:
@@ -282,6 +289,7 @@ def accelerate(
             dense_steps=0 if isinstance(dense_steps, float) else dense_steps,
             dense_above_timestep=dense_above_timestep,
             dense_layers=dense_layers,
+            early_factor=early_factor,
             budget=bound_budget,
             timestep=timestep,
             ascending=False if ascending is None else ascending,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from svg_ear_compile.early_steps import EarlySteps
 from svg_ear_compile.generation import Held
 from svg_ear_compile.layers import LayerReport
 
@@ -71,6 +72,7 @@ class AccelerationReport:
         compiled: whether a graph was compiled during the last call.
         steps: denoising steps that ran in the generation that ended last.
         dense_steps: leading steps of it with dense attention.
+        early: its early steps, whose density is higher; None if its number of steps is not known.
         models: one entry for each denoising model.
         held: device memory that the session held at the end of the call.
     """
@@ -80,6 +82,7 @@ class AccelerationReport:
     compiled: bool
     steps: int
     dense_steps: int
+    early: EarlySteps | None
     models: tuple[ModelReport, ...]
     held: tuple[Held, ...]
 
@@ -100,6 +103,11 @@ class AccelerationReport:
 
     def __str__(self) -> str:
         steps = f"{_counted(self.steps, 'step')}, {self.dense_steps} of them dense"
+        if self.early is not None and self.early.count:
+            steps += (
+                f", the first {self.early.count} at {self.early.factor:g} times the density of the "
+                "others"
+            )
         if self.seconds is None:
             lines = [f"current generation: {steps}" if self.steps else "nothing ran yet"]
         else:

@@ -16,6 +16,7 @@ import torch
 
 from svg_ear_compile.chunks import LastChunk, Place
 from svg_ear_compile.clock import Clock, RestartWatch, is_noisier
+from svg_ear_compile.early_steps import EarlySteps
 from svg_ear_compile.generation_state import Forward, Layer, State
 from svg_ear_compile.guidance import MAX_BRANCHES, Branches, Guidance, Latents
 from svg_ear_compile.kernels.call import AttentionCall, CallRequest, calls_from
@@ -65,7 +66,8 @@ class Generation:
         self._running = threading.RLock()
         self._forward: Forward | None = None
         self._is_call = False  # of a pipeline, inside which no other video starts
-        self._dense_steps: int | None = None  # of a call that has said its number of steps
+        self._steps: int | None = None  # of a call that has said so
+        self._dense_steps: int | None = None  # of such a call
         self._videos = 1
         self._rises: Callable[[], bool] = lambda: False
         self._state = self._fresh()
@@ -110,21 +112,33 @@ class Generation:
         """Number of denoising steps so far with dense attention, as the schedule asks."""
         return len(self._state.dense_steps)
 
-    def start(self, *, dense_steps: int | None, videos: int, rises: Callable[[], bool]) -> None:
+    @property
+    def early_steps(self) -> EarlySteps | None:
+        """The early steps of this generation, None if its number of steps is not known."""
+        return self._plans.early_steps(self._steps, self._dense_steps)
+
+    def start(
+        self,
+        *,
+        steps: int | None,
+        dense_steps: int | None,
+        videos: int,
+        rises: Callable[[], bool],
+    ) -> None:
         """Start anew for a call of a pipeline that says what it will do.
 
         The layers are read again: adapters may have been added since the last call.
 
         Args:
-            dense_steps: leading dense steps, if more than the session has; None if the call does
-                not tell how many steps there are.
+            steps: number of its denoising steps, None if the call does not tell.
+            dense_steps: leading dense steps, if more than the session has; None without `steps`.
             videos: least number of different videos in a batch. They may start from equal latents,
                 and are no guidance branches of each other.
             rises: says at the first forward whether the timesteps rise from noise to video, if the
                 session does not.
         """
         self._is_call = True
-        self._dense_steps = dense_steps
+        self._steps, self._dense_steps = steps, dense_steps
         self._videos = videos
         self._rises = rises
         for model in self._models:
@@ -302,8 +316,9 @@ class Generation:
             plan = at_density(request.plan, 1.0)
         else:
             plan = self._plans.plan(
-                request.plan, forward.model, path, identity, layer.index, forward.timestep
-            )
+                request.plan, forward.model, path, identity, layer.index, forward.timestep,
+                self._state.clock.step, self.early_steps,
+            )  # fmt: skip
         keys = [(request.site, forward.index, place) for place in range(places)]
         layer.branches.update((min(forward.index, MAX_BRANCHES), place) for place in range(places))
         if plan.is_dense:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from svg_ear_compile.clock import is_noisier
 from svg_ear_compile.cost_model.budget import Budget, Choice
+from svg_ear_compile.early_steps import EarlyFactor, EarlySteps
 from svg_ear_compile.fingerprint import fingerprint_of
-from svg_ear_compile.kernels.checked import Count, Fraction, InvalidTypeError, checked, shown
+from svg_ear_compile.kernels.checked import Count, Fraction, InvalidTypeError, Size, checked, shown
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.layers import BoundModel, Identity
 from svg_ear_compile.settings import usable_budget
@@ -39,6 +40,8 @@ class LayerPlans:
         dense_steps: int,
         dense_above_timestep: float | None,
         dense_layers: int,
+        steps: int | None,
+        early_factor: float,
         budget: GivenBudget | None,
         ascending: bool,
         chunked: bool,
@@ -49,6 +52,8 @@ class LayerPlans:
             "dense_above_timestep", dense_above_timestep, float | None
         )
         self._dense_layers = checked("dense_layers", dense_layers, Count)
+        self._steps = checked("steps", steps, Size | None)
+        self._early_factor = checked("early_factor", early_factor, EarlyFactor)
         self._declared_ascending = checked("ascending", ascending, bool)
         self.chunked = checked("chunked", chunked, bool)
         self._tuned: list[Budget] = []
@@ -92,6 +97,19 @@ class LayerPlans:
             bound is not None and is_noisier(timestep, bound, ascending)
         )
 
+    def early_steps(self, announced: int | None, dense_steps: int | None) -> EarlySteps | None:
+        """The early steps of a generation; None if it does not tell its number of steps.
+
+        Leading dense steps take their place.
+
+        Args:
+            announced: number of steps that a call of a pipeline says; None if it says none.
+            dense_steps: leading dense steps of that call.
+        """
+        steps = announced or self._steps
+        is_dense_first = dense_steps or self._dense_steps or self._dense_above_timestep is not None
+        return EarlySteps(steps, self._early_factor) if steps and not is_dense_first else None
+
     def plan(
         self,
         compiled: AttentionPlan,
@@ -100,16 +118,34 @@ class LayerPlans:
         identity: Identity,
         index: int,
         timestep: float,
+        step: int,
+        early: EarlySteps | None,
     ) -> AttentionPlan:
         """The plan of a layer at a sparse step.
 
         Args:
             compiled: the plan that the call was compiled with.
             model, path, identity, index: see `LayerReport`.
-            timestep: timestep of the step.
+            timestep, step: timestep and index of the step.
+            early: see `early_steps`. Not for a tuned budget, whose error was measured at its own
+                densities, nor for a routing that has no density to spread.
         """
         if index < self._dense_layers:
             return at_density(compiled, 1.0)
+        plan = self._of_layer(compiled, model, path, identity, timestep)
+        if early is None or self._tuned or plan.routing != "density":
+            return plan
+        return at_density(plan, early.density(plan.density, step))
+
+    def _of_layer(
+        self,
+        compiled: AttentionPlan,
+        model: int,
+        path: str,
+        identity: Identity,
+        timestep: float,
+    ) -> AttentionPlan:
+        """The plan of a layer, whatever the step."""
         if self._tuned:
             choice = self._tuned[model].choice(path, timestep)
             if choice is None:

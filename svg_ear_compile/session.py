@@ -20,6 +20,7 @@ from torch import nn
 
 from svg_ear_compile.bound_call import BoundCall, warn_of_bypass
 from svg_ear_compile.cost_model.budget import Budget
+from svg_ear_compile.early_steps import EARLY_FACTOR
 from svg_ear_compile.generation import Generation, Held, entered_generation
 from svg_ear_compile.given_models import check_module
 from svg_ear_compile.guidance import Guidance, Layout
@@ -53,6 +54,8 @@ class Session:
         dense_steps: int,
         dense_above_timestep: float | None,
         dense_layers: int,
+        steps: int | None,
+        early_factor: float,
         budget: GivenBudget | None,
         timestep: str | None,
         ascending: bool,
@@ -68,6 +71,8 @@ class Session:
             dense_steps=dense_steps,
             dense_above_timestep=dense_above_timestep,
             dense_layers=dense_layers,
+            steps=steps,
+            early_factor=early_factor,
             budget=budget,
             ascending=ascending,
             chunked=chunked,
@@ -250,6 +255,8 @@ def bind(
     dense_steps: int = 0,
     dense_above_timestep: float | None = None,
     dense_layers: int = 0,
+    steps: int | None = None,
+    early_factor: float = EARLY_FACTOR,
     budget: GivenBudget | None = None,
     timestep: str | None = None,
     ascending: bool = False,
@@ -285,6 +292,12 @@ def bind(
         dense_steps: leading denoising steps with dense attention.
         dense_above_timestep: attention is dense at every timestep noisier than this one.
         dense_layers: leading layers, in order of execution, with dense attention.
+        steps: denoising steps of a generation (of a chunk, of chunked models). None if the model
+            is called by a loop whose number of steps is not known: then all have one density.
+        early_factor: density of the first eighth of these steps over that of the others, in
+            [1, 100]; the mean over all steps stays the density of the plan. Early steps decide most
+            of the picture. Leading dense steps take their place, and a tuned budget is followed
+            as it is.
         budget: a tuned budget, which gives density, clusters, compensation and schedule: a `Budget`
             or its file; for several models a list of one each. Or a dict from layer path
             or `fnmatch` pattern to density, in which a path takes precedence over patterns, and the
@@ -317,6 +330,8 @@ def bind(
         dense_steps=dense_steps,
         dense_above_timestep=dense_above_timestep,
         dense_layers=dense_layers,
+        steps=steps,
+        early_factor=early_factor,
         budget=budget,
         timestep=timestep,
         ascending=ascending,

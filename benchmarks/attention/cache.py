@@ -24,7 +24,7 @@ from benchmarks.attention.data import video_like
 from benchmarks.attention.gate import definition_rows, passes, relative_error
 from benchmarks.attention.inputs import Inputs
 from benchmarks.attention.measure import dense_baselines, stage_ms, time_ms
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, where
 from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.kept_clusters import CachedKeys, KeptClusters
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -149,6 +149,35 @@ def measure(
         **provenance(), "heads": heads, "head_dim": dim, "chunk": chunk, "density": plan.density,
         "rows": rows,
     }  # fmt: skip
+
+
+def table(record: dict[str, Any]) -> str:
+    """Milliseconds of every mode by the length of the cache, as Markdown."""
+    by_keys: dict[int, dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        by_keys.setdefault(row["keys"], {})[row["mode"]] = row
+    modes = ("dense", *MODES)
+    lines = [
+        f"{where([record])}; {record['chunk']:,} queries, {record['heads']} heads × "
+        f"{record['head_dim']}, density {record['density']:g}.",
+        "",
+        f"| keys | {' | '.join(f'{mode}, ms' for mode in modes)} | dense over later step "
+        "| error, anew / later step |",
+        "|---" * (3 + len(modes)) + "|",
+    ]
+    for keys, rows in by_keys.items():
+        ms = {
+            mode: statistics.median(row["samples_ms"])
+            for mode, row in rows.items()
+            if "samples_ms" in row
+        }
+        cells = [f"{ms[mode]:.2f}" if mode in ms else "" for mode in modes]
+        ratio = f"{ms['dense'] / ms['later step']:.2f}x" if "later step" in ms else ""
+        errors = " / ".join(
+            f"{rows[mode]['error']:.3f}" for mode in ("anew", "later step") if mode in rows
+        )
+        lines.append(f"| {keys:,} | {' | '.join([*cells, ratio, errors])} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.attention.heads`: the error of sparse attention on heads of known types.
+"""`python -m benchmarks.attention.heads [--out DIR]`: errors of sparse attention on known heads.
 
 A mean over the heads of a model hides its worst head. Here every type of head that video
 transformers are known to have gets inputs of its own, made so that dense attention has a known
@@ -10,9 +10,12 @@ RoPE, plus a little of what is seen there. Prints the error of each type and nam
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,7 @@ from torch import Tensor
 from benchmarks.attention.data import LATENT, grid_of, latent_video, rope, video_like
 from benchmarks.attention.gate import relative_error
 from benchmarks.attention.inputs import plan_of
+from benchmarks.provenance import provenance, where
 from svg_ear_compile.kernels.registry import sparse_attention
 
 DENSITIES = (0.1, 0.2)
@@ -202,6 +206,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--heads", type=int, default=12 if on_gpu else 1, help="of every type")
     parser.add_argument("--form", default="gaussian", help="also centroid, gaussian/euclidean")
+    parser.add_argument("--out", type=Path, help="folder of the record, heads.json")
     given = parser.parse_args()
     frames, rows, columns = grid_of(given.tokens)
     print(
@@ -218,6 +223,29 @@ def main() -> None:
     for density in DENSITIES:
         worst = max(found, key=lambda name: found[name][density])
         print(f"worst at {density:g}: {worst}, {found[worst][density]:.3f}")
+    if given.out is not None:
+        record = {
+            **provenance(), "tokens": given.tokens, "dim": given.dim, "heads": given.heads,
+            "form": given.form, "errors": found,
+        }  # fmt: skip
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "heads.json").write_text(json.dumps(record, indent=1))
+
+
+def table(record: dict[str, Any]) -> str:
+    """The errors of a record, as Markdown."""
+    errors: dict[str, dict[str, float]] = record["errors"]
+    densities = list(next(iter(errors.values())))
+    lines = [
+        f"{where([record])}; {record['heads']} heads of a type, {record['tokens']:,} tokens, head "
+        f"dim {record['dim']}.",
+        "",
+        f"| what a head looks at | {' | '.join(f'error at {d}' for d in densities)} |",
+        "|---" * (1 + len(densities)) + "|",
+    ]
+    for name, found in errors.items():
+        lines.append(f"| {name} | {' | '.join(f'{found[d]:.4f}' for d in densities)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

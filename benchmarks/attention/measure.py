@@ -29,6 +29,8 @@ STAGES = STAGE_OF_KERNEL | {
     "kmeans_assign_kernel": "assign",
     "cluster_mean_kernel": "means",
     "moment_kernel": "means",
+    "metric_kernel": "means",
+    "unit_norm_kernel": "means",
     "aim_kernel": "means",
 }
 # Clustering in its parts, then the other stages of the cost model.

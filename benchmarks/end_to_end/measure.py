@@ -149,7 +149,7 @@ def generation(
         model.compile_repeated_blocks(backend=backend, options=options or None, fullgraph=True)
         session = None
         if backend == "svg_ear":
-            session = svg_ear_compile.bind(model, dense_steps=run_dense)
+            session = svg_ear_compile.bind(model, dense_steps=run_dense, steps=run_steps)
 
         def run(steps: int = run_steps) -> None:
             nonlocal latents

@@ -32,6 +32,7 @@ from benchmarks.fidelity.record import Record
 from benchmarks.fidelity.scores import score_clips
 from benchmarks.fidelity.subject import Subject
 from benchmarks.fidelity.times import WAN
+from benchmarks.provenance import where
 from benchmarks.video_dit.zoo import MODELS
 from svg_ear_compile.kernels.plan import AttentionPlan
 
@@ -39,8 +40,8 @@ RESULTS = Path(__file__).parents[1] / "results" / "nvidia-h200"
 SHORT = "wan1.3b-480p"
 """12 heads of 32,760 tokens."""
 
-LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3)
-SEEDS = {"self": 3, "joint": 2}
+LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
+SEEDS = {"self": 3, "joint": 2, "third": 2}
 
 
 @dataclass(frozen=True)
@@ -49,30 +50,39 @@ class Schedule:
 
     Attributes:
         name: in records and tables.
-        front: fraction of the steps that lead, rounded to whole ones.
-        factor: their density over that of the other steps; infinite for dense ones.
+        fronts: fraction of the steps and their density over that of the last steps, from the first
+            step on; infinite for dense ones. Fractions are rounded to whole steps.
     """
 
     name: str
-    front: float = 0.0
-    factor: float = 1.0
+    fronts: tuple[tuple[float, float], ...] = ()
 
     def densities(self, level: float, steps: int) -> tuple[float, ...]:
-        """Densities of all steps, the level being that of the steps behind the front."""
-        leading = round(self.front * steps)
-        return (min(1.0, self.factor * level),) * leading + (level,) * (steps - leading)
+        """Densities of all steps, the level being that of the last."""
+        found = [level] * steps
+        end, at = 0.0, 0
+        for fraction, factor in self.fronts:
+            end += fraction
+            until = round(end * steps)
+            found[at:until] = [min(1.0, factor * level)] * (until - at)
+            at = until
+        return tuple(found)
 
 
-USUAL = Schedule("first fifth dense", 0.2, math.inf)
+USUAL = Schedule("first fifth dense", ((0.2, math.inf),))
 """The recipe of the papers."""
 SCHEDULES = (
     Schedule("even"),
     USUAL,
-    Schedule("first eighth at 2x", 0.125, 2.0),
-    Schedule("first quarter at 1.5x", 0.25, 1.5),
-    Schedule("first quarter at 2x", 0.25, 2.0),
-    Schedule("first half at 1.5x", 0.5, 1.5),
-    Schedule("first half at 0.67x", 0.5, 2 / 3),
+    Schedule("first eighth at 2x", ((0.125, 2.0),)),
+    Schedule("first quarter at 1.5x", ((0.25, 1.5),)),
+    Schedule("first quarter at 2x", ((0.25, 2.0),)),
+    Schedule("first half at 1.5x", ((0.5, 1.5),)),
+    Schedule("first half at 0.67x", ((0.5, 2 / 3),)),
+    Schedule("first eighth at 3x", ((0.125, 3.0),)),
+    Schedule("first eighth at 4x", ((0.125, 4.0),)),
+    Schedule("eighths at 2x, 1.5x", ((0.125, 2.0), (0.125, 1.5))),
+    Schedule("eighths at 3x, 1.5x", ((0.125, 3.0), (0.125, 1.5))),
 )
 
 
@@ -172,13 +182,11 @@ def compared(record: Mapping[str, Any], times: Mapping[str, CallTimes]) -> str:
     lines = []
     for shape, call in times.items():
         curves = {
-            name: rising(
-                [(call.of(r["densities"], r["reused"]), statistics.fmean(r["psnr"])) for r in rows]
-            )
+            name: rising([(_ms(r, call), statistics.fmean(r["psnr"])) for r in rows])
             for name, rows in by_name.items()
         }
         marks = [
-            call.of(row["densities"], row["reused"])
+            _ms(row, call)
             for level in (0.1, 0.2)
             for row in by_name.get(USUAL.name, [])
             if row["level"] == level
@@ -192,6 +200,52 @@ def compared(record: Mapping[str, Any], times: Mapping[str, CallTimes]) -> str:
             lines.append(f"| {' | '.join([name, *cells])} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def section(records: Path, shape: str = WAN) -> str:
+    """For a page: PSNR over the usual recipe in its time, of every schedule and study.
+
+    Args:
+        records: folder of the studies.
+        shape: whose recorded times count.
+    """
+    studies = [json.loads(path.read_text()) for path in sorted(records.glob("*.json"))]
+    if not studies:
+        return "Not measured yet: `python -m benchmarks.fidelity.schedules --out DIR`."
+    call = recorded_times()[shape]
+    names = [s.name for s in SCHEDULES if s != USUAL]
+    lines = [
+        f"Clips: {where(studies)}. Times of a generation's attention: the operator's at {shape}.",
+        "",
+        f"| model, steps, guidance | {USUAL.name}, then 0.1 / 0.2 | {' | '.join(names)} |",
+        "|---" * (2 + len(names)) + "|",
+    ]
+    for study in studies:
+        by_name: dict[str, list[dict[str, Any]]] = {}
+        for row in study["rows"]:
+            by_name.setdefault(row["schedule"]["name"], []).append(row)
+        usual = [r for r in by_name[USUAL.name] if r["level"] in (0.1, 0.2)]
+        marks = [(_ms(row, call), statistics.fmean(row["psnr"])) for row in usual]
+        settings = study["settings"]
+        cells = [
+            f"{settings['model']}, {settings['steps']}, {settings['guidance']:g}",
+            " / ".join(f"{psnr:.1f} dB" for _, psnr in marks),
+        ]
+        for name in names:
+            curve = rising(
+                [(_ms(r, call), statistics.fmean(r["psnr"])) for r in by_name.get(name, [])]
+            )
+            gains = [
+                None if (value := value_at(curve, ms)) is None else value - psnr
+                for ms, psnr in marks
+            ]
+            cells.append(" / ".join("" if gain is None else f"{gain:+.1f}" for gain in gains))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ms(row: Mapping[str, Any], call: CallTimes) -> float:
+    return call.of(row["densities"], row["reused"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -210,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained = MODELS[given.model]
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / f"{given.model}-{given.steps}-{given.guidance:g}.json"
-    record = Record(path, {n: getattr(given, n) for n in ("clip", "steps", "guidance", "seeds")})
+    settings = ("model", "clip", "steps", "guidance", "seeds")
+    record = Record(path, {name: getattr(given, name) for name in settings})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = Subject(
         trained, range(given.seeds or SEEDS[given.model]), given.steps, given.guidance,

@@ -14,7 +14,6 @@ from benchmarks.fidelity.grid import Cell
 from benchmarks.fidelity.rules import Remembered, attention
 from benchmarks.fidelity.scores import relative_error
 from benchmarks.video_dit.attention import attention_answered_by
-from benchmarks.video_dit.data import LABELS
 from benchmarks.video_dit.sample import denoise, noise_of
 from benchmarks.video_dit.zoo import Shape, TrainedModel
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -22,12 +21,6 @@ from svg_ear_compile.kernels.plan import AttentionPlan
 _Dense = Callable[..., Tensor]
 _CAPTURED_STEPS = (0.25, 0.5, 0.75)
 _CAPTURED_LAYERS = (0.0, 0.35, 0.7, 1.0)
-
-
-def prompt_of(seed: int) -> tuple[int, list[float]]:
-    """Label and camera of a seed's clip: every clip shows and does something else."""
-    rates = [math.cos(seed), math.sin(seed), math.cos(3 * seed), math.sin(2 * seed)]
-    return seed % len(LABELS), [*rates, float(seed % 2)]
 
 
 @dataclass
@@ -61,7 +54,7 @@ class Subject:
         self.text = self.model.text_tokens
         self.grid = self.model.grid(self.shape)
         self.tokens = math.prod(self.grid)
-        prompts = [prompt_of(seed) for seed in self.seeds]
+        prompts = [self.trained.prompt(seed) for seed in self.seeds]
         label = torch.tensor([p[0] for p in prompts], device=self.device)
         camera = torch.tensor([p[1] for p in prompts], device=self.device)
         null = torch.full_like(label, self.model.config.null_label)

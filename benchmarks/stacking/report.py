@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
+
+from benchmarks.provenance import where
+
+
+def section(records: Path) -> str:
+    """For a page: the table of every record in a folder, each after what was run."""
+    parts = []
+    for path in sorted(records.glob("*.json")):
+        record = json.loads(path.read_text())
+        layers = "" if record["layers"] is None else f", {record['layers']} layers"
+        parts += [
+            f"{record['model']}{layers}, random weights, {record['steps']} steps with guidance, "
+            f"density {record['density']:g}; {where([record])}.",
+            table(record),
+        ]
+    return "\n\n".join(parts or ["Not measured yet: `python -m benchmarks.stacking --out DIR`."])
 
 
 def table(record: dict[str, Any]) -> str:

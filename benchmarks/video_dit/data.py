@@ -6,6 +6,7 @@ at constant rates (its camera vector); in some clips a round or square cut-out o
 swings across the picture.
 """
 
+import math
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 
@@ -88,6 +89,12 @@ class Clips:
     video: torch.Tensor
     label: torch.Tensor
     camera: torch.Tensor
+
+
+def photo_prompt(seed: int) -> tuple[int, list[float]]:
+    """Label and camera of a seed's clip: every clip shows and does something else."""
+    rates = [math.cos(seed), math.sin(seed), math.cos(3 * seed), math.sin(2 * seed)]
+    return seed % len(LABELS), [*rates, float(seed % 2)]
 
 
 def load_photo_bank(width: int, device: torch.device | str = "cpu") -> PhotoBank:

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typing_extensions import Self
 
+from benchmarks.video_dit.stored_weights import packed, unpacked
+
 _ROPE_BASE = 100.0  # token grids are at most some dozens wide
 _POSITION_OCTAVES = 6
 _TIMESTEP_FREQUENCIES = 64
@@ -99,15 +101,11 @@ class PixelDiT(nn.Module):
         return (x - clean.to(x.dtype)) / sigma.view(-1, 1, 1, 1, 1)
 
     def save(self, folder: Path | str) -> None:
-        """Write ``weights.safetensors`` (bfloat16) and ``config.json`` into ``folder``."""
+        """Write ``weights.safetensors`` (`stored_weights`) and ``config.json`` into ``folder``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
-            for name, tensor in self.state_dict().items()
-        }
         # Written aside and renamed: a run that is cut leaves the previous checkpoint whole.
-        save_file(weights, folder / "weights.safetensors.part")
+        save_file(packed(self.state_dict()), folder / "weights.safetensors.part")
         (folder / "weights.safetensors.part").rename(folder / "weights.safetensors")
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
 
@@ -124,7 +122,7 @@ class PixelDiT(nn.Module):
         fields = json.loads((folder / "config.json").read_text())
         listed = {name: tuple(v) for name, v in fields.items() if isinstance(v, list)}
         model = cls(cls.config_type(**(fields | listed)))
-        model.load_state_dict(load_file(folder / "weights.safetensors"))
+        model.load_state_dict(unpacked(load_file(folder / "weights.safetensors")))
         return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 

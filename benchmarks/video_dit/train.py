@@ -3,6 +3,9 @@
 The learning rate, and the moment when long clips join, follow the WALL CLOCK: the run ends
 annealed and on time on a fast device and on a slow one. Short clips come first, because attention
 makes a long clip about six times as expensive; later every other batch is of long clips.
+
+With `--state` a run that was cut goes on where it was when it is started again. One that ended can
+be trained on, from any moment of the schedule: `--progress 0.6` is before the learning rate falls.
 """
 
 import argparse
@@ -19,15 +22,17 @@ import torch
 import torch._dynamo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.video_dit.data import LABELS, Clips, PhotoBank, draw_clips, load_photo_bank
+from benchmarks.video_dit.data import Clips
 from benchmarks.video_dit.pixel_dit import PixelDiT, velocity_target
 from benchmarks.video_dit.sample import generate
-from benchmarks.video_dit.zoo import MODELS, TrainedModel
+from benchmarks.video_dit.training_state import TrainingState
+from benchmarks.video_dit.zoo import MODELS, Draw, TrainedModel
 
 _LABEL_DROP = 0.1
 _EMA_DECAY = 0.998
 _LOG_SECONDS = 15.0
-_CHECKPOINT_SECONDS = 120.0
+_CHECKPOINT_SECONDS = 60.0
+_SAMPLE_SECONDS = 35.0
 _WARM_UP, _LONG_FROM, _DECAY_FROM = 0.03, 0.5, 0.6  # fractions of the training time
 
 
@@ -35,15 +40,20 @@ _WARM_UP, _LONG_FROM, _DECAY_FROM = 0.03, 0.5, 0.6  # fractions of the training 
 class TrainingPlan:
     """What is trained and for how long.
 
-    ``minutes`` is the wall time of everything but the imports, final samples included.
+    ``minutes`` is the wall time of everything but the imports, final samples included. ``films`` is
+    the file of real motion, for a model that learns it. ``state`` is a file to go on from and to
+    keep up to date, ``progress`` where in the schedule to go on, by default where the state was.
     """
 
     model: TrainedModel
     minutes: float
     learning_rate: float = 1e-3
     sample_steps: int = 40
-    sample_labels: int = len(LABELS)
+    sample_labels: int = 10
     seed: int = 0
+    films: Path | None = None
+    state: Path | None = None
+    progress: float | None = None
 
     @property
     def batches(self) -> dict[tuple[int, int, int], int]:
@@ -120,42 +130,57 @@ def train(plan: TrainingPlan, out: Path, device: torch.device) -> PixelDiT:
     started = time.perf_counter()
     finish = started + 60 * plan.minutes
     # What is left of the time is for the final samples.
-    stop_training = finish - min(25.0, 0.25 * 60 * plan.minutes)
+    stop_training = finish - min(_SAMPLE_SECONDS, 0.25 * 60 * plan.minutes)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(plan.seed)
     torch.set_float32_matmul_precision("high")
     generator = torch.Generator(device).manual_seed(plan.seed)
 
     short, long = plan.batches
-    bank = load_photo_bank(short[2], device)
+    draw = plan.model.clips(short[2], device, plan.films)
     model = plan.model.build().to(device)
     smoothed = copy.deepcopy(model).requires_grad_(False)
     optimizer = make_optimizer(model, plan.learning_rate)
+    state = TrainingState(model, smoothed, optimizer, generator)
+    if plan.state is not None and plan.state.exists():
+        state.load(plan.state)
+        print(f"goes on from step {state.step}, at {state.progress:.3f}", flush=True)
+    if plan.progress is not None:
+        state.progress = plan.progress
+    first_progress = state.progress
+    if first_progress >= 1:
+        raise SystemExit(f"the training of {plan.state} has ended; --progress 0.6 trains it on")
     count = sum(p.numel() for p in model.parameters())
     print(f"{count / 1e6:.2f} M parameters on {device}, torch {torch.__version__}", flush=True)
-    _write_data_sheet(bank, plan, out, device)
+    _write_data_sheet(draw, plan, out, device)
     if device.type == "cuda":
-        _compile_blocks(model, bank, plan, generator)
+        _compile_blocks(model, draw, plan, generator)
     print(f"ready after {time.perf_counter() - started:.1f} s", flush=True)
 
     first_step = time.perf_counter()
     weights, smoothed_weights = list(model.parameters()), list(smoothed.parameters())
-    losses: list[dict[str, float]] = []
     loss_sum = {shape: torch.zeros((), device=device) for shape in plan.batches}
     loss_count = dict.fromkeys(loss_sum, 0)
     last_log = last_checkpoint = first_step
-    step = logged_step = 0
+
+    def keep() -> None:
+        smoothed.save(out)
+        if plan.state is not None:
+            state.save(plan.state)
+
+    logged_step = state.step
     while (now := time.perf_counter()) < stop_training:
-        progress = (now - first_step) / (stop_training - first_step)
+        of_this_run = (now - first_step) / (stop_training - first_step)
+        state.progress = first_progress + (1 - first_progress) * of_this_run
         for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate * learning_rate_factor(progress)
-        is_long = progress >= _LONG_FROM and step % 2 == 1
+            group["lr"] = plan.learning_rate * learning_rate_factor(state.progress)
+        is_long = state.progress >= _LONG_FROM and state.step % 2 == 1
         shape = long if is_long else short
-        clips = draw_clips(bank, plan.batches[shape], shape, generator)
+        clips = draw(plan.batches[shape], shape, generator)
         loss_sum[shape] += training_step(model, optimizer, clips, generator)
         loss_count[shape] += 1
-        step += 1
-        decay = min(_EMA_DECAY, (1 + step) / (10 + step))
+        state.step += 1
+        decay = min(_EMA_DECAY, (1 + state.step) / (10 + state.step))
         torch._foreach_lerp_(smoothed_weights, weights, 1 - decay)
 
         if now - last_log >= _LOG_SECONDS:
@@ -165,28 +190,29 @@ def train(plan: TrainingPlan, out: Path, device: torch.device) -> PixelDiT:
                 if loss_count[shape]
             }
             now = time.perf_counter()
-            rate = (step - logged_step) / (now - last_log)
-            losses.append({"step": step, "seconds": now - started, **means})
+            rate = (state.step - logged_step) / (now - last_log)
+            state.losses.append({"step": state.step, "seconds": now - started, **means})
             text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-            print(f"{now - started:6.1f} s  step {step}  {text}  {rate:.2f} it/s", flush=True)
+            print(f"{now - started:6.1f} s  step {state.step}  {text}  {rate:.2f} it/s", flush=True)
             for shape in loss_sum:
                 loss_sum[shape].zero_()
                 loss_count[shape] = 0
-            last_log, logged_step = now, step
+            last_log, logged_step = now, state.step
         if now - last_checkpoint >= _CHECKPOINT_SECONDS:
-            smoothed.save(out)
+            keep()
             last_checkpoint = now
 
-    smoothed.save(out)
-    print(f"trained {step} steps, {time.perf_counter() - started:.1f} s", flush=True)
+    state.progress = 1.0
+    keep()
+    print(f"trained {state.step} steps, {time.perf_counter() - started:.1f} s", flush=True)
     record = {
-        "steps": step,
+        "steps": state.step,
         "minutes": plan.minutes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "short": {"shape": short, "batch": plan.batches[short]},
         "long": {"shape": long, "batch": plan.batches[long]},
-        "losses": losses,
+        "losses": state.losses,
     }
     (out / "loss.json").write_text(json.dumps(record, indent=1) + "\n")
     _write_samples(plan.model.kind.from_pretrained(out), plan, out, device, finish)
@@ -205,7 +231,7 @@ def write_contact_sheet(path: Path, clips: Iterable[torch.Tensor]) -> None:
 
 
 def _compile_blocks(
-    model: PixelDiT, bank: PhotoBank, plan: TrainingPlan, generator: torch.Generator
+    model: PixelDiT, draw: Draw, plan: TrainingPlan, generator: torch.Generator
 ) -> None:
     """Compile the blocks, which share graphs at each clip shape, before the clock of training."""
     # Were graphs not shared, all blocks at two shapes would pass the default limit of 8 and the
@@ -216,7 +242,7 @@ def _compile_blocks(
     for block in model.blocks:
         block.compile(dynamic=False)
     for shape, batch in plan.batches.items():
-        clips = draw_clips(bank, batch, shape, generator)
+        clips = draw(batch, shape, generator)
         for run in ("first, with its compilation", "second"):
             started = time.perf_counter()
             loss_with_gradients(model, clips, generator)
@@ -227,9 +253,9 @@ def _compile_blocks(
     print(f"at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB allocated", flush=True)
 
 
-def _write_data_sheet(bank: PhotoBank, plan: TrainingPlan, out: Path, device: torch.device) -> None:
+def _write_data_sheet(draw: Draw, plan: TrainingPlan, out: Path, device: torch.device) -> None:
     generator = torch.Generator(device).manual_seed(plan.seed)
-    video = draw_clips(bank, plan.sample_labels, plan.model.short, generator).video
+    video = draw(plan.sample_labels, plan.model.short, generator).video
     write_contact_sheet(out / "data.png", (video.permute(0, 2, 3, 4, 1) + 1) / 2)
 
 
@@ -240,17 +266,16 @@ def _write_samples(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for name, shape in zip(("short", "long"), plan.batches, strict=True):
         clips = []
-        for label in range(plan.sample_labels):
+        for seed in range(plan.sample_labels):
             if clips and time.perf_counter() > finish:
                 break
-            # A different motion for every label, with a cut-out in every other clip.
-            camera = [math.cos(label), math.sin(label), math.cos(3 * label), 0.0, label % 2]
+            label, camera = plan.model.prompt(seed)
             clips.append(
                 generate(
                     model,
                     label=label,
                     camera=camera,
-                    seed=label,
+                    seed=seed,
                     steps=plan.sample_steps,
                     guidance=2.0,
                     shape=shape,
@@ -270,6 +295,9 @@ def main() -> None:
     parser.add_argument("--short-batch", type=int, help="clips of a batch, by default the model's")
     parser.add_argument("--long-batch", type=int, help="the same for long clips")
     parser.add_argument("--learning-rate", type=float, default=TrainingPlan.learning_rate)
+    parser.add_argument("--films", type=Path, help="the file of prepare_footage")
+    parser.add_argument("--state", type=Path, help="a file to go on from, and to keep up to date")
+    parser.add_argument("--progress", type=float, help="where in the schedule to go on, 0 to 1")
     parser.add_argument("--tiny", action="store_true", help="a smoke run for a CPU")
     arguments = parser.parse_args()
     model = MODELS[arguments.model]
@@ -277,7 +305,10 @@ def main() -> None:
         model = model.shrunk()
     given = {name: getattr(arguments, name) for name in ("short_batch", "long_batch")}
     model = replace(model, **{name: size for name, size in given.items() if size is not None})
-    plan = TrainingPlan(model, arguments.minutes, arguments.learning_rate)
+    plan = TrainingPlan(
+        model, arguments.minutes, arguments.learning_rate,
+        films=arguments.films, state=arguments.state, progress=arguments.progress,
+    )  # fmt: skip
     if arguments.tiny:
         plan = replace(plan, sample_steps=8, sample_labels=2)
     # With cuDNN's attention the first backward pass of the joint model read outside its memory

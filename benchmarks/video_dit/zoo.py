@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.video_dit.data import CAMERA_FIELDS, DEMO_SHAPE, LABELS, TRAIN_SHAPE
+from benchmarks.video_dit import footage
+from benchmarks.video_dit.data import (
+    CAMERA_FIELDS,
+    DEMO_SHAPE,
+    LABELS,
+    TRAIN_SHAPE,
+    Clips,
+    draw_clips,
+    load_photo_bank,
+    photo_prompt,
+)
 from benchmarks.video_dit.joint import JointDiT, JointDiTConfig
 from benchmarks.video_dit.model import VideoDiT, VideoDiTConfig
 from benchmarks.video_dit.pixel_dit import PixelDiT
 
 Shape = tuple[int, int, int]
+
+Draw = Callable[[int, Shape, torch.Generator], Clips]
+"""Draws a batch of clips of a shape, on the generator's device."""
+
+
+def _photos(width: int, device: torch.device, _films: Path | None) -> Draw:
+    return partial(draw_clips, load_photo_bank(width, device))
+
+
+def _footage(width: int, device: torch.device, films: Path | None) -> Draw:
+    if films is None:
+        raise SystemExit("name the file of films with --films; prepare_footage makes it")
+    return footage.load_footage(films, width, device).draw
 
 
 @dataclass(frozen=True)
@@ -22,7 +47,9 @@ class TrainedModel:
 
     ``config`` is of ``kind.config_type``; ``short`` and ``long`` are (frames, height, width), each
     with the batch size that fills a GPU in training; ``tiny`` holds the fields of the configuration
-    that make it small enough for a smoke run.
+    that make it small enough for a smoke run. ``clips(width, device, films)`` is what it learns
+    from, ``films`` being the file of `prepare_footage`; ``prompt`` gives the label and the camera
+    of a seed's clip.
     """
 
     kind: type[PixelDiT]
@@ -33,6 +60,8 @@ class TrainedModel:
     long: Shape
     long_batch: int
     tiny: dict[str, int]
+    clips: Callable[[int, torch.device, Path | None], Draw] = _photos
+    prompt: Callable[[int], tuple[int, list[float]]] = photo_prompt
 
     def build(self) -> PixelDiT:
         """The model before training."""
@@ -82,6 +111,21 @@ MODELS = {
             "width": 64, "heads": 2, "head_dim": 32, "dual_layers": 1, "single_layers": 1,
             "mlp_width": 96, "text_mlp_width": 48, "cond_width": 32,
         },
+    ),
+    # 33,792 tokens of real motion, head dim 128.
+    "third": TrainedModel(
+        VideoDiT,
+        VideoDiTConfig(
+            footage.LABELS, footage.MOMENT_FIELDS, width=384, heads=3, layers=6, mlp_width=1536
+        ),
+        _FOLDER / "third_weights",
+        (9, footage.SIDE, footage.SIDE),
+        8,
+        (footage.FRAMES[0], footage.SIDE, footage.SIDE),
+        3,
+        {"width": 64, "heads": 2, "layers": 2, "mlp_width": 128, "cond_width": 32},
+        _footage,
+        footage.footage_prompt,
     ),
 }  # fmt: skip
 """By the role of their attention."""

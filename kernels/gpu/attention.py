@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -36,6 +37,7 @@ from svg_ear_compile.kernels.gpu.launch import (
 )
 from svg_ear_compile.kernels.gpu.metric import logit_metrics
 from svg_ear_compile.kernels.gpu.own_tokens import make_own_tokens_exact
+from svg_ear_compile.kernels.gpu.query_tiles import query_tiles
 from svg_ear_compile.kernels.gpu.rounded_keys import rounded_keys
 from svg_ear_compile.kernels.gpu.route import kv_indices_kernel, kv_offset_kernel, route_kernel
 from svg_ear_compile.kernels.gpu.score import score_kernel
@@ -90,11 +92,12 @@ def cluster_and_route(
     kv_heads, k_tokens = k.shape[1], k.shape[2]
     queries, keys, excess = _clustered(q, k, kinds, plan, centroids, blocks, update, config)
     q_clusters, k_clusters = queries.centroids.shape[1], keys.centroids.shape[1]
-    value_means = torch.zeros_like(keys.centroids)
     spread = None
     if blocks is None:
         spread = Spread(*(torch.empty_like(keys.order, dtype=torch.float32) for _ in range(2)))
-    rounded_value_means = cluster_means(v, keys.order, keys.starts, value_means, config, spread)
+    value_means, rounded_value_means = cluster_means(
+        v, keys.order, keys.starts, None, config, spread
+    )
 
     flat_heads = batch * heads
     row_area = torch.empty(flat_heads, q_clusters, dtype=torch.int32, device=q.device)
@@ -104,11 +107,11 @@ def cluster_and_route(
         step = _heads_at_once(q, k, q_clusters * k_clusters * 4 * 3)
     else:
         block_mask, step = blocks.block_mask.flatten(0, 1).contiguous(), flat_heads
-    budget = torch.ceil(plan.density * keys.starts[:, k_clusters].double()).float()
     scores = (block_mask,) * 3  # placeholders, which are not read where blocks are reused
     if spread is not None:
         score = torch.empty(3, step, q_clusters, k_clusters, device=q.device)
         scores = (score[0], score[1], score[2])
+    density_bits = int.from_bytes(struct.pack("<d", plan.density), "little")
     log_threshold = math.log(plan.threshold) if plan.threshold > 0 else -math.inf
     block_k = triton.next_power_of_2(k_clusters)
     for first_head in range(0, flat_heads, step):
@@ -123,8 +126,8 @@ def cluster_and_route(
                 num_warps=config.score.warps, num_stages=config.score.stages,
             )  # fmt: skip
         route_kernel[(q_clusters, launched)](
-            *scores, queries.starts, keys.starts, budget, block_mask, row_area,
-            first_head, heads, kv_heads, q_clusters, k_clusters,
+            *scores, queries.starts, keys.starts, block_mask, row_area,
+            first_head, heads, kv_heads, q_clusters, k_clusters, density_bits,
             plan.top_p, plan.min_block_ratio, log_threshold,
             BLOCK_K=block_k, ROUTING=plan.routing if blocks is None else "reused",
             num_warps=_row_warps(block_k),
@@ -171,7 +174,7 @@ def attend(
     owns = has_own_tokens(compensation, q, k)
     needs_lse = return_lse or owns
     lse = q.new_empty(q.shape[:3] if needs_lse else (0,), dtype=torch.float32)
-    tile_cluster, tile_place = query_tiles(queries, q_tokens, tile.rows)
+    tile_cluster, tile_place = query_tiles(queries.starts, q_tokens, tile.rows)
     tiles = tile_cluster.shape[1]
     step = _heads_at_once(q, k, q_clusters * (k_clusters * 4 * 2 + pitch * 4))
 
@@ -319,32 +322,6 @@ def _clustered(
     return queries, keys, excess_spread(k, _clusters(keys, batch, heads), metric)
 
 
-def query_tiles(queries: SortedClusters, q_tokens: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Tiles of `rows` queries of one cluster, those of the always exact queries first.
-
-    Always exact queries attend to every key and take many times as long as
-    the others. If their tiles were started last, they would still run when all others are done.
-
-    Returns:
-        (G, T) int32 cluster of each tile, more than Qc where there is no tile, and (G, T) int32
-        place of its first query. T is an upper bound of the number of tiles for any cluster sizes.
-    """
-    clusters = queries.starts.shape[1] - 2  # with the label Qc of the always exact queries
-    sizes = queries.starts.diff()[:, :clusters].roll(1, -1)  # [G, C], label Qc first
-    starts = queries.starts[:, :clusters].roll(1, -1)
-    ends = ((sizes + rows - 1) // rows).cumsum(-1, dtype=torch.int32)  # [G, C]
-    tile = torch.arange(
-        triton.cdiv(q_tokens, rows) + clusters, device=ends.device, dtype=torch.int32
-    )
-    tile = tile.expand(ends.shape[0], -1).contiguous()
-    rank = torch.searchsorted(ends, tile, right=True, out_int32=True)  # [G, T]
-    known = rank.clamp(max=clusters - 1).long()
-    first_tile = torch.where(known > 0, ends.gather(1, (known - 1).clamp(min=0)), 0)
-    place = starts.gather(1, known) + (tile - first_tile) * rows
-    cluster = torch.where(rank == 0, clusters - 1, rank - 1)
-    return torch.where(rank == clusters, clusters, cluster), place
-
-
 def _needs_int64(k: Tensor, v: Tensor) -> bool:
     """Whether offsets inside one head of K, V or a dense copy of K reach 2^31 elements."""
     widest = max(k.stride(2), v.stride(2), triton.next_power_of_2(k.shape[3]))
@@ -352,11 +329,8 @@ def _needs_int64(k: Tensor, v: Tensor) -> bool:
 
 
 def _clusters(found: SortedClusters, batch: int, heads: int) -> Clusters:
-    clusters = found.centroids.shape[1]
-    sizes = found.starts.diff()[:, :clusters]
-    return Clusters(
-        *(t.unflatten(0, (batch, heads)) for t in (found.labels, found.centroids, sizes))
-    )
+    tensors = (found.labels, found.centroids, found.sizes)
+    return Clusters(*(t.unflatten(0, (batch, heads)) for t in tensors))
 
 
 def _no_triton(q: Tensor, k: Tensor, v: Tensor, precision: Precision) -> str | None:

@@ -90,6 +90,37 @@ def covariance_kernel(
     tl.store(part_ptr + to + D * D, of_values, mask=mask)
 
 
+@triton.jit(do_not_specialize=["parts", "clusters"])
+def pooled_kernel(
+    part_ptr,  # (P, G_kv, 2, D, D) float32, see `covariance_kernel`
+    start_ptr,  # (G_kv, Kc + 3) int32
+    curvature_ptr,  # (G_kv, D, D), out, see `curvature_and_slope`
+    slope_ptr,  # (G_kv, D, D), out
+    parts,
+    clusters,  # Kc
+    curvature_factor,
+    slope_factor,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Means over all parts, times factors, of BLOCK elements of both covariances."""
+    g = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = at < D * D
+    of_keys = tl.zeros([BLOCK], tl.float32)
+    of_values = tl.zeros([BLOCK], tl.float32)
+    for part in range(0, parts):
+        row = part_ptr + (part * tl.num_programs(1) + g) * 2 * D * D + at
+        of_keys += tl.load(row, mask=inside, other=0.0)
+        of_values += tl.load(row + D * D, mask=inside, other=0.0)
+    count = tl.maximum(tl.load(start_ptr + g * (clusters + 3) + clusters), 1).to(tl.float32)
+    curvature = of_keys / count * curvature_factor
+    slope = of_values / count * slope_factor
+    to = g * D * D + at
+    tl.store(curvature_ptr + to, curvature.to(curvature_ptr.dtype.element_ty), mask=inside)
+    tl.store(slope_ptr + to, slope.to(slope_ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["heads", "kv_heads", "tokens", "clusters"])
 def logit_correction_kernel(
     q_ptr,  # (B, H, N, D)
@@ -215,10 +246,13 @@ def curvature_and_slope(
         D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    count = keys.starts[:, clusters].clamp(min=1)[:, None, None]
-    of_keys, of_values = (sums.sum(0) / count.unsqueeze(1)).unbind(1)
-    curvature = (scale**2 / 2 / math.log(2)) * of_keys
-    return curvature.to(k.dtype), (scale * of_values).to(k.dtype)
+    curvature, slope = torch.empty(2, groups, dim, dim, dtype=k.dtype, device=k.device).unbind()
+    block = 1024
+    pooled_kernel[(triton.cdiv(dim * dim, block), groups)](
+        sums, keys.starts, curvature, slope, parts, clusters, scale**2 / 2 / math.log(2), scale,
+        D=dim, BLOCK=block, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return curvature, slope
 
 
 def logit_corrections(

@@ -17,6 +17,7 @@ from torch import Tensor
 from svg_ear_compile.kernels.clusters import QueryTile
 from svg_ear_compile.kernels.gpu.launch import LaunchConfig, token_strides
 from svg_ear_compile.kernels.gpu.nearest import keep_nearer, nearest_of, nothing_yet
+from svg_ear_compile.kernels.gpu.sort import sort_by_label
 from svg_ear_compile.kernels.gpu.tile_align import align_to_tile
 from svg_ear_compile.kernels.kinds import EXACT, PADDING
 
@@ -28,9 +29,7 @@ class SortedClusters(NamedTuple):
     """Tokens of G heads sorted by label.
 
     Attributes:
-        labels: (G, N) int32 in [0, C + 1]: cluster, always exact (C) or padding (C + 1).
-        order: (G, N) int32 token at each place of the order by label; a stable sort.
-        starts: (G, C + 3) int32 first place of each label in the order; the last entry is N.
+        labels, order, starts, sizes: see `sort.Sorted`.
         centroids: (G, C, D) float32.
         rounded: (G, C, D) centroids in the dtype of the tokens.
     """
@@ -38,6 +37,7 @@ class SortedClusters(NamedTuple):
     labels: Tensor
     order: Tensor
     starts: Tensor
+    sizes: Tensor
     centroids: Tensor
     rounded: Tensor
 
@@ -109,14 +109,15 @@ def kmeans_assign_kernel(
     tl.store(label_ptr + g * tokens + token, label, mask=token < tokens)
 
 
-@triton.jit(do_not_specialize=["clusters", "pitch"])
+@triton.jit(do_not_specialize=["clusters", "pitch", "shared_by"])
 def aim_kernel(
-    centroid_ptr,  # (G, C, D)
-    metric_ptr,  # (G, D, D) in the dtype of the centroids, symmetric
-    aim_ptr,  # (G, C, D) in the dtype of the centroids
+    centroid_ptr,  # (G, C, D), any float dtype
+    metric_ptr,  # (G / shared_by, D, D) float32, symmetric
+    aim_ptr,  # (G, C, D) in the dtype of the tokens
     half_norm_ptr,  # (G, P) float32
     pitch,  # P, a multiple of BLOCK_N
     clusters,
+    shared_by,  # heads that have one metric
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -125,30 +126,33 @@ def aim_kernel(
 ):
     """For BLOCK_N centroids c: ``a = M c``, rounded, and ``h = c . a - c' M c / 2``.
 
-    The nearest centroid of x is the one of least ``h - x . a``. h contains the rounded a, so that
-    the rounding of a cancels for a token at its centroid, however far both are from 0. Past C, h is
-    infinite.
+    Centroid and metric are rounded to the dtype of the tokens before the product. The nearest
+    centroid of x is the one of least ``h - x . a``. h contains the rounded a, so that the rounding
+    of a cancels for a token at its centroid, however far both are from 0. Past C, h is infinite.
     """
     g = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
     d = tl.arange(0, BLOCK_D)  # [BD]
+    dtype = aim_ptr.dtype.element_ty
     row = (g * clusters + n)[:, None] * D
     there = (n < clusters)[:, None]
     centroid = tl.load(centroid_ptr + row + d[None, :], mask=there & (d < D)[None, :], other=0.0)
+    centroid = centroid.to(tl.float32).to(dtype)
     half_norm = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, D, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)  # [BC]
         inside = there & (c < D)[None, :]
-        mine = tl.load(centroid_ptr + row + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        mine = tl.load(centroid_ptr + row + c[None, :], mask=inside, other=0.0)
+        mine = mine.to(tl.float32).to(dtype).to(tl.float32)
         moved = mine  # [BN, BC]
         if HAS_METRIC:
             column = tl.load(
-                metric_ptr + (g * D + d[:, None]) * D + c[None, :],
+                metric_ptr + (g // shared_by * D + d[:, None]) * D + c[None, :],
                 mask=(d < D)[:, None] & (c < D)[None, :],
                 other=0.0,
             )  # [BD, BC]
-            moved = tl.dot(centroid, column, input_precision="ieee")
-        aim = moved.to(aim_ptr.dtype.element_ty)
+            moved = tl.dot(centroid, column.to(dtype), input_precision="ieee")
+        aim = moved.to(dtype)
         tl.store(aim_ptr + row + c[None, :], aim, mask=inside)
         half_norm += tl.sum(mine * (aim.to(tl.float32) - 0.5 * moved), 1)
     half_norm = tl.where(n < clusters, half_norm, float("inf"))
@@ -160,7 +164,8 @@ def cluster_mean_kernel(
     x_ptr,  # (B, H, N, D)
     order_ptr,  # (G, N) int32
     start_ptr,  # (G, C + 3) int32
-    mean_ptr,  # (G, C, D) float32, in and out
+    kept_ptr,  # (G, C, D) any float dtype, means of empty clusters where HAS_KEPT
+    mean_ptr,  # (G, C, D) float32, out, and may be kept_ptr
     rounded_ptr,  # (G, C, D) in the dtype of x
     along_ptr,  # (G, N) float32, out where WRITE_SPREAD, see `Spread`
     square_ptr,  # (G, N) float32, out where WRITE_SPREAD, see `Spread`
@@ -173,9 +178,10 @@ def cluster_mean_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
     WRITE_SPREAD: tl.constexpr,
 ):
-    """Mean of the tokens of one cluster; an empty cluster keeps its mean."""
+    """Mean of the tokens of one cluster; an empty cluster keeps its mean, or has mean 0."""
     c = tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
     b, h = g // heads, g % heads
@@ -192,8 +198,8 @@ def cluster_mean_kernel(
         total += tl.sum(x.to(tl.float32), 0)
     to = (g * clusters + c) * D + d
     mean = total / tl.maximum(last - first, 1).to(tl.float32)
-    if first == last:
-        mean = tl.load(mean_ptr + to, mask=d < D, other=0.0)
+    if HAS_KEPT and first == last:
+        mean = tl.load(kept_ptr + to, mask=d < D, other=0.0).to(tl.float32)
     tl.store(mean_ptr + to, mean, mask=d < D)
     tl.store(rounded_ptr + to, mean.to(rounded_ptr.dtype.element_ty), mask=d < D)
     if WRITE_SPREAD:
@@ -209,43 +215,38 @@ def cluster_mean_kernel(
             tl.store(square_ptr + g * tokens + at, tl.sum(away * away, 1), mask=inside)
 
 
-def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Order (G, N) int32 and starts (G, C + 3) int32 of labels (G, N), see `SortedClusters`."""
-    # A radix sort takes one pass per byte, and most labels fit in two bytes.
-    narrow = labels.to(torch.int16) if clusters + 2 < 2**15 else labels
-    ranked, order = narrow.sort(dim=-1, stable=True)
-    every = torch.arange(clusters + 3, device=labels.device, dtype=narrow.dtype)
-    starts = torch.searchsorted(
-        ranked, every.expand(labels.shape[0], -1).contiguous(), out_int32=True
-    )
-    return order.to(torch.int32), starts
-
-
 def cluster_means(
     x: Tensor,
     order: Tensor,
     starts: Tensor,
-    means: Tensor,
+    kept: Tensor | None,
     config: LaunchConfig,
     spread: Spread | None = None,
-) -> Tensor:
-    """Write the cluster means of x (B, H, N, D) to `means` (G, C, D) float32.
+) -> tuple[Tensor, Tensor]:
+    """Cluster means of x (B, H, N, D).
 
-    An empty cluster keeps its mean. `spread` is written too, unless it is None.
+    Args:
+        x: (B, H, N, D).
+        order, starts: (G, N) and (G, C + 3), see `sort.Sorted`.
+        kept: (G, C, D) contiguous, any float dtype, means of empty clusters; None gives 0.
+        config: see `launch_config`.
+        spread: written too, unless it is None.
 
     Returns:
-        The means in the dtype of x.
+        Means (G, C, D) in float32 and in the dtype of x.
     """
     _, heads, tokens, dim = x.shape
-    groups, clusters, _ = means.shape
+    groups, clusters = order.shape[0], starts.shape[1] - 3
+    means = torch.empty(groups, clusters, dim, dtype=torch.float32, device=x.device)
     rounded = torch.empty_like(means, dtype=x.dtype)
     cluster_mean_kernel[(clusters, groups)](
-        x, order, starts, means, rounded, *(spread or (means, means)),
+        x, order, starts, means if kept is None else kept, means, rounded,
+        *(spread or (means, means)),
         x.stride(0), x.stride(1), x.stride(2), heads, tokens, clusters,
         D=dim, BLOCK_D=config.block_dim, BLOCK_N=32, num_warps=2,
-        WRITE_SPREAD=spread is not None,
+        HAS_KEPT=kept is not None, WRITE_SPREAD=spread is not None,
     )  # fmt: skip
-    return rounded
+    return means, rounded
 
 
 def kmeans(
@@ -265,19 +266,17 @@ def kmeans(
         centroids: (B, H, C, D) finite, any float dtype; not modified.
         iterations: number of assign-and-update rounds, at least 1.
         config: see `launch_config`.
-        metric: (G, D, D) float32 or None.
+        metric: see `aims_of`.
         query_tile: tile of `align_to_tile`, which is applied in the last iteration, or None.
     """
     batch, heads, tokens, dim = x.shape
     groups, clusters = batch * heads, centroids.shape[2]
-    means = centroids.reshape(groups, clusters, dim).to(torch.float32, copy=True)
-    rounded = means.to(x.dtype)
-    metric = None if metric is None else metric.to(x.dtype)
+    means = centroids.flatten(0, 1).contiguous()
     labels = torch.empty(groups, tokens, dtype=torch.int32, device=x.device)
     kind_strides = (0, 0, 0) if kinds is None else token_strides(kinds)
     tiles = config.assign
     for iteration in range(iterations):
-        aims, half_norm = aims_of(rounded, metric, config)
+        aims, half_norm = aims_of(means, x.dtype, metric, config)
         kmeans_assign_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
             x, aims, half_norm, x if kinds is None else kinds, labels,
             *token_strides(x), *kind_strides, half_norm.shape[1], heads, tokens, clusters,
@@ -285,12 +284,12 @@ def kmeans(
             HAS_KINDS=kinds is not None, IS_PADDING=PADDING, IS_EXACT=EXACT,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-        order, starts = sort_by_label(labels, clusters)
+        found = sort_by_label(labels, clusters, heads)
         if query_tile is not None and iteration == iterations - 1:
-            align_to_tile(x, aims, half_norm, order, starts, labels, query_tile, config)
-            order, starts = sort_by_label(labels, clusters)
-        rounded = cluster_means(x, order, starts, means, config)
-    return SortedClusters(labels, order, starts, means, rounded)
+            align_to_tile(x, aims, half_norm, found.order, found.starts, labels, query_tile, config)
+            found = sort_by_label(labels, clusters, heads)
+        means, rounded = cluster_means(x, found.order, found.starts, means, config)
+    return SortedClusters(*found, means, rounded)
 
 
 def regrouped(
@@ -306,36 +305,36 @@ def regrouped(
         config: see `launch_config`.
     """
     clusters = centroids.shape[2]
-    if kinds is not None:
-        labels = torch.where(kinds == EXACT, clusters, labels.clamp(max=clusters))
-        labels = torch.where(kinds == PADDING, clusters + 1, labels)
-    labels = labels.flatten(0, 1).to(torch.int32)
-    means = centroids.flatten(0, 1).to(torch.float32, copy=True)
-    order, starts = sort_by_label(labels, clusters)
-    rounded = cluster_means(x, order, starts, means, config)
-    return SortedClusters(labels, order, starts, means, rounded)
+    flat = labels.flatten(0, 1).contiguous()
+    found = sort_by_label(flat, clusters, x.shape[1], kinds)
+    kept = centroids.flatten(0, 1).contiguous()
+    return SortedClusters(*found, *cluster_means(x, found.order, found.starts, kept, config))
 
 
-def aims_of(rounded: Tensor, metric: Tensor | None, config: LaunchConfig) -> tuple[Tensor, Tensor]:
+def aims_of(
+    centroids: Tensor, dtype: torch.dtype, metric: Tensor | None, config: LaunchConfig
+) -> tuple[Tensor, Tensor]:
     """Aims and half norms of `aim_kernel`.
 
     A product by cuBLAS would give every captured graph a workspace, so a kernel of ours does it.
 
     Args:
-        rounded: (G, C, D) centroids in the dtype of the tokens.
-        metric: (G, D, D) in that dtype, symmetric, or None for the identity.
+        centroids: (G, C, D) contiguous, any float dtype.
+        dtype: of the tokens.
+        metric: (G', D, D) float32, symmetric, one for every G / G' heads; None for the identity.
         config: see `launch_config`.
 
     Returns:
         aims (G, C, D) in the dtype of the tokens and half norms (G, P) float32.
     """
-    groups, clusters, dim = rounded.shape
-    aims = torch.empty_like(rounded)
+    groups, clusters, dim = centroids.shape
+    aims = torch.empty_like(centroids, dtype=dtype)
     pitch = triton.cdiv(clusters, _PITCH) * _PITCH
-    half_norm = torch.empty(groups, pitch, dtype=torch.float32, device=rounded.device)
+    half_norm = torch.empty(groups, pitch, dtype=torch.float32, device=centroids.device)
     tiles = config.correction
     aim_kernel[(pitch // tiles.rows, groups)](
-        rounded, rounded if metric is None else metric, aims, half_norm, pitch, clusters,
+        centroids, aims if metric is None else metric, aims, half_norm, pitch, clusters,
+        1 if metric is None else groups // metric.shape[0],
         D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,
         HAS_METRIC=metric is not None, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

@@ -46,14 +46,15 @@ def take_until(key, weight, budget):
     return above | (tied & (before < budget))
 
 
-@triton.jit(do_not_specialize=["first_head", "heads", "kv_heads", "q_clusters", "k_clusters"])
+@triton.jit(
+    do_not_specialize=["first_head", "heads", "kv_heads", "q_clusters", "k_clusters", "density"]
+)
 def route_kernel(
     log_error_ptr,  # (L, Qc, Kc) float32
     log_mass_ptr,  # (L, Qc, Kc) float32
     logit_ptr,  # (L, Qc, Kc) float32
     q_start_ptr,  # (G, Qc + 3) int32
     k_start_ptr,  # (G_kv, Kc + 3) int32
-    budget_ptr,  # (G_kv,) float32, see `routing.area_budget`
     block_mask_ptr,  # (G, Qc, Kc) bool, out, or in where ROUTING is "reused"
     row_area_ptr,  # (G, Qc) int32, out
     first_head,
@@ -61,6 +62,7 @@ def route_kernel(
     kv_heads,
     q_clusters,
     k_clusters,
+    density,  # bits of the float64, as an integer: Triton passes floats as float32
     top_p,
     min_block_ratio,
     log_threshold,
@@ -91,7 +93,10 @@ def route_kernel(
     if ROUTING == "reused":
         taken = (tl.load(at_mask, mask=inside, other=0) != 0) & occupied
     elif ROUTING == "density":
-        taken = take_until(rank_key(score), keys, tl.load(budget_ptr + g_kv))
+        # `routing.area_budget`, in float64 as there.
+        clustered = tl.load(k_start_ptr + g_kv * (k_clusters + 3) + k_clusters).to(tl.float64)
+        budget = tl.ceil(density.to(tl.int64).to(tl.float64, bitcast=True) * clustered)
+        taken = take_until(rank_key(score), keys, budget.to(tl.float32))
         taken = taken & occupied
     elif ROUTING == "threshold":
         log_mass = tl.load(log_mass_ptr + pair, mask=inside, other=float("-inf"))

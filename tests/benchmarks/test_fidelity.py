@@ -256,7 +256,8 @@ def test_the_decisive_cells_come_first() -> None:
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Both models shrunk and untrained; the folder is for results."""
     shrunk = {}
-    for name, trained in MODELS.items():
+    for name in ("self", "joint"):
+        trained = MODELS[name]
         torch.manual_seed(0)
         small = replace(trained.shrunk(), weights=tmp_path / name, long=(4, 36, 36))
         model = small.build()

@@ -19,9 +19,11 @@ TIMES = CallTimes(100.0, ((0.1, 30.0), (0.2, 50.0)), ((0.1, 20.0), (0.2, 40.0)))
 
 def test_a_schedule_has_a_front_and_a_level() -> None:
     assert Schedule("x").densities(0.2, 3) == (0.2, 0.2, 0.2)
-    assert Schedule("x", 0.25, 2.0).densities(0.2, 4) == (0.4, 0.2, 0.2, 0.2)
-    assert Schedule("x", 0.5, float("inf")).densities(0.2, 4) == (1.0, 1.0, 0.2, 0.2)
-    assert Schedule("x", 0.5, 8.0).densities(0.2, 2) == (1.0, 0.2)
+    assert Schedule("x", ((0.25, 2.0),)).densities(0.2, 4) == (0.4, 0.2, 0.2, 0.2)
+    assert Schedule("x", ((0.5, float("inf")),)).densities(0.2, 4) == (1.0, 1.0, 0.2, 0.2)
+    assert Schedule("x", ((0.5, 8.0),)).densities(0.2, 2) == (1.0, 0.2)
+    two = Schedule("x", ((0.25, 3.0), (0.25, 2.0)))
+    assert two.densities(0.25, 4) == (0.75, 0.5, 0.25, 0.25)
     for schedule in SCHEDULES:
         assert len(schedule.densities(0.1, 7)) == 7
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.video_dit.data import (
     CAMERA_FIELDS,
@@ -14,6 +15,7 @@ from benchmarks.video_dit.data import (
 from benchmarks.video_dit.model import VideoDiT, VideoDiTConfig
 from benchmarks.video_dit.pixel_dit import velocity_target
 from benchmarks.video_dit.sample import generate, shifted_sigmas
+from benchmarks.video_dit.stored_weights import unpacked
 from benchmarks.video_dit.train import (
     flow_matching_loss,
     learning_rate_factor,
@@ -144,17 +146,36 @@ def test_weights_return_from_the_file(tmp_path):
     loaded = VideoDiT.from_pretrained(tmp_path)
     assert loaded.config == TINY
     assert not loaded.training
+    eight_bits = 0
     for name, tensor in loaded.state_dict().items():
         assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, model.state_dict()[name].bfloat16().float()), name
+        wanted = model.state_dict()[name]
+        if torch.equal(tensor, wanted.bfloat16().float()):
+            continue
+        eight_bits += 1
+        half_a_step = wanted.abs().amax(dim=1, keepdim=True) / 254
+        assert ((tensor - wanted).abs() <= 1.001 * half_a_step).all(), name
+    assert eight_bits == TINY.layers * 7  # of the blocks alone
+    loaded.save(tmp_path / "again")
+    again = VideoDiT.from_pretrained(tmp_path / "again").state_dict()
+    for name, tensor in loaded.state_dict().items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-6, atol=0)
     half = VideoDiT.from_pretrained(tmp_path, dtype=torch.bfloat16)
     x, timestep, label, camera = inputs((2, 24, 24))
     assert half(x, timestep, label, camera).dtype == x.dtype
 
 
-def test_full_weights_fit_in_fifteen_megabytes(tmp_path):
+def test_full_weights_fit_in_eight_megabytes(tmp_path):
     VideoDiT(FULL).save(tmp_path)
-    assert (tmp_path / "weights.safetensors").stat().st_size < 15e6
+    assert (tmp_path / "weights.safetensors").stat().st_size < 8e6
+    # Files in 16 bits throughout load too.
+    stored = load_file(tmp_path / "weights.safetensors")
+    save_file(
+        {name: t.bfloat16() for name, t in unpacked(stored).items()},
+        tmp_path / "weights.safetensors",
+    )
+    loaded = VideoDiT.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[n], t.bfloat16().float()) for n, t in unpacked(stored).items())
 
 
 def test_generation_follows_the_seed():

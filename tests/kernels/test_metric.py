@@ -38,7 +38,8 @@ def metrics(
 
     config = launch_config(q.shape[-1], q.element_size(), HOPPER)
     of_queries, of_keys = logit_metrics(q, k, kinds, config)
-    return of_queries.unflatten(0, q.shape[:2]).cpu(), of_keys.unflatten(0, k.shape[:2]).cpu()
+    of_queries, of_keys = (t.unflatten(0, k.shape[:2]).cpu() for t in (of_queries, of_keys))
+    return of_queries.repeat_interleave(q.shape[1] // k.shape[1], 1), of_keys
 
 
 @few

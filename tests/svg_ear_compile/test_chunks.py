@@ -77,7 +77,9 @@ def test_a_cache_that_does_not_grow_starts_generations_unless_chunks_are_declare
         assert session.chunk == 0
     with bind(sparse) as session:
         # As a pipeline's call does: no other video starts inside of it.
-        session.generation("default").start(dense_steps=None, videos=1, rises=lambda: False)
+        session.generation("default").start(
+            steps=None, dense_steps=None, videos=1, rises=lambda: False
+        )
         run(sparse, style)
         assert session.chunk == CHUNKS - 1
 

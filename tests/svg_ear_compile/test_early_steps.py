@@ -1,0 +1,106 @@
+"""Early steps get more density than later ones; the mean is what was asked for."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from made_budgets import budget_for
+from session_models import TOKENS, Heard, densities, run, shared
+
+from svg_ear_compile import accelerate, bind
+from svg_ear_compile.cost_model.budget import Choice
+from svg_ear_compile.early_steps import EarlySteps
+from svg_ear_compile.kernels import op
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every call as the operator carries it out."""
+    torch.compiler.reset()
+    seen: list[Any] = []
+    monkeypatch.setattr(op, "active_source", lambda: Heard(seen))
+    return seen
+
+
+@given(steps=st.integers(1, 100), factor=st.floats(1.0, 50.0), mean=st.floats(0.0, 1.0))
+def test_the_mean_is_what_was_asked_for(steps: int, factor: float, mean: float) -> None:
+    early = EarlySteps(steps, factor)
+    found = [early.density(mean, step) for step in range(steps)]
+    assert statistics.fmean(found) == pytest.approx(mean, abs=1e-9)
+    assert all(0.0 <= density <= 1.0 for density in found)
+    assert found == sorted(found, reverse=True)
+    level = found[-1]
+    for density in found[: early.count]:
+        assert density == pytest.approx(min(1.0, factor * level))
+    assert all(density == level for density in found[early.count :])
+
+
+@pytest.mark.parametrize(("steps", "early"), [(1, 0), (4, 0), (8, 1), (24, 3), (30, 4), (50, 6)])
+def test_an_eighth_of_the_steps_is_early(steps: int, early: int) -> None:
+    assert EarlySteps(steps, 2.0).count == early
+    assert EarlySteps(steps, 1.0).count == 0
+
+
+def test_a_bound_model_that_knows_its_steps_spends_more_in_the_first(calls: list[Any]) -> None:
+    model, times = shared(1), range(800, 0, -100)
+    early = [0.6 * 8 / 9, *[0.3 * 8 / 9] * 7]
+    for given_, wanted in (
+        ({"steps": 8}, early),
+        ({}, [0.3] * 8),
+        ({"steps": 8, "early_factor": 1.0}, [0.3] * 8),
+        ({"steps": 8, "early_factor": 3.0}, [0.9 * 0.8, *[0.3 * 0.8] * 7]),
+        ({"steps": 8, "dense_steps": 1}, [1.0, *[0.3] * 7]),
+        ({"steps": 8, "dense_above_timestep": 750.0}, [1.0, *[0.3] * 7]),
+        ({"steps": 8, "dense_layers": 1}, [1.0] * 8),
+        ({"steps": 8, "budget": {"*": 0.45}}, [1.5 * density for density in early]),
+    ):
+        with bind(model, **given_):
+            run(model, *times)
+            assert densities(calls) == pytest.approx(wanted), given_
+
+
+def test_a_tuned_budget_is_followed_as_it_is(calls: list[Any]) -> None:
+    model = shared(1)
+    budget = budget_for(model, {"blocks.0.attn1": (Choice(0.4),)}, TOKENS)
+    with bind(model, steps=8, budget=budget):
+        run(model, 800, 700)
+        assert densities(calls) == [0.4, 0.4]
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_pipeline_says_its_number_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.wan()
+    taken: list[float] = []
+    inner = EarlySteps.density
+
+    def density(self: EarlySteps, mean: float, step: int) -> float:
+        taken.append(inner(self, mean, step))
+        return taken[-1]
+
+    monkeypatch.setattr(EarlySteps, "density", density)
+    with accelerate(pipe, density=0.3, options=tiny.OPTIONS) as handle:
+        tiny.generate(pipe, tiny.wan_call(num_inference_steps=8))
+        assert "the first 1 at 2 times the density of the others" in str(handle.report())
+    assert statistics.fmean(taken) == pytest.approx(0.3)
+    assert max(taken) == pytest.approx(2 * min(taken))
+
+
+@pytest.mark.parametrize(
+    ("given_", "error"),
+    [
+        ({"steps": 0}, ValueError),
+        ({"steps": 2.5}, TypeError),
+        ({"early_factor": 0.5}, ValueError),
+        ({"early_factor": float("nan")}, ValueError),
+        ({"early_factor": "2"}, TypeError),
+    ],
+)
+def test_nonsense_is_answered(given_: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=next(iter(given_))):
+        bind(shared(1), **given_)
