@@ -1,8 +1,9 @@
 """`python -m benchmarks.attention.likeness --out DIR`: are the synthetic inputs like real ones?
 
 The error of sparse attention over its density, on the synthetic generator's tensors and on those
-captured from the video DiT, at the same size: speed bought on easy inputs would show here. Writes
-the curves as JSON, and a plot.
+captured from a video model, at the same size: speed bought on easy inputs would show here. With it
+what makes attention easy: the rank of the keys, how many keys a query looks at, and how far keys
+move from one denoising step to the next. Writes everything as JSON, and a plot of the curves.
 """
 
 from __future__ import annotations
@@ -21,41 +22,73 @@ from benchmarks.attention.data import video_like
 from benchmarks.attention.gate import relative_error
 from benchmarks.provenance import provenance
 from benchmarks.tuning.captured import capture
-from benchmarks.video_dit.data import TRAIN_SHAPE
+from benchmarks.video_dit.zoo import MODELS
+from svg_ear_compile.kernels.kinds import exact_at_ends
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.registry import sparse_attention
 
 DENSITIES = (0.05, 0.1, 0.2, 0.4)
 FORMS: tuple[Compensation, ...] = get_args(Compensation)
-_STEPS, _WANTED, _LAYERS = 24, (8, 16), (1, 4, 7)
+_STEPS, _WANTED, _LAYERS = 24, (8, 16), (0.15, 0.57, 1.0)
+_SAMPLED = 256  # queries whose attention is looked at
 
 
-def curve(q: Tensor, k: Tensor, v: Tensor, form: Compensation) -> list[float]:
-    """Relative L2 error of attention at each of `DENSITIES`; q, k, v (1, H, N, D)."""
+def curve(q: Tensor, k: Tensor, v: Tensor, form: Compensation, text: int = 0) -> list[float]:
+    """Relative L2 error of attention at each of `DENSITIES`; q, k, v (1, H, N, D), text last."""
     dense = F.scaled_dot_product_attention(q, k, v)
+    kinds = exact_at_ends(q, k, 0, text)
     return [
-        relative_error(sparse_attention(q, k, v, plan).out, dense)
+        relative_error(sparse_attention(q, k, v, plan, kinds=kinds).out, dense)
         for plan in (AttentionPlan(density=d, compensation=form) for d in DENSITIES)
     ]
 
 
-def rows_of(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Curves of some captured layers and steps, and of as many synthetic heads."""
-    rows = []
-    captured = [c for c in capture(shape, _STEPS, _WANTED, 0, device) if c.layer in _LAYERS]
-    for call in captured:
-        for form in FORMS:
-            name = f"layer {call.layer}, step {call.step}"
-            errors = curve(call.q.to(dtype), call.k.to(dtype), call.v.to(dtype), form)
-            rows.append({"inputs": "captured", "name": name, "form": form, "errors": errors})
+def rank(x: Tensor) -> float:
+    """Directions that tokens (..., N, D) differ in: ``(tr C)^2 / tr C^2``, at most D."""
+    x = x.double()
+    x = x - x.mean(-2, keepdim=True)
+    covariance = x.mT @ x
+    total = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return float((total.square() / covariance.square().sum((-2, -1))).mean())
+
+
+def keys_seen(q: Tensor, k: Tensor) -> float:
+    """Keys that a query looks at: e to the mean entropy of its attention, at most N."""
+    places = torch.linspace(0, q.shape[-2] - 1, min(_SAMPLED, q.shape[-2])).round().long()
+    logits = q[..., places.to(q.device), :].float() @ k.float().mT * q.shape[-1] ** -0.5
+    log = logits.log_softmax(-1)
+    return float((-(log.exp() * log).sum(-1)).mean().exp())
+
+
+def rows_of(
+    name: str, shape: tuple[int, int, int], device: str, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """Curves and traits of some layers and steps of a model, and of as many synthetic heads."""
+    steps = [s + later for s in _WANTED for later in (0, 1)]
+    calls = list(capture(shape, _STEPS, steps, 0, device, name))
+    layers = 1 + max(call.layer for call in calls)
+    wanted = {round(x * (layers - 1)) for x in _LAYERS}
+    after = {(call.layer, call.step - 1): call.k for call in calls}
+    captured = [c for c in calls if c.layer in wanted and c.step in _WANTED]
     _, heads, tokens, dim = captured[0].q.shape
-    for seed in range(len(captured)):
-        tensors = video_like(1, heads, tokens, dim, seed=seed, device=device, dtype=dtype)
+    text = getattr(MODELS[name].config, "text_tokens", 0)
+    inputs = [
+        ("captured", f"layer {c.layer}, step {c.step}", (c.q, c.k, c.v),
+         relative_error(after[c.layer, c.step], c.k))
+        for c in captured
+    ]  # fmt: skip
+    inputs += [
+        ("synthetic", f"seed {seed}", tensors, None)
+        for seed in range(len(captured))
+        for tensors in [video_like(1, heads, tokens, dim, seed=seed, device=device, dtype=dtype)]
+    ]
+    rows = []
+    for kind, which, tensors, drift in inputs:
+        q, k, v = (t.to(dtype) for t in tensors)
+        traits = {"rank": rank(k), "keys_seen": keys_seen(q, k), "drift": drift}
         for form in FORMS:
-            errors = curve(*tensors, form)
-            rows.append(
-                {"inputs": "synthetic", "name": f"seed {seed}", "form": form, "errors": errors}
-            )
+            errors = curve(q, k, v, form, text if kind == "captured" else 0)
+            rows.append({"inputs": kind, "name": which, "form": form, **traits, "errors": errors})
     return rows
 
 
@@ -79,16 +112,23 @@ def main() -> None:
     """Measure, write `likeness.json` and `likeness.png`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", choices=list(MODELS), default="self")
+    parser.add_argument("--clip", choices=("short", "long"), default="long")
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = rows_of(TRAIN_SHAPE, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    shape = getattr(MODELS[given.model], given.clip)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rows = rows_of(given.model, shape, device, dtype)
     given.out.mkdir(parents=True, exist_ok=True)
-    found = {**provenance(), "densities": DENSITIES, "rows": rows}
+    settings = {"model": given.model, "clip": given.clip, "densities": DENSITIES}
+    found = {**provenance(), **settings, "rows": rows}
     (given.out / "likeness.json").write_text(json.dumps(found, indent=1))
     plot(rows, given.out / "likeness.png")
     for row in rows:
+        drift = "-" if row["drift"] is None else f"{row['drift']:.3f}"
         print(f"{row['inputs']:9s} {row['name']:16s} {row['form']:11s}",
-              " ".join(f"{e:.3f}" for e in row["errors"]))  # fmt: skip
+              " ".join(f"{e:.3f}" for e in row["errors"]),
+              f"rank {row['rank']:.1f}, keys {row['keys_seen']:.0f}, drift {drift}")  # fmt: skip
 
 
 if __name__ == "__main__":

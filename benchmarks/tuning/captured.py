@@ -1,4 +1,4 @@
-"""Q, K, V of every attention of the video DiT at some denoising steps of a dense generation."""
+"""Q, K, V of every attention of a video model at some denoising steps of a dense generation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.video_dit.attention import attention_answered_by
-from benchmarks.video_dit.data import LABELS
-from benchmarks.video_dit.demo import WEIGHTS
-from benchmarks.video_dit.model import VideoDiT
 from benchmarks.video_dit.sample import generate
+from benchmarks.video_dit.zoo import MODELS
 
 CAMERA = (0.7, -0.3, 0.6, 0.35, 0.0)
 
@@ -29,11 +27,23 @@ class CapturedCall:
 
 
 def capture(
-    shape: tuple[int, int, int], steps: int, wanted: Iterable[int], seed: int, device: str
+    shape: tuple[int, int, int],
+    steps: int,
+    wanted: Iterable[int],
+    seed: int,
+    device: str,
+    name: str = "self",
 ) -> Iterator[CapturedCall]:
-    """Generate one clip dense and yield the calls of the steps in `wanted` (no guidance)."""
+    """Generate one clip of a model of `MODELS` dense and yield the calls of the steps in `wanted`.
+
+    There is no guidance; text tokens come last in every call.
+    """
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    model = VideoDiT.from_pretrained(WEIGHTS, device=device, dtype=dtype)
+    trained = MODELS[name]
+    model = trained.load(device=device, dtype=dtype)
+    label, camera = trained.prompt(seed)
+    if len(camera) == len(CAMERA):
+        camera = list(CAMERA)
     kept: list[CapturedCall] = []
     chosen, step = set(wanted), 0
 
@@ -43,14 +53,14 @@ def capture(
 
     def see(dense: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if step in chosen:
-            kept.append(CapturedCall(len(kept) % model.config.layers, step, q, k, v))
+            kept.append(CapturedCall(len(kept) % len(model.blocks), step, q, k, v))
         return dense(q, k, v)
 
     with attention_answered_by(see):
         generate(
             model,
-            label=seed % len(LABELS),
-            camera=CAMERA,
+            label=label,
+            camera=camera,
             seed=seed,
             steps=steps,
             guidance=1.0,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.attention import measure
+from benchmarks.attention import likeness, measure
 from benchmarks.attention.data import video_like
 from benchmarks.attention.flex import TILE, covering_tiles
 from benchmarks.attention.inputs import CAPTURED, Inputs, exact_pairs, inputs_of
@@ -81,6 +81,27 @@ def test_captured_inputs_are_the_video_dits(monkeypatch: pytest.MonkeyPatch) -> 
     found = inputs_of(CAPTURED, "cpu", torch.float32)
     assert found.q.shape == (1, 4, 32, 64)
     assert not torch.equal(found.q, found.k)
+
+
+def test_traits_that_make_attention_easy() -> None:
+    noise = torch.randn(2, 4000, 8, generator=torch.Generator().manual_seed(0))
+    assert likeness.rank(noise) == pytest.approx(8, rel=0.02)
+    assert likeness.rank(noise * torch.eye(8)[0] + 5) == pytest.approx(1)
+    assert likeness.keys_seen(torch.zeros(1, 3, 8), noise[:1]) == pytest.approx(4000, rel=1e-3)
+    assert likeness.keys_seen(100 * noise, 100 * noise) == pytest.approx(1, abs=0.1)
+
+
+def test_likeness_of_a_model_with_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likeness, "_STEPS", 3)
+    monkeypatch.setattr(likeness, "_WANTED", (1,))
+    monkeypatch.setattr(likeness, "_LAYERS", (0.0, 1.0))
+    monkeypatch.setattr(likeness, "FORMS", ("gaussian",))
+    rows = likeness.rows_of("joint", (4, 48, 48), "cpu", torch.float32)
+    named = [(row["inputs"], row["name"]) for row in rows]
+    layers = [("captured", f"layer {layer}, step 1") for layer in (0, 9)]
+    assert named == [*layers, ("synthetic", "seed 0"), ("synthetic", "seed 1")]
+    assert all(0 < row["drift"] < 2 for row in rows[:2])
+    assert all(row["errors"][-1] < row["errors"][0] for row in rows)
 
 
 def row(tokens: int, form: str = "gaussian") -> dict[str, Any]:
