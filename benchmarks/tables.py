@@ -20,9 +20,12 @@ from benchmarks.attention.summary import cold_ms, dense_ms, reused_speedup, rows
 from benchmarks.context_parallel import report, ring_error
 from benchmarks.end_to_end.report import forward_seconds, forward_table, generation_table
 from benchmarks.fidelity import schedules
-from benchmarks.fidelity.grid import OURS, WARM_UPS
+from benchmarks.fidelity.frontier import Point
+from benchmarks.fidelity.grid import CLUSTERS, OURS, PAPER, WARM_UPS
 from benchmarks.fidelity.record import read
 from benchmarks.fidelity.report import markdown_table
+from benchmarks.fidelity.rules import RULES
+from benchmarks.fidelity.sol import BLOCK
 from benchmarks.fidelity.times import WAN
 from benchmarks.priors import gpus_table, long_lists_table, long_sequences_table
 from benchmarks.provenance import where
@@ -56,6 +59,7 @@ _MODELS = {
     "CogVideoX 5B": "cogvideox-5b",
 }
 _README_DENSITY = 0.2
+_BESIDE = ((OURS, 0.2), (OURS, 0.1), ("sol_top_k", 0.2), (PAPER, 0.2))  # of the README's pictures
 _CLUSTERS = (256, 64)  # mean tokens of a query and of a key cluster, by default at Wan's shape
 
 
@@ -220,6 +224,32 @@ def operator_table(times: Record) -> str:
     return "\n".join(lines)
 
 
+def pictures_table(records: Path) -> str:
+    """The default beside a rival and the published rule: time of attention, and picture."""
+    evidence = read(records)
+    assert evidence.times is not None, "the table needs the operator's times"
+    names = list(evidence.models)
+    lines = [
+        f"| attention | ms a call at {WAN} | {' | '.join(f'PSNR, {name}' for name in names)} |",
+        f"|---|---|{'---|' * len(names)}",
+    ]
+    dense = next(row["dense_ms"] for row in evidence.times["rows"] if row["shape"] == WAN)
+    lines.append(f"| dense | {dense:.0f} |{' |' * len(names)}")
+    for rule, density in _BESIDE:
+        found: dict[str, Point] = {}
+        for point in evidence.points:
+            cell = point.cell
+            asked = (cell.rule, cell.density, cell.warm_up) == (rule, density, WARM_UPS[0])
+            # The default's clusters at Wan's shape, for rules that have clusters.
+            if asked and (cell.queries, cell.keys) in (CLUSTERS[-1], (BLOCK, BLOCK)):
+                found[cell.model] = point
+        ms = next((p.ms[WAN] for p in found.values() if WAN in p.ms), None)
+        pictures = [f"{found[n].mean_psnr:.1f} dB" if n in found else "" for n in names]
+        cells = [f"{RULES[rule].title}, {density:g}", "" if ms is None else f"{ms:.0f}", *pictures]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def expectations_table(
     attention: Record, forwards: Sequence[Record], generations: Sequence[Record]
 ) -> str:
@@ -228,8 +258,8 @@ def expectations_table(
         f"{attention['device']}, density {_README_DENSITY:g}, everything but attention by "
         "Inductor in both.",
         "",
-        "| model | tokens | one attention | one forward | one generation |",
-        "|---|---|---|---|---|",
+        "| model | tokens | one attention | one forward | its peak memory | one generation |",
+        "|---|---|---|---|---|---|",
     ]
     if {r["device"] for r in (*forwards, *generations)} != {attention["device"]}:
         raise ValueError("the records of this table are of several devices")
@@ -241,12 +271,14 @@ def expectations_table(
         and "samples_ms" in row
     }
     forward = _pairs(forwards, forward_seconds)
+    peaks = _pairs(forwards, lambda row: row["peak_bytes"] / 2**30)
     generation = _pairs(generations, lambda row: float(row["seconds"]))
     for title, shape in _MODELS.items():
         call = calls[shape]
         pairs = [
             _pair((dense_ms(call), statistics.median(call["samples_ms"])), "ms", 1),
             _pair(forward.get(shape), "s", 2),
+            "{:.1f} → {:.1f} GiB".format(*peaks[shape]) if shape in peaks else "",
             _pair(generation.get(shape), "s", 1),
         ]
         lines.append(f"| {title} | {call['size'][2]:,} | {' | '.join(pairs)} |")
@@ -298,6 +330,7 @@ def tables() -> dict[str, Table]:
         "attention": lambda folder: attention_table(attention),
         "end-to-end": lambda folder: forward_table(forwards),
         "generation": lambda folder: generation_table(generations),
+        "pictures": lambda folder: pictures_table(FIDELITY),
         "densities": lambda folder: densities_table(FIDELITY),
         "schedules": lambda folder: schedules.section(FIDELITY / "schedules"),
         "heads": lambda folder: _measured(HEADS, heads.table),

@@ -94,19 +94,23 @@ def test_what_to_expect_pairs_dense_and_sparse_times_of_one_device() -> None:
             (17776, "cogvideox-5b"),
         ]
     ]  # fmt: skip
+    gib = 2**30
     forward = {
         "device": "a GPU",
         "rows": [
-            {"model": "wan14b-720p", "samples_seconds": [0.9, 1.0, 1.1], "options": {}},
-            {"model": "wan14b-720p", "samples_seconds": [0.3], "options": {"density": 0.1}},
-            {"model": "wan14b-720p", "samples_seconds": [0.5], "options": {"density": 0.2}},
+            {"model": "wan14b-720p", "samples_seconds": samples, "options": options,
+             "peak_bytes": peak}
+            for samples, options, peak in [
+                ([0.9, 1.0, 1.1], {}, 7 * gib), ([0.3], {"density": 0.1}, 9 * gib),
+                ([0.5], {"density": 0.2}, 8 * gib),
+            ]
         ],
-    }
+    }  # fmt: skip
     found = tables.expectations_table({"device": "a GPU", "rows": rows}, [forward], [])
     assert found.startswith("a GPU, density 0.2")
     assert (
-        "| Wan 2.1 14B, 720p | 75,600 | 200.0 → 70.0 ms (**2.9x**) | 1.00 → 0.50 s (**2.0x**) |  |"
-        in found.splitlines()
+        "| Wan 2.1 14B, 720p | 75,600 | 200.0 → 70.0 ms (**2.9x**) | 1.00 → 0.50 s (**2.0x**) "
+        "| 7.0 → 8.0 GiB |  |" in found.splitlines()
     )
     with pytest.raises(ValueError, match="several devices"):
         tables.expectations_table({"device": "another", "rows": rows}, [forward], [])
