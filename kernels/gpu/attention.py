@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +31,9 @@ from svg_ear_compile.kernels.gpu.launch import (
     HOPPER,
     LaunchConfig,
     architecture,
+    ceil_div,
     launch_config,
+    power_of_2_from,
     token_strides,
     without_e4m3,
 )
@@ -113,11 +115,11 @@ def cluster_and_route(
         scores = (score[0], score[1], score[2])
     density_bits = int.from_bytes(struct.pack("<d", plan.density), "little")
     log_threshold = math.log(plan.threshold) if plan.threshold > 0 else -math.inf
-    block_k = triton.next_power_of_2(k_clusters)
+    block_k = power_of_2_from(k_clusters)
     for first_head in range(0, flat_heads, step):
         launched = min(step, flat_heads - first_head)
         if spread is not None:
-            score_kernel[(k_clusters, triton.cdiv(q_clusters, config.score.rows), launched)](
+            score_kernel[(k_clusters, ceil_div(q_clusters, config.score.rows), launched)](
                 queries.rounded, k, keys.order, keys.starts, keys.centroids, value_means,
                 *spread, *scores, *token_strides(k), first_head, heads, kv_heads,
                 k_tokens, q_clusters, k_clusters, scale,
@@ -176,13 +178,13 @@ def attend(
     lse = q.new_empty(q.shape[:3] if needs_lse else (0,), dtype=torch.float32)
     tile_cluster, tile_place = query_tiles(queries.starts, q_tokens, tile.rows)
     tiles = tile_cluster.shape[1]
-    step = _heads_at_once(q, k, q_clusters * (k_clusters * 4 * 2 + pitch * 4))
+    step = _heads_at_once(q, k, q_clusters * (k_clusters * 4 * 3 + pitch * 4))
 
     def table(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(step, q_clusters, *shape, dtype=dtype, device=q.device)
 
     bias, offset = table(k_clusters, dtype=torch.float32), table(k_clusters)
-    rows, kv_indices = table(3), table(pitch)
+    first, rows, kv_indices = table(k_clusters), table(3), table(pitch)
     correction = proxy_weight = bias  # placeholders, neither read nor written
     if corrected:
         curvature, slope = curvature_and_slope(k, v, keys, routed.value_means, scale, config)
@@ -193,16 +195,17 @@ def attend(
     # Without e4m3 only the places of the first three are taken.
     *of_keys, proxy_keys = in_e4m3 or (k, bias, bias, keys.rounded)
     block_mask = routed.block_mask.flatten(0, 1)
-    block_k = triton.next_power_of_2(k_clusters)
+    block_k = power_of_2_from(k_clusters)
     for first_head in range(0, flat_heads, step):
         launched = min(step, flat_heads - first_head)
         head_counts = (first_head, heads, kv_heads)
         kv_offset_kernel[(q_clusters, launched)](
-            block_mask, keys.starts, bias, offset, rows, *head_counts, q_clusters, k_clusters,
+            block_mask, keys.starts, bias, offset, first, rows,
+            *head_counts, q_clusters, k_clusters,
             BLOCK_K=block_k, num_warps=_row_warps(block_k),
         )  # fmt: skip
-        kv_indices_kernel[(q_clusters, triton.cdiv(k_clusters, CLUSTERS_PER_COPY), launched)](
-            offset, keys.starts, keys.order, kv_indices, *head_counts,
+        kv_indices_kernel[(q_clusters, ceil_div(k_clusters, CLUSTERS_PER_COPY), launched)](
+            offset, first, rows, keys.order, kv_indices, *head_counts,
             k_tokens, q_clusters, k_clusters, pitch,
             BLOCK_J=CLUSTERS_PER_COPY, BLOCK_N=32,
         )  # fmt: skip
@@ -261,7 +264,12 @@ def _as_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
 
 
 def _config(q: Tensor, on_hopper: bool) -> LaunchConfig:
-    config = launch_config(q.shape[-1], q.element_size(), architecture(q.device))
+    return _config_for(q.shape[-1], q.element_size(), architecture(q.device), on_hopper)
+
+
+@functools.lru_cache(maxsize=256)
+def _config_for(dim: int, element_size: int, architecture: str, on_hopper: bool) -> LaunchConfig:
+    config = launch_config(dim, element_size, architecture)
     return config if on_hopper else replace(config, wgmma=None)
 
 
@@ -324,7 +332,7 @@ def _clustered(
 
 def _needs_int64(k: Tensor, v: Tensor) -> bool:
     """Whether offsets inside one head of K, V or a dense copy of K reach 2^31 elements."""
-    widest = max(k.stride(2), v.stride(2), triton.next_power_of_2(k.shape[3]))
+    widest = max(k.stride(2), v.stride(2), power_of_2_from(k.shape[3]))
     return bool(k.shape[2] * widest >= 2**31)
 
 
@@ -361,8 +369,8 @@ TRITON = register(
     Implementation(
         "triton",
         _no_triton,
-        partial(cluster_and_route, on_hopper=False),
-        partial(attend, on_hopper=False),
+        functools.partial(cluster_and_route, on_hopper=False),
+        functools.partial(attend, on_hopper=False),
     )
 )
 """Plain Triton, for every GPU, and for Triton's interpreter on a CPU."""
@@ -371,8 +379,8 @@ HOPPER_GLUON = register(
     Implementation(
         "hopper",
         _no_hopper,
-        partial(cluster_and_route, on_hopper=True),
-        partial(attend, on_hopper=True),
+        functools.partial(cluster_and_route, on_hopper=True),
+        functools.partial(attend, on_hopper=True),
     )
 )
 """As `TRITON`, with the attend stage in Gluon."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from svg_ear_compile.kernels.compensation import LARGEST_LOGIT_CORRECTION
 from svg_ear_compile.kernels.gpu.kmeans import SortedClusters
-from svg_ear_compile.kernels.gpu.launch import LaunchConfig, parts_of, token_strides
+from svg_ear_compile.kernels.gpu.launch import LaunchConfig, ceil_div, parts_of, token_strides
 
 
 @triton.jit
@@ -237,7 +237,7 @@ def curvature_and_slope(
     batch, heads, tokens, dim = k.shape
     groups, clusters = batch * heads, keys.rounded.shape[1]
     tiles = config.covariance
-    columns = triton.cdiv(dim, tiles.columns)
+    columns = ceil_div(dim, tiles.columns)
     parts, chunk = parts_of(tokens, groups * columns, tiles.rows)
     sums = torch.empty(parts, groups, 2, dim, dim, dtype=torch.float32, device=k.device)
     covariance_kernel[(parts, columns, groups)](
@@ -248,7 +248,7 @@ def curvature_and_slope(
     )  # fmt: skip
     curvature, slope = torch.empty(2, groups, dim, dim, dtype=k.dtype, device=k.device).unbind()
     block = 1024
-    pooled_kernel[(triton.cdiv(dim * dim, block), groups)](
+    pooled_kernel[(ceil_div(dim * dim, block), groups)](
         sums, keys.starts, curvature, slope, parts, clusters, scale**2 / 2 / math.log(2), scale,
         D=dim, BLOCK=block, num_warps=4, num_stages=1,
     )  # fmt: skip
@@ -271,7 +271,7 @@ def logit_corrections(
     groups, clusters, _ = queries.centroids.shape
     logit, clip = torch.empty(2, groups, tokens, dtype=torch.float32, device=q.device).unbind()
     tiles = config.correction
-    logit_correction_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
+    logit_correction_kernel[(ceil_div(tokens, tiles.rows), groups)](
         q, queries.labels, curvature, logit, clip,
         *token_strides(q), heads, kv_heads, tokens, clusters,
         D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,
@@ -297,7 +297,7 @@ def correct_values(
     _, heads, tokens, dim = q.shape
     groups, clusters, _ = queries.centroids.shape
     tiles = config.correction
-    value_correction_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
+    value_correction_kernel[(ceil_div(tokens, tiles.rows), groups)](
         q, out, queries.labels, slope, clip, weight,
         *token_strides(q), *token_strides(out), heads, kv_heads, tokens, clusters,
         D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,

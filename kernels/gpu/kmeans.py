@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svg_ear_compile.kernels.clusters import QueryTile
-from svg_ear_compile.kernels.gpu.launch import LaunchConfig, token_strides
+from svg_ear_compile.kernels.gpu.launch import LaunchConfig, ceil_div, token_strides
 from svg_ear_compile.kernels.gpu.nearest import keep_nearer, nearest_of, nothing_yet
 from svg_ear_compile.kernels.gpu.sort import sort_by_label
 from svg_ear_compile.kernels.gpu.tile_align import align_to_tile
@@ -277,7 +277,7 @@ def kmeans(
     tiles = config.assign
     for iteration in range(iterations):
         aims, half_norm = aims_of(means, x.dtype, metric, config)
-        kmeans_assign_kernel[(triton.cdiv(tokens, tiles.rows), groups)](
+        kmeans_assign_kernel[(ceil_div(tokens, tiles.rows), groups)](
             x, aims, half_norm, x if kinds is None else kinds, labels,
             *token_strides(x), *kind_strides, half_norm.shape[1], heads, tokens, clusters,
             D=dim, BLOCK_D=config.block_dim, BLOCK_N=tiles.rows, BLOCK_C=tiles.columns,
@@ -329,7 +329,7 @@ def aims_of(
     """
     groups, clusters, dim = centroids.shape
     aims = torch.empty_like(centroids, dtype=dtype)
-    pitch = triton.cdiv(clusters, _PITCH) * _PITCH
+    pitch = ceil_div(clusters, _PITCH) * _PITCH
     half_norm = torch.empty(groups, pitch, dtype=torch.float32, device=centroids.device)
     tiles = config.correction
     aim_kernel[(pitch // tiles.rows, groups)](

@@ -91,6 +91,7 @@ def without_e4m3(architecture: str) -> str | None:
     return f'precision="fp8" needs an NVIDIA GPU of sm_89 or later, this one is {architecture}'
 
 
+@functools.lru_cache(maxsize=256)
 def launch_config(head_dim: int, element_size: int, architecture: str) -> LaunchConfig:
     """The configuration for a head dim in elements and an element size in bytes (2 or 4).
 
@@ -134,11 +135,27 @@ def launch_config(head_dim: int, element_size: int, architecture: str) -> Launch
     return LaunchConfig(block_dim, assign, score, attend, moments, covariance, correction, wgmma)
 
 
-def token_strides(x: Tensor) -> tuple[int, ...]:
+def token_strides(x: Tensor) -> tuple[int, int, int]:
     """Strides of batch, heads and tokens; 0 for a dimension of size 1, whatever its stride."""
-    return tuple(
-        0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride(), strict=False)
+    batch, heads, tokens = x.shape[:3]
+    of_batch, of_heads, of_tokens = x.stride()[:3]
+    return (
+        of_batch if batch != 1 else 0,
+        of_heads if heads != 1 else 0,
+        of_tokens if tokens != 1 else 0,
     )
+
+
+# Triton's own functions of these two can be called in kernels, which makes each call on the host
+# take microseconds.
+def ceil_div(number: int, by: int) -> int:
+    """number / by, rounded up."""
+    return -(-number // by)
+
+
+def power_of_2_from(least: int) -> int:
+    """The least power of two that is not below `least`."""
+    return 1 << (least - 1).bit_length()
 
 
 def parts_of(tokens: int, programs: int, step: int) -> tuple[int, int]:

@@ -7,7 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg_ear_compile.kernels.gpu.launch import LaunchConfig, parts_of, token_strides
+from svg_ear_compile.kernels.gpu.launch import (
+    LaunchConfig,
+    ceil_div,
+    parts_of,
+    power_of_2_from,
+    token_strides,
+)
 from svg_ear_compile.kernels.kinds import CLUSTERED, TokenKinds
 
 _ROWS = 16  # of a metric, for one program
@@ -161,7 +167,7 @@ def logit_metrics(
     groups, dim = k.shape[0] * k.shape[1], q.shape[-1]
     q_square, _, q_count = _sums(q, kinds.queries, config)
     k_square, k_sum, k_count = _sums(k, kinds.keys, config)
-    blocks = triton.cdiv(dim, _ROWS)
+    blocks = ceil_div(dim, _ROWS)
     metrics = q_square.new_empty(2, groups, dim, dim)
     norms = q_square.new_empty(2, groups, blocks)
     metric_kernel[(blocks, groups, 2)](
@@ -171,7 +177,7 @@ def logit_metrics(
     )  # fmt: skip
     unit_norm_kernel[(blocks, 2 * groups)](
         metrics, norms, D=dim, BLOCK_D=config.block_dim, BLOCK_R=_ROWS,
-        BLOCK_P=triton.next_power_of_2(blocks), TINY=torch.finfo(torch.float32).tiny,
+        BLOCK_P=power_of_2_from(blocks), TINY=torch.finfo(torch.float32).tiny,
         num_warps=4, num_stages=1,
     )  # fmt: skip
     return metrics[0], metrics[1]
@@ -184,7 +190,7 @@ def _sums(x: Tensor, kinds: Tensor | None, config: LaunchConfig) -> tuple[Tensor
     """
     batch, heads, tokens, dim = x.shape
     groups, tiles = batch * heads, config.moments
-    columns = triton.cdiv(dim, tiles.columns)
+    columns = ceil_div(dim, tiles.columns)
     parts, chunk = parts_of(tokens, groups * columns, tiles.rows)
     square, total, count = (
         torch.empty(parts, groups, *shape, dtype=torch.float32, device=x.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from svg_ear_compile.kernels.gpu.attend import LN2, LOG2E
 from svg_ear_compile.kernels.gpu.kmeans import SortedClusters
-from svg_ear_compile.kernels.gpu.launch import OWN_TOKENS, LaunchConfig, token_strides
+from svg_ear_compile.kernels.gpu.launch import OWN_TOKENS, LaunchConfig, ceil_div, token_strides
 
 
 @triton.jit
@@ -136,7 +136,7 @@ def make_own_tokens_exact(
         config: see `launch_config`.
     """
     batch, heads, tokens, dim = q.shape
-    own_token_kernel[(triton.cdiv(tokens, OWN_TOKENS), batch * heads)](
+    own_token_kernel[(ceil_div(tokens, OWN_TOKENS), batch * heads)](
         q, k, v, out, lse, weight, correction, queries.labels, keys.labels, keys.starts,
         block_mask, keys.rounded, value_means,
         *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(out),

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svg_ear_compile.kernels.gpu.launch import ceil_div, power_of_2_from
+
 
 @triton.jit(do_not_specialize=["clusters", "tiles"])
 def query_tile_kernel(
@@ -55,12 +57,12 @@ def query_tiles(starts: Tensor, q_tokens: int, rows: int) -> tuple[Tensor, Tenso
         place of its first query. T is an upper bound of the number of tiles for any cluster sizes.
     """
     groups, clusters = starts.shape[0], starts.shape[1] - 3
-    tiles = triton.cdiv(q_tokens, rows) + clusters + 1
+    tiles = ceil_div(q_tokens, rows) + clusters + 1
     cluster, place = torch.empty(
         2, groups, tiles, dtype=torch.int32, device=starts.device
     ).unbind()  # fmt: skip
     query_tile_kernel[(groups,)](
         starts, cluster, place, clusters, tiles,
-        ROWS=rows, BLOCK_C=triton.next_power_of_2(clusters + 1), num_warps=4, num_stages=1,
+        ROWS=rows, BLOCK_C=power_of_2_from(clusters + 1), num_warps=4, num_stages=1,
     )  # fmt: skip
     return cluster, place

@@ -130,7 +130,8 @@ def kv_offset_kernel(
     block_mask_ptr,  # (G, Qc, Kc) bool
     k_start_ptr,  # (G_kv, Kc + 3) int32
     bias_ptr,  # (L, Qc, Kc) float32 log2, out: -inf where the block is exact or empty
-    offset_ptr,  # (L, Qc, Kc) int32, out: place of the block in the list of its row, or -1
+    offset_ptr,  # (L, Qc, Kc) int32, out: place in the list of a row of each of its exact blocks
+    first_ptr,  # (L, Qc, Kc) int32, out: place of the block's first key in the sorted order
     row_ptr,  # (L, Qc, 3) int32, out: keys in the list; start and keys of the largest block
     first_head,
     heads,
@@ -139,7 +140,10 @@ def kv_offset_kernel(
     k_clusters,
     BLOCK_K: tl.constexpr,
 ):
-    """Places of the exact blocks of one row in its list, and the logit bias of skipped blocks."""
+    """Exact blocks of one row in the list, one after the other; the logit bias of skipped blocks.
+
+    Past the blocks of the list, the offset is the number of keys in the list.
+    """
     i = tl.program_id(0)
     local = tl.program_id(1).to(tl.int64)
     g = first_head + local
@@ -156,10 +160,17 @@ def kv_offset_kernel(
     in_list = taken & (j != largest)
     list_size = tl.where(in_list, size, 0)
     offset = tl.cumsum(list_size, 0) - list_size
-    tl.store(offset_ptr + pair, tl.where(in_list, offset, -1), mask=inside)
+    list_keys = tl.sum(list_size, 0)
+    counted = in_list.to(tl.int32)
+    row = (local * q_clusters + i) * k_clusters
+    slot = row + tl.cumsum(counted, 0) - counted
+    tl.store(offset_ptr + slot, offset, mask=in_list)
+    tl.store(first_ptr + slot, start, mask=in_list)
+    past = inside & (j >= tl.sum(counted, 0))
+    tl.store(offset_ptr + row + j, tl.zeros([BLOCK_K], tl.int32) + list_keys, mask=past)
     in_range = taken & (j == largest)
     row_to = row_ptr + (local * q_clusters + i) * 3
-    tl.store(row_to, tl.sum(list_size, 0))
+    tl.store(row_to, list_keys)
     tl.store(row_to + 1, tl.sum(tl.where(in_range, start, 0), 0))
     tl.store(row_to + 2, tl.sum(tl.where(in_range, size, 0), 0))
     bias = tl.log2(tl.maximum(size.to(tl.float32), 1.0))
@@ -179,8 +190,9 @@ def kv_offset_kernel(
     ]
 )
 def kv_indices_kernel(
-    offset_ptr,  # (L, Qc, Kc) int32
-    k_start_ptr,  # (G_kv, Kc + 3) int32
+    offset_ptr,  # (L, Qc, Kc) int32, see `kv_offset_kernel`
+    first_ptr,  # (L, Qc, Kc) int32
+    row_ptr,  # (L, Qc, 3) int32
     order_ptr,  # (G_kv, N) int32
     kv_indices_ptr,  # (L, Qc, pitch) int32, out: key tokens in the list of each row
     first_head,
@@ -193,19 +205,19 @@ def kv_indices_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Copy the tokens of BLOCK_J key clusters into the list of one row."""
+    """Copy the tokens of BLOCK_J exact blocks into the list of one row."""
     i = tl.program_id(0)
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)  # [BJ]
     local = tl.program_id(2).to(tl.int64)
     g = first_head + local
     g_kv = (g // heads) * kv_heads + (g % heads) // (heads // kv_heads)
-    inside = j < k_clusters
     row = local * q_clusters + i
-    offset = tl.load(offset_ptr + row * k_clusters + j, mask=inside, other=-1)
-    k_start = k_start_ptr + g_kv * (k_clusters + 3) + j
-    start = tl.load(k_start, mask=inside, other=0)
-    size = tl.load(k_start + 1, mask=inside, other=0) - start
-    size = tl.where(offset >= 0, size, 0)
+    list_keys = tl.load(row_ptr + row * 3)
+    offset_row = offset_ptr + row * k_clusters
+    offset = tl.load(offset_row + j, mask=j < k_clusters, other=list_keys)
+    following = tl.load(offset_row + j + 1, mask=j + 1 < k_clusters, other=list_keys)
+    size = following - offset
+    start = tl.load(first_ptr + row * k_clusters + j, mask=size > 0, other=0)
     for first in range(0, tl.max(size, 0), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)  # [BN]
         copied = n[None, :] < size[:, None]

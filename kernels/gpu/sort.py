@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg_ear_compile.kernels.gpu.launch import parts_of, token_strides
+from svg_ear_compile.kernels.gpu.launch import parts_of, power_of_2_from, token_strides
 from svg_ear_compile.kernels.kinds import EXACT, PADDING
 
 # Tokens that are compared with each other. A thread holds a part of the table of all pairs: more
@@ -158,7 +158,7 @@ def sort_by_label(labels: Tensor, clusters: int, heads: int, kinds: Tensor | Non
         BLOCK_N=_BLOCK, RELABEL=relabel, HAS_KINDS=kinds is not None,
         IS_PADDING=PADDING, IS_EXACT=EXACT, num_warps=4, num_stages=1,
     )  # fmt: skip
-    block = triton.next_power_of_2(clusters + 3)
+    block = power_of_2_from(clusters + 3)
     place_tokens_kernel[(parts, groups)](
         found, counts, following, order, starts, sizes, tokens, clusters, chunk,
         BLOCK_L=block, BLOCK_N=_BLOCK, num_warps=4 if block <= 2048 else 8, num_stages=1,
