@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from svg_ear_compile.passes.effects import Effects
+from svg_ear_compile.passes.effects import Effects, viewed_anew
 from svg_ear_compile.passes.memory import storages
 from svg_ear_compile.passes.operation import (
     CASTS,
@@ -72,6 +72,7 @@ class Dataflow:
         self._one_memory = nx.utils.UnionFind()  # storages that a call and its child call otherwise
         self._written: dict[Node, list[Node]] = {}
         self._writers: dict[int, list[Node]] = {}
+        self._viewed_anew: set[int] = set()
         self._add(gm)
         for module in gm.modules():
             if isinstance(module, GraphModule):
@@ -92,6 +93,9 @@ class Dataflow:
                 # Earlier writers reach the last one: a writer reads what it writes into.
                 self.graph.add_edges_from((w, node) for w in self._writers_of(source)[-1:])
             targets = self._effects.written(node)
+            anew = viewed_anew(node)
+            if anew is not None:
+                self._viewed_anew.add(id(anew.meta.get("example_value")))
             for child in children:
                 targets = targets + self._leave(node, child)
             self._written[node] = targets
@@ -149,6 +153,10 @@ class Dataflow:
         """True if anything in the graph writes into the memory of `tensor`."""
         return bool(self._writers_of(tensor))
 
+    def is_viewed_anew(self, tensor: Node) -> bool:
+        """True if something in the graph gives the tensor another shape, or memory, in place."""
+        return id(tensor.meta.get("example_value")) in self._viewed_anew
+
     def sharing(self, node: Node) -> list[Node]:
         """Every node whose tensor lies in memory of the node's."""
         memory = self._memory_of([node])
@@ -157,6 +165,10 @@ class Dataflow:
     def sources(self, node: Node) -> Iterator[Node]:
         """The nodes whose data the node reads."""
         return self.graph.predecessors(node)
+
+    def readers(self, node: Node) -> Iterator[Node]:
+        """The nodes that read the node's data, also what it has written."""
+        return self.graph.successors(node)
 
     def backward(
         self, start: Node, stop: Callable[[Node], bool], reader: Node | None = None

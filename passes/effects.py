@@ -74,6 +74,18 @@ def _by_schema(node: Node) -> list[Node] | None:
     return _nodes(g for overload in overloads for g in _given(node, overload))
 
 
+def viewed_anew(node: Node) -> Node | None:
+    """The tensor that gets another shape or memory in place, as by `transpose_`; None for none.
+
+    Its fake value looks as it does at the end of the graph, to every reader.
+    """
+    name = operation(node)
+    if not name.endswith("_") or not node.args or not isinstance(node.args[0], Node):
+        return None
+    anew = any(torch.Tag.inplace_view in overload.tags for overload in aten_overloads(name))
+    return node.args[0] if anew else None
+
+
 def _given(node: Node, overload: torch._ops.OpOverload) -> Iterable[object]:
     """What the node gives to the parameters of an overload that are written."""
     for place, argument in enumerate(overload._schema.arguments):

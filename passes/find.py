@@ -36,7 +36,7 @@ from svg_ear_compile.passes.site import AttentionSite, Call, Padding, Reason, Ro
 from svg_ear_compile.passes.steps import is_softmax
 from svg_ear_compile.passes.streams import Streams
 from svg_ear_compile.passes.symbolic import expression, hint, is_same
-from svg_ear_compile.passes.unread import is_exponential, unread
+from svg_ear_compile.passes.unread import may_be_softmax, unread
 
 
 def find_sites(gm: GraphModule) -> list[AttentionSite]:
@@ -63,8 +63,12 @@ def _calls(gm: GraphModule, flow: Dataflow) -> list[Call]:
     found: dict[Node, Call] = {}
     for node in _nodes(gm):
         call = _read(node, flow)
-        if call is not None and not any(node in known.steps for known in found.values()):
+        if call is None or any(node in known.steps for known in found.values()):
+            continue
+        if may_be_softmax(node):
             found.setdefault(call.node, call)
+        else:  # what is read beside it says more than what is not
+            found[call.node] = call
     return list(found.values())
 
 
@@ -87,7 +91,7 @@ def _is_transformed(gm: GraphModule) -> bool:
 def _may_be_attention(node: Node) -> bool:
     if node.op == "call_function" and (is_attention(node.target) or may_be_kernel(node)):
         return True
-    return is_softmax(node) or is_exponential(node)
+    return is_softmax(node) or may_be_softmax(node)
 
 
 def is_attention(target: object) -> bool:
@@ -100,7 +104,7 @@ def _read(node: Node, flow: Dataflow) -> Call | None:
     if not _may_be_attention(node):
         return None
     found = read_sdpa(node) or read_flex(node, flow) or read_leaf(node) or read_kernel(node, flow)
-    if found is None and is_exponential(node):
+    if found is None and may_be_softmax(node):
         return unread(node, flow)
     return found or read_handwritten(node, flow)
 
@@ -144,6 +148,9 @@ class _Describer:
             for operand in (call.q, call.k, call.v)
         ):  # the rewritten call reads its operands where the last step does
             reason = reason or Reason.WRITTEN
+        tensors = {call.node, *(x.node for x in (call.q, call.k, call.v, call.lse) if x)}
+        if any(map(flow.is_viewed_anew, tensors)):
+            reason = Reason.WRITTEN
         if self.transformed:
             reason = Reason.TENSOR_TYPE
         if reason is None and not sources.values_are_of_the_keys:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-_SPACES = (torch, F, torch._C._nn, torch.special, torch.Tensor)
+_SPACES = (torch, F, torch._C._nn, torch.special, torch.linalg, torch.Tensor)
 _SYNONYMS = {
     "truediv": "div",
     "true_divide": "div",
@@ -30,6 +30,7 @@ _SYNONYMS = {
     "bitwise_or": "logical_or",
     "_softmax": "softmax",
     "_log_softmax": "log_softmax",
+    "linalg_matmul": "matmul",
 }
 _IN_PLACE_OPERATORS = {
     "iadd": "add_",
@@ -68,8 +69,9 @@ def name_of(target: object) -> str:
         return _common(name) if space == "aten" else ""
     name = getattr(target, "__name__", "")
     plain = name.removeprefix("special_")  # torch.special.softmax is called "special_softmax"
-    if any(getattr(space, n, None) is target for space in _SPACES for n in (name, plain)):
-        return _common(plain)
+    names = (name, plain, name.removeprefix("linalg_"))
+    if any(getattr(space, n, None) is target for space in _SPACES for n in names):
+        return _common(plain)  # torch.linalg.diagonal is another function than torch.diagonal
     if getattr(operator, name, None) is target:
         return _IN_PLACE_OPERATORS.get(name) or _common(name.rstrip("_"))
     return ""
@@ -78,6 +80,25 @@ def name_of(target: object) -> str:
 def is_builtin(target: object) -> bool:
     """True for a function of PyTorch's or Python's that is not itself written in Python."""
     return name_of(target) != "" and not inspect.isfunction(target)
+
+
+# Operators of PyTorch's, whose meaning `operation` tells or that are no attention, and ours.
+_OWN_SPACES = frozenset({
+    "aten", "prims", "prim", "rngprims", "quantized", "inductor", "c10d", "_c10d_functional",
+    "_dtensor", "profiler", "svg_ear",
+})  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def is_foreign(target: object) -> bool:
+    """True for an operator or function that is neither PyTorch's nor Python's nor ours."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace not in _OWN_SPACES
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name.partition("::")[0] not in _OWN_SPACES
+    if not inspect.isroutine(target):
+        return False
+    return (target.__module__ or "").partition(".")[0] not in ("torch", "builtins", "_operator", "")
 
 
 @functools.lru_cache(maxsize=4096)

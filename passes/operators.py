@@ -9,7 +9,6 @@ any unknown operator that takes three tensors of attention's shapes, is named an
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from svg_ear_compile.passes.arguments import Arguments, arguments
 from svg_ear_compile.passes.dataflow import Dataflow
-from svg_ear_compile.passes.operation import operation
+from svg_ear_compile.passes.operation import is_foreign, operation
 from svg_ear_compile.passes.packed import equal_sequences
 from svg_ear_compile.passes.site import Call, Mask, Operand, Reason, Size
 from svg_ear_compile.passes.symbolic import hint, is_same, shape_of
@@ -89,11 +88,6 @@ _OF_NO_EFFECT = frozenset({
     "compute_log_sumexp", "compute_logsumexp", "return_debug_mask", "return_softmax", "enable_gqa",
     "deterministic", "num_splits", "pack_gqa", "sm_margin", "zero_tensors", "scheduler_metadata",
     "max_seqlen_q", "max_seqlen_k", "max_q", "max_k", "max_seqlen_batch_k",
-})  # fmt: skip
-# Operators of PyTorch's, whose meaning `operation` tells or that are no attention, and ours.
-_OWN_SPACES = frozenset({
-    "aten", "prims", "prim", "rngprims", "quantized", "inductor", "c10d", "_c10d_functional",
-    "_dtensor", "profiler", "svg_ear",
 })  # fmt: skip
 
 
@@ -258,7 +252,7 @@ def _looks_like_attention(node: Node) -> bool:
     Three tensors that differ in numbers of tokens and heads at most, and a result as large as the
     queries. Without a dimension for heads, lengths of sequences have to come along.
     """
-    if not _is_foreign(node.target):
+    if not is_foreign(node.target):
         return False
     tensors = _tensors(node)
     shapes = [shape_of(tensor) or () for tensor in tensors]
@@ -281,17 +275,6 @@ def _returns_as_much(node: Node, shape: tuple[Size, ...]) -> bool:
     tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
     size = math.prod(hint(n) or 0 for n in shape[:-1])
     return not tensors or math.prod(hint(n) or 0 for n in tensors[0].shape) % max(size, 1) == 0
-
-
-def _is_foreign(target: object) -> bool:
-    """True for an operator or function that is neither PyTorch's nor Python's nor ours."""
-    if isinstance(target, torch._ops.OpOverload):
-        return target.namespace not in _OWN_SPACES
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return target._qualified_op_name.partition("::")[0] not in _OWN_SPACES
-    if not inspect.isroutine(target):
-        return False
-    return (target.__module__ or "").partition(".")[0] not in ("torch", "builtins", "_operator", "")
 
 
 def _tensors(node: Node) -> list[Node]:

@@ -31,7 +31,10 @@ class Product:
     reason: Reason | None = None
 
 
-_NAMES = frozenset({"matmul", "mm", "bmm", "einsum", "addbmm", "baddbmm", "tensordot", "inner"})
+_NAMES = frozenset({
+    "matmul", "mm", "bmm", "einsum", "addmm", "addbmm", "baddbmm", "tensordot", "inner", "dot",
+    "chain_matmul", "linalg_multi_dot", "linalg_vecdot",
+})  # fmt: skip
 
 
 def is_product(node: Node) -> bool:

@@ -64,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sentence(error: Exception) -> str:
     """One printable line for an error."""
-    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    try:
+        said = str(error)
+    except Exception as fault:
+        said = f"its message cannot be written: {type(fault).__name__}"
+    text = next((line for line in said.splitlines() if line.strip()), "")
     if text and isinstance(error, (ValueError, TypeError, OSError, ImportError)):
         return printable(text)
     # An error of the user's model or a fault of this package: its place matters.

@@ -37,6 +37,7 @@ _NUMBER_OF = {"top_p": "top_p", "min_block_ratio": "top_p", "threshold": "thresh
 
 _COUNTS = ("min_tokens", "text_prefix", "text_suffix")
 _SPELLINGS = ("text_prefix", "text_suffix")
+_MOST_SPANS = 1000
 _SPAN = re.compile(r"((?:-?\d{1,9})?):((?:-?\d{1,9})?)")
 _OBJECTIVES = ("target_speedup", "budget")
 _OURS = (*_PLAN_FIELDS, *_OBJECTIVES, *_COUNTS, "exact_tokens", "strict", "mode")
@@ -139,6 +140,12 @@ def exact_spans(value: object) -> tuple[tuple[int | None, int | None], ...]:
     Raises:
         InvalidTypeError, InvalidValueError: it is none of these, or a slice has a step.
     """
+    count = value.count(",") if isinstance(value, str) else 0
+    count = len(value) - 1 if isinstance(value, (list, tuple)) else count
+    if count >= _MOST_SPANS:
+        raise InvalidValueError(
+            f"exact_tokens must be at most {_MOST_SPANS} slices, got {count + 1}"
+        )
     if isinstance(value, str):
         found = [_SPAN.fullmatch(part.strip()) for part in value.split(",")]
         spans = [(int(m[1] or 0), int(m[2]) if m[2] else None) for m in found if m is not None]
@@ -162,6 +169,9 @@ def exact_spans(value: object) -> tuple[tuple[int | None, int | None], ...]:
             )
         if part.step not in (None, 1):
             raise InvalidValueError("exact_tokens must be slices without a step")
+        for bound in (part.start, part.stop):
+            if bound is not None:
+                checked("a bound of exact_tokens", abs(bound), Count)
     return tuple((part.start, part.stop) for part in slices)
 
 

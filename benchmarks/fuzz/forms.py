@@ -51,7 +51,7 @@ _TRANSPOSED = ("k.transpose(-2, -1)", "k.mT", "k.transpose(-1, -2)", "k.permute(
                "k.adjoint()")  # fmt: skip
 _MATMULS = ("q @ {}", "torch.matmul(q, {})", "q.matmul({})", "torch.matmul(input=q, other={})",
             "q.matmul(other={})", "q.__matmul__({})", "torch.Tensor.matmul(q, {})",
-            "operator.matmul(q, {})")  # fmt: skip
+            "operator.matmul(q, {})", "torch.linalg.matmul(q, {})")  # fmt: skip
 _SCORES = tuple(f"s = {how.format(kt)}" for how in _MATMULS for kt in _TRANSPOSED)
 _OUTS = ("o = w @ v", "o = torch.matmul(w, v)", "o = w.matmul(v)", "o = torch.matmul(w, other=v)",
          "o = torch.matmul(input=w, other=v)", "o = operator.matmul(w, v)")  # fmt: skip
@@ -394,6 +394,9 @@ SOFTMAXES: dict[str, tuple[str, ...]] = {
     "written_out": (
         "w = (s - s.amax(DIM, keepdim=True)).exp()\nw = w / w.sum(DIM, keepdim=True)",
         "w = (s - s.logsumexp(DIM, keepdim=True)).exp()",
+        "w = math.e ** (s - s.amax(DIM, keepdim=True))\nw = w / w.sum(DIM, keepdim=True)",
+        "w = torch.expm1(s - s.amax(DIM, keepdim=True)) + 1\nw = w / w.sum(DIM, keepdim=True)",
+        "w = torch.empty(s.shape, dtype=s.dtype)\ntorch.softmax(s, DIM, out=w)",
     ),
     "in_place_after": (
         "w = s.softmax(DIM)\nw = w.contiguous()", "w = s.clone().softmax(DIM)",

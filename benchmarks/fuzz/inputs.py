@@ -308,6 +308,7 @@ def try_options(folder: Path, random_: random.Random) -> bool:
     values: tuple[Any, ...] = (
         *_ODD, 0.2, 3, 10**5000, b"x", (1, 2), {1, 2}, object(), _Foreign(), "centroid",
         "euclidean", "top_p", "threshold", "default", "max-autotune", folder / "nowhere", _BUDGET,
+        slice(0, 10**400), slice(-(2**40), None), slice(5, 2), [slice(3)] * 2000, "0:5," * 10**5,
         Budget(1, "x", -3, {}, 7, [], None, {"a": _Foreign()}),  # type: ignore[arg-type]
     )  # fmt: skip
     options: Any = {}

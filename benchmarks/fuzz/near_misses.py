@@ -348,7 +348,8 @@ NEAR_MISSES: dict[str, NearMiss] = {
         "o *= 2", "o[:, 0] = 1.0", "o.zero_()", "extra = o[0]\no.mul_(3)",
         "extra = o.detach()\no += 1", "o.data.neg_()", "extra = o.view(o.shape)\no.add_(1)",
         "o.ravel()[:9].zero_()", "torch.mul(o, 2, out=o)", "extra = o.mT\no[..., :2] = 0.0",
-        "q[:] = 0\nv.zero_()", "o.reshape(-1)[:50] = 3.0",
+        "q[:] = 0\nv.zero_()", "o.reshape(-1)[:50] = 3.0", "o.transpose_(-1, -2)",
+        "o.unsqueeze_(0)\nextra = o[..., 0]", "o = o.squeeze_().unsqueeze_(0)",
     ), expect="reason", family="any", calls=1),
     "strides_read": NearMiss("output", (
         "extra = torch.as_strided(o, o.shape, o.stride())",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from svg_ear_compile.compare import compare
+from svg_ear_compile.cost_model import json_record
+from svg_ear_compile.kernels.checked import shown
 from svg_ear_compile.made_models import callable_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+_MOST_SEEDS = 10_000
 
 
 def add(commands: Any) -> None:
@@ -70,8 +72,8 @@ class _Counted(TypedDict):
 
 def _compare(given: argparse.Namespace) -> None:
     make = callable_of(given.pipeline, "--pipeline")
-    if given.seeds < 1:
-        raise ValueError(f"--seeds must be 1 or more, got {given.seeds}")
+    if not 1 <= given.seeds <= _MOST_SEEDS:
+        raise ValueError(f"--seeds must be from 1 to {_MOST_SEEDS:,}, got {given.seeds}")
     prompts, densities = _prompts(given.prompts), _densities(given.densities)
     settings = [] if given.settings is None else _settings(given.settings)
     console = Console()
@@ -167,10 +169,8 @@ def _median(spread: Spread | None, form: str) -> str:
 
 
 def _prompts(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file: {error}") from error
+    with json_record.naming(path):
+        lines = json_record.read_bytes(path).decode("utf-8").splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{path} has no prompt")
@@ -185,10 +185,8 @@ def _densities(text: str) -> list[float]:
 
 
 def _settings(path: Path) -> list[dict[str, Any]]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    with json_record.naming(path):
+        found = json_record.parse(json_record.read_bytes(path))
     if not isinstance(found, list):
-        raise ValueError(f"{path} must be a list of option objects, got {found!r:.60}")
+        raise ValueError(f"{path} must be a list of option objects, got {shown(found)}")
     return found

@@ -8,16 +8,26 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from svg_ear_compile.compare.comparison import Clip, Key
 from svg_ear_compile.compare.figures import Figures, finite
+from svg_ear_compile.compare.frames import Frames
+from svg_ear_compile.cost_model import json_record
+from svg_ear_compile.kernels.checked import (
+    Fraction,
+    InvalidValueError,
+    NotNegative,
+    Range,
+    checked,
+)
 
 log = logging.getLogger(__name__)
 
 _IDENTITY = "comparison.json"
+_Bytes = Annotated[int, Range(0, 2**53)]
 
 
 class Folder:
@@ -44,7 +54,7 @@ class Folder:
 
     def _check(self, wanted: dict[str, Any]) -> None:
         try:
-            kept = json.loads((self.path / _IDENTITY).read_text())
+            kept = json_record.parse(json_record.read_bytes(self.path / _IDENTITY))
         except ValueError as error:
             raise ValueError(
                 f"{self.path / _IDENTITY} is damaged, give another folder: {error}"
@@ -63,15 +73,14 @@ class Folder:
         if not name.with_suffix(".json").exists():
             return None
         try:
-            data = json.loads(name.with_suffix(".json").read_text())
+            data = json_record.parse(json_record.read_bytes(name.with_suffix(".json")))
             figures, repeat = data["figures"], data["repeat_psnr"]
             return Clip(
-                # Mapped, not read: a comparison's clips may be larger than the memory.
-                np.load(name.with_suffix(".npy"), mmap_mode="r", allow_pickle=False),
-                float(data["seconds"]),
-                bool(data["compiled"]),
-                data["peak_bytes"],
-                data["density"],
+                _frames(name.with_suffix(".npy")),
+                checked("seconds", data["seconds"], NotNegative),
+                checked("compiled", data["compiled"], bool),
+                checked("peak_bytes", data["peak_bytes"], _Bytes | None),
+                checked("density", data["density"], Fraction | None),
                 None if figures is None else Figures.from_json(figures),
                 None if not data["repeated"] else math.inf if repeat is None else float(repeat),
             )
@@ -108,6 +117,16 @@ class Folder:
 
     def _name(self, setting: int, key: Key) -> Path:
         return self.path / "clips" / f"setting{setting}-prompt{key[0]}-seed{key[1]}"
+
+
+def _frames(path: Path) -> Frames:
+    """Frames of a file, mapped: a comparison's clips may be larger than the memory."""
+    if not path.is_file():  # a pipe would be waited for
+        raise InvalidValueError(f"{path.name} is missing, or is no file")
+    found = np.load(path, mmap_mode="r", allow_pickle=False)
+    if found.dtype != np.uint16 or found.ndim != 4 or found.shape[3] != 3:
+        raise InvalidValueError(f"{path.name} holds {found.dtype} {found.shape}, not frames")
+    return found
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -214,7 +214,25 @@ VIEWED: Cases = {
         ).view(-1), 1,
     ),
 }  # fmt: skip
+
+
+def turned(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    out = sdpa(q, k, v)
+    for tensor in (q, k, v):
+        tensor.transpose_(1, 2)
+    return out
+
+
+ANEW: Cases = {
+    "output": (lambda q, k, v, m: sdpa(q, k, v).unsqueeze_(0), Reason.WRITTEN),
+    "output, written by hand": (
+        lambda q, k, v, m: attend(scores(q, k), v).transpose_(1, 2),
+        Reason.WRITTEN,
+    ),
+    "operands": (turned, Reason.WRITTEN),
+}
 KINDS = {
+    "in another shape": ANEW,
     "out": OUT, "writes": WRITES, "writes into scores": SCORES, "shared masks": SHARED, "fed": FED,
     "viewed": VIEWED,
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -31,6 +32,23 @@ def stable_ratio(s: Tensor) -> Tensor:
 def divided_last(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     e = scores(q, k).exp()
     return (e @ v) / e.sum(-1, keepdim=True)
+
+
+def into(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    s = scores(q, k)
+    weights = torch.empty(s.shape)
+    torch.softmax(s, -1, out=weights)
+    return weights @ v
+
+
+@torch.library.custom_op("svg_ear_test::softmax", mutates_args=())
+def foreign_softmax(s: Tensor) -> Tensor:
+    return s.softmax(-1)
+
+
+@foreign_softmax.register_fake
+def _(s: Tensor) -> Tensor:
+    return torch.empty_like(s)
 
 
 def with_sink(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
@@ -86,6 +104,30 @@ SOFTMAXES: Cases = {
     "stable ratio": (by(stable_ratio), Reason.PATTERN),
     "divided last": (divided_last, Reason.PATTERN),
     "log-sum-exp": (by(lambda s: (s - s.logsumexp(-1, keepdim=True)).exp()), Reason.PATTERN),
+    "into memory": (into, Reason.PATTERN),
+    "power of e": (by(lambda s: (e := math.e ** s) / e.sum(-1, keepdim=True)), Reason.PATTERN),
+    "exponential less 1": (
+        by(lambda s: (e := s.expm1() + 1) / e.sum(-1, keepdim=True)), Reason.PATTERN
+    ),
+    "of another library": (by(foreign_softmax), Reason.PATTERN),
+    "of masked tensors": (
+        by(lambda s: torch.masked.softmax(s, -1, mask=s > -9)), Reason.PATTERN
+    ),
+    "products of linalg": (
+        lambda q, k, v, m: torch.linalg.matmul(torch.linalg.matmul(q, k.mH).softmax(-1), v), 1
+    ),
+    "product of vectors": (
+        lambda q, k, v, m: torch.linalg.vecdot(q[:, :, :, None], k[:, :, None]).softmax(-1) @ v,
+        Reason.PATTERN,
+    ),
+    "product with something added": (
+        lambda q, k, v, m: torch.addmm(v[0, 0], scores(q[0, 0], k[0, 0]).softmax(-1), v[0, 0]),
+        Reason.PATTERN,
+    ),
+    "products in vmap": (
+        lambda q, k, v, m: torch.vmap(torch.matmul)(q, k.mT).softmax(-1) @ v, Reason.PATTERN
+    ),
+    "a power that is none": (by(lambda s: s**2), 0),
     "sink": (with_sink, Reason.PATTERN),
     "sink in front": (with_split_sink, Reason.PATTERN),
     "sigmoid": (by(torch.sigmoid), 0),

@@ -38,6 +38,7 @@ def test_keys_with_paths_markup_and_control_characters_are_shown_and_drawn(
         ("with_arguments", (), "a callable without arguments, but with_arguments: missing a"),
         ("wrong_inputs", (), "args must be a tuple, not 4"),
         ("raising", (), "ZeroDivisionError: first line (--traceback shows where)"),
+        ("unspeakable", (), "its message cannot be written: ZeroDivisionError"),
         ("__name__", (), "has no callable '__name__'"),
         ("a.b", (), "MODULE:CALLABLE"),
         ("\x1b[31m", (), "MODULE:CALLABLE"),

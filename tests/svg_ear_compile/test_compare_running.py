@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -144,18 +145,35 @@ def test_another_comparison_in_the_same_folder_is_refused(tmp_path, changed, mes
     compared(Plain(), tmp_path, floor_db=40.0, fps=24)
 
 
-@pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "nested", "pipe"])
 @pytest.mark.parametrize("suffix", [".npy", ".json"])
 def test_a_damaged_clip_is_generated_again_with_a_warning(tmp_path, caplog, damage, suffix):
     wanted = compared(Plain(), tmp_path)
     (path,) = (tmp_path / "clips").glob(f"setting1-prompt1-seed0{suffix}")
     content = path.read_bytes()
-    path.write_bytes({"cut": content[:-40], "garbage": b"[1]", "empty": b""}[damage])
+    if damage == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        path.write_bytes({
+            "cut": content[:-40], "garbage": b"[1]", "empty": b"", "nested": b"[" * 10**5,
+        }[damage])  # fmt: skip
     pipeline = Plain()
     found = compared(pipeline, tmp_path)
     assert pipeline.calls == [("b", 0)] * 2
     assert "damaged" in caplog.text
     assert figures_of(found) == figures_of(wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("peak_bytes", "x"), ("density", 17), ("seconds", -1), ("compiled", 3)]
+)
+def test_a_figure_that_cannot_be_is_damage(tmp_path, caplog, name, value):
+    compared(Plain(), tmp_path)
+    (path,) = (tmp_path / "clips").glob("setting1-prompt1-seed0.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    compared(Plain(), tmp_path)
+    assert f"damaged and is generated again: {name}" in caplog.text
 
 
 def test_clips_are_compared_with_a_dense_clip_that_is_generated_again(tmp_path):
@@ -171,7 +189,7 @@ def test_a_folder_that_is_a_file_or_whose_record_is_damaged_is_answered(tmp_path
     with pytest.raises(ValueError, match="cannot be used as a folder"):
         Folder(tmp_path / "file", {})
     Folder(tmp_path / "clips", {"a": 1})
-    for damage in ("{", "[]"):
+    for damage in ("{", "[]", "[" * 10**5, '{"a": 1, "a": 1}'):
         (tmp_path / "clips" / "comparison.json").write_text(damage)
         with pytest.raises(ValueError, match=r"damaged|other a"):
             Folder(tmp_path / "clips", {"a": 1})
@@ -311,7 +329,8 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(tmp_path, capsys):
         ((), "nothing to compare"),
         (("--densities", "0.2;0.3"), "--densities must be numbers"),
         (("--densities", "2"), "density"),
-        (("--densities", "0.2", "--seeds", "0"), "--seeds must be 1 or more"),
+        (("--densities", "0.2", "--seeds", "0"), "--seeds must be from 1"),
+        (("--densities", "0.2", "--seeds", "9" * 12), "--seeds must be from 1 to 10,000"),
         (("--settings", "missing.json"), "missing.json"),
         (("--densities", "0.2", "--pipeline", "no_colon"), "MODULE:CALLABLE"),
         (("--densities", "0.2", "--pipeline", f"{__name__}:not_callable"), "no callable"),
@@ -335,3 +354,7 @@ def test_a_wrong_file_of_settings_or_prompts_is_one_line(tmp_path, capsys, conte
         assert command(tmp_path, *more) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert "wrong.txt" in line
+    os.mkfifo(tmp_path / "pipe")
+    for option in ("--settings", "--prompts"):
+        assert command(tmp_path, option, str(tmp_path / "pipe")) == 2
+        assert "pipe: it is a pipe" in capsys.readouterr().err

@@ -95,6 +95,10 @@ def test_every_plan_field_is_an_option() -> None:
         ({"exact_tokens": [3]}, None, TypeError, "exact_tokens must be a slice"),
         ({"exact_tokens": slice(0, 9.5)}, None, TypeError, "exact_tokens must be a slice"),
         ({"exact_tokens": slice(0, 9, 2)}, None, ValueError, "without a step"),
+        ({"exact_tokens": slice(0, 10**400)}, None, ValueError, "a bound of exact_tokens must be"),
+        ({"exact_tokens": slice(-(2**40), None)}, None, ValueError, "a bound of exact_tokens"),
+        ({"exact_tokens": "0:5," * 10**5}, None, ValueError, "at most 1000 slices"),
+        ({"exact_tokens": [slice(5)] * 1001}, None, ValueError, "at most 1000 slices, got 1001"),
         (
             {"exact_tokens": "0:9", "text_suffix": 2},
             None,

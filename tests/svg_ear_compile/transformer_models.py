@@ -150,6 +150,18 @@ def raising() -> None:
     raise ZeroDivisionError("first line\nsecond line")
 
 
+class UnspeakableError(Exception):
+    """Cannot be written."""
+
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+def unspeakable() -> None:
+    """Fails with an error whose message cannot be written."""
+    raise UnspeakableError
+
+
 def interrupted() -> None:
     """As if Ctrl-C were pressed."""
     raise KeyboardInterrupt
