@@ -121,7 +121,7 @@ def aim_kernel(
     aim_ptr,  # (G, C, D) in the dtype of the tokens
     half_norm_ptr,  # (G, P) float32
     count_ptr,  # (G, parts, C + 2) int32, see `LabelCounts`, set to 0
-    pitch,  # P, a multiple of BLOCK_N, at least C + 2
+    pitch,  # P, a multiple of BLOCK_N
     clusters,
     shared_by,  # heads that have one metric
     parts,
@@ -136,8 +136,16 @@ def aim_kernel(
     Centroid and metric are rounded to the dtype of the tokens before the product. The nearest
     centroid of x is the one of least ``h - x . a``. h contains the rounded a, so that the rounding
     of a cancels for a token at its centroid, however far both are from 0. Past C, h is infinite.
+    The last program clears the counts of the labels that are found next.
     """
     g = tl.program_id(1).to(tl.int64)
+    if tl.program_id(0) * BLOCK_N >= pitch:  # one program more than tiles
+        cells = parts * (clusters + 2)
+        for first in range(0, cells, 1024):
+            cell = first + tl.arange(0, 1024)
+            to = count_ptr + g * cells + cell
+            tl.store(to, tl.zeros([1024], tl.int32), mask=cell < cells)
+        return
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
     d = tl.arange(0, BLOCK_D)  # [BD]
     dtype = aim_ptr.dtype.element_ty
@@ -164,9 +172,6 @@ def aim_kernel(
         half_norm += tl.sum(mine * (aim.to(tl.float32) - 0.5 * moved), 1)
     half_norm = tl.where(n < clusters, half_norm, float("inf"))
     tl.store(half_norm_ptr + g * pitch + n, half_norm)
-    for part in range(0, parts):
-        count = count_ptr + (g * parts + part) * (clusters + 2) + n
-        tl.store(count, tl.zeros([BLOCK_N], tl.int32), mask=n < clusters + 2)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "clusters"])
@@ -346,10 +351,10 @@ def aims_of(
     """
     groups, clusters, dim = centroids.shape
     aims = torch.empty_like(centroids, dtype=dtype)
-    pitch = ceil_div(clusters + 2, _PITCH) * _PITCH
+    pitch = ceil_div(clusters, _PITCH) * _PITCH
     half_norm = torch.empty(groups, pitch, dtype=torch.float32, device=centroids.device)
     tiles = config.correction
-    aim_kernel[(pitch // tiles.rows, groups)](
+    aim_kernel[(pitch // tiles.rows + 1, groups)](
         centroids, aims if metric is None else metric, aims, half_norm, counts.table,
         pitch, clusters, 1 if metric is None else groups // metric.shape[0], counts.table.shape[1],
         D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,
