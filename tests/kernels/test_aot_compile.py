@@ -155,6 +155,8 @@ def test_every_kernel_is_compiled_within_the_limits_of_the_device(
     assert dtypes == {job["dtype"] for job in wanted}
     assert "float32" in dtypes or target != SMALLEST
     for report in reports:
+        attends = report["kernel"].startswith("attend")
+        assert report["e4m3"] == (attends and report["job"]["precision"] == "fp8")
         if report["spilled"]:
             print(described(report))
     over = [described(r) for r in reports if r["shared"] > SHARED_LIMIT[target]]
