@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.cost_model.synthetic import video_like
 from svg_ear_compile.cost_model.timing import busy_ms, fastest_dense_ms
 from svg_ear_compile.kernels.kinds import exact_at_ends
-from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.kernels.plan import AttentionPlan, Precision
 from svg_ear_compile.kernels.registry import captured_attention
 
 
@@ -89,7 +89,10 @@ class Timing:
 
 
 def bench(
-    shape: str | Shape, densities: Sequence[float], device: torch.device | str
+    shape: str | Shape,
+    densities: Sequence[float],
+    device: torch.device | str,
+    precision: Precision = AttentionPlan.precision,
 ) -> Iterator[Timing]:
     """Time dense attention once and then sparse attention at every density, one by one.
 
@@ -97,9 +100,10 @@ def bench(
         shape: a name of `SHAPES`, or sizes.
         densities: in (0, 1).
         device: CUDA, in bfloat16, or a CPU, in float32.
+        precision: see `AttentionPlan`.
 
     Raises:
-        ValueError: an unknown shape, a density out of range or a device without kernels.
+        ValueError: an unknown shape, a density out of range or a device without kernels for it.
         RuntimeError: a sparse output is not finite: no time is given for a wrong result.
     """
     describe(device)  # raises for a device that is not here
@@ -111,11 +115,14 @@ def bench(
     for density in densities:
         if not 0 < density < 1:
             raise ValueError(f"a density must lie between 0 and 1, got {density!r}")
-    return _timings(shape, densities, device)
+    plans = [AttentionPlan(density=density, precision=precision) for density in densities]
+    return _timings(shape, plans, device)
 
 
 @torch.no_grad()
-def _timings(shape: Shape, densities: Sequence[float], device: torch.device) -> Iterator[Timing]:
+def _timings(
+    shape: Shape, plans: Sequence[AttentionPlan], device: torch.device
+) -> Iterator[Timing]:
     batch, heads, tokens, dim = shape.size
     made = video_like(heads, tokens, dim, device, _DTYPES[device.type])
     # The same tokens in every sample of a batch: times do not depend on it.
@@ -123,8 +130,8 @@ def _timings(shape: Shape, densities: Sequence[float], device: torch.device) -> 
     dense_ms = fastest_dense_ms(q, k, v, _REPEATS)
     dense = F.scaled_dot_product_attention(q, k, v)
     run = captured_attention(device)
-    for density in densities:
-        plan = AttentionPlan(density=density)
+    for plan in plans:
+        density = plan.density
         kinds = exact_at_ends(q, k, 0, shape.text)
         cold = run(q, k, v, plan, kinds=kinds)
         centroids = (cold.queries.centroids, cold.keys.centroids)
@@ -166,6 +173,13 @@ def add(commands: Any) -> None:
     command = commands.add_parser("bench", help=about, description=about)
     command.add_argument("--shape", default=shape, help=f"{', '.join(SHAPES)} (default: {shape})")
     command.add_argument("--densities", default="0.05,0.1,0.2,0.3", help="default: %(default)s")
+    precisions = get_args(Precision)
+    command.add_argument(
+        "--precision",
+        choices=precisions,
+        default=AttentionPlan.precision,
+        help="default: %(default)s",
+    )
     command.add_argument("--device", default=device, help=f"default: {device}")
     command.set_defaults(run=_bench)
 
@@ -178,7 +192,7 @@ def _bench(given: argparse.Namespace) -> None:
             f"--densities must be numbers such as 0.1,0.2, got {given.densities!r}"
         ) from None
     console = Console()
-    timings = bench(given.shape, densities, given.device)
+    timings = bench(given.shape, densities, given.device, given.precision)
     with console.status(f"timing {given.shape}"):
         found = list(timings)
     batch, heads, tokens, dim = SHAPES[given.shape].size

@@ -6,6 +6,7 @@ import functools
 import math
 import struct
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -222,12 +223,10 @@ def attend(
             "CORRECTED": corrected, "WRITE_LSE": needs_lse, "num_warps": tile.warps,
         }  # fmt: skip
         if config.wgmma:
-            # Gluon is experimental in Triton, so only calls of this kernel import it.
-            from svg_ear_compile.kernels.gpu.attend_wgmma import attend_wgmma_kernel
-
-            attend_wgmma_kernel[(tiles, launched)](
-                *arguments, *numbers, **constants, STAGES=tile.stages
-            )
+            kernel, more = _hopper_kernel(fp8), of_keys if fp8 else ()
+            kernel[(tiles, launched)](
+                *arguments, *more, *numbers, **constants, STAGES=tile.stages
+            )  # fmt: skip
         else:
             attend_kernel[(tiles, launched)](
                 *arguments, *of_keys, *numbers, **constants, BLOCK_D=config.block_dim,
@@ -243,6 +242,17 @@ def attend(
     if out is not result:
         result.copy_(out)
     return result, lse if return_lse else lse.new_empty(0)
+
+
+def _hopper_kernel(fp8: bool) -> Any:
+    """The attend kernel in Gluon, which is experimental in Triton: only its calls import it."""
+    if fp8:
+        from svg_ear_compile.kernels.gpu.attend_wgmma_e4m3 import attend_wgmma_e4m3_kernel
+
+        return attend_wgmma_e4m3_kernel
+    from svg_ear_compile.kernels.gpu.attend_wgmma import attend_wgmma_kernel
+
+    return attend_wgmma_kernel
 
 
 def _as_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -322,7 +332,7 @@ def _clustered(
 
 def _needs_int64(k: Tensor, v: Tensor) -> bool:
     """Whether offsets inside one head of K, V or a dense copy of K reach 2^31 elements."""
-    widest = max(k.stride(2), v.stride(2), triton.next_power_of_2(k.shape[3]))
+    widest = max(k.stride(2), v.stride(2), power_of_2_from(k.shape[3]))
     return bool(k.shape[2] * widest >= 2**31)
 
 
@@ -342,8 +352,6 @@ def _no_triton(q: Tensor, k: Tensor, v: Tensor, precision: Precision) -> str | N
 def _no_hopper(q: Tensor, k: Tensor, v: Tensor, precision: Precision) -> str | None:
     if architecture(q.device) != HOPPER or triton.knobs.runtime.interpret:
         return f"needs {HOPPER} (Gluon has no interpreter)"
-    if precision == "fp8":
-        return 'has no precision="fp8" yet'
     if launch_config(q.shape[-1], q.element_size(), HOPPER).wgmma is None:
         return f"has no tile for head dim {q.shape[-1]} in {q.dtype}"
     q, k, v, _ = _as_rows(q, k, v, 1.0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from svg_ear_compile.kernels.clusters import QueryTile
 from svg_ear_compile.kernels.gpu.launch import LaunchConfig, ceil_div, token_strides
 from svg_ear_compile.kernels.gpu.nearest import keep_nearer, nearest_of, nothing_yet
-from svg_ear_compile.kernels.gpu.sort import sort_by_label
+from svg_ear_compile.kernels.gpu.sort import LabelCounts, sort_by_label, uncounted
 from svg_ear_compile.kernels.gpu.tile_align import align_to_tile
 from svg_ear_compile.kernels.kinds import EXACT, PADDING
 
@@ -56,13 +56,14 @@ class Spread(NamedTuple):
     square: Tensor
 
 
-@triton.jit(do_not_specialize=["heads", "tokens", "clusters"])
+@triton.jit(do_not_specialize=["heads", "tokens", "clusters", "parts", "chunk"])
 def kmeans_assign_kernel(
     x_ptr,  # (B, H, N, D)
     aim_ptr,  # (G, C, D) in the dtype of x, see `aim_kernel`
     half_norm_ptr,  # (G, P) float32, see `aim_kernel`
     kind_ptr,  # (B|1, H|1, N) uint8, see `kernels.kinds`
-    label_ptr,  # (G, N) int32
+    label_ptr,  # (G, N) int32, out
+    count_ptr,  # (G, parts, C + 2) int32, see `LabelCounts`, 0 before
     stride_xb,
     stride_xh,
     stride_xn,
@@ -73,6 +74,8 @@ def kmeans_assign_kernel(
     heads,
     tokens,
     clusters,
+    parts,
+    chunk,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -107,17 +110,21 @@ def kmeans_assign_kernel(
         label = tl.where(kind == IS_EXACT, clusters, label)
         label = tl.where(kind == IS_PADDING, clusters + 1, label)
     tl.store(label_ptr + g * tokens + token, label, mask=token < tokens)
+    count = count_ptr + (g * parts + token // chunk) * (clusters + 2) + label
+    tl.atomic_add(count, 1, mask=token < tokens, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["clusters", "pitch", "shared_by"])
+@triton.jit(do_not_specialize=["clusters", "pitch", "shared_by", "parts"])
 def aim_kernel(
     centroid_ptr,  # (G, C, D), any float dtype
     metric_ptr,  # (G / shared_by, D, D) float32, symmetric
     aim_ptr,  # (G, C, D) in the dtype of the tokens
     half_norm_ptr,  # (G, P) float32
+    count_ptr,  # (G, parts, C + 2) int32, see `LabelCounts`, set to 0
     pitch,  # P, a multiple of BLOCK_N
     clusters,
     shared_by,  # heads that have one metric
+    parts,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -129,8 +136,16 @@ def aim_kernel(
     Centroid and metric are rounded to the dtype of the tokens before the product. The nearest
     centroid of x is the one of least ``h - x . a``. h contains the rounded a, so that the rounding
     of a cancels for a token at its centroid, however far both are from 0. Past C, h is infinite.
+    The last program clears the counts of the labels that are found next.
     """
     g = tl.program_id(1).to(tl.int64)
+    if tl.program_id(0) * BLOCK_N >= pitch:  # one program more than tiles
+        cells = parts * (clusters + 2)
+        for first in range(0, cells, 1024):
+            cell = first + tl.arange(0, 1024)
+            to = count_ptr + g * cells + cell
+            tl.store(to, tl.zeros([1024], tl.int32), mask=cell < cells)
+        return
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
     d = tl.arange(0, BLOCK_D)  # [BD]
     dtype = aim_ptr.dtype.element_ty
@@ -276,18 +291,20 @@ def kmeans(
     kind_strides = (0, 0, 0) if kinds is None else token_strides(kinds)
     tiles = config.assign
     for iteration in range(iterations):
-        aims, half_norm = aims_of(means, x.dtype, metric, config)
+        counts = uncounted(groups, tokens, clusters, x.device)
+        aims, half_norm = aims_of(means, x.dtype, metric, counts, config)
         kmeans_assign_kernel[(ceil_div(tokens, tiles.rows), groups)](
-            x, aims, half_norm, x if kinds is None else kinds, labels,
+            x, aims, half_norm, x if kinds is None else kinds, labels, counts.table,
             *token_strides(x), *kind_strides, half_norm.shape[1], heads, tokens, clusters,
+            counts.table.shape[1], counts.chunk,
             D=dim, BLOCK_D=config.block_dim, BLOCK_N=tiles.rows, BLOCK_C=tiles.columns,
             HAS_KINDS=kinds is not None, IS_PADDING=PADDING, IS_EXACT=EXACT,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-        found = sort_by_label(labels, clusters, heads)
+        found = sort_by_label(labels, clusters, heads, counts=counts)
         if query_tile is not None and iteration == iterations - 1:
-            align_to_tile(x, aims, half_norm, found.order, found.starts, labels, query_tile, config)
-            found = sort_by_label(labels, clusters, heads)
+            align_to_tile(x, aims, half_norm, found, counts, query_tile, config)
+            found = sort_by_label(labels, clusters, heads, counts=counts)
         means, rounded = cluster_means(x, found.order, found.starts, means, config)
     return SortedClusters(*found, means, rounded)
 
@@ -312,9 +329,13 @@ def regrouped(
 
 
 def aims_of(
-    centroids: Tensor, dtype: torch.dtype, metric: Tensor | None, config: LaunchConfig
+    centroids: Tensor,
+    dtype: torch.dtype,
+    metric: Tensor | None,
+    counts: LabelCounts,
+    config: LaunchConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Aims and half norms of `aim_kernel`.
+    """Aims and half norms of `aim_kernel`, and counts of 0.
 
     A product by cuBLAS would give every captured graph a workspace, so a kernel of ours does it.
 
@@ -322,6 +343,7 @@ def aims_of(
         centroids: (G, C, D) contiguous, any float dtype.
         dtype: of the tokens.
         metric: (G', D, D) float32, symmetric, one for every G / G' heads; None for the identity.
+        counts: set to 0 for the assignment that follows.
         config: see `launch_config`.
 
     Returns:
@@ -332,9 +354,9 @@ def aims_of(
     pitch = ceil_div(clusters, _PITCH) * _PITCH
     half_norm = torch.empty(groups, pitch, dtype=torch.float32, device=centroids.device)
     tiles = config.correction
-    aim_kernel[(pitch // tiles.rows, groups)](
-        centroids, aims if metric is None else metric, aims, half_norm, pitch, clusters,
-        1 if metric is None else groups // metric.shape[0],
+    aim_kernel[(pitch // tiles.rows + 1, groups)](
+        centroids, aims if metric is None else metric, aims, half_norm, counts.table,
+        pitch, clusters, 1 if metric is None else groups // metric.shape[0], counts.table.shape[1],
         D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,
         HAS_METRIC=metric is not None, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

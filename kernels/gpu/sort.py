@@ -1,9 +1,9 @@
-"""Tokens sorted by label on a GPU: a stable counting sort in two launches.
+"""Tokens sorted by label on a GPU: a stable counting sort in at most two launches.
 
-The tokens of a head are cut into parts. `count_labels_kernel` counts the labels of each part.
-`place_tokens_kernel` adds the counts up to the place of each label of its part, and walks through
-the part in token order, one block of tokens at a time. Only integers are added, so the result does
-not depend on the order in which programs run.
+The tokens of a head are cut into parts. `count_labels_kernel` counts the labels of each part;
+k-means counts them where it finds them. `place_tokens_kernel` adds the counts up to the place of
+each label of its part, and walks through the part in token order, one block of tokens at a time.
+Only integers are added, so the result does not depend on the order in which programs run.
 """
 
 from __future__ import annotations
@@ -37,6 +37,25 @@ class Sorted(NamedTuple):
     order: Tensor
     starts: Tensor
     sizes: Tensor
+
+
+class LabelCounts(NamedTuple):
+    """Numbers of tokens of each label in each part of the tokens.
+
+    Attributes:
+        table: (G, P, C + 2) int32.
+        chunk: tokens of a part.
+    """
+
+    table: Tensor
+    chunk: int
+
+
+def uncounted(groups: int, tokens: int, clusters: int, device: torch.device) -> LabelCounts:
+    """`LabelCounts` of G heads whose table is not written yet."""
+    parts, chunk = parts_of(tokens, groups, _BLOCK)
+    table = torch.empty(groups, parts, clusters + 2, dtype=torch.int32, device=device)
+    return LabelCounts(table, chunk)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "clusters", "chunk"])
@@ -133,7 +152,13 @@ def place_tokens_kernel(
         tl.store(next_row + label, place + earlier + 1, mask=there & is_last)
 
 
-def sort_by_label(labels: Tensor, clusters: int, heads: int, kinds: Tensor | None = None) -> Sorted:
+def sort_by_label(
+    labels: Tensor,
+    clusters: int,
+    heads: int,
+    kinds: Tensor | None = None,
+    counts: LabelCounts | None = None,
+) -> Sorted:
     """Sort the tokens of each head by label.
 
     Args:
@@ -143,24 +168,27 @@ def sort_by_label(labels: Tensor, clusters: int, heads: int, kinds: Tensor | Non
         kinds: (B|1, H|1, N) uint8; tokens that are always exact or padding get the labels of
             these, whatever their labels were, and padding that takes part now is always exact.
             None leaves all labels as they are.
+        counts: of these labels, if they are int32 and stay as they are; None counts them.
     """
     groups, tokens = labels.shape
-    parts, chunk = parts_of(tokens, groups, _BLOCK)
-    relabel = kinds is not None or labels.dtype != torch.int32
-    found = torch.empty_like(labels, dtype=torch.int32) if relabel else labels
-    counts, following = labels.new_empty(2, groups, parts, clusters + 2, dtype=torch.int32).unbind()
-    order = torch.empty_like(found)
+    found = labels
+    if counts is None:
+        if kinds is not None or labels.dtype != torch.int32:
+            found = torch.empty_like(labels, dtype=torch.int32)
+        counts = uncounted(groups, tokens, clusters, labels.device)
+        count_labels_kernel[(counts.table.shape[1], groups)](
+            labels, labels if kinds is None else kinds, found, counts.table,
+            *((0, 0, 0) if kinds is None else token_strides(kinds)),
+            heads, tokens, clusters, counts.chunk,
+            BLOCK_N=_BLOCK, RELABEL=found is not labels, HAS_KINDS=kinds is not None,
+            IS_PADDING=PADDING, IS_EXACT=EXACT, num_warps=4, num_stages=1,
+        )  # fmt: skip
+    order, following = torch.empty_like(found), torch.empty_like(counts.table)
     starts = found.new_empty(groups, clusters + 3)
     sizes = found.new_empty(groups, clusters)
-    count_labels_kernel[(parts, groups)](
-        labels, labels if kinds is None else kinds, found, counts,
-        *((0, 0, 0) if kinds is None else token_strides(kinds)), heads, tokens, clusters, chunk,
-        BLOCK_N=_BLOCK, RELABEL=relabel, HAS_KINDS=kinds is not None,
-        IS_PADDING=PADDING, IS_EXACT=EXACT, num_warps=4, num_stages=1,
-    )  # fmt: skip
     block = power_of_2_from(clusters + 3)
-    place_tokens_kernel[(parts, groups)](
-        found, counts, following, order, starts, sizes, tokens, clusters, chunk,
+    place_tokens_kernel[(counts.table.shape[1], groups)](
+        found, counts.table, following, order, starts, sizes, tokens, clusters, counts.chunk,
         BLOCK_L=block, BLOCK_N=_BLOCK, num_warps=4 if block <= 2048 else 8, num_stages=1,
     )  # fmt: skip
     return Sorted(found, order, starts, sizes)

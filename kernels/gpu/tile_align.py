@@ -9,6 +9,7 @@ from torch import Tensor
 from svg_ear_compile.kernels.clusters import QueryTile
 from svg_ear_compile.kernels.gpu.launch import LaunchConfig, token_strides
 from svg_ear_compile.kernels.gpu.nearest import keep_nearer, nearest_of, nothing_yet
+from svg_ear_compile.kernels.gpu.sort import LabelCounts, Sorted
 
 
 @triton.jit
@@ -20,7 +21,7 @@ def surplus_of(size, SUBTILE: tl.constexpr, TILE: tl.constexpr):
     return tl.where(size > SUBTILE, surplus, 0)
 
 
-@triton.jit(do_not_specialize=["heads", "tokens", "clusters"])
+@triton.jit(do_not_specialize=["heads", "tokens", "clusters", "parts", "chunk"])
 def tile_align_kernel(
     x_ptr,  # (B, H, N, D)
     aim_ptr,  # (G, C, D) in the dtype of x, see `aim_kernel`
@@ -28,6 +29,7 @@ def tile_align_kernel(
     order_ptr,  # (G, N) int32
     start_ptr,  # (G, C + 3) int32
     label_ptr,  # (G, N) int32, in and out
+    count_ptr,  # (G, parts, C + 2) int32, see `LabelCounts`, in and out
     stride_xb,
     stride_xh,
     stride_xn,
@@ -35,6 +37,8 @@ def tile_align_kernel(
     heads,
     tokens,
     clusters,
+    parts,
+    chunk,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SUBTILE: tl.constexpr,
@@ -85,33 +89,36 @@ def tile_align_kernel(
     )
     moves = (tl.sum(sooner.to(tl.int32), 1) < surplus) & (lost < float("inf"))
     tl.store(label_ptr + g * tokens + token, to, mask=moves)
+    count = count_ptr + (g * parts + token // chunk) * (clusters + 2)
+    tl.atomic_add(count + i, -1, mask=moves, sem="relaxed")
+    tl.atomic_add(count + to, 1, mask=moves, sem="relaxed")
 
 
 def align_to_tile(
     x: Tensor,
     aims: Tensor,
     half_norm: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    labels: Tensor,
+    found: Sorted,
+    counts: LabelCounts,
     query_tile: QueryTile,
     config: LaunchConfig,
 ) -> None:
-    """`clustering.tile_aligned` on a GPU; changes `labels` in place.
+    """`clustering.tile_aligned` on a GPU; changes labels and their counts in place.
 
     Args:
         x: (B, H, N, D), last stride 1.
         aims, half_norm: (G, C, D) and (G, P) that gave the labels, see `aims_of`.
-        order, starts: (G, N) and (G, C + 3), tokens sorted by label, see `SortedClusters`.
-        labels: (G, N) int32.
+        found: the tokens sorted by label; afterwards the order is that of the labels before.
+        counts: of the labels.
         query_tile: sizes of subtile and tile.
         config: see `launch_config`.
     """
     _, heads, tokens, dim = x.shape
     groups, clusters, _ = aims.shape
     tile_align_kernel[(clusters, groups)](
-        x, aims, half_norm, order, starts, labels, *token_strides(x), half_norm.shape[1],
-        heads, tokens, clusters, D=dim, BLOCK_D=config.block_dim, SUBTILE=query_tile.subtile,
-        TILE=query_tile.tile, BLOCK_N=query_tile.candidates, BLOCK_C=config.assign.columns,
-        num_warps=8, num_stages=1,
+        x, aims, half_norm, found.order, found.starts, found.labels, counts.table,
+        *token_strides(x), half_norm.shape[1], heads, tokens, clusters,
+        counts.table.shape[1], counts.chunk,
+        D=dim, BLOCK_D=config.block_dim, SUBTILE=query_tile.subtile, TILE=query_tile.tile,
+        BLOCK_N=query_tile.candidates, BLOCK_C=config.assign.columns, num_warps=8, num_stages=1,
     )  # fmt: skip

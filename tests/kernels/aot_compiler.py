@@ -44,6 +44,7 @@ class Report:
         shared: bytes of shared memory that a block asks for.
         registers: registers of a thread, the vector registers on AMD.
         spilled: bytes of a thread's spilled registers (NVIDIA), or registers spilled (AMD).
+        e4m3: whether it multiplies numbers in e4m3.
         seconds: time that the compilation took.
     """
 
@@ -53,6 +54,7 @@ class Report:
     shared: int
     registers: int
     spilled: int
+    e4m3: bool
     seconds: float
 
 
@@ -119,7 +121,7 @@ def compile_job(job: Job) -> list[Report]:
             reports.append(
                 Report(
                     asdict(job), self.fn.__name__, tile, kernel.metadata.shared,
-                    registers, spilled, seconds,
+                    registers, spilled, "e4m3.e4m3" in kernel.asm.get("ptx", ""), seconds,
                 )
             )  # fmt: skip
         return kernel

@@ -158,18 +158,25 @@ def check_case(
     check_clusters(got.keys, k, kinds.keys)
     oracle = Oracle.of(form, q, k, v, plan, case.scale or dim**-0.5, got)
     check_route(oracle, got)
-    check_output(oracle, got)
+    # Tensor cores add products in e4m3 with 14 bits.
+    check_output(oracle, got, 2**-13 if precision == "fp8" and form.device == "cuda" else 0.0)
 
 
-def check_output(oracle: Oracle, got: Result) -> None:
-    """Check output and log-sum-exp against the definition with the block mask of the result."""
+def check_output(oracle: Oracle, got: Result, sums: float = 0.0) -> None:
+    """Check output and log-sum-exp against the definition with the block mask of the result.
+
+    Args:
+        oracle: the definition.
+        got: the result.
+        sums: relative error of the sums of the logits, where it is more than that of float32.
+    """
     dtype = got.out.dtype
     out, lse = oracle.attend(got.block_mask.cpu())
     near_out, near_lse = oracle.attend_stored_in(got.block_mask.cpu(), dtype)
     ulp = torch.finfo(dtype).eps
     assert_within_rounding(got.out, out, near_out, 2 * ulp if dtype == F32 else ulp / 2)
     # In the log-sum-exp only proxy keys are rounded, and few of them have much weight.
-    assert_within_rounding(got.lse, lse, near_lse, torch.finfo(F32).eps + ulp / 32)
+    assert_within_rounding(got.lse, lse, near_lse, torch.finfo(F32).eps + ulp / 32 + sums)
 
 
 @given(case=cases(33, 97, 150))
@@ -245,12 +252,13 @@ def test_cuda_kernels_equal_the_definition_on_their_own_blocks(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", [None, "triton"])
-@pytest.mark.parametrize("compensation", COMPENSATIONS)
 @pytest.mark.parametrize("case", FP8_CASES)
-@pytest.mark.parametrize("dim", [40, 64, 72, 128])
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+@pytest.mark.parametrize(
+    ("dim", "kernel"), [(64, None), (128, None), (128, "triton"), (72, "triton")]
+)
 def test_cuda_kernels_round_as_the_definition_does(
-    dim: int, case: str, compensation: str, kernel: str | None
+    dim: int, kernel: str | None, compensation: str, case: str
 ) -> None:
     form = replace(CUDA, kernel=kernel)
     many = replace(FP8_CASES[case], tokens=tuple(19 * n for n in FP8_CASES[case].tokens))
