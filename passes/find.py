@@ -155,7 +155,7 @@ class _Describer:
             reason = Reason.TENSOR_TYPE
         if reason is None and not sources.values_are_of_the_keys:
             reason = Reason.VALUES
-        if reason is None and of_q and not any(self.media[source] for source in of_q):
+        if reason is None and of_q and not any(self._carries_media(s, first) for s in of_q):
             reason = Reason.TEXT
         if reason is None and call.mask is not None:
             judged = judge_mask(flow, call, q_shape, k_shape)
@@ -177,6 +177,11 @@ class _Describer:
             padding=padding,
             reason=reason,
         )
+
+    def _carries_media(self, source: Node, reader: Node) -> bool:
+        """True if a picture or a video reaches what `reader` reads, maybe written into memory."""
+        written = self.flow.writes_before(source, reader)
+        return any(self.media[node] for node in (source, *written))
 
 
 def _computed_in(call: Call) -> torch.dtype | None:

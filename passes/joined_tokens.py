@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
 
-from svg_ear_compile.passes.arguments import Arguments
-from svg_ear_compile.passes.operation import REARRANGEMENTS, operation
-from svg_ear_compile.passes.rearranged_tokens import indices
+from svg_ear_compile.passes.arguments import Arguments, arguments
+from svg_ear_compile.passes.operation import operation
+from svg_ear_compile.passes.rearranged_tokens import indices, unexpanded
 from svg_ear_compile.passes.symbolic import hints_of, shape_of
 from svg_ear_compile.passes.token_states import LOST, Lost, Mixed, State, state_of, weight
 from svg_ear_compile.passes.unrotated import put_back_bare, rotated_from_a_place
@@ -23,7 +23,7 @@ PIXEL_RANK = 5
 # The last four write to places of several dimensions, which are not followed: tokens are lost.
 _INTO_PLACES = frozenset({
     "index_copy", "index_copy_", "scatter", "scatter_", "index_put", "index_put_", "masked_scatter",
-    "masked_scatter_",
+    "masked_scatter_", "index_add", "index_add_", "scatter_add", "scatter_add_",
 })  # fmt: skip
 
 
@@ -75,25 +75,18 @@ def placed(streams: Streams, node: Node, args: Arguments) -> State:
     base, dim = args.take("self"), args.take("dim")
     index, values = args.take("index"), args.take("source", "src")
     if isinstance(index, Node) and operation(index) in ("expand", "expand_as"):
-        index = _unexpanded(index)
+        index = unexpanded(index)
     state = _write(streams, base, dim, index, values)
     if operation(node).endswith("_") and isinstance(base, Node):
         streams.of[base] = state
     return state
 
 
-def _unexpanded(index: Node) -> Node | None:
-    """The index of one dimension that was expanded to the shape of what is written."""
-    source = index.args[0]
-    while isinstance(source, Node) and operation(source) in REARRANGEMENTS:
-        if len(shape_of(source) or ()) == 1:
-            break
-        source = source.args[0]
-    return source if isinstance(source, Node) and len(shape_of(source) or ()) == 1 else None
-
-
 def setitem(streams: Streams, node: Node, args: Arguments) -> None:
-    base, index, values = node.args[:3]
+    _set(streams, *node.args[:3])
+
+
+def _set(streams: Streams, base: object, index: object, values: object) -> None:
     shape = shape_of(base) if isinstance(base, Node) else None
     if not isinstance(base, Node) or shape is None:
         return
@@ -118,12 +111,29 @@ def copied(streams: Streams, node: Node, args: Arguments) -> State:
     """`copy_` into a tensor or a view of one."""
     into, values = args.take("self"), args.take("other", "src", "source")
     state = streams.one(values)
+    if isinstance(into, Node) and operation(into) == "getitem":
+        _set(streams, into.args[0], into.args[1], values)  # a view of the tensor
+    elif isinstance(into, Node) and operation(into) == "narrow":
+        _set_narrow(streams, into, values)
     for other in streams.flow.sharing(into):
         known = streams.of.get(other)
-        if other is not into and known not in (None, FILLED, state):
+        viewed = isinstance(into, Node) and other in into.args[:1]
+        if other is not into and not viewed and known not in (None, FILLED, state):
             streams.of[other] = LOST
     streams.of[into] = state
     return state
+
+
+def _set_narrow(streams: Streams, view: Node, values: object) -> None:
+    """Tokens written into what `narrow` shows of a tensor."""
+    args = arguments(view)
+    dim, start, length = (args.take(n) if args else None for n in ("dim", "start", "length"))
+    base = view.args[0]
+    rank = len(shape_of(base) or ()) if isinstance(base, Node) else 0
+    if isinstance(dim, int) and isinstance(start, int) and isinstance(length, int) and rank:
+        where = [slice(None)] * rank
+        where[dim] = slice(start, start + length)
+        _set(streams, base, tuple(where), values)
 
 
 def _write(streams: Streams, base: object, dim: object, where: object, values: object) -> State:

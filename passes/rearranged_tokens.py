@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from svg_ear_compile.passes.arguments import Arguments
-from svg_ear_compile.passes.operation import operation
+from svg_ear_compile.passes.operation import REARRANGEMENTS, operation
 from svg_ear_compile.passes.symbolic import Size, hint, is_same, shape_of
 from svg_ear_compile.passes.token_states import LOST, Mixed, State, state_of, tokens_of
 from svg_ear_compile.passes.vectors import (
@@ -86,6 +86,28 @@ def selected(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
     return state_of(dim, _taken(state.vector, index, tokens_of(node, dim)))
 
 
+def gathered(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
+    """Tokens taken by an index that is the same for all their features."""
+    dim, index = args.take("dim"), args.take("index", "indices")
+    if not isinstance(dim, int):
+        return LOST
+    if dim % len(shape) != state.dim:
+        return state
+    if isinstance(index, Node) and operation(index) in ("expand", "expand_as"):
+        index = unexpanded(index)
+    return state_of(state.dim, _taken(state.vector, index, tokens_of(node, state.dim)))
+
+
+def unexpanded(index: Node) -> Node | None:
+    """The index of one dimension that was expanded to the shape of what is written or taken."""
+    source = index.args[0]
+    while isinstance(source, Node) and operation(source) in REARRANGEMENTS:
+        if len(shape_of(source) or ()) == 1:
+            break
+        source = source.args[0]
+    return source if isinstance(source, Node) and len(shape_of(source) or ()) == 1 else None
+
+
 def split(node: Node, args: Arguments, state: Mixed, shape: Shape) -> list[State]:
     values, dim = node.meta["example_value"], args.take("dim")
     if not isinstance(dim, int):
@@ -146,6 +168,7 @@ _RESHAPES = frozenset({
     "reshape_as",
 })  # fmt: skip
 _PERMUTATIONS = frozenset({"transpose", "permute", "movedim", "moveaxis", "mT", "T", "t"})
+_BY_INDEX = frozenset({"gather", "take_along_dim"})
 _SPLITS = frozenset({"chunk", "split", "split_with_sizes", "tensor_split", "unbind"})
 REARRANGED: Mapping[str, Rule] = {
     **dict.fromkeys(_RESHAPES, reshaped),
@@ -154,6 +177,7 @@ REARRANGED: Mapping[str, Rule] = {
     "getitem": indexed,
     "select": selected,
     "index_select": selected,
+    **dict.fromkeys(_BY_INDEX, gathered),
     "flip": flipped,
     "roll": rolled,
     "pad": padded,

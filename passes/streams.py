@@ -25,7 +25,15 @@ from svg_ear_compile.passes.memory import is_plain
 from svg_ear_compile.passes.operation import LINEAR, operation
 from svg_ear_compile.passes.rearranged_tokens import REARRANGED
 from svg_ear_compile.passes.symbolic import hint, is_same, shape_of
-from svg_ear_compile.passes.token_states import LOST, Lost, Mixed, State, tokens_of, weight
+from svg_ear_compile.passes.token_states import (
+    LOST,
+    Lost,
+    Mixed,
+    State,
+    state_of,
+    tokens_of,
+    weight,
+)
 from svg_ear_compile.passes.vectors import (
     FILLED,
     LEARNED,
@@ -36,6 +44,7 @@ from svg_ear_compile.passes.vectors import (
     Stream,
     Vector,
     leaves,
+    overlay,
 )
 
 _CONSTANTS = frozenset({
@@ -105,10 +114,20 @@ class Streams:
             place = node.args[1]
             return known[place] if isinstance(place, int) and place < len(known) else LOST
         state, shape, args = self.one(source), shape_of(source), arguments(node)
+        if name == "pad" and isinstance(state, Stream) and args is not None:
+            state = self._tokens_to_pad(args, state, source)
         if isinstance(state, Mixed) and shape is not None and (args or name == "roll"):
-            return REARRANGED[name](node, args or Arguments({}, {}), state, shape)
+            found = REARRANGED[name](node, args or Arguments({}, {}), state, shape)
+            return _but_for_filling(state.vector, found)
         state = LOST if isinstance(state, Mixed) else state
         return [state] * len(values) if isinstance(values, (tuple, list)) else state
+
+    def _tokens_to_pad(self, args: Arguments, state: Stream, source: Node) -> State:
+        """The tokens of one stream along the dimension that is padded, (B, N, C) along N."""
+        shape, pads = shape_of(source) or (), args.take("pad")
+        if len(shape) != 3 or not isinstance(pads, (tuple, list)) or len(pads) != 4:
+            return state
+        return Mixed(1, Part(tokens_of(source, 1), state))
 
     def _of_input(self, node: Node) -> State:
         handed = [s for s in self.flow.sources(node) if s in self.of]
@@ -135,6 +154,9 @@ class Streams:
             return FILLED if operation(node) in _CONSTANTS else None
         sizes = {n: _numel(n) for n in inputs}
         largest = [n for n in inputs if sizes[n] == max(sizes.values())]
+        overlaid = self._overlaid(largest)
+        if overlaid is not None:
+            return overlaid
         chosen = max(largest, key=lambda n: weight(self.one(n)))  # the first of equal ones
         if weight(self.one(chosen)) == 0:
             # A small tensor of tokens on a large one of constants: what it holds is spread over it.
@@ -142,6 +164,17 @@ class Streams:
             if others:
                 return others[0] if isinstance(others[0], Stream) else LOST
         return self.like(node, chosen)
+
+    def _overlaid(self, nodes: list[Node]) -> State:
+        """Tokens that have filling in each other's places, as a sum joins them; None for others."""
+        states = [s for s in map(self.one, nodes) if isinstance(s, Mixed)]
+        ranks = {len(shape_of(n) or ()) for n in nodes}
+        if len(states) != 2 or len(nodes) != 2 or len(ranks) > 1 or states[0] == states[1]:
+            return None
+        if states[0].dim != states[1].dim or not all(map(_is_filled_up, states)):
+            return None
+        found = overlay(*(s.vector for s in states))
+        return None if found is None else state_of(states[0].dim, found)
 
     def like(self, node: Node, source: Node) -> Any:
         """The state of an operation's result whose tokens are those of one of its inputs."""
@@ -173,6 +206,16 @@ class Streams:
         if isinstance(state, Stream) and state.source is not None:
             return replace(state, pixels=state.pixels or over_space, projected=True)
         return OTHER if state is FILLED else state
+
+
+def _is_filled_up(state: Mixed) -> bool:
+    return any(part.stream == FILLED for part in leaves(state.vector))
+
+
+def _but_for_filling(vector: Vector, found: Any) -> Any:
+    """One stream in place of a lost one, where all other tokens were filling."""
+    streams = {part.stream for part in leaves(vector)} - {FILLED}
+    return streams.pop() if isinstance(found, Lost) and len(streams) == 1 else found
 
 
 def product(streams: Streams, node: Node, args: Arguments) -> State:

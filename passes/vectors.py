@@ -221,6 +221,43 @@ def size_of(vector: Vector) -> Size:
     return size_of(vector.into if isinstance(vector, Placed) else vector.of)
 
 
+def overlay(one: Vector, other: Vector) -> Vector | None:
+    """Each token of the vector that has no filling there; None where both have none, or unknown."""
+    runs = [_runs(vector) for vector in (one, other)]
+    if runs[0] is None or runs[1] is None:
+        return None
+    streams = [[s for s, count in of for _ in range(count)] for of in (runs[0], runs[1])]
+    if len(streams[0]) != len(streams[1]):
+        return None
+    found = []
+    for first, second in zip(*streams, strict=True):
+        if FILLED not in (first, second):
+            return None
+        found.append(first if second == FILLED else second)
+    return joined(Part(len(list(run)), stream) for stream, run in itertools.groupby(found))
+
+
+def _runs(vector: Vector) -> list[tuple[Stream, int]] | None:
+    """Streams and their numbers of tokens, one after the other; None where a number is symbolic."""
+    if isinstance(vector, Part):
+        return [(vector.stream, vector.count)] if isinstance(vector.count, int) else None
+    if isinstance(vector, Joined):
+        parts = [_runs(part) for part in vector.parts]
+        return None if None in parts else [run for part in parts if part for run in part]
+    if not isinstance(vector, Placed) or isinstance(vector.at, Node):
+        return None
+    into, what = _runs(vector.into), _runs(vector.what)
+    start, stop = vector.at
+    if into is None or what is None or isinstance(start, Node) or isinstance(stop, Node):
+        return None
+    places = [s for s, count in into for _ in range(count)]
+    written = [s for s, count in what for _ in range(count)]
+    if len(places[start:stop]) != len(written):
+        return None
+    places[start:stop] = written
+    return [(stream, len(list(run))) for stream, run in itertools.groupby(places)]
+
+
 def leaves(vector: Vector) -> Iterator[Part]:
     """The parts of which a vector is made."""
     if isinstance(vector, Part):

@@ -75,6 +75,13 @@ def placed(x: Tensor, text: Tensor, how: str) -> Tensor:
     return packed.index_copy(1, TEXT_AT, text).index_copy(1, VIDEO_AT, x)
 
 
+def last(text: Tensor) -> Tensor:
+    """Text behind as much filling as there is video."""
+    filled = text.new_zeros(1, VIDEO + TEXT, WIDTH)
+    filled[:, VIDEO:].copy_(text)
+    return filled
+
+
 # What becomes one sequence, and where its exact tokens are.
 PACKED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "video alone": (lambda m, x, t: x, ""),
@@ -86,7 +93,7 @@ PACKED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "sliced to a valid length": (lambda m, x, t: torch.cat([x, t], 1)[:, :125], "120:125"),
     "a slice past the end": (lambda m, x, t: torch.cat([x, t], 1)[:, 4:400], "116:125"),
     "padded after": (lambda m, x, t: F.pad(torch.cat([x, t], 1), (0, 0, 0, 7)), "120:129"),
-    "padded before": (lambda m, x, t: torch.cat([x, F.pad(t, (0, 0, 0, 3))], 1), "120:132"),
+    "padded before": (lambda m, x, t: torch.cat([x, F.pad(t, (0, 0, 0, 3))], 1), "120:129"),
     "zeros after": (
         lambda m, x, t: torch.cat([torch.cat([x, t], 1), x.new_zeros(1, 7, WIDTH)], 1), "120:129",
     ),
@@ -95,6 +102,15 @@ PACKED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "reordered": (
         lambda m, x, t: torch.cat([x, t], 1)[:, torch.arange(128, -1, -1)], "an unknown number"
     ),
+    "gathered": (
+        lambda m, x, t: torch.cat([x, t], 1).gather(
+            1, torch.arange(128, -1, -1)[None, :, None].expand(1, -1, WIDTH)
+        ), "an unknown number",
+    ),
+    "padded and added": (
+        lambda m, x, t: F.pad(x, (0, 0, TEXT, 0)) + F.pad(t, (0, 0, 0, VIDEO)), "0:9"
+    ),
+    "added to padding": (lambda m, x, t: F.pad(x, (0, 0, 0, TEXT)) + last(t), "120:129"),
     "registers": (lambda m, x, t: torch.cat([m.registers, x], 1), "0:4"),
     "split and joined": (
         lambda m, x, t: torch.cat(torch.cat([x, t], 1).split([100, 20, 9], 1)[::-1], 1), "0:9"

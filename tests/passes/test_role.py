@@ -243,6 +243,16 @@ class FilledUp(Projections):
         return SelfAttention.forward(self, torch.cat([x, x.new_zeros(1, TEXT, WIDTH)], 1), text)
 
 
+class Written(Projections):
+    """Tokens that are written into new memory are the video still."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        tokens = torch.empty_like(x)
+        for start in range(0, VIDEO, 50):
+            tokens[:, start : start + 50] = x[:, start : start + 50] * 2
+        return SelfAttention.forward(self, tokens, text)
+
+
 class TokenIds(Projections):
     def __init__(self) -> None:
         super().__init__()
@@ -307,6 +317,7 @@ def places(text: tuple[int, int], tokens: int) -> str:
         (RotatedInPart, Role.JOINT, (TEXT, 0), None),
         (RotatedInPartTextLast, Role.JOINT, (0, TEXT), None),
         (FilledUp, Role.SELF, (0, 0), None),
+        (Written, Role.SELF, (0, 0), None),
         (TokenIds, Role.SELF, (0, 0), Reason.TEXT),
         (Checkpointed, Role.SELF, (0, 0), None),
         (CheckpointedCross, Role.CROSS, (0, 0), Reason.CROSS_ATTENTION),
