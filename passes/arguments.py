@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from svg_ear_compile.passes.operation import aten_overloads, operation
+from svg_ear_compile.passes.symbolic import known
 
 # PyTorch's functions, NumPy's names of the same parameters and Python's operators, as ATen says.
 _NAMES = {
@@ -31,7 +32,7 @@ class Arguments:
     """The arguments of one call, by ATen's names of the parameters; the first tensor is "self"."""
 
     def __init__(self, given: Mapping[str, object], defaults: Mapping[str, object]) -> None:
-        self._given = dict(given)
+        self._given = {name: known(value) for name, value in given.items()}
         self._defaults = dict(defaults)
         self._left = set(self._given)
 

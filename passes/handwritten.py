@@ -57,6 +57,7 @@ class _Reading:
     letters: Letters
     softmax: Softmax
     scale: float = 1.0
+    symbols: list[tuple[Node, bool]] = field(default_factory=list)  # as in `Call`
     moved: bool = False  # weights have other dimensions than the scores that the softmax took
     tangled: bool = False  # a step's shape does not line up with the letters
     beside: list[Node] = field(default_factory=list)  # nodes that only look at the scores
@@ -81,6 +82,9 @@ class _Reading:
             self._leave(None if known and not self.moved else Reason.PATTERN)
         self._leave(step.reason)
         self._scale(step.factor)
+        if step.symbol is not None:
+            self.symbols.append((step.symbol, step.divides))
+            self._leave(Reason.SCALE if self.masks else None)  # it scales the mask, too
         tensor = step.added or step.mask
         if tensor is not None:
             value = tensor.meta.get("example_value")
@@ -344,7 +348,7 @@ def _call(
         scale *= of_q * of_k
     return Call(
         node=nodes[-1], steps=steps, q=q, k=k, v=v, out_dims=out_dims,
-        mask=mask, scale=scale, reason=reason,
+        mask=mask, scale=scale, symbols=tuple(reading.symbols), reason=reason,
     )  # fmt: skip
 
 

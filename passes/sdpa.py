@@ -12,6 +12,7 @@ from svg_ear_compile.passes.block_mask import graph_of, kept_keys, result_of, ta
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.site import Call, Mask, Operand, Reason
+from svg_ear_compile.passes.symbolic import known
 
 SDPA_TARGETS = frozenset(
     {
@@ -58,7 +59,7 @@ def read_sdpa(node: Node) -> Call | None:
         out_dims=q.dims,
         mask=None if mask is None else _mask(mask, q.dims),
         scale=given.get("scale"),
-        dropout_p=given.get("dropout_p", 0.0),
+        dropout_p=known(given.get("dropout_p", 0.0)),
         is_causal=given.get("is_causal", False),
         reason=None if q.dims and q.dims == k.dims == v.dims else Reason.LAYOUT,
     )

@@ -197,6 +197,7 @@ class Call:
         out_dims: letters of the output's dimensions, as in `Operand`.
         mask: None where there is none.
         scale: of the logits; None is 1/sqrt(D).
+        symbols: numbers known at run time that multiply the scale, or divide it where True.
         dropout_p, is_causal: as given to the call; hand-written attention has neither.
         kept: the keys that take part, where a function says it; None where all do.
         lse: the node that holds the log-sum-exp of the logits, letters among "bhn"; None where
@@ -212,6 +213,7 @@ class Call:
     out_dims: str = "bhnd"
     mask: Mask | None = None
     scale: float | Node | None = None
+    symbols: tuple[tuple[Node, bool], ...] = ()
     dropout_p: object = 0.0
     is_causal: object = False
     kept: KeptKeys | None = None

@@ -14,7 +14,7 @@ from svg_ear_compile.passes.constants import number
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.operation import CASTS, operation
 from svg_ear_compile.passes.site import Reason
-from svg_ear_compile.passes.symbolic import Size, expression, is_same, shape_of
+from svg_ear_compile.passes.symbolic import Size, expression, is_same, is_symbol, shape_of
 
 _LARGEST_SHIFT = 30.0
 """A larger number added to every logit rounds them: what eager computes then is another thing."""
@@ -26,6 +26,8 @@ class Step:
 
     Attributes:
         factor: they are multiplied by this number.
+        symbol: they are multiplied by this number that is known at run time, or divided by it.
+        divides: they are divided by `symbol`.
         shift: this number is added to them.
         added: a mask added to them.
         sign: -1 where that mask is subtracted.
@@ -40,6 +42,8 @@ class Step:
     """
 
     factor: float = 1.0
+    symbol: Node | None = None
+    divides: bool = False
     shift: float = 0.0
     added: Node | None = None
     sign: float = 1.0
@@ -105,7 +109,10 @@ def scale(given: Given) -> Step | None:
         return Step(factor=2.0) if first is second else None
     if first is second or (name == "div" and first is not given.scores):
         return None
-    factor = number(second if first is given.scores else first, given.flow)
+    other = second if first is given.scores else first
+    if isinstance(other, Node) and is_symbol(other.meta.get("example_value")):
+        return Step(symbol=other, divides=name == "div")
+    factor = number(other, given.flow)
     if factor is None:
         return Step(reason=Reason.SCALE)
     if factor == 0 or not math.isfinite(factor):

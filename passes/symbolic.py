@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.fx import Node
 from torch.fx.experimental.sym_node import SymNode
@@ -31,6 +34,26 @@ def expression(size: Size) -> object:
     if isinstance(size, int):
         return size
     return size.node.expr if isinstance(size.node, SymNode) else size.node
+
+
+def known(value: object) -> object:
+    """The number in place of a node of which the graph was traced for that number alone.
+
+    Floats that a function reads from outside are symbols where shapes are dynamic; 0.0 and other
+    numbers that the trace has asked for are none.
+    """
+    symbol = value.meta.get("example_value") if isinstance(value, Node) else None
+    if not is_symbol(symbol):
+        return value
+    expr = symbol.node.expr if isinstance(symbol.node, SymNode) else None
+    if isinstance(symbol, torch.SymInt):
+        return int(expr) if isinstance(expr, sympy.Integer) else value
+    return float(expr) if isinstance(expr, sympy.Number) else value
+
+
+def is_symbol(value: object) -> TypeGuard[torch.SymInt | torch.SymFloat]:
+    """True for a number that the graph is told at run time."""
+    return isinstance(value, (torch.SymInt, torch.SymFloat))
 
 
 def shape_of(node: Node) -> tuple[Size, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -132,3 +133,31 @@ def test_a_symbolic_text_length_is_read_off_the_graph() -> None:
     length = call.kwargs["clustered_keys"]
     assert isinstance(length, Node)
     assert length.meta["example_value"].node.hint == VIDEO
+
+
+SHARPNESS, NOTHING = 0.3, 0.0
+
+
+def _by_kernel(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=SHARPNESS)
+
+
+def _by_hand(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = NOTHING) -> Tensor:
+    scores = -(q @ k.mT) * SHARPNESS / 1.5
+    return F.dropout((scores / SHARPNESS * q.shape[2] ** -0.5).softmax(-1), dropout_p) @ v
+
+
+@pytest.mark.parametrize("attend", [_by_kernel, _by_hand])
+def test_numbers_from_outside_are_symbols_where_shapes_are_dynamic(
+    attend: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may change between two calls."""
+    backend = Rewriting(aot=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend=backend, fullgraph=True, dynamic=True)
+    for sharpness in (0.3, 0.7):
+        monkeypatch.setattr(f"{__name__}.SHARPNESS", sharpness)
+        given = tuple(torch.randn(1, 2, 64, 32) for _ in range(3))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*given), attend(*given), atol=1e-5, rtol=1e-4)
+    assert backend.reasons == []
