@@ -260,7 +260,7 @@ def accelerate(
             in [0, 1) of the steps of each call.
         ascending: whether the timestep rises from noise to video, as in Mochi. By default the
             pipeline's scheduler says in each call; of a module, the timestep falls.
-        early_factor: density of the first eighth of the steps of each call over that of the others,
+        early_factor: density of the first eighth of the steps of each call over that of later ones,
             see `bind`. A module does not know its number of steps: all have one density.
         dense_above_timestep, dense_layers, timestep, guidance, branches, latents: see `bind`.
 

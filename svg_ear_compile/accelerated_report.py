@@ -105,8 +105,8 @@ class AccelerationReport:
         steps = f"{_counted(self.steps, 'step')}, {self.dense_steps} of them dense"
         if self.early is not None and self.early.count:
             steps += (
-                f", the first {self.early.count} at {self.early.factor:g} times the density of the "
-                "others"
+                f", the first {self.early.count} at up to {self.early.factor:g} times the density "
+                "of the others"
             )
         if self.seconds is None:
             lines = [f"current generation: {steps}" if self.steps else "nothing ran yet"]

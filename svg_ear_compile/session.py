@@ -294,8 +294,9 @@ def bind(
         dense_layers: leading layers, in order of execution, with dense attention.
         steps: denoising steps of a generation (of a chunk, of chunked models). None if the model
             is called by a loop whose number of steps is not known: then all have one density.
-        early_factor: density of the first eighth of these steps over that of the others, in
-            [1, 100]; the mean over all steps stays the density of the plan. Early steps decide most
+        early_factor: density of the first eighth of these steps over that of later ones, in
+            [1, 100]; the second eighth has the mean of both. The mean over all steps stays the
+            density of the plan. Early steps decide most
             of the picture. Leading dense steps take their place, and a tuned budget is followed
             as it is.
         budget: a tuned budget, which gives density, clusters, compensation and schedule: a `Budget`

@@ -35,26 +35,31 @@ def test_the_mean_is_what_was_asked_for(steps: int, factor: float, mean: float) 
     assert statistics.fmean(found) == pytest.approx(mean, abs=1e-9)
     assert all(0.0 <= density <= 1.0 for density in found)
     assert found == sorted(found, reverse=True)
-    level = found[-1]
-    for density in found[: early.count]:
-        assert density == pytest.approx(min(1.0, factor * level))
-    assert all(density == level for density in found[early.count :])
+    for density, wanted in zip(found, early.factors(), strict=True):
+        assert density == pytest.approx(min(1.0, wanted * found[-1]))
+    assert early.density(mean, steps + 3) == found[-1]
 
 
-@pytest.mark.parametrize(("steps", "early"), [(1, 0), (4, 0), (8, 1), (24, 3), (30, 4), (50, 6)])
-def test_an_eighth_of_the_steps_is_early(steps: int, early: int) -> None:
+@pytest.mark.parametrize(("steps", "early"), [(1, 0), (4, 1), (8, 2), (24, 6), (30, 8), (50, 12)])
+def test_a_quarter_of_the_steps_is_early(steps: int, early: int) -> None:
     assert EarlySteps(steps, 2.0).count == early
     assert EarlySteps(steps, 1.0).count == 0
 
 
+def test_density_falls_in_two_halves() -> None:
+    assert EarlySteps(8, 3.0).factors() == [3.0, 2.0, 1, 1, 1, 1, 1, 1]
+    assert EarlySteps(4, 3.0).factors() == [2.0, 1, 1, 1]
+    assert EarlySteps(8, 1.0).factors() == [1.0] * 8
+
+
 def test_a_bound_model_that_knows_its_steps_spends_more_in_the_first(calls: list[Any]) -> None:
     model, times = shared(1), range(800, 0, -100)
-    early = [0.6 * 8 / 9, *[0.3 * 8 / 9] * 7]
+    early = [0.3 * factor * 8 / 9.5 for factor in (2, 1.5, 1, 1, 1, 1, 1, 1)]
     for given_, wanted in (
         ({"steps": 8}, early),
         ({}, [0.3] * 8),
         ({"steps": 8, "early_factor": 1.0}, [0.3] * 8),
-        ({"steps": 8, "early_factor": 3.0}, [0.9 * 0.8, *[0.3 * 0.8] * 7]),
+        ({"steps": 8, "early_factor": 3.0}, [0.3 * f * 8 / 11 for f in (3, 2, 1, 1, 1, 1, 1, 1)]),
         ({"steps": 8, "dense_steps": 1}, [1.0, *[0.3] * 7]),
         ({"steps": 8, "dense_above_timestep": 750.0}, [1.0, *[0.3] * 7]),
         ({"steps": 8, "dense_layers": 1}, [1.0] * 8),
@@ -86,7 +91,7 @@ def test_a_pipeline_says_its_number_of_steps(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(EarlySteps, "density", density)
     with accelerate(pipe, density=0.3, options=tiny.OPTIONS) as handle:
         tiny.generate(pipe, tiny.wan_call(num_inference_steps=8))
-        assert "the first 1 at 2 times the density of the others" in str(handle.report())
+        assert "the first 2 at up to 2 times the density of the others" in str(handle.report())
     assert statistics.fmean(taken) == pytest.approx(0.3)
     assert max(taken) == pytest.approx(2 * min(taken))
 
