@@ -55,6 +55,7 @@ SHAPES = {
     "hunyuan-720p": Shape(1, 24, 118800, 256, 128),
     "wan1.3b-480p": Shape(1, 12, 32760, 0, 128),
     "cogvideox-5b": Shape(2, 48, 17550, 226, 64),
+    "minimax-h3": Shape(1, 56, 73416, 0, 128),
     # Seconds on a CPU, where none of the others ends within a minute.
     "short": Shape(1, 2, 4096, 0, 64),
 }

@@ -87,7 +87,7 @@ def gather_e4m3(
         async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
     for t in range(key_tiles, count):
         j = gl.expand_dims((t - key_tiles) * BLOCK_N + n, 1)  # [BN, 1]
-        # An asynchronous copy reads no masked row, but faults where its address is in no allocation.
+        # A masked row is not read, yet its address has to be inside of an allocation.
         at = gl.minimum(j, k_clusters - 1) * D + d
         stage = t % STAGES
         free = (t // STAGES + 1) & 1
