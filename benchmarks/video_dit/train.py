@@ -26,7 +26,7 @@ from benchmarks.video_dit.data import Clips
 from benchmarks.video_dit.pixel_dit import PixelDiT, velocity_target
 from benchmarks.video_dit.sample import generate
 from benchmarks.video_dit.training_state import TrainingState
-from benchmarks.video_dit.zoo import MODELS, Draw, TrainedModel
+from benchmarks.video_dit.zoo import MODELS, PHOTO_NOISE, Draw, TrainedModel
 
 _LABEL_DROP = 0.1
 _EMA_DECAY = 0.998
@@ -74,9 +74,15 @@ def learning_rate_factor(progress: float) -> float:
 
 
 def flow_matching_loss(
-    model: PixelDiT, clips: Clips, generator: torch.Generator | None = None
+    model: PixelDiT,
+    clips: Clips,
+    generator: torch.Generator | None = None,
+    noise: tuple[float, float] = PHOTO_NOISE,
 ) -> torch.Tensor:
-    """Mean squared error of the velocity at one random noise level per clip, a scalar."""
+    """Mean squared error of the velocity at one random noise level per clip, a scalar.
+
+    ``noise`` is mean and deviation of the logit of the noise level.
+    """
     video, label = clips.video, clips.label
     batch, device = len(label), video.device
 
@@ -85,7 +91,7 @@ def flow_matching_loss(
 
     # Logit-normal, moved towards high noise: neighbouring pixels and frames agree so much that a
     # clip stays readable under noise that would drown a single independent value.
-    sigma = torch.sigmoid(0.9 + 1.1 * normal(batch))
+    sigma = torch.sigmoid(noise[0] + noise[1] * normal(batch))
     weight = sigma.view(-1, 1, 1, 1, 1)
     noisy = video + weight * (normal(*video.shape) - video)
     dropped = torch.rand(batch, device=device, generator=generator) < _LABEL_DROP
@@ -95,19 +101,25 @@ def flow_matching_loss(
     return (velocity - velocity_target(noisy, video, timestep)).square().mean()
 
 
-def loss_with_gradients(model: PixelDiT, clips: Clips, generator: torch.Generator) -> torch.Tensor:
+def loss_with_gradients(
+    model: PixelDiT, clips: Clips, generator: torch.Generator, noise: tuple[float, float]
+) -> torch.Tensor:
     """The loss, a scalar still on the device; its gradients are added to the parameters'."""
     with torch.autocast(clips.video.device.type, torch.bfloat16):
-        loss = flow_matching_loss(model, clips, generator)
+        loss = flow_matching_loss(model, clips, generator, noise)
     loss.backward()
     return loss.detach()
 
 
 def training_step(
-    model: PixelDiT, optimizer: torch.optim.Optimizer, clips: Clips, generator: torch.Generator
+    model: PixelDiT,
+    optimizer: torch.optim.Optimizer,
+    clips: Clips,
+    generator: torch.Generator,
+    noise: tuple[float, float] = PHOTO_NOISE,
 ) -> torch.Tensor:
     """One optimiser step; returns the loss, a scalar still on the device."""
-    loss = loss_with_gradients(model, clips, generator)
+    loss = loss_with_gradients(model, clips, generator, noise)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -177,7 +189,7 @@ def train(plan: TrainingPlan, out: Path, device: torch.device) -> PixelDiT:
         is_long = state.progress >= _LONG_FROM and state.step % 2 == 1
         shape = long if is_long else short
         clips = draw(plan.batches[shape], shape, generator)
-        loss_sum[shape] += training_step(model, optimizer, clips, generator)
+        loss_sum[shape] += training_step(model, optimizer, clips, generator, plan.model.noise)
         loss_count[shape] += 1
         state.step += 1
         decay = min(_EMA_DECAY, (1 + state.step) / (10 + state.step))
@@ -245,7 +257,7 @@ def _compile_blocks(
         clips = draw(batch, shape, generator)
         for run in ("first, with its compilation", "second"):
             started = time.perf_counter()
-            loss_with_gradients(model, clips, generator)
+            loss_with_gradients(model, clips, generator, plan.model.noise)
             model.zero_grad(set_to_none=True)
             torch.cuda.synchronize()
             milliseconds = 1000 * (time.perf_counter() - started)
