@@ -80,7 +80,7 @@ def _video(queries: Vector, keys: Vector | None) -> Stream | None:
 
 def _is_exact(stream: Stream, video: Stream) -> bool:
     if stream.source is None:
-        return stream.kind != "filled"
+        return stream.kind not in ("filled", "stored")
     if stream.source is video.source or stream.pixels:
         return False
     return stream.projected or not video.projected  # what no projection has read is a cache

@@ -54,6 +54,8 @@ class TokenSources:
         if not self.q and not self.k:
             return Role.UNKNOWN
         queries_are_keys = bool(self.q) and self._are_among(self.q, self.k)
+        if not queries_are_keys and self.q and self._are_cut_from(self.q, self.k):
+            return Role.PREFIX
         if queries_are_keys and self._are_among(self.k, self.q):
             return Role.SELF if len(self.q) == 1 else Role.JOINT
         return Role.PREFIX if queries_are_keys else Role.CROSS
@@ -68,6 +70,16 @@ class TokenSources:
             return True
         known: set[Node] = set().union(*(self._origins(node) for node in others))
         return all(known & self._origins(node) for node in some)
+
+    def _are_cut_from(self, some: set[Node], others: set[Node]) -> bool:
+        """True if tokens are a part of others: these are joined of them, or they are a slice."""
+        wholes = set().union(*(self._origins(node) for node in others))
+        parts = {part for whole in wholes for part in _joined_of(whole)}
+        known = wholes.union(*(self._origins(part) for part in parts))
+        return all(
+            known & (origins | {whole for o in origins if (whole := _slice_of(o))})
+            for origins in map(self._origins, some)
+        )
 
     def _origins(self, source: Node) -> set[Node]:
         """The activations that `source` is made of token by token, itself among them."""
@@ -98,6 +110,31 @@ def _tokens(node: Node) -> Node:
         if source is None:
             return node
         node = source
+
+
+def _joined_of(node: Node) -> list[Node]:
+    """The tensors (B, N, C) whose tokens a tensor has, one after the other; [] for another."""
+    if operation(node) != "cat":
+        return []
+    parts, dim = (*node.args, None, None)[:2]
+    parts = node.kwargs.get("tensors", parts)
+    dim = node.kwargs.get("dim", node.kwargs.get("axis", dim))
+    if len(hints_of(node)) != 3 or dim not in (1, -2) or not isinstance(parts, (list, tuple)):
+        return []
+    return [_tokens(part) for part in parts if isinstance(part, Node)]
+
+
+def _slice_of(node: Node) -> Node | None:
+    """The tensor (B, N, C) of which a node is a slice of tokens."""
+    whole, index = (*node.args, None, None)[:2]
+    if operation(node) not in ("getitem", "narrow") or not isinstance(whole, Node):
+        return None
+    same = [n for place, n in enumerate(hints_of(node)) if place != 1]
+    of_whole = [n for place, n in enumerate(hints_of(whole)) if place != 1]
+    by_slices = operation(node) == "narrow" or (
+        isinstance(index, tuple) and all(isinstance(i, slice) for i in index)
+    )
+    return _tokens(whole) if by_slices and len(same) == 2 and same == of_whole else None
 
 
 def _numel(node: Node) -> int:

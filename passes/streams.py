@@ -22,7 +22,7 @@ from svg_ear_compile.passes.arguments import Arguments, arguments
 from svg_ear_compile.passes.dataflow import Dataflow, projected_input, values_read
 from svg_ear_compile.passes.joined_tokens import JOINED, PIXEL_RANK
 from svg_ear_compile.passes.memory import is_plain
-from svg_ear_compile.passes.operation import LINEAR, operation
+from svg_ear_compile.passes.operation import CASTS, COPIES, LINEAR, REARRANGEMENTS, operation
 from svg_ear_compile.passes.rearranged_tokens import REARRANGED
 from svg_ear_compile.passes.symbolic import hint, is_same, shape_of
 from svg_ear_compile.passes.token_states import (
@@ -38,6 +38,7 @@ from svg_ear_compile.passes.vectors import (
     FILLED,
     LEARNED,
     OTHER,
+    STORED,
     Joined,
     Part,
     Placed,
@@ -79,7 +80,8 @@ class Streams:
             return state.vector if state.dim == dim else None
         if isinstance(state, Lost):
             return None
-        return Part(tokens_of(node, dim), OTHER if state is None else state)
+        nothing = STORED if _is_stored(node) else OTHER
+        return Part(tokens_of(node, dim), nothing if state is None else state)
 
     def one(self, node: object) -> State:
         """The state of a tensor; of several in one value it is lost."""
@@ -208,6 +210,16 @@ class Streams:
         return OTHER if state is FILLED else state
 
 
+def _is_stored(node: Node) -> bool:
+    """True for a buffer (B, N, C) or of more dimensions, and for a part of one."""
+    while operation(node) in REARRANGEMENTS | CASTS | COPIES | {"roll"} and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    value = node.meta.get("example_value")
+    if node.op not in ("placeholder", "get_attr") or not is_plain(value):
+        return False
+    return value.dim() >= 3 and value.dtype.is_floating_point
+
+
 def _is_filled_up(state: Mixed) -> bool:
     return any(part.stream == FILLED for part in leaves(state.vector))
 
@@ -274,6 +286,7 @@ def _projected(vector: Vector) -> Vector:
     if isinstance(vector, Part):
         stream = vector.stream
         made = stream if stream.source is None else replace(stream, projected=True)
+        made = LEARNED if stream == STORED else made
         return replace(vector, stream=made)
     if isinstance(vector, Joined):
         return Joined(tuple(_projected(part) for part in vector.parts))

@@ -28,7 +28,7 @@ class Stream:
         source: the input of the graph, None for a stream that is no input's.
         kind: ``"input"``; ``"learned"`` for parameters; ``"filled"`` for constants; ``"other"`` for
             conditions that became tokens; ``"unrotated"`` for tokens that get no positions where
-            the others do; ``"option"`` for tokens that an option names.
+            the others do; ``"option"`` for tokens that an option names; ``"stored"`` for a buffer.
         pixels: the input has a clip's dimensions, or a convolution over space has read it.
         projected: a projection has read it.
     """
@@ -41,6 +41,8 @@ class Stream:
 
 LEARNED, FILLED, OTHER = (Stream(None, kind) for kind in ("learned", "filled", "other"))
 UNROTATED, OPTION = Stream(None, "unrotated"), Stream(None, "option")
+STORED = Stream(None, "stored")
+"""Tokens of a buffer: keys and values of a cache, learned tokens once they are projected."""
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,25 @@ def inputs(new: int = NEW, old: int = OLD) -> tuple[Tensor, ...]:
     return x, cache[0], cache[1], text
 
 
+class InBuffers(Cached):
+    """The caches are buffers of the module."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__(style)
+        self.register_buffer("k_cache", inputs()[1])
+        self.register_buffer("v_cache", inputs()[2])
+
+    def forward(self, x: Tensor, k_cache: Tensor, v_cache: Tensor, text: Tensor) -> Tensor:
+        return Cached.forward(self, x, self.k_cache, self.v_cache, text)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_keys_that_are_cached_in_buffers_are_clustered(style: str) -> None:
+    (site,) = sites_of(InBuffers(style), *inputs())
+    assert (site.role, site.reason) == (Role.PREFIX, None)
+    assert site.exact.keys is None
+
+
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("style", STYLES)
 def test_cached_keys_are_clustered_and_text_keys_are_exact(style: str, text: bool) -> None:

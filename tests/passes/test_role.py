@@ -120,6 +120,34 @@ class Prefix(Projections):
         return F.scaled_dot_product_attention(split(self.to_q(x)), k, v)
 
 
+class JoinedBefore(Projections):
+    """Keys are tokens of others in front, joined before they are projected."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = F.layer_norm(x, (WIDTH,))
+        every = F.layer_norm(torch.cat([text, x], dim=1), (WIDTH,)) * 2
+        q, k, v = split(self.to_q(x)), split(self.to_k(every)), split(self.to_v(every))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class Newest(Projections):
+    """The last tokens attend to all."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        q = split(self.to_q(self.norm_of_tokens(x[:, -64:])))
+        return F.scaled_dot_product_attention(q, split(self.to_k(x)), split(self.to_v(x)))
+
+    def norm_of_tokens(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (WIDTH,))
+
+
+class JoinedOfOthers(Projections):
+    """Keys that are joined, but not of the queries."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return Cross.forward(self, x, torch.cat([text, text[:, :3]], dim=1))
+
+
 class RopeTables(Projections):
     """An embedding and a product make the angles; neither is a projection."""
 
@@ -304,6 +332,9 @@ def places(text: tuple[int, int], tokens: int) -> str:
         (RopeIntoBuffer, Role.SELF, (0, 0), None),
         (CrossRopeIntoBuffer, Role.CROSS, (0, 0), Reason.CROSS_ATTENTION),
         (Prefix, Role.PREFIX, (TEXT, 0), None),
+        (JoinedBefore, Role.PREFIX, (TEXT, 0), None),
+        (Newest, Role.PREFIX, (0, 0), None),
+        (JoinedOfOthers, Role.CROSS, (0, 0), Reason.CROSS_ATTENTION),
         (RopeTables, Role.SELF, (0, 0), None),
         (Spatial, Role.SPATIAL, (0, 0), Reason.PART_OF_CLIP),
         (Temporal, Role.TEMPORAL, (0, 0), Reason.PART_OF_CLIP),
