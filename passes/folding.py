@@ -171,6 +171,8 @@ def role_in_clip(source: Node, tokens: int | None, axes: dict[Node, Axes]) -> Ro
         return Role.SPATIAL
     if within and min(across) > max(within):
         return Role.TEMPORAL
+    if within and min(across) < min(within) and len(min(across)) == 1:
+        return Role.SPATIAL  # time is a dimension of its own, all of it across
     # Windows hold parts of both. A clip has more places than moments: cut into more parts than each
     # part has tokens, it was cut into places.
     count = math.prod(axis.extent for axis in folded)

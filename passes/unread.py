@@ -19,7 +19,9 @@ _FARTHEST = 48
 
 
 # What takes a part of a tensor, or makes it a part of another.
-_CUTS = frozenset({"cat", "getitem", "slice", "narrow", "split", "split_with_sizes", "chunk"})
+_CUTS = frozenset(
+    {"cat", "getitem", "slice", "narrow", "split", "split_with_sizes", "chunk", "pad"}
+)
 
 
 _POWERS = {"pow": 0, "float_power": 0, "__rpow__": 1, "rpow": 1}

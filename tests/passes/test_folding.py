@@ -83,6 +83,17 @@ def test_a_fold_that_was_taken_back_is_none(batch: int) -> None:
     assert site.role is Role.SELF
 
 
+@pytest.mark.parametrize(("frames", "rows", "columns"), [(3, 20, 4), (20, 3, 4), (2, 3, 30)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_columns_of_frames_are_places(frames: int, rows: int, columns: int, batch: int) -> None:
+    def fold(x: Tensor, frames: int) -> Tensor:
+        return x.permute(0, 2, 4, 3, 1).flatten(0, 2)
+
+    latents = torch.randn(batch, WIDTH, frames, rows, columns)
+    (site,) = sites_of(Folded(fold, frames).eval(), latents)
+    assert (site.role, site.reason) == (Role.SPATIAL, Reason.PART_OF_CLIP)
+
+
 def test_tokens_before_the_batch_are_no_fold() -> None:
     class TokensFirst(Folded):
         def forward(self, x: Tensor) -> Tensor:

@@ -130,6 +130,7 @@ SOFTMAXES: Cases = {
     "a power that is none": (by(lambda s: s**2), 0),
     "sink": (with_sink, Reason.PATTERN),
     "sink in front": (with_split_sink, Reason.PATTERN),
+    "sink by padding": (by(lambda s: F.pad(s, (1, 0)).softmax(-1)[..., 1:]), Reason.PATTERN),
     "sigmoid": (by(torch.sigmoid), 0),
 }  # fmt: skip
 AFTERWARDS: Cases = {
