@@ -215,12 +215,12 @@ def _with_results(call: Call, kernel: _Kernel) -> Call:
     letters = packed.get(call.out_dims) or kernel.lse[: max(_rank(lse), 3)]
     held = Operand(lse, letters, batch=call.q.batch)
     before = any(user < out for user in lse.users)  # would read it before it is there
-    if call.mask is not None or before or not _is_lse(held, call):
+    if call.mask is not None or before or not is_lse(held, call):
         return replace(call, reason=Reason.WEIGHTS)
     return replace(call, lse=held)
 
 
-def _is_lse(lse: Operand, call: Call) -> bool:
+def is_lse(lse: Operand, call: Call) -> bool:
     """True if a tensor has the extents and the dtype of the log-sum-exp of every query."""
     value, sizes = lse.node.meta.get("example_value"), lse.sizes("bhn")
     wanted = call.q.sizes("bhn")

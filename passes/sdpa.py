@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch.fx import GraphModule, Node
 from svg_ear_compile.passes.block_mask import graph_of, kept_keys, result_of, takes_every_pair
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.operation import operation
+from svg_ear_compile.passes.operators import is_lse
 from svg_ear_compile.passes.site import Call, Mask, Operand, Reason
 from svg_ear_compile.passes.symbolic import known
 
@@ -91,11 +94,24 @@ def read_flex(node: Node, flow: Dataflow) -> Call | None:
     kept = None if everything else kept_keys(node, flow)
     if not ((everything or kept) and _returns_its_score(graph_of(score_mod))):
         return Call(node, (node,), q, k, v, reason=Reason.FLEX)
-    outs = [u for u in node.users if operation(u) == "getitem" and u.args[1] == 0]
-    if not len(outs) == len(node.users) == 1:
-        return Call(node, (node,), q, k, v, reason=Reason.WEIGHTS)
     kept = None if kept is not None and kept.are_all else kept
-    return Call(outs[0], (node, outs[0]), q, k, v, scale=scale, kept=kept)
+    taken = {u.args[1]: u for u in node.users if operation(u) == "getitem"}
+    out, lse = taken.get(0), taken.get(1)
+    if out is None or len(node.users) > len(taken) or not taken.keys() <= {0, 1}:
+        return Call(node, (node,), q, k, v, reason=Reason.WEIGHTS)
+    call = Call(out, (node, out), q, k, v, scale=scale, kept=kept)
+    return call if lse is None else _with_natural_lse(call, lse)
+
+
+def _with_natural_lse(call: Call, lse: Node) -> Call:
+    """The call with its log-sum-exp, of base 2 as flex_attention makes it, in the natural base."""
+    (scaled, *more) = lse.users or (lse,)
+    is_natural = operation(scaled) == "mul" and scaled.args == (lse, math.log(2)) and not more
+    held = Operand(scaled, "bhn")
+    before = any(user < call.node for user in scaled.users)  # would read it before it is there
+    if not is_natural or call.kept is not None or before or not is_lse(held, call):
+        return replace(call, reason=Reason.WEIGHTS)
+    return replace(call, steps=(call.steps[0], lse, scaled, call.node), lse=held)
 
 
 def _returns_its_score(graph: GraphModule | None) -> bool:

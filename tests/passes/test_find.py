@@ -200,10 +200,6 @@ def test_flex_attention_without_a_mask_is_attention() -> None:
     def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flex_attention(q, k, v, block_mask=blocks)
 
-    def with_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = flex_attention(q, k, v, return_lse=True)
-        return out + lse[..., None]
-
     # Takes every pair of the blocks that it lists, and lists half of them.
     half = torch.arange(4, dtype=torch.int32).expand(1, 1, 4, 4).contiguous()
     counts = torch.full((1, 1, 4), 2, dtype=torch.int32)
@@ -213,13 +209,24 @@ def test_flex_attention_without_a_mask_is_attention() -> None:
     plain = run_rewritten(lambda q, k, v: flex_attention(q, k, v), q, k, v, backend=backend)
     assert backend.rewritten == 1
     torch.testing.assert_close(plain, sdpa(q, k, v), atol=1e-5, rtol=1e-4)
-    for call, reason in (
-        (scored, Reason.FLEX),
-        (masked, Reason.FLEX),
-        (with_weights, Reason.WEIGHTS),
-    ):
+    for call in (scored, masked):
         (site,) = sites_of(call, q, k, v)
-        assert site.reason is reason
+        assert site.reason is Reason.FLEX
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_log_sum_exp_of_flex_attention_is_natural(dynamic: bool) -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = flex_attention(q, k, v, return_lse=True)
+        return torch.cat([out, lse[..., None]], -1)
+
+    q, k, v = qkv()
+    backend = Rewriting(aot=False)
+    found = run_rewritten(call, q, k, v, backend=backend, dynamic=dynamic)
+    assert (backend.rewritten, backend.reasons) == (1, [])
+    lse = (q @ k.mT * q.shape[-1] ** -0.5).logsumexp(-1, keepdim=True)
+    wanted = torch.cat([sdpa(q, k, v), lse], -1)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_attention_inside_a_leaf_is_named() -> None:
