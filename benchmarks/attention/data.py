@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 WAVES, REGIONS, LATENT = 24, 48, 64
-NOISE, SHARPNESS = 0.7, 2.5
+NOISE = 0.7
+SHARPNESS = 1.0  # at 2.5 queries of 128 numbers find nothing but their own keys
 USUAL_TOKENS = 6912  # of the captured clips: that many have `REGIONS` regions
 
 
@@ -73,9 +74,12 @@ def rope(x: Tensor, at: Tensor) -> Tensor:
 
 def video_like(
     batch: int, heads: int, tokens: int, dim: int, *, text: int = 0, seed: int = 0,
-    device: str = "cuda", dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda", dtype: torch.dtype = torch.bfloat16, sharpness: float = SHARPNESS,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Q, K, V (B, H, N + text, D) as views of (B, N + text, H, D) memory, text tokens last."""
+    """Q, K, V (B, H, N + text, D) as views of (B, N + text, H, D) memory, text tokens last.
+
+    `sharpness` is the root of the mean square of queries and of keys.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     shape = (batch, tokens + text, heads, dim)
     q, k, v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(3))
@@ -89,7 +93,7 @@ def video_like(
             shared = normal(LATENT, dim)
             for out, mixed in ((q, 0.5), (k, 0.5)):
                 x = code @ (shared + mixed * normal(LATENT, dim))
-                x = x * x.square().mean(-1, keepdim=True).rsqrt() * SHARPNESS
+                x = x * x.square().mean(-1, keepdim=True).rsqrt() * sharpness
                 out[b, :tokens, h] = rope(x, at).to(dtype)
                 out[b, tokens:, h] = normal(text, dim).to(dtype)
             v[b, :tokens, h] = (code @ normal(LATENT, dim) / math.sqrt(LATENT)).to(dtype)

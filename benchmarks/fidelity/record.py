@@ -106,13 +106,17 @@ def with_known_rivals(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return measured + KNOWN_RIVALS if alike and not own else measured
 
 
-def read(folder: Path) -> Evidence:
+def read(folder: Path, times_path: Path | None = None) -> Evidence:
     """Everything that was measured into a folder, models in the order of their size.
 
     A cell that several records have, say of peers' rules at an earlier commit, is that of the first
     by file name.
+
+    Args:
+        folder: of the records.
+        times_path: the record of times, by default `times.json` in the folder.
     """
-    times_path = folder / "times.json"
+    times_path = times_path or folder / "times.json"
     times = json.loads(times_path.read_text()) if times_path.exists() else None
     timed: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in with_known_rivals(times["rows"] if times else []):

@@ -122,3 +122,9 @@ def test_plots_are_made_of_the_record(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 5000 for path in made)
     assert write_plots({"rows": rows[:1]} | {"roofs": record["roofs"]}, tmp_path)[-1].exists()
     assert write_plots({"rows": [], "roofs": record["roofs"]}, tmp_path) == []
+
+
+def test_synthetic_queries_look_at_many_keys() -> None:
+    """Own tokens are exact: of queries that look at these alone nothing else would be tested."""
+    q, k, _ = video_like(1, 2, 1024, 128, device="cpu", dtype=torch.float32)
+    assert likeness.keys_seen(q, k) > 20
