@@ -22,11 +22,10 @@ from svg_ear_compile.kernels.compensation import (
     corrections,
     proxy_tokens,
 )
-from svg_ear_compile.kernels.e4m3 import Rounded, in_e4m3
 from svg_ear_compile.kernels.kept_clusters import Placed
 from svg_ear_compile.kernels.kinds import TokenKinds
 from svg_ear_compile.kernels.own_tokens import has_own_tokens, with_own_tokens
-from svg_ear_compile.kernels.plan import AttentionPlan, Compensation, Precision
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.registry import Implementation, register
 from svg_ear_compile.kernels.routing import BlockScores, route, row_area
 
@@ -88,7 +87,6 @@ def attend(
     *,
     scale: float,
     return_lse: bool,
-    precision: Precision = "16",
 ) -> tuple[Tensor, Tensor]:
     """See `reference.attend`; the output has the dtype and layout of q."""
     assert isinstance(routed, SortedRouting), "routed by another implementation"
@@ -103,7 +101,6 @@ def attend(
     if compensation == "gaussian":
         all_k = float_k.repeat_interleave(groups, 1)
         corrected = corrections(float_q, all_k, all_v, queries, head_keys, value_means, scale)
-    rounded = in_e4m3(float_q, float_k, routed.keys) if precision == "fp8" else None
     out, lse = torch.empty_like(float_q), q.new_empty(q.shape[:3], dtype=torch.float32)
     for p, at in _sorted_keys(routed.order, groups):
         _attend(
@@ -111,7 +108,6 @@ def attend(
             block_mask[p],
             ProxyTokens(*(x[p] for x in proxies)), scale,
             None if corrected is None else Corrections(*(x[p] for x in corrected)),
-            None if rounded is None else Rounded(rounded.q[p], rounded.k[at], rounded.mean[at[:2]]),
             out[p], lse[p],
         )  # fmt: skip
     if corrected is not None and has_own_tokens(compensation, q, k):
@@ -182,7 +178,6 @@ def _attend(
     proxies: ProxyTokens,
     scale: float,
     corrected: Corrections | None,
-    rounded: Rounded | None,
     out: Tensor,
     lse: Tensor,
 ) -> None:
@@ -197,11 +192,7 @@ def _attend(
             continue
         columns = taken[i][block_of].nonzero().squeeze(1)
         mine, values = q[rows] * scale, v[columns]
-        if rounded is None:
-            logits = mine @ k[columns].T
-        else:
-            logits = scale * rounded.q[rows] @ rounded.k[columns].T
-            logits += (mine @ rounded.mean)[:, None]
+        logits = mine @ k[columns].T
         if i < q_clusters:
             skipped = bias[i].isfinite().nonzero().squeeze(1)
             of_skipped = mine @ proxies.keys[skipped].T + bias[i, skipped]
@@ -219,7 +210,7 @@ def _attend(
         out[rows] = result.to(out.dtype)
 
 
-def _no_cpu(q: Tensor, k: Tensor, v: Tensor, precision: Precision) -> str | None:
+def _no_cpu(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None if q.device.type == "cpu" else f"runs on a CPU, not on {q.device.type}"
 
 

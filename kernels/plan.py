@@ -26,7 +26,6 @@ from svg_ear_compile.kernels.checked import (
 Routing = Literal["density", "top_p", "threshold"]
 Compensation = Literal["gaussian", "centroid"]
 ClusterMetric = Literal["logits", "euclidean"]
-Precision = Literal["16", "fp8"]
 Iterations = Annotated[int, Range(1, 100)]
 """Rounds of k-means: its error has stopped falling long before the largest number."""
 Seed = Annotated[int, Range(0, 2**63 - 1)]
@@ -73,8 +72,6 @@ class AttentionPlan:
             `compensation.corrections`.
         cluster_metric: distance of the k-means. ``"logits"`` measures how much two tokens differ in
             their logits, see `clustering.logit_metrics`; ``"euclidean"`` how far they are apart.
-        precision: ``"16"`` computes logits in the dtype of the tensors; ``"fp8"`` rounds queries
-            and keys of the exact logits to e4m3, see `kernels.e4m3`.
         q_clusters: number of query clusters. None gives one cluster per 128 queries, but at most
             256 clusters or one per 256 queries, whichever is more.
         k_clusters: number of key clusters. None gives one cluster per 64 keys.
@@ -106,7 +103,6 @@ class AttentionPlan:
     threshold: NotNegative = 1e-3
     compensation: Compensation = "gaussian"
     cluster_metric: ClusterMetric = "logits"
-    precision: Precision = "16"
     q_clusters: Size | None = None
     k_clusters: Size | None = None
     first_iterations: Iterations = 5

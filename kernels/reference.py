@@ -40,18 +40,17 @@ from svg_ear_compile.kernels.compensation import (
     corrections,
     proxy_tokens,
 )
-from svg_ear_compile.kernels.e4m3 import Rounded, in_e4m3
 from svg_ear_compile.kernels.kept_clusters import Placed
 from svg_ear_compile.kernels.kinds import ALL_CLUSTERED, TokenKinds
 from svg_ear_compile.kernels.own_tokens import has_own_tokens, with_own_tokens
-from svg_ear_compile.kernels.plan import AttentionPlan, Compensation, Precision
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.routing import BlockScores, route, row_area, take_until
 
 # The whole definition under one name, for tests and benchmarks.
 __all__ = [
     "LARGEST_LOGIT_CORRECTION", "BlockScores", "Blocks", "Clusters", "Corrections", "ProxyTokens",
     "QueryTile", "Result", "as_metric", "attend", "cluster", "cluster_and_route", "cluster_means",
-    "corrections", "in_e4m3", "initial_centroids", "is_kind", "kmeans", "logit_metrics",
+    "corrections", "initial_centroids", "is_kind", "kmeans", "logit_metrics",
     "proxy_tokens", "route", "row_area", "score_blocks", "softmax_over", "sparse_attention",
     "take_until", "with_own_tokens",
 ]  # fmt: skip
@@ -147,7 +146,6 @@ def attend(
     *,
     scale: float,
     return_lse: bool = True,
-    precision: Precision = "16",
 ) -> tuple[Tensor, Tensor]:
     """Stages 4 and 5: proxy tokens of the skipped blocks, `softmax_over`, then the own tokens.
 
@@ -157,13 +155,11 @@ def attend(
         compensation: form of the skipped blocks.
         scale: logit scale.
         return_lse: whether to return the log-sum-exp; otherwise it is empty.
-        precision: of the exact logits, see `AttentionPlan`.
 
     Returns:
         out (B, H, N_q, D) and lse (B, H, N_q).
     """
     groups = q.shape[1] // k.shape[1]
-    rounded = in_e4m3(q, k, routed.keys).per_query_head(groups) if precision == "fp8" else None
     head_keys = routed.keys.per_query_head(groups)
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     value_means, _ = cluster_means(v, head_keys.labels, routed.block_mask.shape[3])
@@ -173,7 +169,7 @@ def attend(
         corrected = corrections(q, k, v, routed.queries, head_keys, value_means, scale)
     out, lse = softmax_over(
         q, k, v, routed.queries.labels, head_keys.labels, routed.block_mask, proxies, scale,
-        corrected, rounded,
+        corrected,
     )  # fmt: skip
     if corrected is not None and has_own_tokens(compensation, q, k):
         out, lse = with_own_tokens(
@@ -193,7 +189,6 @@ def softmax_over(
     proxies: ProxyTokens,
     scale: float,
     corrected: Corrections | None = None,
-    rounded: Rounded | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One softmax over exact keys and the proxy tokens of skipped blocks.
 
@@ -209,7 +204,6 @@ def softmax_over(
         scale: s.
         corrected: corrections of the Gaussian form, see `compensation.corrections`; None for the
             centroid form.
-        rounded: see `e4m3.in_e4m3`, of H heads; None for logits of q and k as they are.
 
     Returns:
         out (B, H, N_q, D) and lse (B, H, N_q).
@@ -224,11 +218,7 @@ def softmax_over(
     for b in range(batch):
         for h in range(heads):
             row = q_labels[b, h]
-            if rounded is None:
-                logits = scale * q[b, h] @ k[b, h].T
-            else:
-                of_mean = q[b, h] @ rounded.mean[b, h]
-                logits = scale * (rounded.q[b, h] @ rounded.k[b, h].T + of_mean[:, None])
+            logits = scale * q[b, h] @ k[b, h].T
             logits = logits.masked_fill(~allowed[b, h][row][:, k_labels[b, h]], -math.inf)
             merged_lse = torch.logsumexp(logits, -1)
             weights = torch.softmax(logits, -1).masked_fill((merged_lse == -math.inf)[:, None], 0.0)
@@ -274,7 +264,7 @@ def sparse_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     routed = cluster_and_route(q, k, v, plan, scale=scale, query_tile=query_tile, **more)
-    out, lse = attend(q, k, v, routed, plan.compensation, scale=scale, precision=plan.precision)
+    out, lse = attend(q, k, v, routed, plan.compensation, scale=scale)
     return Result(
         out, lse, routed.queries, routed.keys, routed.block_mask, routed.row_area,
         excess=routed.excess,

@@ -20,7 +20,7 @@ from torch import Tensor
 from svg_ear_compile.kernels.clusters import Blocks, Result, Routed
 from svg_ear_compile.kernels.kept_clusters import CachedKeys, Placed, identities_of, placed
 from svg_ear_compile.kernels.kinds import ALL_CLUSTERED, TokenKinds
-from svg_ear_compile.kernels.plan import AttentionPlan, Compensation, Precision
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +56,13 @@ class Attend(Protocol):
         *,
         scale: float,
         return_lse: bool,
-        precision: Precision = "16",
     ) -> tuple[Tensor, Tensor]: ...
 
 
 class Unsupported(Protocol):
-    """Reason why an implementation cannot take a call, in words; None where it can."""
+    """Reason why an implementation cannot take q, k and v, in words; None where it can."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, precision: Precision) -> str | None: ...
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -121,14 +120,7 @@ class Implementation:
             update=update,
         )  # fmt: skip
         out, lse = self.attend(
-            q,
-            k,
-            v,
-            routed,
-            plan.compensation,
-            scale=scale,
-            return_lse=return_lse,
-            precision=plan.precision,
+            q, k, v, routed, plan.compensation, scale=scale, return_lse=return_lse
         )
         return Result(
             out, lse, routed.queries, routed.keys, routed.block_mask, routed.row_area,
@@ -165,15 +157,12 @@ def get(name: str) -> Implementation:
     return _REGISTERED[name]
 
 
-def choose(
-    q: Tensor, k: Tensor, v: Tensor, name: str | None = None, precision: Precision = "16"
-) -> Implementation:
+def choose(q: Tensor, k: Tensor, v: Tensor, name: str | None = None) -> Implementation:
     """The implementation that serves a call: the requested one, else the first that supports it.
 
     Args:
         q, k, v: tensors of the call.
         name: the requested implementation; no other is tried.
-        precision: of the exact logits, see `AttentionPlan`.
 
     Raises:
         ValueError: the requested implementation does not support the call, or none does.
@@ -181,9 +170,9 @@ def choose(
     refused: list[str] = []
     for candidate in _PREFERRED.get(q.device.type, ("cpu",)) if name is None else (name,):
         found = get(candidate)
-        why = found.unsupported(q, k, v, precision)
+        why = found.unsupported(q, k, v)
         if why is None:
-            _say(candidate, q.device, q.dtype, q.shape[-1], precision, "; ".join(refused))
+            _say(candidate, q.device, q.dtype, q.shape[-1], "; ".join(refused))
             return found
         refused.append(f"{candidate}: {why}")
     raise ValueError(f"no implementation serves this call ({'; '.join(refused)})")
@@ -191,8 +180,7 @@ def choose(
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, **more: Any) -> Result:
     """`Implementation.sparse_attention` of the implementation that `choose` returns."""
-    chosen = choose(q, k, v, precision=plan.precision)
-    return chosen.sparse_attention(q, k, v, plan, **more)
+    return choose(q, k, v).sparse_attention(q, k, v, plan, **more)
 
 
 def captured_attention(device: torch.device) -> Callable[..., Result]:
@@ -208,15 +196,7 @@ def captured_attention(device: torch.device) -> Callable[..., Result]:
 
 
 @functools.lru_cache(maxsize=256)
-def _say(
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    dim: int,
-    precision: Precision,
-    refused: str,
-) -> None:
+def _say(name: str, device: torch.device, dtype: torch.dtype, dim: int, refused: str) -> None:
     """Log each choice once per process."""
     because = f" ({refused})" if refused else ""
-    rounded = ", fp8" if precision == "fp8" else ""
-    log.info("%s, %s, head dim %d%s: served by %r%s", device, dtype, dim, rounded, name, because)
+    log.info("%s, %s, head dim %d: served by %r%s", device, dtype, dim, name, because)

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.cost_model.synthetic import video_like
 from svg_ear_compile.cost_model.timing import busy_ms, fastest_dense_ms
 from svg_ear_compile.kernels.kinds import exact_at_ends
-from svg_ear_compile.kernels.plan import AttentionPlan, Precision
+from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.registry import captured_attention
 
 
@@ -90,10 +90,7 @@ class Timing:
 
 
 def bench(
-    shape: str | Shape,
-    densities: Sequence[float],
-    device: torch.device | str,
-    precision: Precision = AttentionPlan.precision,
+    shape: str | Shape, densities: Sequence[float], device: torch.device | str
 ) -> Iterator[Timing]:
     """Time dense attention once and then sparse attention at every density, one by one.
 
@@ -101,10 +98,9 @@ def bench(
         shape: a name of `SHAPES`, or sizes.
         densities: in (0, 1).
         device: CUDA, in bfloat16, or a CPU, in float32.
-        precision: see `AttentionPlan`.
 
     Raises:
-        ValueError: an unknown shape, a density out of range or a device without kernels for it.
+        ValueError: an unknown shape, a density out of range or a device without kernels.
         RuntimeError: a sparse output is not finite: no time is given for a wrong result.
     """
     describe(device)  # raises for a device that is not here
@@ -116,14 +112,11 @@ def bench(
     for density in densities:
         if not 0 < density < 1:
             raise ValueError(f"a density must lie between 0 and 1, got {density!r}")
-    plans = [AttentionPlan(density=density, precision=precision) for density in densities]
-    return _timings(shape, plans, device)
+    return _timings(shape, densities, device)
 
 
 @torch.no_grad()
-def _timings(
-    shape: Shape, plans: Sequence[AttentionPlan], device: torch.device
-) -> Iterator[Timing]:
+def _timings(shape: Shape, densities: Sequence[float], device: torch.device) -> Iterator[Timing]:
     batch, heads, tokens, dim = shape.size
     made = video_like(heads, tokens, dim, device, _DTYPES[device.type])
     # The same tokens in every sample of a batch: times do not depend on it.
@@ -131,8 +124,8 @@ def _timings(
     dense_ms = fastest_dense_ms(q, k, v, _REPEATS)
     dense = F.scaled_dot_product_attention(q, k, v)
     run = captured_attention(device)
-    for plan in plans:
-        density = plan.density
+    for density in densities:
+        plan = AttentionPlan(density=density)
         kinds = exact_at_ends(q, k, 0, shape.text)
         cold = run(q, k, v, plan, kinds=kinds)
         centroids = (cold.queries.centroids, cold.keys.centroids)
@@ -174,13 +167,6 @@ def add(commands: Any) -> None:
     command = commands.add_parser("bench", help=about, description=about)
     command.add_argument("--shape", default=shape, help=f"{', '.join(SHAPES)} (default: {shape})")
     command.add_argument("--densities", default="0.05,0.1,0.2,0.3", help="default: %(default)s")
-    precisions = get_args(Precision)
-    command.add_argument(
-        "--precision",
-        choices=precisions,
-        default=AttentionPlan.precision,
-        help="default: %(default)s",
-    )
     command.add_argument("--device", default=device, help=f"default: {device}")
     command.set_defaults(run=_bench)
 
@@ -193,7 +179,7 @@ def _bench(given: argparse.Namespace) -> None:
             f"--densities must be numbers such as 0.1,0.2, got {given.densities!r}"
         ) from None
     console = Console()
-    timings = bench(given.shape, densities, given.device, given.precision)
+    timings = bench(given.shape, densities, given.device)
     with console.status(f"timing {given.shape}"):
         found = list(timings)
     batch, heads, tokens, dim = SHAPES[given.shape].size

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from svg_ear_compile.kernels.checked import printable
-from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.planning import SiteReport
 
 _NUMBER = re.compile(r"(?<![^.#])\d+(?![^.#])")  # a whole part of a path, or a call of a layer
@@ -82,8 +81,6 @@ def _decision(site: SiteReport) -> str:
     if site.clusters:
         words.append(f"{' × '.join(map(str, site.clusters))} clusters")
     words.append(plan.compensation)
-    if plan.precision != AttentionPlan.precision:
-        words.append(plan.precision)
     if site.expected is not None:
         words.append(f"error {site.expected.error:.2g}")
     return ", ".join(words)

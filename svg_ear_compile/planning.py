@@ -11,8 +11,6 @@ from torch.fx import GraphModule
 
 from svg_ear_compile.cost_model.stages import AttentionShape
 from svg_ear_compile.foreign_budget import refuse_foreign
-from svg_ear_compile.kernels.checked import InvalidValueError
-from svg_ear_compile.kernels.gpu.launch import architecture, without_e4m3
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.passes.exact import given_tokens
 from svg_ear_compile.passes.find import find_sites
@@ -174,8 +172,7 @@ def rewrite_graph(
             any.
 
     Raises:
-        ValueError: the settings have the budget of another model, or a precision that a device of
-            the graph does not have.
+        ValueError: the settings have the budget of another model.
     """
     non_attention = non_attention_cost(gm)
     try:
@@ -185,7 +182,6 @@ def rewrite_graph(
         return GraphReport([], non_attention)
     if settings.budget is not None:
         refuse_foreign(settings.budget, found)
-    _refuse_precision(settings, found)
     sites = [_with_given_tokens(site, settings, exact_length) for site in found]
     decided = decide_sites(sites, non_attention, settings)
     plans = [plan_site(*pair, settings) for pair in zip(sites, decided, strict=True)]
@@ -232,16 +228,6 @@ def _warn_of(fault: Exception) -> None:
         fault,
         exc_info=fault,
     )
-
-
-def _refuse_precision(settings: Settings, sites: list[AttentionSite]) -> None:
-    """Raise an InvalidValueError if a site lies on a GPU without products in e4m3."""
-    if settings.plan.precision != "fp8":
-        return
-    for device in {site.device for site in sites if site.device is not None}:
-        missing = without_e4m3(architecture(device))
-        if missing is not None:
-            raise InvalidValueError(f"{missing}: leave the option out")
 
 
 def _with_given_tokens(

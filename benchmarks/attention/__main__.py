@@ -26,7 +26,6 @@ from benchmarks.attention.measure import measure_shape
 from benchmarks.attention.plots import write_plots
 from benchmarks.provenance import provenance
 from svg_ear_compile.cost_model.timing import measure_roofs
-from svg_ear_compile.kernels.gpu.launch import architecture, without_e4m3
 
 
 def jobs(given: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
@@ -44,8 +43,7 @@ def jobs(given: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
         return [(name, job) for name in names]
     job["flex"] = False
     papers = job | {"clusters": [PAPERS_CLUSTERS]}
-    forms = ["centroid", "gaussian", *(["gaussian/fp8"] if has_e4m3() else [])]
-    default = job | {"clusters": ["default"], "forms": forms}
+    default = job | {"clusters": ["default"], "forms": ["centroid", "gaussian"]}
     price = {"densities": [1.0], "forms": ["centroid"], "clusters": [PAPERS_CLUSTERS]}
     return [
         # FlexAttention where its index lists are small enough to be quick.
@@ -60,11 +58,6 @@ def jobs(given: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def has_e4m3() -> bool:
-    """Whether the GPU has products in e4m3."""
-    return torch.cuda.is_available() and not without_e4m3(architecture(torch.device("cuda")))
-
-
 def main() -> None:
     """Parse the command line, measure, write `attention.json` and plots."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -72,9 +65,7 @@ def main() -> None:
         "--shapes", help=f"only these: {', '.join([*SHAPES, CAPTURED])}, or sweep for all lengths"
     )
     parser.add_argument("--densities", default="0.1,0.2")
-    parser.add_argument(
-        "--forms", default="centroid,gaussian", help="also gaussian/fp8, gaussian/euclidean"
-    )
+    parser.add_argument("--forms", default="centroid,gaussian")
     parser.add_argument("--clusters", default=f"{PAPERS_CLUSTERS},default")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--flex", action="store_true", help="with --shapes: FlexAttention too")

@@ -55,11 +55,9 @@ def definition_rows(
         keys=proxies.keys.to(k.dtype).double(), values=proxies.values.to(k.dtype).double()
     )
     exact = result.block_mask[b : b + 1, h : h + 1]
-    rounded = reference.in_e4m3(q, wide_k, keys) if plan.precision == "fp8" else None
     out, lse = reference.softmax_over(
-        q, wide_k, wide_v, queries.labels, keys.labels, exact, stored, scale, corrected,
-        rounded,
-    )  # fmt: skip
+        q, wide_k, wide_v, queries.labels, keys.labels, exact, stored, scale, corrected
+    )
     if corrected is not None and owns:
         own = keys._replace(labels=keys.labels[..., rows])
         out, _ = reference.with_own_tokens(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from benchmarks.tuning.captured import capture
 from benchmarks.video_dit.data import TRAIN_SHAPE
 from svg_ear_compile import bench
 from svg_ear_compile.kernels.clusters import Result
-from svg_ear_compile.kernels.plan import AttentionPlan, Precision
+from svg_ear_compile.kernels.plan import AttentionPlan
 
 # name: (B, H, video tokens, text tokens, D)
 MODEL_SHAPES = {
@@ -80,16 +79,16 @@ def plan_of(clusters: str, form: str, density: float) -> AttentionPlan:
     Args:
         clusters: ``"default"``, or counts such as `PAPERS_CLUSTERS`, which are warmed in two
             rounds, as the paper does.
-        form: compensation, and after it the metric of the clusters, the precision or both if they
-            are not the defaults: ``"gaussian/fp8"``, ``"centroid/euclidean"``.
+        form: of the compensation, and with ``"/euclidean"`` after it the metric of the clusters.
         density: see `AttentionPlan`.
     """
     # The plan itself checks the names, whatever their types say.
-    compensation, *others = form.split("/")
-    named = {
-        "precision" if word in get_args(Precision) else "cluster_metric": word for word in others
-    }
-    found = AttentionPlan(density=density, compensation=compensation, **named)  # type: ignore[arg-type]
+    compensation, _, metric = form.partition("/")
+    found = AttentionPlan(
+        density=density,
+        compensation=compensation,  # type: ignore[arg-type]
+        cluster_metric=metric or AttentionPlan.cluster_metric,  # type: ignore[arg-type]
+    )
     if clusters == "default":
         return found
     q_clusters, k_clusters = map(int, clusters.split("/"))

@@ -211,7 +211,7 @@ def _mean_and_deviation(sizes: Tensor) -> list[float]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    name = f"  {row['clusters']:9s} {row['form']:12s} d={row['density']:.2f}"
+    name = f"  {row['clusters']:9s} {row['form']:11s} d={row['density']:.2f}"
     if "samples_ms" not in row:
         return f"{name} GATE FAILED, error {row['gate']:.2e}"
     found = f"{name} op {statistics.median(row['samples_ms']):8.2f} ms {row['speedup']:5.2f}x"

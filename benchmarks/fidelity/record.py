@@ -81,9 +81,7 @@ def _operation(rule: Rule) -> Hashable:
     """What rules have in common that take the same time."""
     if rule.timed_as is not None:
         rule = RULES[rule.timed_as]
-    return rule.title if rule.compensation is None else (
-        rule.compensation, rule.metric, rule.precision
-    )  # fmt: skip
+    return rule.title if rule.compensation is None else (rule.compensation, rule.metric)
 
 
 def _mean_ms(row: dict[str, Any], reused: float) -> float:

@@ -23,7 +23,7 @@ from benchmarks.fidelity.sol import Grid, SolAttn
 from svg_ear_compile.kernels import op, reference
 from svg_ear_compile.kernels.call import AttentionCall, CallRequest, calls_from
 from svg_ear_compile.kernels.kinds import exact_at_ends
-from svg_ear_compile.kernels.plan import AttentionPlan, ClusterMetric, Compensation, Precision
+from svg_ear_compile.kernels.plan import AttentionPlan, ClusterMetric, Compensation
 from svg_ear_compile.kernels.reference import Result
 from svg_ear_compile.memory import Memory, RememberedCall, calls_by_branch
 
@@ -43,7 +43,6 @@ class Rule:
         title: in tables and plots.
         compensation: the operator's form, for rules that the operator has.
         metric: of the clusters; published rules have Euclidean ones.
-        precision: of the operator's exact logits.
         max_drift, shared_branches: see `AttentionPlan`; published rules cluster every branch at
             every step.
         by_head: the rule in plain PyTorch, for rules that need our clusters.
@@ -56,7 +55,6 @@ class Rule:
     title: str
     compensation: Compensation | None = None
     metric: ClusterMetric = "euclidean"
-    precision: Precision = "16"
     max_drift: float = 0.0
     shared_branches: bool = False
     by_head: ByHead | None = None
@@ -122,14 +120,6 @@ RULES = {
         "Gaussian (svg_ear)",
         compensation="gaussian",
         metric="logits",
-        max_drift=AttentionPlan.max_drift,
-        shared_branches=True,
-    ),
-    "fp8": Rule(
-        "Gaussian, Q and K in e4m3",
-        compensation="gaussian",
-        metric="logits",
-        precision="fp8",
         max_drift=AttentionPlan.max_drift,
         shared_branches=True,
     ),
@@ -247,7 +237,6 @@ def attention(
     plan = replace(
         plan,
         cluster_metric=chosen.metric,
-        precision=chosen.precision,
         max_drift=chosen.max_drift,
         shared_branches=chosen.shared_branches,
     )

@@ -67,8 +67,7 @@ def measure_times(
         groups.setdefault(frozenset(request), []).append(clusters)
     for request, clusters_of in groups.items():
         forms = {
-            f"{RULES[rule].compensation}/{RULES[rule].metric}/{RULES[rule].precision}": rule
-            for rule, _ in sorted(request)
+            f"{RULES[rule].compensation}/{RULES[rule].metric}": rule for rule, _ in sorted(request)
         }
         counts = {
             f"{math.ceil(tokens / q)}/{math.ceil(tokens / k)}": (q, k) for q, k in clusters_of

@@ -9,8 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from svg_ear_compile.kernels.gpu.rounded_keys import magnitude, scale_of, to_e4m3
-
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -45,23 +43,15 @@ def load_rows(
 
 
 @triton.jit
-def in_log2(logit, to_log2, BY_ROW: tl.constexpr):
-    """Logits [BM, BN] in log2 units; `to_log2` is one factor, or with BY_ROW one for each query."""
-    return logit * (to_log2[:, None] if BY_ROW else to_log2)
-
-
-@triton.jit
-def fold(
-    q, k, v, bias, acc, total, largest, to_log2, BIASED: tl.constexpr, BY_ROW: tl.constexpr = False
-):
+def fold(q, k, v, bias, acc, total, largest, to_log2, BIASED: tl.constexpr):
     """One step of the online softmax: q [BM, BD] over k, v [BN, BD].
 
     `bias` [1, BN] or [BM, BN] is added to the logits in log2 units; a bias of -inf removes the key.
-    Without a bias every logit must be finite. For `to_log2` and BY_ROW see `in_log2`.
+    Without a bias every logit must be finite.
     """
     logit = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
     if BIASED:
-        logit = in_log2(logit, to_log2, BY_ROW) + bias
+        logit = logit * to_log2 + bias
         now = tl.maximum(largest, tl.max(logit, 1))
         # Where no key was seen so far, any finite shift will do.
         shift = tl.where(now == float("-inf"), 0.0, now)
@@ -69,7 +59,7 @@ def fold(
     else:
         now = tl.maximum(largest, tl.max(logit, 1) * to_log2)
         shift = now
-        weight = tl.exp2(in_log2(logit, to_log2, BY_ROW) - now[:, None])
+        weight = tl.exp2(logit * to_log2 - now[:, None])
     rescale = tl.exp2(largest - shift)
     total = total * rescale + tl.sum(weight, 1)
     acc = tl.dot(weight.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
@@ -108,9 +98,6 @@ def attend_kernel(
     bias_ptr,  # (L, Qc, Kc) float32 log2, -inf where the block is exact or empty
     correction_ptr,  # (G, N_q) float32 log2, added to the logits of a query's proxy tokens
     weight_ptr,  # (G, N_q) float32, out: weight of a query's proxy tokens
-    rounded_ptr,  # (G_kv, N_k, BD) e4m3, read with FP8, as are the next two
-    k_scale_ptr,  # (G_kv,) float32
-    k_mean_ptr,  # (G_kv, D) float32, which proxy keys have been taken less, too
     stride_qb,
     stride_qh,
     stride_qn,
@@ -140,7 +127,6 @@ def attend_kernel(
     CORRECTED: tl.constexpr,
     WRITE_LSE: tl.constexpr,
     INT64_OFFSETS: tl.constexpr,  # offsets inside one head of K or V pass 2^31 elements
-    FP8: tl.constexpr,  # queries and keys of the exact logits are rounded, see `kernels.e4m3`
 ):
     """One tile of BLOCK_M queries of one cluster."""
     local = tl.program_id(1).to(tl.int64)
@@ -181,14 +167,6 @@ def attend_kernel(
     order_row = k_order_ptr + g_kv * k_tokens
     k_base = k_ptr + b * stride_kb + kv_head * stride_kh
     v_base = v_ptr + b * stride_vb + kv_head * stride_vh
-    query, factor = q, to_log2
-    WIDTH: tl.constexpr = BLOCK_D if FP8 else D
-    if FP8:
-        wide = q.to(tl.float32)
-        q_scale = scale_of(tl.max(magnitude(wide), 1))  # [BM]
-        query = to_e4m3(wide * (1.0 / q_scale)[:, None])
-        factor = q_scale * (tl.load(k_scale_ptr + g_kv) * to_log2)
-        k_base, stride_kn = rounded_ptr + g_kv * k_tokens * BLOCK_D, BLOCK_D
 
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -199,9 +177,9 @@ def attend_kernel(
     whole = list_keys // BLOCK_N * BLOCK_N
     for first in range(0, whole, BLOCK_N):
         key = tl.load(list_row + first + n)
-        k = load_rows(k_base, key, stride_kn, d, WIDTH, BLOCK_D, INT64_OFFSETS)
+        k = load_rows(k_base, key, stride_kn, d, D, BLOCK_D, INT64_OFFSETS)
         v = load_rows(v_base, key, stride_vn, d, D, BLOCK_D, INT64_OFFSETS)
-        acc, total, largest = fold(query, k, v, no_bias, acc, total, largest, factor, False, FP8)
+        acc, total, largest = fold(q, k, v, no_bias, acc, total, largest, to_log2, False)
     # The rest of the list, the largest block and the always exact keys.
     for first in range(whole, keys, BLOCK_N):
         at = first + n
@@ -209,15 +187,13 @@ def attend_kernel(
         key = key_token(
             at, keys, list_keys, range_start, range_keys, exact_start, list_row, order_row
         )
-        k = load_rows(k_base, key, stride_kn, d, WIDTH, BLOCK_D, INT64_OFFSETS)
+        k = load_rows(k_base, key, stride_kn, d, D, BLOCK_D, INT64_OFFSETS)
         v = load_rows(v_base, key, stride_vn, d, D, BLOCK_D, INT64_OFFSETS)
         # Past the end the row of key 0 is read; its value must not reach the sum as 0 * inf.
         v = tl.where(inside[:, None], v, 0.0)
         bias = tl.where(inside, 0.0, float("-inf"))[None, :]
         logit_key = tl.where(inside[:, None], k, 0.0)
-        acc, total, largest = fold(
-            query, logit_key, v, bias, acc, total, largest, factor, True, FP8
-        )
+        acc, total, largest = fold(q, logit_key, v, bias, acc, total, largest, to_log2, True)
 
     proxies = g_kv * k_clusters * D
     bias_row = bias_ptr + row * k_clusters
@@ -243,7 +219,4 @@ def attend_kernel(
         tl.store(weight_ptr + g * q_tokens + token, weight, mask=in_cluster)
     if WRITE_LSE:
         lse = (largest + tl.log2(total)) * LN2
-        if FP8:
-            mean = tl.load(k_mean_ptr + g_kv * D + d, mask=in_dim, other=0.0)
-            lse += scale * tl.sum(q.to(tl.float32) * mean[None, :], 1)
         tl.store(lse_ptr + g * q_tokens + token, lse, mask=in_cluster)

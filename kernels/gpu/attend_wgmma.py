@@ -88,18 +88,15 @@ def tile_bias(tile, n, key_tiles, keys, k_clusters, bias_row, BLOCK_N: gl.conste
 @gluon.jit
 def softmax_step(
     logit, bias, correction, of_keys, total, proxy_total, largest, to_log2,
-    BIASED: gl.constexpr, CORRECTED: gl.constexpr, BY_ROW: gl.constexpr = False,
+    BIASED: gl.constexpr, CORRECTED: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax on logits [BM, BN].
-
-    `to_log2` is one factor of the logits, or with BY_ROW one for each query.
 
     Returns weight [BM, BN], and [BM] each: the factor for sums before this step, the sum of weights
     `total`, the part `proxy_total` of that sum that belongs to proxy tokens, the largest logit.
     """
-    factor = gl.expand_dims(to_log2, 1) if BY_ROW else to_log2
     if BIASED:
-        logit = logit * factor + gl.expand_dims(bias, 0)
+        logit = logit * to_log2 + gl.expand_dims(bias, 0)
         if CORRECTED:
             logit = logit + gl.expand_dims(gl.where(of_keys, 0.0, correction), 1)
         now = gl.maximum(largest, gl.max(logit, 1))
@@ -109,7 +106,7 @@ def softmax_step(
     else:
         now = gl.maximum(largest, gl.max(logit, 1) * to_log2)
         shift = now
-        weight = gl.exp2(logit * factor - gl.expand_dims(now, 1))
+        weight = gl.exp2(logit * to_log2 - gl.expand_dims(now, 1))
     rescale = gl.exp2(largest - shift)
     mass = gl.sum(weight, 1)
     total = total * rescale + mass
@@ -162,42 +159,14 @@ def gather(
 
 
 @gluon.jit
-def skip_tiles(count, k_full, k_empty, v_full, v_empty, STAGES: gl.constexpr):
-    """Let every tile pass without computing anything."""
-    for t in range(count):
-        # One thread arrives for all: every warp must have passed the wait before.
-        mbarrier.wait(k_full.index(t % STAGES), (t // STAGES) & 1)
-        barrier()
-        mbarrier.arrive(k_empty.index(t % STAGES), count=1)
-        mbarrier.wait(v_full.index(t % STAGES), (t // STAGES) & 1)
-        barrier()
-        mbarrier.arrive(v_empty.index(t % STAGES), count=1)
-
-
-@gluon.jit
-def start_logits(q_subtile, k_tile):
-    """Start the product of queries [BM, D] and keys [BN, D]; an instruction sums 32 bytes."""
-    BLOCK_N: gl.constexpr = k_tile.shape[0]
-    layout: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 256 // q_subtile.dtype.primitive_bitwidth]
-    )
-    nothing = gl.zeros([SUBTILE, BLOCK_N], gl.float32, layout)
-    return warpgroup_mma(q_subtile, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def advance(
     t, weight, acc, total, proxy_total, largest, bias, correction, of_keys, q_subtile,
     k_shared, v_shared, k_full, k_empty, v_full, v_empty, to_log2,
-    BIASED: gl.constexpr, CORRECTED: gl.constexpr, EVERY: gl.constexpr = 1,
-    BY_ROW: gl.constexpr = False,
+    BIASED: gl.constexpr, CORRECTED: gl.constexpr,
 ):  # fmt: skip
-    """Logits and softmax of tile t > 0 while the values of tile t - 1 are multiplied.
-
-    A stage of K is EVERY tiles of `k_shared`, of which it uses the first. For BY_ROW see
-    `softmax_step`.
-    """
-    STAGES: gl.constexpr = v_shared.shape[0]
+    """Logits and softmax of tile t > 0 while the values of tile t - 1 are multiplied."""
+    STAGES: gl.constexpr = k_shared.shape[0]
+    BLOCK_N: gl.constexpr = k_shared.shape[1]
     acc_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     logit_layout: gl.constexpr = largest.type.layout.parent
     stage = t % STAGES
@@ -205,15 +174,17 @@ def advance(
     mbarrier.wait(v_full.index(before), ((t - 1) // STAGES) & 1)
     mbarrier.wait(k_full.index(stage), (t // STAGES) & 1)
     fence_async_shared()
-    logit = start_logits(q_subtile, k_shared.index(stage * EVERY))
+    nothing = gl.zeros([SUBTILE, BLOCK_N], gl.float32, logit_layout)
+    logit = warpgroup_mma(
+        q_subtile, k_shared.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
+    )
     acc = warpgroup_mma(weight, v_shared.index(before), acc, is_async=True)
     logit = warpgroup_mma_wait(1, deps=[logit])
     barrier()
     mbarrier.arrive(k_empty.index(stage), count=1)
     following, rescale, total, proxy_total, largest = softmax_step(
-        gl.convert_layout(logit, logit_layout), bias, correction, of_keys, total, proxy_total,
-        largest, to_log2, BIASED, CORRECTED, BY_ROW,
-    )  # fmt: skip
+        logit, bias, correction, of_keys, total, proxy_total, largest, to_log2, BIASED, CORRECTED
+    )
     acc = warpgroup_mma_wait(0, deps=[acc])
     barrier()
     mbarrier.arrive(v_empty.index(before), count=1)
@@ -245,7 +216,14 @@ def attend_subtile(
     acc_rows: gl.constexpr = gl.SliceLayout(1, acc_layout)
 
     if first_place >= cluster_end:  # no queries, but the gathering warps wait for free stages
-        skip_tiles(count, k_full, k_empty, v_full, v_empty, STAGES)
+        for t in range(count):
+            # One thread arrives for all: every warp must have passed the wait before.
+            mbarrier.wait(k_full.index(t % STAGES), (t // STAGES) & 1)
+            barrier()
+            mbarrier.arrive(k_empty.index(t % STAGES), count=1)
+            mbarrier.wait(v_full.index(t % STAGES), (t // STAGES) & 1)
+            barrier()
+            mbarrier.arrive(v_empty.index(t % STAGES), count=1)
     else:
         m = first_place + gl.arange(0, SUBTILE, rows_copied)  # [BM]
         token = gl.load(order_row + m, mask=m < cluster_end, other=0).to(gl.int64)
@@ -270,7 +248,10 @@ def attend_subtile(
             bias = tile_bias(0, n, key_tiles, keys, k_clusters, bias_row, BLOCK_N)
             mbarrier.wait(k_full.index(0), 0)
             fence_async_shared()
-            logit = start_logits(q_subtile, k_shared.index(0))
+            nothing = gl.zeros([SUBTILE, BLOCK_N], gl.float32, logit_layout)
+            logit = warpgroup_mma(
+                q_subtile, k_shared.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True
+            )
             logit = warpgroup_mma_wait(0, deps=[logit])
             barrier()
             mbarrier.arrive(k_empty.index(0), count=1)

@@ -6,7 +6,6 @@ import functools
 import math
 import struct
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import triton
@@ -35,18 +34,16 @@ from svg_ear_compile.kernels.gpu.launch import (
     launch_config,
     power_of_2_from,
     token_strides,
-    without_e4m3,
 )
 from svg_ear_compile.kernels.gpu.metric import logit_metrics
 from svg_ear_compile.kernels.gpu.own_tokens import make_own_tokens_exact
 from svg_ear_compile.kernels.gpu.query_tiles import query_tiles
-from svg_ear_compile.kernels.gpu.rounded_keys import rounded_keys
 from svg_ear_compile.kernels.gpu.route import kv_indices_kernel, kv_offset_kernel, route_kernel
 from svg_ear_compile.kernels.gpu.score import score_kernel
 from svg_ear_compile.kernels.kept_clusters import Placed, excess_spread, updated_labels
 from svg_ear_compile.kernels.kinds import TokenKinds
 from svg_ear_compile.kernels.own_tokens import has_own_tokens
-from svg_ear_compile.kernels.plan import AttentionPlan, Compensation, Precision
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 from svg_ear_compile.kernels.registry import Implementation, register
 
 # Memory for the scores or lists of the heads of one launch: a fraction of the bytes of Q, K, V and
@@ -156,7 +153,6 @@ def attend(
     *,
     scale: float,
     return_lse: bool,
-    precision: Precision = "16",
     on_hopper: bool,
 ) -> tuple[Tensor, Tensor]:
     """`reference.attend` of the result of `cluster_and_route`; does not wait for the device."""
@@ -190,10 +186,6 @@ def attend(
         curvature, slope = curvature_and_slope(k, v, keys, routed.value_means, scale, config)
         correction, clip = logit_corrections(q, queries, curvature, kv_heads, config)
         proxy_weight = torch.empty_like(correction)
-    fp8 = precision == "fp8"
-    in_e4m3 = rounded_keys(k, keys, config) if fp8 else None
-    # Without e4m3 only the places of the first three are taken.
-    *of_keys, proxy_keys = in_e4m3 or (k, bias, bias, keys.rounded)
     block_mask = routed.block_mask.flatten(0, 1)
     block_k = power_of_2_from(k_clusters)
     for first_head in range(0, flat_heads, step):
@@ -211,10 +203,8 @@ def attend(
         )  # fmt: skip
         arguments = (
             q, k, v, out, lse, tile_cluster, tile_place, queries.order, queries.starts,
-            keys.order, keys.starts, kv_indices, rows, proxy_keys, routed.value_means, bias,
+            keys.order, keys.starts, kv_indices, rows, keys.rounded, routed.value_means, bias,
             correction, proxy_weight,
-        )  # fmt: skip
-        numbers = (
             *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(out),
             *head_counts, q_tokens, k_tokens, q_clusters, k_clusters, tiles, pitch, scale,
         )  # fmt: skip
@@ -223,14 +213,14 @@ def attend(
             "CORRECTED": corrected, "WRITE_LSE": needs_lse, "num_warps": tile.warps,
         }  # fmt: skip
         if config.wgmma:
-            kernel, more = _hopper_kernel(fp8), of_keys if fp8 else ()
-            kernel[(tiles, launched)](
-                *arguments, *more, *numbers, **constants, STAGES=tile.stages
-            )  # fmt: skip
+            # Gluon is experimental in Triton, so only calls of this kernel import it.
+            from svg_ear_compile.kernels.gpu.attend_wgmma import attend_wgmma_kernel
+
+            attend_wgmma_kernel[(tiles, launched)](*arguments, **constants, STAGES=tile.stages)
         else:
             attend_kernel[(tiles, launched)](
-                *arguments, *of_keys, *numbers, **constants, BLOCK_D=config.block_dim,
-                INT64_OFFSETS=_needs_int64(k, v), FP8=fp8, num_stages=tile.stages,
+                *arguments, **constants, BLOCK_D=config.block_dim, INT64_OFFSETS=_needs_int64(k, v),
+                num_stages=tile.stages,
             )  # fmt: skip
     if owns:
         make_own_tokens_exact(
@@ -242,17 +232,6 @@ def attend(
     if out is not result:
         result.copy_(out)
     return result, lse if return_lse else lse.new_empty(0)
-
-
-def _hopper_kernel(fp8: bool) -> Any:
-    """The attend kernel in Gluon, which is experimental in Triton: only its calls import it."""
-    if fp8:
-        from svg_ear_compile.kernels.gpu.attend_wgmma_e4m3 import attend_wgmma_e4m3_kernel
-
-        return attend_wgmma_e4m3_kernel
-    from svg_ear_compile.kernels.gpu.attend_wgmma import attend_wgmma_kernel
-
-    return attend_wgmma_kernel
 
 
 def _as_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -331,9 +310,8 @@ def _clustered(
 
 
 def _needs_int64(k: Tensor, v: Tensor) -> bool:
-    """Whether offsets inside one head of K, V or a dense copy of K reach 2^31 elements."""
-    widest = max(k.stride(2), v.stride(2), power_of_2_from(k.shape[3]))
-    return bool(k.shape[2] * widest >= 2**31)
+    """Whether offsets inside one head reach 2^31 elements."""
+    return bool(k.shape[2] * max(k.stride(2), v.stride(2)) >= 2**31)
 
 
 def _clusters(found: SortedClusters, batch: int, heads: int) -> Clusters:
@@ -341,15 +319,13 @@ def _clusters(found: SortedClusters, batch: int, heads: int) -> Clusters:
     return Clusters(*(t.unflatten(0, (batch, heads)) for t in tensors))
 
 
-def _no_triton(q: Tensor, k: Tensor, v: Tensor, precision: Precision) -> str | None:
+def _no_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
         return f"needs a GPU, not {q.device.type}"
-    if precision == "fp8":
-        return without_e4m3(architecture(q.device))
     return None
 
 
-def _no_hopper(q: Tensor, k: Tensor, v: Tensor, precision: Precision) -> str | None:
+def _no_hopper(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if architecture(q.device) != HOPPER or triton.knobs.runtime.interpret:
         return f"needs {HOPPER} (Gluon has no interpreter)"
     if launch_config(q.shape[-1], q.element_size(), HOPPER).wgmma is None:

@@ -83,14 +83,6 @@ def architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def without_e4m3(architecture: str) -> str | None:
-    """Why a GPU has no products in e4m3, in words; None where it has, and for ""."""
-    number = architecture.removeprefix("sm_")
-    if not architecture or (number.isdecimal() and int(number) >= 89):
-        return None
-    return f'precision="fp8" needs an NVIDIA GPU of sm_89 or later, this one is {architecture}'
-
-
 @functools.lru_cache(maxsize=256)
 def launch_config(head_dim: int, element_size: int, architecture: str) -> LaunchConfig:
     """The configuration for a head dim in elements and an element size in bytes (2 or 4).

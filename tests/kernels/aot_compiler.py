@@ -30,7 +30,6 @@ class Job:
     dtype: str
     compensation: str
     masked: bool
-    precision: str
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ class Report:
         shared: bytes of shared memory that a block asks for.
         registers: registers of a thread, the vector registers on AMD.
         spilled: bytes of a thread's spilled registers (NVIDIA), or registers spilled (AMD).
-        e4m3: whether it multiplies numbers in e4m3.
         seconds: time that the compilation took.
     """
 
@@ -54,7 +52,6 @@ class Report:
     shared: int
     registers: int
     spilled: int
-    e4m3: bool
     seconds: float
 
 
@@ -121,7 +118,7 @@ def compile_job(job: Job) -> list[Report]:
             reports.append(
                 Report(
                     asdict(job), self.fn.__name__, tile, kernel.metadata.shared,
-                    registers, spilled, "e4m3.e4m3" in kernel.asm.get("ptx", ""), seconds,
+                    registers, spilled, seconds,
                 )
             )  # fmt: skip
         return kernel
@@ -131,12 +128,10 @@ def compile_job(job: Job) -> list[Report]:
         for _ in range(3)
     )
     kinds = exact_at_ends(q, k, 1, 1) if job.masked else ALL_CLUSTERED
-    plan = AttentionPlan(
-        compensation=job.compensation, first_iterations=1, precision=job.precision  # type: ignore[arg-type]
-    )  # fmt: skip
+    plan = AttentionPlan(compensation=job.compensation, first_iterations=1)  # type: ignore[arg-type]
     JITFunction.run = compile_only
     try:
-        on_hopper = attention.HOPPER_GLUON.unsupported(q, k, v, plan.precision) is None
+        on_hopper = attention.HOPPER_GLUON.unsupported(q, k, v) is None
         used = attention.HOPPER_GLUON if on_hopper else attention.TRITON
         made = used.sparse_attention(q, k, v, plan, kinds=kinds, return_lse=True)
         if job.masked:  # once for each tile is enough

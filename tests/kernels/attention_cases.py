@@ -25,13 +25,9 @@ needs_interpreter = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Form:
-    """An implementation and the device it runs on: "cpu", "interpreter" or "cuda".
-
-    On "cuda" `kernel` names the implementation; None leaves the choice to the registry.
-    """
+    """An implementation and the device it runs on: "cpu", "interpreter" or "cuda"."""
 
     name: str
-    kernel: str | None = None
 
     @property
     def device(self) -> str:
@@ -42,8 +38,8 @@ class Form:
         return self.name != "cpu"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, **more) -> Result:
-        name = {"cpu": "cpu", "interpreter": "triton"}.get(self.name, self.kernel)
-        found = registry.get(name) if name else registry.choose(q, k, v, precision=plan.precision)
+        name = "cpu" if not self.is_triton else "triton" if self.name == "interpreter" else None
+        found = registry.get(name) if name else registry.choose(q, k, v)
         return found.sparse_attention(q, k, v, plan, **more)
 
 
@@ -195,19 +191,15 @@ class Oracle:
         stored_proxies = ProxyTokens(
             rounded(proxies.keys), rounded(proxies.values), proxies.bias.to(computed)
         )
-        q, k, v = (t.to(computed) for t in (self.q, self.k, self.v))
-        in_e4m3 = None
-        if self.plan.precision == "fp8":
-            keys = self.keys._replace(centroids=self.keys.centroids.to(computed))
-            in_e4m3 = reference.in_e4m3(q, k, keys)
         out, lse = reference.softmax_over(
-            q, k, v, self.queries.labels, self.keys.labels, block_mask.cpu(),
-            stored_proxies, self.scale, corrected, in_e4m3,
+            *(t.to(computed) for t in (self.q, self.k, self.v)),
+            self.queries.labels, self.keys.labels, block_mask.cpu(),
+            stored_proxies, self.scale, corrected,
         )  # fmt: skip
         if corrected is not None and self.q.shape[2] == self.k.shape[2]:
             out, lse = reference.with_own_tokens(
-                out, lse, q, k, v, self.queries, self.keys, block_mask.cpu(), stored_proxies,
-                self.scale, corrected,
+                out, lse, *(t.to(computed) for t in (self.q, self.k, self.v)),
+                self.queries, self.keys, block_mask.cpu(), stored_proxies, self.scale, corrected,
             )  # fmt: skip
         return rounded(out), lse
 

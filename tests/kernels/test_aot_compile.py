@@ -12,12 +12,7 @@ from typing import Any
 
 import pytest
 
-from svg_ear_compile.kernels.gpu.launch import (
-    HOPPER,
-    LaunchConfig,
-    all_launch_configs,
-    without_e4m3,
-)
+from svg_ear_compile.kernels.gpu.launch import HOPPER, LaunchConfig, all_launch_configs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -35,7 +30,6 @@ SHARED_LIMIT = {
 
 # Each run compiles a few head dims in 16 bits: both forms for the target that was measured, one for
 # the others, which have the tiles of each other, and float32 for the one of least shared memory.
-# Precision "fp8" is compiled for the first and the last of these.
 # `make try-triton` compiles everything, in half an hour.
 MEASURED, SMALLEST = ("cuda", 90), ("cuda", 89)
 SAMPLED_DIMS = (72, 128)
@@ -52,9 +46,6 @@ ACCEPTED_SPILLS = {
     "value_correction_kernel": 16, "moment_kernel": 48, "tile_align_kernel": 16,
     "cluster_mean_kernel": 40, "kmeans_assign_kernel": 16,
 }  # fmt: skip
-
-# Accepted with queries in 16 bits and in e4m3, outside of the loop over whole tiles.
-SPILLS_OF_FP8 = {"attend_kernel": 128, "attend_wgmma_e4m3_kernel": 320}
 
 # What one release of Triton spills beyond that: version and architecture.
 ACCEPTED_OF_TRITON = {("3.8", "gfx942"): {"tile_align_kernel": 20}}
@@ -90,16 +81,8 @@ def jobs(backend: str, arch: int | str, whole: bool) -> list[dict[str, Any]]:
                         "dtype": "bfloat16" if size == 2 else "float32",
                         "compensation": compensation,
                         "masked": compensation == "gaussian",
-                        "precision": "16",
                     }
                 )
-    if backend == "cuda" and without_e4m3(f"sm_{arch}") is None:
-        found += [
-            {**job, "precision": "fp8"}
-            for job in found
-            if job["dtype"] == "bfloat16" and job["compensation"] == "gaussian"
-            and (whole or (job["head_dim"] == 128 and (backend, arch) in (MEASURED, SMALLEST)))
-        ]  # fmt: skip
     return found
 
 
@@ -121,8 +104,7 @@ def compile_all(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def described(report: dict[str, Any]) -> str:
     job = report["job"]
     return (
-        f"{report['kernel']} D={job['head_dim']} {job['dtype']} {job['precision']} "
-        f"{report['tile']}: "
+        f"{report['kernel']} D={job['head_dim']} {job['dtype']} {report['tile']}: "
         f"{report['shared']} B shared, {report['registers']} registers, {report['spilled']} spilled"
     )
 
@@ -155,21 +137,14 @@ def test_every_kernel_is_compiled_within_the_limits_of_the_device(
     assert dtypes == {job["dtype"] for job in wanted}
     assert "float32" in dtypes or target != SMALLEST
     for report in reports:
-        attends = report["kernel"].startswith("attend")
-        assert report["e4m3"] == (attends and report["job"]["precision"] == "fp8")
         if report["spilled"]:
             print(described(report))
     over = [described(r) for r in reports if r["shared"] > SHARED_LIMIT[target]]
     assert not over, "\n".join(over)
     narrow = [r for r in reports if r["job"]["dtype"] == "bfloat16" and r["job"]["head_dim"] <= 128]
     assert len(narrow) > 10
-    accepted = {"16": accepted_spills(target[1])}
-    accepted["fp8"] = accepted["16"] | SPILLS_OF_FP8
-    spilling = [
-        described(r)
-        for r in narrow
-        if r["spilled"] > accepted[r["job"]["precision"]].get(r["kernel"], 0)
-    ]
+    accepted = accepted_spills(target[1])
+    spilling = [described(r) for r in narrow if r["spilled"] > accepted.get(r["kernel"], 0)]
     assert not spilling, "\n".join(spilling)
     elsewhere = [described(r) for r in reports if r["spilled"] > SPILL_LIMIT[r["job"]["dtype"]]]
     assert not elsewhere, "\n".join(elsewhere)

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svg_ear_compile.kernels.plan import AttentionPlan, Compensation, Precision
+from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 
 GUARD = 1 << 12
 """Bytes before and after every tensor, a multiple of all element sizes."""
@@ -114,19 +114,16 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @pytest.mark.parametrize("compensation", get_args(Compensation))
-@pytest.mark.parametrize(
-    ("dim", "dtype", "precision"), [(40, torch.float16, "fp8"), (40, torch.float32, "16")], ids=str
-)
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.float16), (40, torch.float32)], ids=str)
 @pytest.mark.usefixtures("guarded")
 def test_every_access_is_inside_of_a_tensor(
-    dim: int, dtype: torch.dtype, precision: Precision, compensation: Compensation, seed: int,
-    tokens: tuple[int, int], exact: tuple[float, float], masked: bool,
+    dim: int, dtype: torch.dtype, compensation: Compensation, seed: int, tokens: tuple[int, int],
+    exact: tuple[float, float], masked: bool,
 ) -> None:  # fmt: skip
     q, k, v = random_qkv(seed, 1, (2, 1), tokens, dim, dtype, "cpu")
     plan = AttentionPlan(
-        density=0.3, compensation=compensation, q_clusters=3, k_clusters=7, first_iterations=1,
-        precision=precision,
-    )  # fmt: skip
+        density=0.3, compensation=compensation, q_clusters=3, k_clusters=7, first_iterations=1
+    )
     mask = random_mask(seed, (True, True), (1, 1), tokens[1], "cpu") if masked else None
     kinds = random_kinds(seed, mask, 1, tokens, exact, "cpu")
     more: dict[str, Any] = {"kinds": kinds, "return_lse": True}

@@ -43,6 +43,9 @@ def test_launches_on_the_device_are_those_counted_here() -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             CUDA(q, k, v, AttentionPlan(), **more)
             torch.cuda.synchronize()
-        ran = {e.key: e.count for e in profile.key_averages() if e.self_device_time_total > 0}
+        ran = {
+            e.key: e.count for e in profile.key_averages()
+            if e.self_device_time_total > 0 and "FillFunctor" not in e.key  # of poisoned memory
+        }  # fmt: skip
         assert sum(ran.values()) <= MOST[start][False], ran
         more["blocks"] = cold.blocks

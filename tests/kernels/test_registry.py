@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 
 import pytest
 import torch
@@ -43,7 +42,7 @@ def test_hopper_says_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(attention, "architecture", lambda device: attention.HOPPER)
     monkeypatch.setattr(attention.triton.knobs.runtime, "interpret", False)
-    why = partial(attention.HOPPER_GLUON.unsupported, precision="16")
+    why = attention.HOPPER_GLUON.unsupported
 
     def of(dim: int, dtype: torch.dtype, tokens: int = 61, offset: int = 0) -> str | None:
         wide = torch.empty(1, 2, tokens, dim + 16, dtype=dtype)

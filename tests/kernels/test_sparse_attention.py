@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import get_args
 
 import pytest
@@ -56,13 +56,12 @@ class Case:
     density: float
     scale: float | None
 
-    def plan(self, compensation: str, precision: str) -> AttentionPlan:
+    def plan(self, compensation: str) -> AttentionPlan:
         return AttentionPlan(
             density=self.density,
             routing=self.routing,
             threshold=10 ** (-4 * self.density),
             compensation=compensation,
-            precision=precision,
             q_clusters=self.clusters[0],
             k_clusters=self.clusters[1],
             first_iterations=2,
@@ -139,9 +138,7 @@ def check_route(oracle: Oracle, got: Result) -> None:
     assert (area == 0)[row].all() or plan.density > 0
 
 
-def check_case(
-    form: Form, dim: int, dtype: torch.dtype, compensation: str, case: Case, precision: str = "16"
-) -> None:
+def check_case(form: Form, dim: int, dtype: torch.dtype, compensation: str, case: Case) -> None:
     q, k, v = random_qkv(
         case.seed, case.batch, case.heads, case.tokens, dim, dtype, form.device, case.layout
     )
@@ -149,7 +146,7 @@ def check_case(
     if case.mask is not None:
         kv_shape = (case.batch, case.heads[1])
         mask = random_mask(case.seed, case.mask, kv_shape, case.tokens[1], form.device)
-    plan = case.plan(compensation, precision)
+    plan = case.plan(compensation)
     kinds = random_kinds(case.seed, mask, case.batch, case.tokens, case.exact, form.device)
     got = form(q, k, v, plan, kinds=kinds, scale=case.scale, return_lse=True)
     assert got.out.dtype == dtype
@@ -158,41 +155,29 @@ def check_case(
     check_clusters(got.keys, k, kinds.keys)
     oracle = Oracle.of(form, q, k, v, plan, case.scale or dim**-0.5, got)
     check_route(oracle, got)
-    # Tensor cores add products in e4m3 with 14 bits.
-    check_output(oracle, got, 2**-13 if precision == "fp8" and form.device == "cuda" else 0.0)
+    check_output(oracle, got)
 
 
-def check_output(oracle: Oracle, got: Result, sums: float = 0.0) -> None:
-    """Check output and log-sum-exp against the definition with the block mask of the result.
-
-    Args:
-        oracle: the definition.
-        got: the result.
-        sums: relative error of the sums of the logits, where it is more than that of float32.
-    """
+def check_output(oracle: Oracle, got: Result) -> None:
+    """Check output and log-sum-exp against the definition with the block mask of the result."""
     dtype = got.out.dtype
     out, lse = oracle.attend(got.block_mask.cpu())
     near_out, near_lse = oracle.attend_stored_in(got.block_mask.cpu(), dtype)
     ulp = torch.finfo(dtype).eps
     assert_within_rounding(got.out, out, near_out, 2 * ulp if dtype == F32 else ulp / 2)
     # In the log-sum-exp only proxy keys are rounded, and few of them have much weight.
-    assert_within_rounding(got.lse, lse, near_lse, torch.finfo(F32).eps + ulp / 32 + sums)
+    assert_within_rounding(got.lse, lse, near_lse, torch.finfo(F32).eps + ulp / 32)
 
 
 @given(case=cases(33, 97, 150))
 @pytest.mark.parametrize("compensation", COMPENSATIONS)
 @pytest.mark.parametrize(
-    ("dim", "dtype", "precision"),
-    [
-        (32, F32, "16"), (64, BF16, "16"), (72, F16, "16"), (128, F32, "16"), (192, BF16, "16"),
-        (72, F16, "fp8"), (128, BF16, "fp8"),
-    ],
-    ids=str,
-)  # fmt: skip
+    ("dim", "dtype"), [(32, F32), (64, BF16), (72, F16), (128, F32), (192, BF16)], ids=str
+)
 def test_cpu_equals_the_definition_on_its_own_blocks(
-    dim: int, dtype: torch.dtype, precision: str, compensation: str, case: Case
+    dim: int, dtype: torch.dtype, compensation: str, case: Case
 ) -> None:
-    check_case(CPU, dim, dtype, compensation, case, precision)
+    check_case(CPU, dim, dtype, compensation, case)
 
 
 @needs_interpreter
@@ -206,34 +191,6 @@ def test_interpreted_kernels_equal_the_definition_on_their_own_blocks(
     dim: int, dtype: torch.dtype, compensation: str, case: Case
 ) -> None:
     check_case(INTERPRETER, dim, dtype, compensation, case)
-
-
-# Odd sizes, grouped heads, always exact tokens and padding; N_q = N_k has own tokens.
-FP8_CASES = {
-    "own tokens": Case(
-        seed=11, batch=1, heads=(2, 1), tokens=(45, 45), layout="bshd", exact=(0.0, 0.0), mask=None,
-        clusters=(2, 5), routing="density", density=0.4, scale=None,
-    ),
-    "kinds": Case(
-        seed=12, batch=1, heads=(2, 1), tokens=(33, 45), layout="fused", exact=(0.1, 0.2),
-        mask=(True, False), clusters=(2, 5), routing="density", density=0.3, scale=0.2,
-    ),
-    "no blocks": Case(
-        seed=13, batch=1, heads=(1, 1), tokens=(17, 45), layout="bhsd", exact=(0.0, 0.0),
-        mask=(False, False), clusters=(2, 5), routing="density", density=0.0, scale=None,
-    ),
-}  # fmt: skip
-
-
-@needs_interpreter
-@pytest.mark.parametrize(
-    ("dim", "compensation", "case"),
-    [(64, "gaussian", "own tokens"), (72, "gaussian", "kinds"), (128, "centroid", "no blocks")],
-)
-def test_interpreted_kernels_round_as_the_definition_does(
-    dim: int, compensation: str, case: str
-) -> None:
-    check_case(INTERPRETER, dim, F16, compensation, FP8_CASES[case], "fp8")
 
 
 @pytest.mark.gpu
@@ -252,48 +209,27 @@ def test_cuda_kernels_equal_the_definition_on_their_own_blocks(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", FP8_CASES)
-@pytest.mark.parametrize("compensation", COMPENSATIONS)
-@pytest.mark.parametrize(
-    ("dim", "kernel"), [(64, None), (128, None), (128, "triton"), (72, "triton")]
-)
-def test_cuda_kernels_round_as_the_definition_does(
-    dim: int, kernel: str | None, compensation: str, case: str
-) -> None:
-    form = replace(CUDA, kernel=kernel)
-    many = replace(FP8_CASES[case], tokens=tuple(19 * n for n in FP8_CASES[case].tokens))
-    check_case(form, dim, BF16, compensation, many, "fp8")
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("routing", ["density", "threshold"])
 @pytest.mark.parametrize("compensation", COMPENSATIONS)
-@pytest.mark.parametrize(
-    ("dim", "precision"), [(64, "16"), (80, "16"), (128, "16"), (64, "fp8"), (128, "fp8")]
-)
+@pytest.mark.parametrize("dim", [64, 80, 128])
 def test_cuda_rows_of_many_tiles_equal_the_definition(
-    dim: int, precision: str, compensation: str, routing: str
+    dim: int, compensation: str, routing: str
 ) -> None:
     case = Case(
         seed=3, batch=1, heads=(2, 1), tokens=(2503, 4999), layout="bshd", exact=(0.05, 0.03),
         mask=None, clusters=(9, 37), routing=routing, density=0.4, scale=None,
     )  # fmt: skip
-    check_case(CUDA, dim, BF16, compensation, case, precision)
+    check_case(CUDA, dim, BF16, compensation, case)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compensation", COMPENSATIONS)
-@pytest.mark.parametrize(
-    ("dim", "precision"), [*((dim, "16") for dim in HEAD_DIMS), (64, "fp8"), (128, "fp8")]
-)
-def test_cuda_calls_are_bit_equal_whatever_memory_held_before(
-    dim: int, precision: str, compensation: str
-) -> None:
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_cuda_calls_are_bit_equal_whatever_memory_held_before(dim: int, compensation: str) -> None:
     q, k, v = random_qkv(0, 1, (2, 2), (515, 771), dim, BF16, "cuda")
     plan = AttentionPlan(
-        density=0.3, compensation=compensation, q_clusters=3, k_clusters=11, first_iterations=2,
-        precision=precision,
-    )  # fmt: skip
+        density=0.3, compensation=compensation, q_clusters=3, k_clusters=11, first_iterations=2
+    )
     first = None
     for _ in range(8):
         torch.cuda.empty_cache()

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from transformer_models import TOKENS, stack
 
 import svg_ear_compile
-from svg_ear_compile import backend, planning
+from svg_ear_compile import backend
 from svg_ear_compile.planning import rewrite_graph
 from svg_ear_compile.settings import Settings
 
@@ -250,16 +250,3 @@ def test_no_host_synchronisation_once_warm() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert out.isfinite().all()
-
-
-@pytest.mark.usefixtures("without_inductor")
-def test_fp8_is_carried_to_every_call_or_refused_by_the_device(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, (x, timestep) = stack()
-    found = svg_ear_compile.explain(model, x, timestep, options={**OPTIONS, "precision": "fp8"})
-    plans = [site.plan for site in found.sites if site.plan is not None]
-    assert [plan.precision for plan in plans] == ["fp8"] * 2
-    monkeypatch.setattr(planning, "architecture", lambda device: "sm_80")
-    with pytest.raises(ValueError, match="sm_89 or later, this one is sm_80: leave the option out"):
-        svg_ear_compile.explain(model, x, timestep, options={**OPTIONS, "precision": "fp8"})

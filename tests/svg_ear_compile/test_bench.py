@@ -45,7 +45,6 @@ def test_the_command_prints_a_row_for_each_density(capsys, monkeypatch):
     [
         (["--shape", "wan99b"], "unknown shape 'wan99b'; known are wan14b-720p"),
         (["--densities", "many"], "--densities must be numbers"),
-        (["--precision", "fp4"], "invalid choice: 'fp4'"),
         (["--densities", "1"], "between 0 and 1"),
         (["--device", "meta"], "no kernels for a device of type 'meta'"),
         (["--device", "cuda:99"], "no device 'cuda:99'"),
