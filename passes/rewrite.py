@@ -114,9 +114,9 @@ class _Rewriter:
             ]
             padding = (*mask[1:], None, None, None)[:3]
             scale = self._now(call.scale) if isinstance(call.scale, Node) else call.scale
-            for symbol, divides in call.symbols:
+            for symbol, divides in call.symbols:  # an operator's number would be one for the graph
                 of = operator.truediv if divides else operator.mul
-                scale = graph.call_function(of, (scale, self._now(symbol)))
+                q = graph.call_function(of, (q, self._now(symbol)))
             done = graph.call_function(
                 torch.ops.svg_ear.attention.default,
                 (q, k, v, mask[0], site.layer_parameter, *padding, exact[0][0], exact[1][0]),
