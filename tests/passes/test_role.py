@@ -1,4 +1,7 @@
-"""Roles and text spans of small modules written the ways that models write attention."""
+"""Roles and text spans of small modules written the ways that models write attention.
+
+Longer than 400 lines: one table of modules, each beside those that it must be told apart from.
+"""
 
 from __future__ import annotations
 
