@@ -34,6 +34,7 @@ STAGE_OF_KERNEL = {
     "kv_indices_kernel": "route",
     "attend_kernel": "attend",
     "attend_wgmma_kernel": "attend",
+    "query_tile_kernel": "attend",
     "covariance_kernel": "correction",
     "pooled_kernel": "correction",
     "logit_correction_kernel": "correction",

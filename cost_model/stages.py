@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 from svg_ear_compile.cost_model.device import Device
-from svg_ear_compile.kernels.gpu.launch import CLUSTERS_PER_COPY, launch_config
+from svg_ear_compile.kernels.gpu.launch import BLOCKS_PER_COPY, launch_config
 from svg_ear_compile.kernels.kept_clusters import BATCHES
 from svg_ear_compile.kernels.plan import AttentionPlan
 
@@ -169,7 +169,7 @@ def sparse_amounts(
         else Amount(),
         "route": Amount(
             bytes=24.0 * blocks + 8.0 * heads * q_clusters * expected_density(plan) * keys,
-            launches=2.0 + heads * q_clusters * (1 + k_clusters / CLUSTERS_PER_COPY) / WAVE,
+            launches=2.0 + heads * q_clusters * (1 + k_clusters / BLOCKS_PER_COPY) / WAVE,
         ),
         # Keys and values are read from the cache for every tile of queries.
         "attend": Amount(

@@ -157,6 +157,14 @@ class Dataflow:
         """True if something in the graph gives the tensor another shape, or memory, in place."""
         return id(tensor.meta.get("example_value")) in self._viewed_anew
 
+    def is_viewed_anew_between(self, tensors: Iterable[Node], last: Node) -> bool:
+        """`is_viewed_anew` of any of the tensors, of `last`, or of anything from them to it."""
+        if not self._viewed_anew:
+            return False
+        into = nx.ancestors(self.graph, last) | {last}
+        onward = {n for t in tensors for n in (t, *nx.descendants(self.graph, t))}
+        return any(map(self.is_viewed_anew, onward & into))
+
     def sharing(self, node: Node) -> list[Node]:
         """Every node whose tensor lies in memory of the node's."""
         memory = self._memory_of([node])

@@ -148,9 +148,13 @@ class _Describer:
             for operand in (call.q, call.k, call.v)
         ):  # the rewritten call reads its operands where the last step does
             reason = reason or Reason.WRITTEN
-        tensors = {call.node, *(x.node for x in (call.q, call.k, call.v, call.lse) if x)}
-        if any(map(flow.is_viewed_anew, tensors)):
+        operands = [x.node for x in (call.q, call.k, call.v)]
+        if flow.is_viewed_anew_between(operands, call.node) or (
+            call.lse is not None and flow.is_viewed_anew(call.lse.node)
+        ):
             reason = Reason.WRITTEN
+        if reason is None and call.symbols and dtype is torch.float16:
+            reason = Reason.SCALE  # the symbol multiplies the queries, which may overflow
         if self.transformed:
             reason = Reason.TENSOR_TYPE
         if reason is None and not sources.values_are_of_the_keys:
@@ -161,6 +165,9 @@ class _Describer:
             judged = judge_mask(flow, call, q_shape, k_shape)
             reason = judged if isinstance(judged, Reason) else None
             padding = judged if isinstance(judged, Padding) else None
+            masks = (call.mask.tensor, *(padding.keys + padding.rows if padding else ()))
+            if flow.is_viewed_anew_between([mask.node for mask in masks], call.node):
+                reason = Reason.WRITTEN
         exact = exact_tokens(self.streams, call) if reason is None else NOTHING_EXACT
         q = call.q.node.meta.get("example_value")
         return AttentionSite(

@@ -118,8 +118,10 @@ class Accelerated:
                 seconds = time.perf_counter() - started
             except BaseException:
                 generation.drop()
+                generation.end_call()
                 raise
             generation.reset()
+            generation.end_call()
             with self._lock:
                 self._calls += 1
                 compiled = _graphs_compiled() > graphs

@@ -72,7 +72,7 @@ class AccelerationReport:
         compiled: whether a graph was compiled during the last call.
         steps: denoising steps that ran in the generation that ended last.
         dense_steps: leading steps of it with dense attention.
-        early: its early steps, whose density is higher; None if its number of steps is not known.
+        early: its early steps, whose density is higher where routing has one; None for none.
         models: one entry for each denoising model.
         held: device memory that the session held at the end of the call.
     """

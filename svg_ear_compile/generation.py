@@ -145,6 +145,11 @@ class Generation:
             model.read_layers()
         self.reset()
 
+    def end_call(self) -> None:
+        """Forget what the call of a pipeline said; forwards after it are nobody's call."""
+        self._is_call, self._steps, self._dense_steps, self._videos = False, None, None, 1
+        self._rises = lambda: False
+
     def reset(self) -> None:
         """Drop all clusters and the clock: the next forward starts a new generation."""
         self._plans.ended(self._state.clock.step + 1, self.dense_steps, self._dense_steps)

@@ -98,9 +98,10 @@ class LayerPlans:
         )
 
     def early_steps(self, announced: int | None, dense_steps: int | None) -> EarlySteps | None:
-        """The early steps of a generation; None if it does not tell its number of steps.
+        """The early steps of a generation; None if there are none.
 
-        Leading dense steps take their place.
+        They need the number of steps. Leading dense steps take their place, and a tuned budget is
+        followed as it is, since its error was measured at its own densities.
 
         Args:
             announced: number of steps that a call of a pipeline says; None if it says none.
@@ -108,7 +109,9 @@ class LayerPlans:
         """
         steps = announced or self._steps
         is_dense_first = dense_steps or self._dense_steps or self._dense_above_timestep is not None
-        return EarlySteps(steps, self._early_factor) if steps and not is_dense_first else None
+        if self._tuned or not steps or is_dense_first:
+            return None
+        return EarlySteps(steps, self._early_factor)
 
     def plan(
         self,
@@ -127,13 +130,12 @@ class LayerPlans:
             compiled: the plan that the call was compiled with.
             model, path, identity, index: see `LayerReport`.
             timestep, step: timestep and index of the step.
-            early: see `early_steps`. Not for a tuned budget, whose error was measured at its own
-                densities, nor for a routing that has no density to spread.
+            early: see `early_steps`; not for a routing that has no density to spread.
         """
         if index < self._dense_layers:
             return at_density(compiled, 1.0)
         plan = self._of_layer(compiled, model, path, identity, timestep)
-        if early is None or self._tuned or plan.routing != "density":
+        if early is None or plan.routing != "density":
             return plan
         return at_density(plan, early.density(plan.density, step))
 

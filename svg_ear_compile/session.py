@@ -296,9 +296,9 @@ def bind(
             is called by a loop whose number of steps is not known: then all have one density.
         early_factor: density of the first eighth of these steps over that of later ones, in
             [1, 100]; the second eighth has the mean of both. The mean over all steps stays the
-            density of the plan. Early steps decide most
-            of the picture. Leading dense steps take their place, and a tuned budget is followed
-            as it is.
+            density of the plan. Early steps decide most of the picture. None exceeds 0.5, unless
+            the mean does. Leading dense steps take their place, and a tuned budget that is given
+            here is followed as it is. Steps past the last one have the later density.
         budget: a tuned budget, which gives density, clusters, compensation and schedule: a `Budget`
             or its file; for several models a list of one each. Or a dict from layer path
             or `fnmatch` pattern to density, in which a path takes precedence over patterns, and the

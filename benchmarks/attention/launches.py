@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.attention.inputs import inputs_of
 from svg_ear_compile.cost_model.timing import busy_ms
+from svg_ear_compile.kernels.gpu.captured_graphs import is_worth_while
 from svg_ear_compile.kernels.kinds import exact_at_ends
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.registry import captured_attention, sparse_attention
@@ -39,15 +40,15 @@ def device_kernels(call: Callable[[], object]) -> dict[str, tuple[int, float]]:
     }
 
 
-def host_us(call: Callable[[], object], settle: Callable[[], object]) -> float:
-    """Median microseconds that the host needs to issue a call; `settle` waits for the device."""
+def host_us(call: Callable[[], object]) -> float:
+    """Median microseconds that the host needs to issue a call to an idle device."""
     samples = []
     for _ in range(_REPEATS):
-        settle()
+        torch.cuda.synchronize()
         started = time.perf_counter()
         call()
         samples.append(1e6 * (time.perf_counter() - started))
-    settle()
+    torch.cuda.synchronize()
     return statistics.median(samples)
 
 
@@ -65,8 +66,9 @@ def lines_of(shape: str) -> Iterable[str]:
         "reused": lambda: sparse_attention(
             q, k, v, plan, kinds=kinds, centroids=warm, blocks=cold.blocks
         ),
-        "captured": lambda: captured(q, k, v, plan, kinds=kinds, centroids=warm),
     }
+    if is_worth_while(q):
+        calls["captured"] = lambda: captured(q, k, v, plan, kinds=kinds, centroids=warm)
     for name, call in calls.items():
         for _ in range(3):
             call()
@@ -74,8 +76,8 @@ def lines_of(shape: str) -> Iterable[str]:
         launches = sum(count for count, _ in found.values())
         busy = sum(us for _, us in found.values()) / 1e3
         yield (
-            f"{shape} {name}: {launches} launches, host {host_us(call, torch.cuda.synchronize):.0f}"
-            f" us, kernels {busy:.3f} ms, calls back to back "
+            f"{shape} {name}: {launches} launches, host {host_us(call):.0f} us, "
+            f"kernels {busy:.3f} ms, calls back to back "
             f"{statistics.median(busy_ms(call, 5)):.3f} ms"
         )
         if name == "recomputed":

@@ -26,7 +26,7 @@ from svg_ear_compile.kernels.gpu.kmeans import (
     regrouped,
 )
 from svg_ear_compile.kernels.gpu.launch import (
-    CLUSTERS_PER_COPY,
+    BLOCKS_PER_COPY,
     HOPPER,
     LaunchConfig,
     architecture,
@@ -196,10 +196,10 @@ def attend(
             *head_counts, q_clusters, k_clusters,
             BLOCK_K=block_k, num_warps=_row_warps(block_k),
         )  # fmt: skip
-        kv_indices_kernel[(q_clusters, ceil_div(k_clusters, CLUSTERS_PER_COPY), launched)](
+        kv_indices_kernel[(q_clusters, ceil_div(k_clusters, BLOCKS_PER_COPY), launched)](
             offset, first, rows, keys.order, kv_indices, *head_counts,
             k_tokens, q_clusters, k_clusters, pitch,
-            BLOCK_J=CLUSTERS_PER_COPY, BLOCK_N=32,
+            BLOCK_J=BLOCKS_PER_COPY, BLOCK_N=32,
         )  # fmt: skip
         arguments = (
             q, k, v, out, lse, tile_cluster, tile_place, queries.order, queries.starts,

@@ -1,7 +1,7 @@
 """Captured CUDA graphs of attention calls, for short videos.
 
-The host takes 1.3 to 2 ms to issue the 17 to 26 kernels of a call. Up to about 10,000 tokens of 24
-heads, the device needs less time than that. Calls with equal shapes and settings are of one kind.
+The host takes 1.3 to 2 ms to issue the 17 to 26 kernels of a warm call. Up to about 10,000 tokens
+of 24 heads, the device needs less time. Calls with equal shapes and settings are of one kind.
 The second call of a kind is captured after it has run; later calls replay the graph by one launch.
 Inputs are copied into tensors of the graph and results out of them, so nothing of a replay is
 needed after it. The graphs of one stream therefore share tensors and workspace, and a budget with

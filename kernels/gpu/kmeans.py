@@ -180,7 +180,7 @@ def cluster_mean_kernel(
     order_ptr,  # (G, N) int32
     start_ptr,  # (G, C + 3) int32
     kept_ptr,  # (G, C, D) any float dtype, means of empty clusters where HAS_KEPT
-    mean_ptr,  # (G, C, D) float32, out, and may be kept_ptr
+    mean_ptr,  # (G, C, D) float32, out
     rounded_ptr,  # (G, C, D) in the dtype of x
     along_ptr,  # (G, N) float32, out where WRITE_SPREAD, see `Spread`
     square_ptr,  # (G, N) float32, out where WRITE_SPREAD, see `Spread`

@@ -23,8 +23,8 @@ WGMMA_SUBTILE = 64
 OWN_TOKENS = 16
 """Tokens of one program of `own_token_kernel`, which holds six rows of each in registers."""
 
-CLUSTERS_PER_COPY = 64
-"""Key clusters whose tokens one program of `kv_indices_kernel` copies."""
+BLOCKS_PER_COPY = 64
+"""Exact blocks of a row whose tokens one program of `kv_indices_kernel` copies."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def power_of_2_from(least: int) -> int:
 
 
 def parts_of(tokens: int, programs: int, step: int) -> tuple[int, int]:
-    """Number of parts of a sum over `tokens`, and tokens of a part, a multiple of `step`.
+    """Number of parts of `tokens`, and tokens of a part, a multiple of `step`.
 
     Each part is computed by `programs` programs. There are enough parts for 512 programs, which
     keep a large device busy, but none of fewer than 1024 tokens, which are not worth a program.

@@ -25,7 +25,6 @@ def test_launches_of_a_call_are_bounded(with_text: bool) -> None:
     for start, most in MOST.items():
         with counted_launches() as launches:
             made = INTERPRETER(q, k, v, AttentionPlan(), kinds=kinds, **more)
-        print(f"{start}: {launches}")
         assert launches.total <= most[with_text], f"{start}: {launches}"
         more["centroids"] = (made.queries.centroids, made.keys.centroids)
         if start == "recomputed":

@@ -223,6 +223,34 @@ def turned(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
     return out
 
 
+def mask_turned(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    mask = valid[:1].clone()
+    out = sdpa(q, k, v, mask.expand(TOKENS, TOKENS))
+    mask.t_()
+    return out
+
+
+def masks_turned(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    mask = row(valid).clone()
+    out = sdpa(q, k, v, mask & mask.expand(-1, 1, TOKENS, -1))
+    mask.transpose_(2, 3)
+    return out
+
+
+def view_of_mask_turned(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    view = valid[:1].clone()[:, :]
+    out = sdpa(q, k, v, view.expand(TOKENS, TOKENS))
+    view.transpose_(0, 1)
+    return out
+
+
+def transposed_turned(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    keys = k.mT
+    weights = (q @ keys * 0.3).softmax(-1)
+    keys.transpose_(0, 1)
+    return weights @ v
+
+
 ANEW: Cases = {
     "output": (lambda q, k, v, m: sdpa(q, k, v).unsqueeze_(0), Reason.WRITTEN),
     "output, written by hand": (
@@ -230,6 +258,10 @@ ANEW: Cases = {
         Reason.WRITTEN,
     ),
     "operands": (turned, Reason.WRITTEN),
+    "a mask": (mask_turned, Reason.WRITTEN),
+    "a mask of two": (masks_turned, Reason.WRITTEN),
+    "a view of a mask": (view_of_mask_turned, Reason.WRITTEN),
+    "a transposed operand": (transposed_turned, Reason.WRITTEN),
 }
 KINDS = {
     "in another shape": ANEW,

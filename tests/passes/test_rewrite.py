@@ -16,6 +16,7 @@ from traced_graphs import ALL_BLOCKS, Rewriting, graphs_of, run_rewritten
 from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.sdpa import SDPA_TARGETS
+from svg_ear_compile.passes.site import Reason
 
 VIDEO = 160
 OP = torch.ops.svg_ear.attention.default
@@ -164,4 +165,20 @@ def test_numbers_from_outside_are_symbols_where_shapes_are_dynamic(
                 compiled(*given), wanted, atol=1e-5, rtol=1e-4, equal_nan=True
             )
     assert backend.reasons == []
+    assert backend.rewritten == backend.calls >= 1
     assert attend is _by_kernel or backend.calls == 1
+
+
+def test_a_scale_from_outside_leaves_half_precision() -> None:
+    """It multiplies the queries, and 60 * 2000 is infinite in float16 where the logits are not."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    backend = Rewriting(aot=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend=backend, fullgraph=True, dynamic=True)
+    q, k, v = (torch.randn(1, 2, 64, 32).half() for _ in range(3))
+    with torch.no_grad():
+        assert compiled(60 * q, 1e-3 * k, v, 2000.5).isfinite().all()
+    assert backend.reasons == [Reason.SCALE]

@@ -221,9 +221,12 @@ def test_a_row_that_a_fill_empties_is_uniform_while_the_fill_is_finite(
     padding = (~valid)[:, None, :, None].expand_as(found)
     for out in (found, expected):
         assert out[padding].isnan().all() if narrowed != "weights" else out.isfinite().all()
-    # A product in low precision may spread NaN into a neighbouring row on some processors.
-    known = ~(found.isnan() | expected.isnan())
-    assert known.sum() >= (~padding).sum() // 2
+    # A product in low precision spreads NaN into neighbouring rows on some processors, eager's too.
+    known = ~expected.isnan()
+    if narrowed != "weights":
+        blank = padding[..., 0]
+        beside = blank | blank.roll(1, -1) | blank.roll(-1, -1)
+        known &= ~(beside[..., None] & found.isnan())
     torch.testing.assert_close(found[known], expected[known], atol=0.05, rtol=0.05)
     assert backend.rewritten == 1 or narrowed != "weights"  # else a low-precision softmax
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from made_budgets import budget_for
 from session_models import TOKENS, Heard, densities, run, shared
 
+from benchmarks.fidelity.schedules import SHIPPED
 from svg_ear_compile import accelerate, bind
 from svg_ear_compile.cost_model.budget import Choice
-from svg_ear_compile.early_steps import EarlySteps
+from svg_ear_compile.early_steps import EARLY_FACTOR, EARLY_MOST, EarlySteps
 from svg_ear_compile.kernels import op
 
 
@@ -36,7 +37,7 @@ def test_the_mean_is_what_was_asked_for(steps: int, factor: float, mean: float) 
     assert all(0.0 <= density <= 1.0 for density in found)
     assert found == sorted(found, reverse=True)
     for density, wanted in zip(found, early.factors(), strict=True):
-        assert density == pytest.approx(min(1.0, wanted * found[-1]))
+        assert density == pytest.approx(min(max(mean, EARLY_MOST), wanted * found[-1]))
     assert early.density(mean, steps + 3) == found[-1]
 
 
@@ -54,16 +55,19 @@ def test_density_falls_in_two_halves() -> None:
 
 def test_a_bound_model_that_knows_its_steps_spends_more_in_the_first(calls: list[Any]) -> None:
     model, times = shared(1), range(800, 0, -100)
-    early = [0.3 * factor * 8 / 9.5 for factor in (2, 1.5, 1, 1, 1, 1, 1, 1)]
+    early = [0.5, 0.38, *[0.76 / 3] * 6]
     for given_, wanted in (
         ({"steps": 8}, early),
         ({}, [0.3] * 8),
         ({"steps": 8, "early_factor": 1.0}, [0.3] * 8),
-        ({"steps": 8, "early_factor": 3.0}, [0.3 * f * 8 / 11 for f in (3, 2, 1, 1, 1, 1, 1, 1)]),
+        ({"steps": 8, "early_factor": 3.0}, [0.5, 0.475, *[0.2375] * 6]),
         ({"steps": 8, "dense_steps": 1}, [1.0, *[0.3] * 7]),
         ({"steps": 8, "dense_above_timestep": 750.0}, [1.0, *[0.3] * 7]),
         ({"steps": 8, "dense_layers": 1}, [1.0] * 8),
-        ({"steps": 8, "budget": {"*": 0.45}}, [1.5 * density for density in early]),
+        (
+            {"steps": 8, "budget": {"*": 0.1}},
+            [0.1 * f * 8 / 9.5 for f in (2, 1.5, 1, 1, 1, 1, 1, 1)],
+        ),
     ):
         with bind(model, **given_):
             run(model, *times)
@@ -73,9 +77,25 @@ def test_a_bound_model_that_knows_its_steps_spends_more_in_the_first(calls: list
 def test_a_tuned_budget_is_followed_as_it_is(calls: list[Any]) -> None:
     model = shared(1)
     budget = budget_for(model, {"blocks.0.attn1": (Choice(0.4),)}, TOKENS)
-    with bind(model, steps=8, budget=budget):
+    with bind(model, steps=8, budget=budget) as session:
         run(model, 800, 700)
         assert densities(calls) == [0.4, 0.4]
+        assert session.generation("default").early_steps is None
+
+
+def test_two_experts_share_the_steps(calls: list[Any]) -> None:
+    early, late = shared(1), shared(1, seed=1)
+    wanted = [0.5, 0.38, *[0.76 / 3] * 6]
+    with bind(early, late, steps=8):
+        run(early, 800, 700, 600, 500)
+        run(late, 400, 300, 200, 100)
+    assert densities(calls) == pytest.approx(wanted)
+
+
+def test_the_default_is_one_of_the_schedules_that_were_compared() -> None:
+    for steps in (1, 4, 8, 24, 30, 50):
+        factors = EarlySteps(steps, EARLY_FACTOR).factors()
+        assert SHIPPED.densities(0.125, steps) == tuple(0.125 * factor for factor in factors)
 
 
 @pytest.mark.usefixtures("without_inductor")
@@ -92,8 +112,10 @@ def test_a_pipeline_says_its_number_of_steps(monkeypatch: pytest.MonkeyPatch) ->
     with accelerate(pipe, density=0.3, options=tiny.OPTIONS) as handle:
         tiny.generate(pipe, tiny.wan_call(num_inference_steps=8))
         assert "the first 2 at up to 2 times the density of the others" in str(handle.report())
+        # A forward that no call of the pipeline makes has no number of steps.
+        assert handle.session.generation("default").early_steps is None
     assert statistics.fmean(taken) == pytest.approx(0.3)
-    assert max(taken) == pytest.approx(2 * min(taken))
+    assert max(taken) == 0.5
 
 
 @pytest.mark.parametrize(
