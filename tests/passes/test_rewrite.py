@@ -148,6 +148,10 @@ def _by_hand(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = NOTHING) -> Ten
     return F.dropout((scores / SHARPNESS * q.shape[2] ** -0.5).softmax(-1), dropout_p) @ v
 
 
+def _sharpened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * SHARPNESS).softmax(-1) @ v
+
+
 @pytest.mark.parametrize("attend", [_by_kernel, _by_hand])
 def test_numbers_from_outside_are_symbols_where_shapes_are_dynamic(
     attend: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
@@ -169,16 +173,14 @@ def test_numbers_from_outside_are_symbols_where_shapes_are_dynamic(
     assert attend is _by_kernel or backend.calls == 1
 
 
-def test_a_scale_from_outside_leaves_half_precision() -> None:
+def test_a_scale_from_outside_leaves_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """It multiplies the queries, and 60 * 2000 is infinite in float16 where the logits are not."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-
     backend = Rewriting(aot=False)
     torch._dynamo.reset()
-    compiled = torch.compile(attend, backend=backend, fullgraph=True, dynamic=True)
+    compiled = torch.compile(_sharpened, backend=backend, fullgraph=True, dynamic=True)
     q, k, v = (torch.randn(1, 2, 64, 32).half() for _ in range(3))
-    with torch.no_grad():
-        assert compiled(60 * q, 1e-3 * k, v, 2000.5).isfinite().all()
-    assert backend.reasons == [Reason.SCALE]
+    for sharpness in (0.3, 2000.5):
+        monkeypatch.setattr(f"{__name__}.SHARPNESS", sharpness)
+        with torch.no_grad():
+            assert compiled(60 * q, 1e-3 * k, v).isfinite().all()
+    assert backend.reasons[-1:] == [Reason.SCALE]
