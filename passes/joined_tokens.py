@@ -13,7 +13,15 @@ from svg_ear_compile.passes.rearranged_tokens import indices, unexpanded
 from svg_ear_compile.passes.symbolic import hints_of, shape_of
 from svg_ear_compile.passes.token_states import LOST, Lost, Mixed, State, state_of, weight
 from svg_ear_compile.passes.unrotated import put_back_bare, rotated_from_a_place
-from svg_ear_compile.passes.vectors import FILLED, LEARNED, Bounds, Placed, Stream, joined
+from svg_ear_compile.passes.vectors import (
+    FILLED,
+    LEARNED,
+    Bounds,
+    Placed,
+    Stream,
+    joined,
+    leaves,
+)
 
 if TYPE_CHECKING:
     from svg_ear_compile.passes.streams import Streams
@@ -76,10 +84,20 @@ def placed(streams: Streams, node: Node, args: Arguments) -> State:
     index, values = args.take("index"), args.take("source", "src")
     if isinstance(index, Node) and operation(index) in ("expand", "expand_as"):
         index = unexpanded(index)
+    held = streams.one(base)
+    if operation(node).rstrip("_").endswith("_add") and not _has_filling(held):
+        return held  # what is added to tokens, such as their timestep, makes no others of them
     state = _write(streams, base, dim, index, values)
     if operation(node).endswith("_") and isinstance(base, Node):
         streams.of[base] = state
     return state
+
+
+def _has_filling(state: State) -> bool:
+    """True if some places of a tensor hold no tokens yet."""
+    if isinstance(state, Mixed):
+        return any(part.stream == FILLED for part in leaves(state.vector))
+    return state is None or state == FILLED
 
 
 def setitem(streams: Streams, node: Node, args: Arguments) -> None:

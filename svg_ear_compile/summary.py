@@ -34,7 +34,6 @@ NEVER_SPARSE = frozenset(
         Reason.LENGTHS,
         Reason.VALUES,
         Reason.PART_OF_CLIP,
-        Reason.FLEX,
         Reason.SHORT,
         Reason.BUDGET,
     }

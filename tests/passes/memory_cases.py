@@ -134,7 +134,7 @@ SCORES: Cases = {
     "foreach": (statement(lambda s: torch._foreach_mul_([s], 0.5)), Reason.PATTERN),
     "custom operator": (statement(halve), Reason.PATTERN),
     "set": (statement(lambda s: s.data.fill_(0.25)), Reason.PATTERN),
-    "transposed in place": (statement(lambda s: s.transpose_(2, 3)), Reason.PATTERN),
+    "transposed in place": (statement(lambda s: s.transpose_(2, 3)), Reason.WRITTEN),
     "into the mask": (into_mask, Reason.PATTERN),
     "whole": (statement(lambda s: s.mul_(0.5)), 1),
 }  # fmt: skip
