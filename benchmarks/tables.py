@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.attention import cache, heads
+from benchmarks.attention import cache, heads, launches
 from benchmarks.attention.summary import cold_ms, dense_ms, reused_speedup, rows_of, summary_table
 from benchmarks.context_parallel import report, ring_error
 from benchmarks.end_to_end.report import forward_seconds, forward_table, generation_table
@@ -41,6 +41,7 @@ END_TO_END = RESULTS / "nvidia-h200" / "end_to_end"
 FIDELITY = RESULTS / "nvidia-h200" / "fidelity"
 HEADS = RESULTS / "nvidia-h200" / "heads.json"
 CACHE = RESULTS / "nvidia-h200" / "cache.json"
+LAUNCHES = RESULTS / "nvidia-h200" / "launches.txt"
 COMPILE_TIME = RESULTS / "cpu" / "compile_time" / "compile_time.json"
 ZOO = ROOT / "tests" / "zoo" / "sites.json"
 
@@ -305,12 +306,6 @@ def _pair(times: tuple[float, float] | None, unit: str, digits: int) -> str:
     return f"{dense:.{digits}f} → {sparse:.{digits}f} {unit} (**{dense / sparse:.1f}x**)"
 
 
-def _measured(path: Path, table: Callable[[Record], str]) -> str:
-    if not path.exists():
-        return f"Not measured yet: `python -m benchmarks.attention.{path.stem} --out DIR`."
-    return table(json.loads(path.read_text()))
-
-
 def tables() -> dict[str, Table]:
     """Every generated table by the name of its markers."""
     attention, compile_time, zoo = (
@@ -334,8 +329,9 @@ def tables() -> dict[str, Table]:
         "pictures": lambda folder: pictures_table(FIDELITY / "guidance-5"),
         "densities": lambda folder: densities_table(FIDELITY),
         "schedules": lambda folder: schedules.section(FIDELITY / "schedules"),
-        "heads": lambda folder: _measured(HEADS, heads.table),
-        "cache": lambda folder: _measured(CACHE, cache.table),
+        "heads": lambda folder: heads.table(json.loads(HEADS.read_text())),
+        "cache": lambda folder: cache.table(json.loads(CACHE.read_text())),
+        "launches": lambda folder: launches.table(LAUNCHES.read_text()),
         "stacking": lambda folder: stacking.section(RESULTS / "nvidia-h200" / "stacking"),
         "fidelity": lambda folder: fidelity_section(FIDELITY, folder),
         "context-parallel": lambda folder: report.section(RESULTS / "nvidia-h200", folder),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 
 from svg_ear_compile.passes.symbolic import Size, expression
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeGuard
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
 from torch.fx import Node
 from torch.fx.experimental.sym_node import SymNode

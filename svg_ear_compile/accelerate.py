@@ -21,6 +21,7 @@ from svg_ear_compile.accelerated_report import AccelerationReport, ModelReport
 from svg_ear_compile.cost_model.budget import Budget
 from svg_ear_compile.early_steps import EARLY_FACTOR
 from svg_ear_compile.generation import Generation
+from svg_ear_compile.generation_state import Announced
 from svg_ear_compile.guidance import Layout
 from svg_ear_compile.in_place import CompiledInPlace, has_repeated_blocks, is_compiled
 from svg_ear_compile.offloading import moves_each_layer
@@ -107,21 +108,13 @@ class Accelerated:
         self._warn_of_changes()
         dense_steps = self._dense_steps_of(call)
         with self._generation() as generation:
-            generation.start(
-                steps=call.steps, dense_steps=dense_steps, videos=call.prompts, rises=self._rises
-            )
-            graphs, started = _graphs_compiled(), time.perf_counter()
-            try:
+            said = Announced(call.steps, dense_steps, call.prompts, self._rises)
+            with generation.call(said):
+                graphs, started = _graphs_compiled(), time.perf_counter()
                 yield
                 # The report waits for the device, so that the seconds are those of the whole call.
                 report = self._report(generation)
                 seconds = time.perf_counter() - started
-            except BaseException:
-                generation.drop()
-                generation.end_call()
-                raise
-            generation.reset()
-            generation.end_call()
             with self._lock:
                 self._calls += 1
                 compiled = _graphs_compiled() > graphs

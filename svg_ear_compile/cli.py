@@ -66,7 +66,7 @@ def _sentence(error: Exception) -> str:
     """One printable line for an error."""
     try:
         said = str(error)
-    except Exception as fault:
+    except Exception as fault:  # of a foreign class: whatever its message raises is said
         said = f"its message cannot be written: {type(fault).__name__}"
     text = next((line for line in said.splitlines() if line.strip()), "")
     if text and isinstance(error, (ValueError, TypeError, OSError, ImportError)):

@@ -6,7 +6,7 @@ A generation is the source of all attention calls made during a forward of its m
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import torch
 from svg_ear_compile.chunks import LastChunk, Place
 from svg_ear_compile.clock import Clock, RestartWatch, is_noisier
 from svg_ear_compile.early_steps import EarlySteps
-from svg_ear_compile.generation_state import Forward, Layer, State
+from svg_ear_compile.generation_state import Announced, Forward, Layer, State
 from svg_ear_compile.guidance import MAX_BRANCHES, Branches, Guidance, Latents
 from svg_ear_compile.kernels.call import AttentionCall, CallRequest, calls_from
 from svg_ear_compile.kernels.clusters import Result
@@ -65,15 +65,15 @@ class Generation:
         self._captured: CapturedGraphs | None = None
         self._running = threading.RLock()
         self._forward: Forward | None = None
-        self._is_call = False  # of a pipeline, inside which no other video starts
-        self._steps: int | None = None  # of a call that has said so
-        self._dense_steps: int | None = None  # of such a call
-        self._videos = 1
-        self._rises: Callable[[], bool] = lambda: False
+        self._call: Announced | None = None  # of a pipeline, inside which no other video starts
         self._state = self._fresh()
 
     def _fresh(self) -> State:
-        return State(Clock(), Branches(self._guidance, self._videos))
+        return State(Clock(), Branches(self._guidance, self._announced.videos))
+
+    @property
+    def _announced(self) -> Announced:
+        return self._call or Announced()
 
     def __enter__(self) -> Generation:
         entered = _ENTERED.get()
@@ -114,45 +114,30 @@ class Generation:
 
     @property
     def early_steps(self) -> EarlySteps | None:
-        """The early steps of this generation, None if its number of steps is not known."""
-        return self._plans.early_steps(self._steps, self._dense_steps)
+        """The early steps of this generation, None if it has none."""
+        return self._plans.early_steps(self._announced.steps, self._announced.dense_steps)
 
-    def start(
-        self,
-        *,
-        steps: int | None,
-        dense_steps: int | None,
-        videos: int,
-        rises: Callable[[], bool],
-    ) -> None:
-        """Start anew for a call of a pipeline that says what it will do.
+    @contextmanager
+    def call(self, said: Announced) -> Iterator[None]:
+        """One call of a pipeline: it starts anew, and nothing of it is left when it ends.
 
         The layers are read again: adapters may have been added since the last call.
-
-        Args:
-            steps: number of its denoising steps, None if the call does not tell.
-            dense_steps: leading dense steps, if more than the session has; None without `steps`.
-            videos: least number of different videos in a batch. They may start from equal latents,
-                and are no guidance branches of each other.
-            rises: says at the first forward whether the timesteps rise from noise to video, if the
-                session does not.
         """
-        self._is_call = True
-        self._steps, self._dense_steps = steps, dense_steps
-        self._videos = videos
-        self._rises = rises
         for model in self._models:
             model.read_layers()
         self.reset()
-
-    def end_call(self) -> None:
-        """Forget what the call of a pipeline said; forwards after it are nobody's call."""
-        self._is_call, self._steps, self._dense_steps, self._videos = False, None, None, 1
-        self._rises = lambda: False
+        outer, self._call = self._call, said
+        self.drop()
+        try:
+            yield
+            self.reset()
+        finally:
+            self._call = outer
+            self.drop()
 
     def reset(self) -> None:
         """Drop all clusters and the clock: the next forward starts a new generation."""
-        self._plans.ended(self._state.clock.step + 1, self.dense_steps, self._dense_steps)
+        self._plans.ended(self._state.clock.step + 1, self.dense_steps, self._announced.dense_steps)
         self.drop()
 
     def _start_again(self, same_thread: bool) -> None:
@@ -165,7 +150,7 @@ class Generation:
             if memory.identities is not None
         }
         self.reset()
-        is_declared = self._plans.chunked or self._is_call
+        is_declared = self._plans.chunked or self._call is not None
         if is_declared:
             self._state.chunk = last.chunk + 1
         if memories and same_thread:
@@ -260,7 +245,7 @@ class Generation:
     def _ascending(self) -> bool:
         """Whether timesteps rise from noise to video."""
         if self._state.ascending is None:
-            self._state.ascending = self._plans.ascending or self._rises()
+            self._state.ascending = self._plans.ascending or self._announced.rises()
         return self._state.ascending
 
     def _begin(self, model: int, timestep: float, latents: Latents) -> Forward:
@@ -284,7 +269,7 @@ class Generation:
         if timestep != state.clock.timestep:
             state.branches.next_step()
         index = state.clock.tick(model, timestep)
-        dense = state.clock.step < (self._dense_steps or 0) or self._plans.is_dense_step(
+        dense = state.clock.step < (self._announced.dense_steps or 0) or self._plans.is_dense_step(
             model, state.clock.step, timestep, ascending
         )
         if dense:
@@ -294,7 +279,8 @@ class Generation:
             in_batch = state.branches.in_batch(model, latents)
             reference = state.branches.reference_of(model, index, latents)
         return Forward(
-            model, index, timestep, dense, reference, in_batch, latents.batch, thread
+            model, index, timestep, dense, reference, in_batch, latents.batch, thread,
+            self.early_steps,
         )  # fmt: skip
 
     def calls(self, request: CallRequest) -> Iterator[AttentionCall]:
@@ -322,7 +308,7 @@ class Generation:
         else:
             plan = self._plans.plan(
                 request.plan, forward.model, path, identity, layer.index, forward.timestep,
-                self._state.clock.step, self.early_steps,
+                self._state.clock.step, forward.early,
             )  # fmt: skip
         keys = [(request.site, forward.index, place) for place in range(places)]
         layer.branches.update((min(forward.index, MAX_BRANCHES), place) for place in range(places))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from svg_ear_compile.chunks import LastChunk
 from svg_ear_compile.clock import Clock
+from svg_ear_compile.early_steps import EarlySteps
 from svg_ear_compile.guidance import Branches
 from svg_ear_compile.layers import Identity
 from svg_ear_compile.memory import Memory
@@ -60,6 +62,25 @@ class State:
     last_chunk: LastChunk | None = None
 
 
+@dataclass(frozen=True)
+class Announced:
+    """What a call of a pipeline says before it runs; by default what is known without one.
+
+    Attributes:
+        steps: number of its denoising steps, None if the call does not tell.
+        dense_steps: leading dense steps, if more than the session has; None without `steps`.
+        videos: least number of different videos in a batch. They may start from equal latents, and
+            are no guidance branches of each other.
+        rises: says at the first forward whether the timesteps rise from noise to video, if the
+            session does not.
+    """
+
+    steps: int | None = None
+    dense_steps: int | None = None
+    videos: int = 1
+    rises: Callable[[], bool] = lambda: False
+
+
 @dataclass
 class Forward:
     """The forward that is running.
@@ -73,6 +94,7 @@ class Forward:
         in_batch: guidance branches along its batch.
         batch: batch size of its latents.
         thread: identifier of the thread that runs it.
+        early: early steps of its generation, None if it has none.
         calls: number of calls so far, by site.
         order: layer path to position in the order of execution.
         named: exact tokens that a function named in it, None for those that the graph shows.
@@ -86,6 +108,7 @@ class Forward:
     in_batch: int
     batch: int
     thread: int
+    early: EarlySteps | None
     calls: Counter[str] = field(default_factory=Counter)
     order: dict[str, int] = field(default_factory=dict)
     named: NamedTokens | None = None

@@ -9,6 +9,7 @@ kernel of the recomputed call with its number of launches and its microseconds. 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from benchmarks.attention.inputs import inputs_of
+from benchmarks.provenance import provenance, where
 from svg_ear_compile.cost_model.timing import busy_ms
 from svg_ear_compile.kernels.gpu.captured_graphs import is_worth_while
 from svg_ear_compile.kernels.kinds import exact_at_ends
@@ -24,6 +26,11 @@ from svg_ear_compile.kernels.registry import captured_attention, sparse_attentio
 
 DEFAULT_SHAPES = "sweep-8k,sweep-16k,wan1.3b-480p,wan14b-720p"
 _REPEATS = 30
+_SHOWN = ("cold", "recomputed", "reused")
+_PRINTED = re.compile(
+    r"(?P<shape>\S+) (?P<call>\w+): (?P<launches>\d+) launches, host (?P<host>\d+) us, "
+    r"kernels (?P<kernels>[\d.]+) ms, calls back to back (?P<calls>[\d.]+) ms"
+)
 
 
 def device_kernels(call: Callable[[], object]) -> dict[str, tuple[int, float]]:
@@ -87,6 +94,22 @@ def lines_of(shape: str) -> Iterable[str]:
             )
 
 
+def table(printed: str) -> str:
+    """What `main` printed, without single kernels, as Markdown; its first line says where."""
+    said, *lines = printed.splitlines()
+    rows = [
+        "| shape | call | launches | host, ms | kernels, ms | calls back to back, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        found = _PRINTED.match(line)
+        if found is not None and found["call"] in _SHOWN:
+            host = float(found["host"]) / 1e3
+            cells = [*found.group("shape", "call", "launches"), f"{host:.1f}"]
+            rows.append(f"| {' | '.join([*cells, *found.group('kernels', 'calls')])} |")
+    return "\n".join([f"{said.partition(', commit')[0]}; default plan, density 0.2.", "", *rows])
+
+
 def main() -> None:
     """Parse the command line and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -94,6 +117,8 @@ def main() -> None:
     given = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("launches are counted on a GPU; on a CPU tests/kernels/test_launches.py does")
+    made = provenance()
+    print(f"{where([made])}, commit {made['commit']}: python -m benchmarks.attention.launches")
     for shape in given.shapes.split(","):
         for line in lines_of(shape):
             print(line, flush=True)

@@ -2,8 +2,8 @@
 
 The error of sparse attention over its density, on the synthetic generator's tensors and on those
 captured from a video model, at the same size: speed bought on easy inputs would show here. With it
-what makes attention easy: the rank of the keys, how many keys a query looks at, and how far keys
-move from one denoising step to the next. Writes everything as JSON, and a plot of the curves.
+what makes attention easy: in how many directions keys differ, how many keys a query looks at, and
+how far keys move from one denoising step to the next. Writes all as JSON, and a plot of the curves.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def curve(q: Tensor, k: Tensor, v: Tensor, form: Compensation, text: int = 0) ->
     ]
 
 
-def rank(x: Tensor) -> float:
+def participation_ratio(x: Tensor) -> float:
     """Directions that tokens (..., N, D) differ in: ``(tr C)^2 / tr C^2``, at most D."""
     x = x.double()
     x = x - x.mean(-2, keepdim=True)
@@ -52,7 +52,7 @@ def rank(x: Tensor) -> float:
     return float((total.square() / covariance.square().sum((-2, -1))).mean())
 
 
-def keys_seen(q: Tensor, k: Tensor) -> float:
+def perplexity(q: Tensor, k: Tensor) -> float:
     """Keys that a query looks at: e to the mean entropy of its attention, at most N."""
     places = torch.linspace(0, q.shape[-2] - 1, min(_SAMPLED, q.shape[-2])).round().long()
     logits = q[..., places.to(q.device), :].float() @ k.float().mT * q.shape[-1] ** -0.5
@@ -85,7 +85,11 @@ def rows_of(
     rows = []
     for kind, which, tensors, drift in inputs:
         q, k, v = (t.to(dtype) for t in tensors)
-        traits = {"rank": rank(k), "keys_seen": keys_seen(q, k), "drift": drift}
+        traits = {
+            "participation_ratio": participation_ratio(k),
+            "perplexity": perplexity(q, k),
+            "drift": drift,
+        }
         for form in FORMS:
             errors = curve(q, k, v, form, text if kind == "captured" else 0)
             rows.append({"inputs": kind, "name": which, "form": form, **traits, "errors": errors})
@@ -128,7 +132,8 @@ def main() -> None:
         drift = "-" if row["drift"] is None else f"{row['drift']:.3f}"
         print(f"{row['inputs']:9s} {row['name']:16s} {row['form']:11s}",
               " ".join(f"{e:.3f}" for e in row["errors"]),
-              f"rank {row['rank']:.1f}, keys {row['keys_seen']:.0f}, drift {drift}")  # fmt: skip
+              f"directions {row['participation_ratio']:.1f}, keys {row['perplexity']:.0f},",
+              f"drift {drift}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -175,6 +175,26 @@ def measure(subject: Subject, schedule: Schedule, level: float) -> dict[str, Any
     }  # fmt: skip
 
 
+Points = list[tuple[float, float]]
+"""Milliseconds of a call in the mean over the steps, and PSNR in dB."""
+
+
+def _curves(record: Mapping[str, Any], call: CallTimes) -> tuple[dict[str, Points], Points]:
+    """The curve of each schedule by name, and the points of the usual recipe at 0.1 and 0.2."""
+    points: dict[str, Points] = {}
+    marks = {}
+    for row in record["rows"]:
+        name, level = row["schedule"]["name"], row["level"]
+        point = (call.of(row["densities"], row["reused"]), statistics.fmean(row["psnr"]))
+        points.setdefault(name, []).append(point)
+        if name == USUAL.name:
+            marks[level] = point
+    return (
+        {name: rising(of_name) for name, of_name in points.items()},
+        [marks[level] for level in (0.1, 0.2) if level in marks],
+    )
+
+
 def compared(record: Mapping[str, Any], times: Mapping[str, CallTimes]) -> str:
     """PSNR of every schedule at the times of the usual recipe, and time at its picture.
 
@@ -182,26 +202,14 @@ def compared(record: Mapping[str, Any], times: Mapping[str, CallTimes]) -> str:
         record: of a run.
         times: by shape.
     """
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    for row in record["rows"]:
-        by_name.setdefault(row["schedule"]["name"], []).append(row)
     lines = []
     for shape, call in times.items():
-        curves = {
-            name: rising([(_ms(r, call), statistics.fmean(r["psnr"])) for r in rows])
-            for name, rows in by_name.items()
-        }
-        marks = [
-            _ms(row, call)
-            for level in (0.1, 0.2)
-            for row in by_name.get(USUAL.name, [])
-            if row["level"] == level
-        ]
-        heads = "".join(f" | dB at {ms:.1f} ms a call" for ms in marks)
+        curves, marks = _curves(record, call)
+        heads = "".join(f" | dB at {ms:.1f} ms a call" for ms, _ in marks)
         lines += [f"{shape}, dense {call.dense:.1f} ms a call", "", f"| schedule{heads} |"]
         lines.append("|---" * (1 + len(marks)) + "|")
         for name, curve in curves.items():
-            values = [value_at(curve, ms) for ms in marks]
+            values = [value_at(curve, ms) for ms, _ in marks]
             cells = ["" if value is None else f"{value:.1f}" for value in values]
             lines.append(f"| {' | '.join([name, *cells])} |")
         lines.append("")
@@ -209,50 +217,33 @@ def compared(record: Mapping[str, Any], times: Mapping[str, CallTimes]) -> str:
 
 
 def section(records: Path, shape: str = WAN) -> str:
-    """For a page: PSNR over the usual recipe in its time, of every schedule and study.
+    """For a page: PSNR over the usual recipe in its time, of the shown schedules in every study.
 
     Args:
         records: folder of the studies.
         shape: whose recorded times count.
     """
     studies = [json.loads(path.read_text()) for path in sorted(records.glob("*.json"))]
-    if not studies:
-        return "Not measured yet: `python -m benchmarks.fidelity.schedules --out DIR`."
     call = recorded_times()[shape]
-    names = [s.name for s in SCHEDULES if s.name in SHOWN]
-    shown = [f"{name} (default)" if name == SHIPPED.name else name for name in names]
+    shown = [f"{name} (default)" if name == SHIPPED.name else name for name in SHOWN]
     lines = [
         f"Clips: {where(studies)}. Times of a generation's attention: the operator's at {shape}.",
         "",
         f"| model, steps, guidance | {USUAL.name}, then 0.1 / 0.2 | {' | '.join(shown)} |",
-        "|---" * (2 + len(names)) + "|",
+        "|---" * (2 + len(SHOWN)) + "|",
     ]
     for study in studies:
-        by_name: dict[str, list[dict[str, Any]]] = {}
-        for row in study["rows"]:
-            by_name.setdefault(row["schedule"]["name"], []).append(row)
-        usual = [r for r in by_name[USUAL.name] if r["level"] in (0.1, 0.2)]
-        marks = [(_ms(row, call), statistics.fmean(row["psnr"])) for row in usual]
+        curves, marks = _curves(study, call)
         settings = study["settings"]
         cells = [
             f"{settings['model']}, {settings['steps']}, {settings['guidance']:g}",
             " / ".join(f"{psnr:.1f} dB" for _, psnr in marks),
         ]
-        for name in names:
-            curve = rising(
-                [(_ms(r, call), statistics.fmean(r["psnr"])) for r in by_name.get(name, [])]
-            )
-            gains = [
-                None if (value := value_at(curve, ms)) is None else value - psnr
-                for ms, psnr in marks
-            ]
-            cells.append(" / ".join("–" if gain is None else f"{gain:+.1f}" for gain in gains))
+        for name in SHOWN:
+            values = [(value_at(curves.get(name, []), ms), psnr) for ms, psnr in marks]
+            cells.append(" / ".join("–" if v is None else f"{v - psnr:+.1f}" for v, psnr in values))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _ms(row: Mapping[str, Any], call: CallTimes) -> float:
-    return call.of(row["densities"], row["reused"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,7 +20,7 @@ def section(records: Path) -> str:
             f"density {record['density']:g}; {where([record])}.",
             table(record),
         ]
-    return "\n\n".join(parts or ["Not measured yet: `python -m benchmarks.stacking --out DIR`."])
+    return "\n\n".join(parts)
 
 
 def table(record: dict[str, Any]) -> str:

@@ -58,6 +58,7 @@ class TrainingState:
         """Take over what :meth:`save` wrote for a model of the same sizes."""
         with safe_open(path, "pt") as stored:
             known = json.loads(stored.metadata()["known"])
+            # What safe_open returns has keys and cannot be iterated over.
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         self.step, self.progress, self.losses = (
             known[name] for name in ("step", "progress", "losses")

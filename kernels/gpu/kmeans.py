@@ -289,9 +289,9 @@ def kmeans(
     means = centroids.flatten(0, 1).contiguous()
     labels = torch.empty(groups, tokens, dtype=torch.int32, device=x.device)
     kind_strides = (0, 0, 0) if kinds is None else token_strides(kinds)
+    counts = uncounted(groups, tokens, clusters, x.device)  # `aim_kernel` clears it
     tiles = config.assign
     for iteration in range(iterations):
-        counts = uncounted(groups, tokens, clusters, x.device)
         aims, half_norm = aims_of(means, x.dtype, metric, counts, config)
         kmeans_assign_kernel[(ceil_div(tokens, tiles.rows), groups)](
             x, aims, half_norm, x if kinds is None else kinds, labels, counts.table,

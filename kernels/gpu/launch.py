@@ -93,7 +93,7 @@ def launch_config(head_dim: int, element_size: int, architecture: str) -> Launch
     registers up to head dim 128.
     """
     hopper = architecture in (HOPPER, "")
-    block_dim = max(16, 1 << (head_dim - 1).bit_length())
+    block_dim = max(16, power_of_2_from(head_dim))
     padded = head_dim < block_dim  # the masks of padded columns take registers
     if element_size == 4:
         # tf32 is not exact enough for float32, so float32 products run on the CUDA cores.
@@ -156,9 +156,9 @@ def parts_of(tokens: int, programs: int, step: int) -> tuple[int, int]:
     Each part is computed by `programs` programs. There are enough parts for 512 programs, which
     keep a large device busy, but none of fewer than 1024 tokens, which are not worth a program.
     """
-    parts = min(-(-512 // programs), -(-tokens // 1024))
-    chunk = -(-tokens // (parts * step)) * step
-    return -(-tokens // chunk), chunk
+    parts = min(ceil_div(512, programs), ceil_div(tokens, 1024))
+    chunk = ceil_div(tokens, parts * step) * step
+    return ceil_div(tokens, chunk), chunk
 
 
 def all_launch_configs() -> list[tuple[int, int, str, LaunchConfig]]:

@@ -85,10 +85,10 @@ def test_captured_inputs_are_the_video_dits(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_traits_that_make_attention_easy() -> None:
     noise = torch.randn(2, 4000, 8, generator=torch.Generator().manual_seed(0))
-    assert likeness.rank(noise) == pytest.approx(8, rel=0.02)
-    assert likeness.rank(noise * torch.eye(8)[0] + 5) == pytest.approx(1)
-    assert likeness.keys_seen(torch.zeros(1, 3, 8), noise[:1]) == pytest.approx(4000, rel=1e-3)
-    assert likeness.keys_seen(100 * noise, 100 * noise) == pytest.approx(1, abs=0.1)
+    assert likeness.participation_ratio(noise) == pytest.approx(8, rel=0.02)
+    assert likeness.participation_ratio(noise * torch.eye(8)[0] + 5) == pytest.approx(1)
+    assert likeness.perplexity(torch.zeros(1, 3, 8), noise[:1]) == pytest.approx(4000, rel=1e-3)
+    assert likeness.perplexity(100 * noise, 100 * noise) == pytest.approx(1, abs=0.1)
 
 
 def test_likeness_of_a_model_with_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,4 +127,4 @@ def test_plots_are_made_of_the_record(tmp_path: Path) -> None:
 def test_synthetic_queries_look_at_many_keys() -> None:
     """Own tokens are exact: of queries that look at these alone nothing else would be tested."""
     q, k, _ = video_like(1, 2, 1024, 128, device="cpu", dtype=torch.float32)
-    assert likeness.keys_seen(q, k) > 20
+    assert likeness.perplexity(q, k) > 20

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import INTERPRETED
+from attention_cases import needs_interpreter
 
 from svg_ear_compile.kernels.kinds import CLUSTERED, EXACT, PADDING
 
 DEVICES = (
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")),
+    pytest.param("cpu", marks=needs_interpreter),
     pytest.param("cuda", marks=pytest.mark.gpu),
 )
 

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from svg_ear_compile import bind, policy
 from svg_ear_compile.generation import Generation
+from svg_ear_compile.generation_state import Announced
 
 CHUNKS = 5
 OPTIONS = {"density": 0.3, "min_tokens": 1}
@@ -75,11 +76,8 @@ def test_a_cache_that_does_not_grow_starts_generations_unless_chunks_are_declare
     with bind(sparse) as session:
         run(sparse, style)
         assert session.chunk == 0
-    with bind(sparse) as session:
-        # As a pipeline's call does: no other video starts inside of it.
-        session.generation("default").start(
-            steps=None, dense_steps=None, videos=1, rises=lambda: False
-        )
+    # As a pipeline's call does: no other video starts inside of it.
+    with bind(sparse) as session, session.generation("default").call(Announced()):
         run(sparse, style)
         assert session.chunk == CHUNKS - 1
 
