@@ -100,12 +100,17 @@ def test_every_setting_sees_the_same_prompts_and_seeds_after_one_that_does_not_c
 
 
 def test_no_generation_sees_what_another_one_remembered(tmp_path, monkeypatch):
-    starts = []
-    monkeypatch.setattr(Generation, "start", lambda generation, **given: starts.append(given))
+    calls, call = [], Generation.call
+
+    def counted(generation, said):
+        calls.append(said)
+        return call(generation, said)
+
+    monkeypatch.setattr(Generation, "call", counted)
     pipeline = Plain()
     compared(pipeline, tmp_path)
     # Dense ones remember nothing.
-    assert len(starts) == len(pipeline.calls) - 5
+    assert len(calls) == len(pipeline.calls) - 5
 
 
 def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path):
