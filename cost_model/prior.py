@@ -47,7 +47,7 @@ AMD_UNCERTAINTY = 1.0
 """For AMD, where not even dense attention was measured."""
 
 # A GPU of which nothing is known. The numbers serve only a user who decides against them, by
-# ``min_tokens`` or ``target_speedup``: nothing goes sparse because of them.
+# ``min_tokens``: nothing goes sparse because of them.
 _UNKNOWN = (
     Roofs({"bfloat16": 250.0, "float16": 250.0, "float32": 15.0}, 1500.0, 0.006),
     2.0,

@@ -183,7 +183,7 @@ def _by_density(site: SiteFacts, settings: Settings) -> Decision:
     if plan.is_dense:
         return Decision(plan, 0, None, "dense, as asked for", None)
     if calibration.uncertainty is None and settings.min_tokens is None:
-        return Decision(None, None, "short", f"The device's times are {calibration.basis}.", None)
+        return _unmeasured(calibration)
     expected = expect(site, plan, calibration)
     least = at_any_ratio = settings.min_tokens
     ratio = 0.0
@@ -252,10 +252,15 @@ def _choice(layer: str, budget: Budget) -> tuple[Choice, str]:
 def _by_speedup(
     sites: Sequence[SiteFacts], flops: float, moved: float, target: float, settings: Settings
 ) -> list[Decision]:
-    """Decisions for a speed-up of the graph: a knapsack over dense and `DENSITIES` of each call."""
+    """Decisions for a speed-up of the graph: a knapsack over dense and `DENSITIES` of each call.
+
+    What is uncertain about the device counts against sparse calls, as it does with a density.
+    """
     calibration = calibration_of(sites[0].device) if sites else None
     if calibration is None:
         return [_NO_KERNELS for _ in sites]
+    if calibration.uncertainty is None and settings.min_tokens is None:
+        return [_unmeasured(calibration) for _ in sites]
     menus = [_menu(site, calibration, settings) for site in sites]
     dense = [dense_ms(site.shape, calibration) for site in sites]
     other = non_attention_ms(flops, moved, sites[0].shape.dtype, calibration)
@@ -271,8 +276,9 @@ def _by_speedup(
         log.warning("%s (%s)", unreachable, calibration.basis)
     picked = [menu[i] for menu, i in zip(menus, chosen, strict=True)]
     attention = sum(ms for _, ms, _ in picked)
+    at_least = "at least " if calibration.uncertainty else ""
     summary = unreachable or (
-        f"whole graph {(sum(dense) + other) / (attention + other):.2f}x, "
+        f"whole graph {at_least}{(sum(dense) + other) / (attention + other):.2f}x, "
         f"error {together(error for _, _, error in picked):.2g}"
     )
     return [
@@ -285,14 +291,15 @@ _MenuEntry = tuple[AttentionPlan | None, float, float]
 
 
 def _menu(site: SiteFacts, calibration: Calibration, settings: Settings) -> list[_MenuEntry]:
-    """(plan, milliseconds, error) of all options of a call, dense first."""
+    """(plan, longest milliseconds, error) of all options of a call, dense first."""
     menu: list[_MenuEntry] = [(None, dense_ms(site.shape, calibration), 0.0)]
     least = settings.min_tokens or 0
     if site.shape.q_tokens - site.shape.query_text >= least:
         for density in DENSITIES:
             plan = replace(settings.plan, density=density)
             expected = expect(site, plan, calibration)
-            menu.append((plan, expected.sparse_ms, expected.error))
+            longest = expected.sparse_ms * (1.0 + (calibration.uncertainty or 0.0))
+            menu.append((plan, longest, expected.error))
     return menu
 
 
@@ -313,6 +320,10 @@ def _decision(
 
 def _dense(sentence: str) -> Decision:
     return Decision(None, None, "budget", sentence, None)
+
+
+def _unmeasured(calibration: Calibration) -> Decision:
+    return Decision(None, None, "short", f"The device's times are {calibration.basis}.", None)
 
 
 _NO_KERNELS = Decision(None, None, "device", Reason.DEVICE.sentence, None)

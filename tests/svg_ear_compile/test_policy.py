@@ -98,6 +98,22 @@ def test_a_speed_up_is_predicted_to_be_met_and_not_overspent(
     assert target <= predicted({"target_speedup": target}) < target * 1.15
 
 
+def test_what_is_uncertain_counts_against_a_speed_up(
+    calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sure = densities({"target_speedup": 1.2})
+    unsure = dataclasses.replace(calibration, uncertainty=0.3)
+    monkeypatch.setattr(policy, "calibration_of", lambda device: unsure)
+    assert sum(densities({"target_speedup": 1.2})) < sum(sure)
+    found = decide(facts(), 1e8, 1e6, Settings.parse({"target_speedup": 1.2}))
+    assert "whole graph at least 1." in found[0].sentence
+    # Of such a device nothing is known, so it is the user who says what pays.
+    unknown = dataclasses.replace(calibration, uncertainty=None)
+    monkeypatch.setattr(policy, "calibration_of", lambda device: unknown)
+    assert densities({"target_speedup": 1.2}) == [1.0] * 4
+    assert min(densities({"target_speedup": 1.2, "min_tokens": 16})) < 1.0
+
+
 def test_a_faster_target_is_never_denser() -> None:
     sums = [sum(densities({"target_speedup": s})) for s in (1.05, 1.2, 1.5)]
     assert sums == sorted(sums, reverse=True)
