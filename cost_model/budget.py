@@ -62,7 +62,7 @@ class Choice:
     def plan(self, base: AttentionPlan) -> AttentionPlan:
         """`base` with the density, clusters, compensation and routing of this choice."""
         if self.density >= 1.0:
-            return replace(base, density=self.density)
+            return replace(base, density=self.density, is_tuned=True)
         routed: dict[str, Any] = {"routing": "density"}
         if self.threshold is not None:
             routed = {"routing": "threshold", "threshold": self.threshold}
@@ -72,6 +72,7 @@ class Choice:
             q_clusters=self.q_clusters,
             k_clusters=self.k_clusters,
             compensation=self.compensation,
+            is_tuned=True,
             **routed,
         )
 

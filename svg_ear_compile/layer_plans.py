@@ -130,12 +130,13 @@ class LayerPlans:
             compiled: the plan that the call was compiled with.
             model, path, identity, index: see `LayerReport`.
             timestep, step: timestep and index of the step.
-            early: see `early_steps`; not for a routing that has no density to spread.
+            early: see `early_steps`; not for a routing that has no density to spread, nor for the
+                density of a tuned budget in the options of torch.compile.
         """
         if index < self._dense_layers:
             return at_density(compiled, 1.0)
         plan = self._of_layer(compiled, model, path, identity, timestep)
-        if early is None or plan.routing != "density":
+        if early is None or plan.is_tuned or plan.routing != "density":
             return plan
         return at_density(plan, early.density(plan.density, step))
 

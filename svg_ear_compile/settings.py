@@ -29,10 +29,14 @@ from svg_ear_compile.kernels.removed import REMOVED
 
 _COMPARED = 64  # characters of an unknown name that are compared, in quadratic time
 
-# AttentionPlan.min_tokens is set for graphs of several lengths; the option of that name is one
-# number for all sites.
-_PLAN_FIELDS = {f.name: field_kinds(AttentionPlan)[f.name] for f in fields(AttentionPlan)}
-del _PLAN_FIELDS["min_tokens"], _PLAN_FIELDS["max_key_ratio"], _PLAN_FIELDS["min_cached_keys"]
+# What the policy sets. AttentionPlan.min_tokens is for graphs of several lengths; the option of
+# that name is one number for all sites.
+_DERIVED = ("min_tokens", "max_key_ratio", "min_cached_keys", "is_tuned")
+_PLAN_FIELDS = {
+    f.name: field_kinds(AttentionPlan)[f.name]
+    for f in fields(AttentionPlan)
+    if f.name not in _DERIVED
+}
 _NUMBER_OF = {"top_p": "top_p", "min_block_ratio": "top_p", "threshold": "threshold"}
 
 _COUNTS = ("min_tokens", "text_prefix", "text_suffix")

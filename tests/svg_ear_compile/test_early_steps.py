@@ -6,6 +6,7 @@ import statistics
 from typing import Any
 
 import pytest
+import session_models
 import tiny_pipelines as tiny
 import torch
 from hypothesis import given
@@ -18,6 +19,7 @@ from svg_ear_compile import accelerate, bind
 from svg_ear_compile.cost_model.budget import Choice
 from svg_ear_compile.early_steps import EARLY_FACTOR, EARLY_MOST, EarlySteps
 from svg_ear_compile.kernels import op
+from svg_ear_compile.kernels.plan import AttentionPlan
 
 
 @pytest.fixture
@@ -81,6 +83,17 @@ def test_a_tuned_budget_is_followed_as_it_is(calls: list[Any]) -> None:
         run(model, 800, 700)
         assert densities(calls) == [0.4, 0.4]
         assert session.generation("default").early_steps is None
+
+
+def test_so_is_one_in_the_options_of_torch_compile(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = Choice(0.4).plan(AttentionPlan.decode(session_models.PLAN))
+    monkeypatch.setattr(session_models, "PLAN", tuned.encode())
+    model = shared(1)
+    with bind(model, steps=8):
+        run(model, 800, 700)
+    assert densities(calls) == [0.4, 0.4]
 
 
 def test_two_experts_share_the_steps(calls: list[Any]) -> None:
