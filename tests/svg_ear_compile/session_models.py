@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import svg_ear_compile.kernels.op  # noqa: F401
 from svg_ear_compile.kernels.call import AttentionCall, CallRequest, active_source
 from svg_ear_compile.kernels.reference import Result
+from svg_ear_compile.session import Session
 
 HEADS, DIM, TOKENS = 2, 32, 160
 # More clusters than these few tokens would get, so that warm and cold starts differ.
@@ -75,6 +77,9 @@ def whole(blocks: int = 3, seed: int = 0) -> Any:
     return torch.compile(Model(True, blocks, seed), backend="aot_eager", fullgraph=True)
 
 
+BUILD = pytest.mark.parametrize("build", [shared, whole])
+
+
 def in_place() -> Model:
     model = Model(True)
     model.compile(backend="eager", fullgraph=True)
@@ -114,3 +119,8 @@ def densities(calls: list[Any]) -> list[float]:
     found = [call.plan.density for call in calls]
     calls.clear()
     return found
+
+
+def paths(session: Session, model: int = 0) -> list[str]:
+    """Layers of a bound model that have called the operator."""
+    return [layer.path for layer in session.report() if layer.model == model]

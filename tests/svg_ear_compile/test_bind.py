@@ -6,17 +6,17 @@ import copy
 import gc
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from session_models import (
-    Heard,
     Model,
     densities,
     in_place,
     latents,
+    paths,
     run,
     shared,
     whole,
@@ -25,31 +25,9 @@ from torch import Tensor, nn
 
 import svg_ear_compile
 from svg_ear_compile import explain
-from svg_ear_compile.kernels import op
-from svg_ear_compile.kernels.call import UNBOUND, active_source
 from svg_ear_compile.session import Session, bind
 
-BUILD = pytest.mark.parametrize("build", [shared, whole])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    # Whatever a test does, no session outlives its forward.
-    assert active_source() is UNBOUND
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every call as the operator carries it out."""
-    seen: list[Any] = []
-    monkeypatch.setattr(op, "active_source", lambda: Heard(seen))
-    return seen
-
-
-def paths(session: Session, model: int = 0) -> list[str]:
-    return [layer.path for layer in session.report() if layer.model == model]
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize("build", [shared, whole, in_place])

@@ -9,26 +9,16 @@ from typing import Any
 import pytest
 import torch
 from made_budgets import budget_for
-from session_models import Heard
 from transformer_models import TOKENS, stack
 
 from svg_ear_compile import bind
 from svg_ear_compile.cost_model.budget import Choice, Schedule
-from svg_ear_compile.kernels import op
 
 LAYERS = {
     "blocks.0": (Choice(0.5, 4, 8), Choice(0.2, 3, 6, "centroid")),
     "blocks.1": (Choice(1.0), Choice(0.3, threshold=1e-3)),
 }
 SCHEDULE = Schedule(dense_steps=1, phase_starts=(500.0,), dense_from=100.0)
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    seen: list[Any] = []
-    monkeypatch.setattr(op, "active_source", lambda: Heard(seen))
-    torch._dynamo.reset()
-    return seen
 
 
 def compiled() -> tuple[Any, Any, torch.Tensor]:

@@ -8,27 +8,16 @@ from typing import Any
 import pytest
 import session_models
 import tiny_pipelines as tiny
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from made_budgets import budget_for
-from session_models import TOKENS, Heard, densities, run, shared
+from session_models import TOKENS, densities, run, shared
 
 from benchmarks.fidelity.schedules import SHIPPED
 from svg_ear_compile import accelerate, bind
 from svg_ear_compile.cost_model.budget import Choice
 from svg_ear_compile.early_steps import EARLY_FACTOR, EARLY_MOST, EarlySteps
-from svg_ear_compile.kernels import op
 from svg_ear_compile.kernels.plan import AttentionPlan
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every call as the operator carries it out."""
-    torch.compiler.reset()
-    seen: list[Any] = []
-    monkeypatch.setattr(op, "active_source", lambda: Heard(seen))
-    return seen
 
 
 @given(steps=st.integers(1, 100), factor=st.floats(1.0, 50.0), mean=st.floats(0.0, 1.0))

@@ -17,11 +17,7 @@ from torch import Tensor
 from svg_ear_compile import Session, bind
 from svg_ear_compile.session import MAX_GENERATIONS
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch.compiler.reset()
-
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 STEPS = {"left": (900.0, 800.0, 700.0), "right": (950.0, 640.0, 320.0)}
 

@@ -7,27 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from session_models import DIM, HEADS, TOKENS, Attention, Heard, densities, latents, shared, whole
+from session_models import (
+    BUILD,
+    DIM,
+    HEADS,
+    TOKENS,
+    Attention,
+    densities,
+    latents,
+    shared,
+    whole,
+)
 from torch import Tensor, nn
 
 from svg_ear_compile import Session, bind
 from svg_ear_compile.guidance import MAX_BRANCHES, Guidance, find_latents
-from svg_ear_compile.kernels import op
 
-BUILD = pytest.mark.parametrize("build", [shared, whole])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch.compiler.reset()
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every call as the operator carries it out."""
-    seen: list[Any] = []
-    monkeypatch.setattr(op, "active_source", lambda: Heard(seen))
-    return seen
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def reused(session: Session) -> list[float | None]:

@@ -2,49 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from session_models import (
+    BUILD,
     DIM,
     PLAN,
-    Heard,
     Model,
     densities,
+    paths,
     run,
     shared,
-    whole,
 )
 from torch import Tensor, nn
 
-from svg_ear_compile.kernels import op
-from svg_ear_compile.kernels.call import UNBOUND, active_source
 from svg_ear_compile.layers import BoundModel
-from svg_ear_compile.session import Session, bind
+from svg_ear_compile.session import bind
 
-BUILD = pytest.mark.parametrize("build", [shared, whole])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    # Whatever a test does, no session outlives its forward.
-    assert active_source() is UNBOUND
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every call as the operator carries it out."""
-    seen: list[Any] = []
-    monkeypatch.setattr(op, "active_source", lambda: Heard(seen))
-    return seen
-
-
-def paths(session: Session, model: int = 0) -> list[str]:
-    return [layer.path for layer in session.report() if layer.model == model]
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def test_a_module_path_may_name_more_or_less_than_the_site(calls: list[Any]) -> None:

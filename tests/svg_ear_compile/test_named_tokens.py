@@ -16,12 +16,9 @@ from svg_ear_compile.named_tokens import named_tokens
 from svg_ear_compile.session import bind
 from svg_ear_compile.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 NAMED = [*range(9), *range(150, TOKENS)]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch.compiler.reset()
 
 
 @pytest.fixture

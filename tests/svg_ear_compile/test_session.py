@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from made_budgets import budget_for
 from session_models import (
+    BUILD,
     DIM,
     HEADS,
     TOKENS,
     Attention,
-    Heard,
     Model,
     densities,
     latents,
+    paths,
     run,
     shared,
     whole,
@@ -27,31 +28,10 @@ from torch import Tensor, nn
 
 from svg_ear_compile.cost_model.budget import Choice
 from svg_ear_compile.guidance import MAX_BRANCHES
-from svg_ear_compile.kernels import op
 from svg_ear_compile.kernels.call import UNBOUND, active_source
-from svg_ear_compile.session import Session, bind
+from svg_ear_compile.session import bind
 
-BUILD = pytest.mark.parametrize("build", [shared, whole])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    # Whatever a test does, no session outlives its forward.
-    assert active_source() is UNBOUND
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every call as the operator carries it out."""
-    seen: list[Any] = []
-    monkeypatch.setattr(op, "active_source", lambda: Heard(seen))
-    return seen
-
-
-def paths(session: Session, model: int = 0) -> list[str]:
-    return [layer.path for layer in session.report() if layer.model == model]
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @BUILD
