@@ -23,7 +23,7 @@ MODEL_SHAPES = {
 # The longest with few heads: dense attention alone would take minutes.
 SWEEP = {
     f"sweep-{n // 1000}k": (1, 4 if n == 300000 else 24, n, 0, 128)
-    for n in (8192, 16384, 65536, 131072, 300000)
+    for n in (8192, 10240, 16384, 65536, 131072, 300000)
 }
 SHAPES = MODEL_SHAPES | SWEEP
 CAPTURED = "video-dit"
