@@ -25,6 +25,21 @@ if TYPE_CHECKING:
     from svg_ear_compile.kernels.gpu.captured_graphs import CapturedGraphs
 
 
+class Part(NamedTuple):
+    """A chunk of the queries of a call of the operator, and the keys that it sees.
+
+    Attributes:
+        number: of the chunk.
+        queries, keys: their places in the call.
+        whole: N_q and N_k of the call.
+    """
+
+    number: int
+    queries: slice
+    keys: slice
+    whole: tuple[int, int]
+
+
 @dataclass(frozen=True, eq=False)
 class CallRequest:
     """Description of one call of the operator, for the source.
@@ -42,6 +57,7 @@ class CallRequest:
         only_kept: the call is dense unless clusters of its keys are kept or reused, because
             clustering all keys would take longer than attention.
         cached_keys: the queries are new tokens, the keys those of a cache and of the new tokens.
+        part: the chunk of queries that the shapes are those of; None for a whole call.
     """
 
     layer: Tensor | None
@@ -55,6 +71,12 @@ class CallRequest:
     dense_only: bool = False
     only_kept: bool = False
     cached_keys: bool = False
+    part: Part | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the call, or of the chunk of its queries."""
+        return self.site if self.part is None else f"{self.site}, chunk {self.part.number}"
 
 
 class ExactTokens(NamedTuple):
@@ -68,6 +90,14 @@ class ExactTokens(NamedTuple):
     queries: Tensor | None
     keys: Tensor | None
     clustered: tuple[int, int]
+
+    def of_part(self, part: Part) -> ExactTokens:
+        """The exact tokens of a chunk; its number of other tokens is at most the one given."""
+        places = (part.queries, part.keys)
+        fewest = [min(n, p.stop - p.start) for n, p in zip(self.clustered, places, strict=True)]
+        queries = None if self.queries is None else self.queries[:, part.queries]
+        keys = None if self.keys is None else self.keys[:, part.keys]
+        return ExactTokens(queries, keys, (fewest[0], fewest[1]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,23 +6,18 @@ compiled on a machine without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from svg_ear_compile.kernels import registry
-from svg_ear_compile.kernels.call import CallRequest, ExactTokens, active_source
-from svg_ear_compile.kernels.clusters import Result
+from svg_ear_compile.kernels.by_chunk import attention_by_chunk, request_of
+from svg_ear_compile.kernels.call import CallRequest, ExactTokens
+from svg_ear_compile.kernels.dense import dense_attention, empty_lse
 from svg_ear_compile.kernels.device_guard import on_device
-from svg_ear_compile.kernels.kinds import TokenKinds, token_kinds
 from svg_ear_compile.kernels.plan import HEAD_DIMS, AttentionPlan
+from svg_ear_compile.kernels.query_chunks import chunks_of
+from svg_ear_compile.kernels.source_calls import Terms, sparse_calls
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_ROWS_AT_A_TIME = 1024
 
 
 @torch.library.custom_op("svg_ear::attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -37,6 +32,8 @@ def attention(
     padding_proven: Tensor | None = None,
     exact_queries: Tensor | None = None,
     exact_keys: Tensor | None = None,
+    chunk_spans: Tensor | None = None,
+    chunk_keys: Tensor | None = None,
     *,
     plan: str = "{}",
     site: str = "",
@@ -61,6 +58,8 @@ def attention(
         padding_rows: (B|1, H_kv|1, N_q|1, 1) bool, queries that take part; the others give 0.
         exact_queries: (B|1, N_q) bool, True for queries that attend to every key.
         exact_keys: (B|1, N_k) bool, True for keys that are exact for every query.
+        chunk_spans, chunk_keys: results of `kernels.query_chunks.query_chunks` for `attn_mask`, or,
+            with no `attn_mask`, such chunks of all queries as are known otherwise.
         plan: `AttentionPlan.encode` of the plan.
         site: name of the call in its graph.
         layer_owner: path of the module that holds `layer`, relative to the compiled module.
@@ -82,6 +81,7 @@ def attention(
     key_mask = attn_mask if padding_proven is None else padding_keys
     check_arguments(q, k, v, key_mask, exact_queries, exact_keys)
     check_proof(attn_mask, padding_keys, padding_rows, padding_proven)
+    check_chunks(q, k, chunk_spans, chunk_keys)
     compiled = AttentionPlan.decode(plan)
     clustered = (
         q.shape[2] if clustered_queries is None else min(clustered_queries, q.shape[2]),
@@ -96,10 +96,17 @@ def attention(
         only_kept=is_costly,
         cached_keys=cached_keys,
     )  # fmt: skip
-    terms = _Terms(q.shape[-1] ** -0.5 if scale is None else scale, return_lse)
+    terms = Terms(q.shape[-1] ** -0.5 if scale is None else scale, return_lse)
+    exact = ExactTokens(exact_queries, exact_keys, clustered)
+    chunks = [] if chunk_spans is None else chunks_of(chunk_spans, q.shape[2])
+    asked = [request_of(chunk, i, request) for i, chunk in enumerate(chunks)]
+    # Masked attention is faster than a call for each of many chunks that are dense all the same.
+    by_chunk = bool(chunks) and (attn_mask is None or any(not r.dense_only for r in asked))
     with on_device(q.device):
-        exact = ExactTokens(exact_queries, exact_keys, clustered)
-        sparse = _sparse(q, k, v, key_mask, exact, request, terms)
+        if by_chunk:
+            assert chunk_keys is not None
+            return attention_by_chunk(q, k, v, chunks, chunk_keys, exact, request, terms)
+        sparse = sparse_calls(q, k, v, key_mask, exact, request, terms)
         if sparse is None:
             out, lse = dense_attention(q, k, v, attn_mask, terms.scale, return_lse)
             # A mask whose padding was read off the graph masks keys; rows are masked here.
@@ -126,6 +133,8 @@ def _(
     padding_proven: Tensor | None = None,
     exact_queries: Tensor | None = None,
     exact_keys: Tensor | None = None,
+    chunk_spans: Tensor | None = None,
+    chunk_keys: Tensor | None = None,
     *,
     plan: str = "{}",
     site: str = "",
@@ -137,94 +146,7 @@ def _(
     return_lse: bool = False,
     cached_keys: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), _empty_lse(q, return_lse)
-
-
-class _Terms(NamedTuple):
-    """Arguments that all parts of a call have in common; see `attention`."""
-
-    scale: float
-    return_lse: bool
-
-
-def _sparse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    exact: ExactTokens,
-    request: CallRequest,
-    terms: _Terms,
-) -> tuple[Tensor, Tensor] | None:
-    """Output and log-sum-exp of the calls of the active source; None for a dense call."""
-    source = active_source()
-    kinds: TokenKinds | None = None
-    parts: tuple[Tensor, Tensor] | None = None
-    for call in source.calls(request):
-        clusters_all = call.cache is None and call.blocks is None
-        if call.plan.is_dense or request.dense_only or (request.only_kept and clusters_all):
-            return None
-        kinds = kinds or token_kinds(key_mask, *(call.exact or exact))
-        rows = slice(None) if call.rows is None else call.rows
-        attend: Callable[..., Result] = registry.sparse_attention
-        if call.cache is not None:
-            attend = partial(attend, cache=call.cache)
-        elif call.captured is not None:
-            attend = call.captured.sparse_attention
-        result = attend(
-            q[rows], k[rows], v[rows], call.plan, kinds=kinds.of_rows(rows), scale=terms.scale,
-            centroids=call.centroids, blocks=call.blocks, return_lse=terms.return_lse,
-        )  # fmt: skip
-        source.finished(call, result)
-        if call.rows is None:
-            return result.out, result.lse
-        if parts is None:
-            parts = torch.empty_like(q), _empty_lse(q, terms.return_lse)
-        parts[0][rows].copy_(result.out)
-        if terms.return_lse:
-            parts[1][rows].copy_(result.lse)
-    return parts
-
-
-def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float, return_lse: bool
-) -> tuple[Tensor, Tensor]:
-    """PyTorch's own attention, with an output in the layout of q; see `attention`."""
-    grouped = q.shape[1] != k.shape[1]
-    mask = attn_mask
-    if mask is not None and mask.shape[1] not in (1, q.shape[1]):
-        mask = mask.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    if mask is not None and mask.is_floating_point():
-        mask = mask.to(q.dtype)
-    lse = _empty_lse(q, return_lse)
-    if return_lse:
-        lse.copy_(dense_lse(q, k, mask, scale))
-    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
-    promised = torch.empty_like(q, device="meta").stride()
-    if out.stride() != promised or any(out is t for t in (q, k, v)):
-        out = torch.empty_like(q).copy_(out)
-    return out, lse
-
-
-def dense_lse(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """(B, H, N_q) float32 log-sum-exp of dense attention, a slice of queries at a time.
-
-    Args:
-        q, k, scale: see `attention`.
-        mask: (B|1, H|1, N_q|1, N_k), bool or added to the logits, or None.
-    """
-    groups = q.shape[1] // k.shape[1]
-    keys = k.repeat_interleave(groups, 1).transpose(2, 3)
-    parts = []
-    for first in range(0, q.shape[2], _ROWS_AT_A_TIME):
-        rows = slice(first, first + _ROWS_AT_A_TIME)
-        logits = (q[:, :, rows] @ keys).float() * scale
-        if mask is not None:
-            part = mask if mask.shape[2] == 1 else mask[:, :, rows]
-            is_bool = part.dtype == torch.bool
-            logits = logits.masked_fill(~part, float("-inf")) if is_bool else logits + part
-        parts.append(logits.logsumexp(-1))
-    return torch.cat(parts, -1) if parts else _empty_lse(q, True)
+    return torch.empty_like(q), empty_lse(q, return_lse)
 
 
 def _leave_out(out: Tensor, lse: Tensor, rows: Tensor) -> None:
@@ -249,10 +171,6 @@ def _average_empty_rows(out: Tensor, v: Tensor, mask: Tensor, rows: Tensor | Non
     mean = v.mean(2, keepdim=True, dtype=torch.float32).to(out.dtype)
     mean, rows = (t.repeat_interleave(groups, 1) if t.shape[1] > 1 else t for t in (mean, rows))
     out.copy_(torch.where(rows, out, mean))
-
-
-def _empty_lse(q: Tensor, return_lse: bool) -> Tensor:
-    return q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
 
 
 def check_arguments(
@@ -328,4 +246,26 @@ def check_proof(
         raise ValueError(
             "padding_keys and padding_proven are results of key_padding: they need its third "
             "result, padding_rows, and the attn_mask that it was called with"
+        )
+
+
+def check_chunks(
+    q: Tensor, k: Tensor, chunk_spans: Tensor | None, chunk_keys: Tensor | None
+) -> None:
+    """Raise a ValueError unless the chunks of queries are those of q and k."""
+    if (chunk_spans is None) != (chunk_keys is None):
+        raise ValueError("chunk_spans and chunk_keys are results of query_chunks: give both")
+    if chunk_spans is None or chunk_keys is None:
+        return
+    if chunk_spans.dim() != 2 or chunk_spans.shape[1] != 5 or chunk_spans.device.type != "cpu":
+        raise ValueError(f"chunk_spans must be (R, 5) on the CPU, got {tuple(chunk_spans.shape)}")
+    count, (batch, heads) = len(chunk_spans), k.shape[:2]
+    wanted = ((1, batch), (1, heads), (count,), (k.shape[2],))
+    fits = chunk_keys.dim() == 4 and all(
+        size in allowed for size, allowed in zip(chunk_keys.shape, wanted, strict=True)
+    )
+    if not fits or chunk_keys.dtype != torch.bool or chunk_keys.device != q.device:
+        raise ValueError(
+            f"chunk_keys must be (B|1, H_kv|1, R, N_k) = ({batch}|1, {heads}|1, {count}, "
+            f"{k.shape[2]}) bool on the device of q, got {tuple(chunk_keys.shape)}"
         )

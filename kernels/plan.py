@@ -90,6 +90,8 @@ class AttentionPlan:
             clustering the keys would take longer than attention; 0 sets no limit.
         min_cached_keys: a call that keeps the clusters of cached keys is sparse from so many
             clustered keys on, whatever its number of queries. 0 leaves it to `min_tokens`.
+        min_chunk_tokens: of a call whose mask makes several chunks of its queries, a chunk with
+            fewer clustered queries or keys is dense.
         is_tuned: a budget chose the density, and its error was measured at that density: early
             denoising steps get no more of it, and later ones no less.
 
@@ -115,6 +117,7 @@ class AttentionPlan:
     min_tokens: Count = 0
     max_key_ratio: NotNegative = 0.0
     min_cached_keys: Count = 0
+    min_chunk_tokens: Count = 0
     is_tuned: bool = False
 
     def __post_init__(self) -> None:

@@ -18,8 +18,10 @@ from svg_ear_compile.passes.symbolic import hint, hints_of
 
 _Bounds = tuple[int, int]
 _COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "sub"})
-_CHUNK_COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq"})
-_BY_CHUNK = frozenset({"floordiv", "floor_divide", "repeat_interleave"})
+# What gives several tokens the number of one chunk.
+_BY_CHUNK = frozenset({
+    "floordiv", "floor_divide", "repeat_interleave", "bucketize", "searchsorted", "kron",
+})  # fmt: skip
 _ALWAYS: dict[str, Callable[[_Bounds, _Bounds], bool]] = {
     "lt": lambda one, other: one[1] < other[0],
     "le": lambda one, other: one[1] <= other[0],
@@ -40,8 +42,8 @@ def judge_mask(
     A bool mask without a row for each query is key padding by its shape, and so is one that the
     graph makes of such masks and of their transposes. A mask that is added to the logits can hold
     any bias, a square one can hold causality: where the graph does not show that it does, the
-    values are looked at, at run time. A mask that is full leaves nothing out, and so may one that
-    compares chunks: the queries of one chunk see the same keys.
+    values are looked at, at run time. A mask that is full leaves nothing out. One that compares
+    chunks may give all queries of a chunk the same keys, which its values have to prove, too.
     """
     mask = call.mask
     assert mask is not None
@@ -71,11 +73,9 @@ def judge_mask(
         if padding is not None:
             return padding
     compared = [] if rows == 1 else _positions(flow, mask.tensor.node, call.node)
-    if compared:
-        part = hint(q_shape[2]) != keys
-        if part and is_bool and all(_are_by_chunk(flow, each) for each in compared):
-            return None  # full over the keys of all chunks before and of this one, if it is one
-        return Reason.CAUSAL_CHUNK if part else Reason.CAUSAL
+    tokens = {hint(q_shape[2]), keys}
+    if not all(_may_be_by_chunk(flow, each, tokens) for each in compared):
+        return Reason.CAUSAL if len(tokens) == 1 else Reason.CAUSAL_CHUNK
     return Reason.MASK if _is_learned(flow, mask.tensor.node, call.node) else None
 
 
@@ -166,17 +166,31 @@ def _positions(flow: Dataflow, mask: Node, reader: Node) -> list[Node]:
     return found
 
 
-def _are_by_chunk(flow: Dataflow, compared: Node) -> bool:
-    """True if numbers of chunks are compared and not places: the tokens of one have the same."""
-    if operation(compared) not in _CHUNK_COMPARISONS:
+def _may_be_by_chunk(flow: Dataflow, compared: Node, tokens: set[int | None]) -> bool:
+    """True if chunks of tokens are told apart by a comparison, and maybe not single tokens.
+
+    Args:
+        tokens: numbers of queries and of keys.
+    """
+    extents = hints_of(compared)[-2:]
+    fewest = min((n for n in tokens if n is not None), default=0)
+    if len(extents) == 2 and all(n is not None and n < fewest for n in extents):
+        return True  # numbers of chunks are compared, each repeated for its tokens later
+    if operation(compared) in _TRIANGLES:
         return False
-    return all(
-        any(
-            operation(source) in _BY_CHUNK
-            for source in flow.backward(side, lambda n: projected_input(n) is not None)
-        )
+    return any(
+        _numbers_chunks(source, fewest)
         for side in compared.all_input_nodes
+        for source in flow.backward(side, lambda n: projected_input(n) is not None)
     )
+
+
+def _numbers_chunks(node: Node, fewest: int) -> bool:
+    """True if a node gives tokens, at least so many, the number of a chunk that they share."""
+    if operation(node) == "arange":
+        return all(n is not None and n < fewest for n in hints_of(node))
+    rounded = operation(node) == "div" and node.kwargs.get("rounding_mode") is not None
+    return rounded or operation(node) in _BY_CHUNK
 
 
 def is_always(wanted: bool, flow: Dataflow, mask: Node, reader: Node) -> bool:

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-# Importing them registers torch.ops.svg_ear.attention and torch.ops.svg_ear.key_padding.
+# Importing them registers the operators, torch.ops.svg_ear.attention and those of masks.
 import svg_ear_compile.kernels.op
-import svg_ear_compile.kernels.padding  # noqa: F401
+import svg_ear_compile.kernels.padding
+import svg_ear_compile.kernels.query_chunks  # noqa: F401
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.effects import Effects
@@ -63,11 +64,13 @@ class _Proof:
     Attributes:
         at: the call for which it was made.
         arguments: the mask (B|1, H|1, N_q|1, N_k), then the results of `key_padding`.
+        chunks: results of `query_chunks`; none of a mask that is the same for all queries.
         heard: rows (B|1, H|1, N_q|1, 1) whose logits count beside the mask; None for all.
     """
 
     at: Node
     arguments: tuple[Node, ...]
+    chunks: tuple[Node, ...]
     heard: Node | None
 
 
@@ -96,6 +99,7 @@ class _Rewriter:
                 self._tensor(graph, operand, site.dtype) for operand in (call.q, call.k, call.v)
             )
             mask: tuple[Node | None, ...] = (None,)
+            chunks: tuple[Node, ...] = ()
             if call.kept is not None:
                 mask = (call.kept.write(graph, q, self._now),)
             if call.mask is not None and site.padding is not None:
@@ -105,7 +109,7 @@ class _Rewriter:
                 )  # fmt: skip
             elif call.mask is not None:
                 proof = self._proven(site, call.mask)
-                mask = proof.arguments
+                mask, chunks = proof.arguments, proof.chunks
                 if proof.heard is not None:  # a product, since NaN must stay
                     q = graph.call_function(operator.mul, (q, proof.heard))
             exact = [
@@ -119,7 +123,17 @@ class _Rewriter:
                 q = graph.call_function(of, (q, self._now(symbol)))
             done = graph.call_function(
                 torch.ops.svg_ear.attention.default,
-                (q, k, v, mask[0], site.layer_parameter, *padding, exact[0][0], exact[1][0]),
+                (
+                    q,
+                    k,
+                    v,
+                    mask[0],
+                    site.layer_parameter,
+                    *padding,
+                    exact[0][0],
+                    exact[1][0],
+                    *chunks,
+                ),
                 {
                     "plan": plan.encode(),
                     "site": site.name,
@@ -190,8 +204,13 @@ class _Rewriter:
             assert conjunction is not None
             kept = conjunction
         proof = graph.call_function(torch.ops.svg_ear.key_padding.default, (kept,))
-        parts = (graph.call_function(operator.getitem, (proof, i)) for i in range(3))
-        self.proofs[mask, graph] = _Proof(old, (kept, *parts), heard)
+        parts = [graph.call_function(operator.getitem, (proof, i)) for i in range(3)]
+        chunks: list[Node] = []
+        rows = mask.tensor.sizes("bhqk")
+        if rows is not None and hint(rows[2]) != 1:
+            found = graph.call_function(torch.ops.svg_ear.query_chunks.default, (kept, parts[2]))
+            chunks = [graph.call_function(operator.getitem, (found, i)) for i in range(2)]
+        self.proofs[mask, graph] = _Proof(old, (kept, *parts), tuple(chunks), heard)
         return self.proofs[mask, graph]
 
     def _bias(self, graph: Graph, mask: Mask, dtype: torch.dtype | None) -> Node:

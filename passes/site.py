@@ -11,7 +11,7 @@ from torch.fx import Node
 from svg_ear_compile.passes.block_mask import KeptKeys
 from svg_ear_compile.passes.exact_places import ExactTokens
 from svg_ear_compile.passes.memory import is_plain
-from svg_ear_compile.passes.symbolic import Size
+from svg_ear_compile.passes.symbolic import Size, hint
 
 
 class Role(str, Enum):
@@ -65,7 +65,7 @@ class Reason(str, Enum):
 
 _SENTENCES = {
     Reason.CAUSAL: "Causal or windowed by position: a language model's attention, not a video's.",
-    Reason.CAUSAL_CHUNK: "Causal among the new tokens: sparse only where they see all cached keys.",
+    Reason.CAUSAL_CHUNK: "Causal by token among the new tokens: could be sparse by whole chunks.",
     Reason.TEXT: "The tokens come from token ids alone: a text model.",
     Reason.DROPOUT: "Attention dropout is on: this is training.",
     Reason.GRADIENTS: "The graph needs gradients; the sparse operator is for inference.",
@@ -258,3 +258,9 @@ class AttentionSite:
     def prove_mask(self) -> bool:
         """True if the mask has to prove at run time that it is padding."""
         return self.call.mask is not None and self.padding is None
+
+    @property
+    def may_have_chunks(self) -> bool:
+        """True if the mask may turn out to give each of several chunks of queries its own keys."""
+        sizes = self.call.mask.tensor.sizes("bhqk") if self.prove_mask and self.call.mask else None
+        return sizes is not None and hint(sizes[2]) != 1

@@ -290,10 +290,11 @@ class Generation:
             raise RuntimeError(
                 f"generation {self.name!r} runs in another thread than this attention call"
             )
+        if request.part is None or request.part.number == 0:
+            forward.calls[request.site] += 1
         path, identity = self._models[forward.model].locate(
-            request.layer, request.layer_owner, request.site, forward.calls[request.site]
+            request.layer, request.layer_owner, request.site, forward.calls[request.site] - 1
         )
-        forward.calls[request.site] += 1
         layer = self._state.layers.setdefault((forward.model, path), Layer())
         layer.identity = identity
         layer.index = forward.order.setdefault(path, len(forward.order))
@@ -310,7 +311,7 @@ class Generation:
                 request.plan, forward.model, path, identity, layer.index, forward.timestep,
                 self._state.clock.step, forward.early,
             )  # fmt: skip
-        keys = [(request.site, forward.index, place) for place in range(places)]
+        keys = [(request.name, forward.index, place) for place in range(places)]
         layer.branches.update((min(forward.index, MAX_BRANCHES), place) for place in range(places))
         if plan.is_dense:
             for memory in (layer.memories[key] for key in keys if key in layer.memories):
@@ -332,7 +333,7 @@ class Generation:
             step = self._state.clock.step
             reference = None
             if plan.shared_branches and forward.reference is not None:
-                reference = layer.memories.get((request.site, forward.reference, 0))
+                reference = layer.memories.get((request.name, forward.reference, 0))
                 if reference is not None and reference.step != step:
                     reference = None  # the reference forward skipped this layer (feature caches)
             for memory in memories:

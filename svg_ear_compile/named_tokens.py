@@ -48,10 +48,13 @@ class NamedTokens:
 
         They are tokens of the keys; queries have the same if they are as many.
         """
-        key = (request.q_shape[2], request.k_shape[2], request.device)
+        part = request.part
+        queries, keys = (request.q_shape[2], request.k_shape[2]) if part is None else part.whole
+        key = (queries, keys, request.device)
         if key not in self._known:
             self._known[key] = self._of(*key)
-        return self._known[key]
+        exact = self._known[key]
+        return exact if exact is None or part is None else exact.of_part(part)
 
     def _of(self, queries: int, keys: int, device: torch.device) -> ExactTokens | None:
         self.seen.add(keys)

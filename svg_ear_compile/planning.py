@@ -136,6 +136,7 @@ def plan_site(
     """The plan that the site is rewritten with; None if the site stays as it is."""
     if isinstance(decided, Reason):
         return None
+    chunks = decided.min_chunk_tokens
     lengths = (site.q_shape[2], site.k_shape[2])
     varies = any(isinstance(n, torch.SymInt) for n in lengths) or decided.min_cached_keys > 0
     if varies and decided.least_tokens is not None:
@@ -146,8 +147,9 @@ def plan_site(
             min_tokens=decided.least_tokens,
             max_key_ratio=decided.max_key_ratio,
             min_cached_keys=decided.min_cached_keys,
+            min_chunk_tokens=chunks,
         )
-    return decided.plan
+    return decided.plan and replace(decided.plan, min_chunk_tokens=chunks)
 
 
 def _facts(site: AttentionSite) -> SiteFacts:
@@ -156,7 +158,7 @@ def _facts(site: AttentionSite) -> SiteFacts:
     exact_queries, exact_keys = (count or 0 for count in site.exact.counts)
     dtype = str(site.dtype).removeprefix("torch.")
     shape = AttentionShape(q[0], q[1], k[1], q[2], k[2], q[3], dtype, exact_keys, exact_queries)
-    return SiteFacts(site.layer, shape, site.device, site.role is Role.PREFIX)
+    return SiteFacts(site.layer, shape, site.device, site.role is Role.PREFIX, site.may_have_chunks)
 
 
 def rewrite_graph(
@@ -290,4 +292,8 @@ def _conditions(site: AttentionSite, plan: AttentionPlan | None) -> tuple[str, s
     if plan is None:
         return "", ""
     length = f"from {plan.min_tokens:,} video tokens on" if plan.min_tokens else ""
-    return length, "if the mask turns out to be padding" if site.prove_mask else ""
+    proof = "if the mask turns out to be padding" if site.prove_mask else ""
+    if site.may_have_chunks:
+        least = plan.min_chunk_tokens
+        proof += " or by chunk" + (f", in chunks of at least {least:,} tokens" if least else "")
+    return length, proof

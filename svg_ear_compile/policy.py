@@ -53,12 +53,14 @@ class SiteFacts:
         shape: shape of the call.
         device: device of its tensors.
         cached_keys: the keys are those of a cache, whose clusters a session keeps.
+        has_chunks: its queries may be several chunks, each of which sees keys of its own.
     """
 
     layer: str
     shape: AttentionShape
     device: torch.device
     cached_keys: bool = False
+    has_chunks: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Decision:
             dense because the options ask for density 1.
         sentence: reason or expectation in words.
         expected: see `Expectation`; None where there are no predictions.
-        max_key_ratio, min_cached_keys: see `AttentionPlan`.
+        max_key_ratio, min_cached_keys, min_chunk_tokens: see `AttentionPlan`.
     """
 
     plan: AttentionPlan | None
@@ -103,6 +105,7 @@ class Decision:
     expected: Expectation | None
     max_key_ratio: float = 0.0
     min_cached_keys: int = 0
+    min_chunk_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,10 +159,28 @@ def decide(
         settings: settings of the compilation.
     """
     if settings.budget is not None:
-        return [_by_budget(site, settings.budget, settings) for site in sites]
-    if settings.target_speedup is not None:
-        return _by_speedup(sites, flops, moved, settings.target_speedup, settings)
-    return [_by_density(site, settings) for site in sites]
+        found = [_by_budget(site, settings.budget, settings) for site in sites]
+    elif settings.target_speedup is not None:
+        found = _by_speedup(sites, flops, moved, settings.target_speedup, settings)
+    else:
+        found = [_by_density(site, settings) for site in sites]
+    return [_with_chunks(site, each, settings) for site, each in zip(sites, found, strict=True)]
+
+
+def _with_chunks(site: SiteFacts, decision: Decision, settings: Settings) -> Decision:
+    """The decision with the length from which on a chunk of queries is sparse.
+
+    It is that of self-attention. A chunk that sees more keys saves more, and clusters no others.
+    """
+    calibration = calibration_of(site.device)
+    if not site.has_chunks or decision.least_tokens is None or calibration is None:
+        return decision
+    least = settings.min_tokens
+    if least is None:
+        plan = decision.plan or settings.plan
+        square = replace(site.shape, k_tokens=site.shape.clustered[0] + site.shape.text)
+        least = break_even_tokens(square, plan, calibration)
+    return replace(decision, min_chunk_tokens=LONGEST if least is None else least)
 
 
 def expect(site: SiteFacts, plan: AttentionPlan, calibration: Calibration) -> Expectation:

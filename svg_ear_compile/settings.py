@@ -31,7 +31,7 @@ _COMPARED = 64  # characters of an unknown name that are compared, in quadratic 
 
 # What the policy sets. AttentionPlan.min_tokens is for graphs of several lengths; the option of
 # that name is one number for all sites.
-_DERIVED = ("min_tokens", "max_key_ratio", "min_cached_keys", "is_tuned")
+_DERIVED = ("min_tokens", "max_key_ratio", "min_cached_keys", "min_chunk_tokens", "is_tuned")
 _PLAN_FIELDS = {
     f.name: field_kinds(AttentionPlan)[f.name]
     for f in fields(AttentionPlan)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from session_models import Heard
 
-from svg_ear_compile.kernels import op
+from svg_ear_compile.kernels import source_calls
 from svg_ear_compile.kernels.call import UNBOUND, active_source
 
 
@@ -26,5 +26,5 @@ def fresh_dynamo() -> Iterator[None]:
 def calls(fresh_dynamo: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every call as the operator carries it out."""
     seen: list[Any] = []
-    monkeypatch.setattr(op, "active_source", lambda: Heard(seen))
+    monkeypatch.setattr(source_calls, "active_source", lambda: Heard(seen))
     return seen

@@ -11,7 +11,7 @@ from session_models import DIM, HEADS, TOKENS, latents, shared
 from torch import Tensor, nn
 
 import svg_ear_compile
-from svg_ear_compile.kernels import op
+from svg_ear_compile.kernels import source_calls
 from svg_ear_compile.named_tokens import named_tokens
 from svg_ear_compile.session import bind
 from svg_ear_compile.settings import Settings
@@ -25,8 +25,10 @@ NAMED = [*range(9), *range(150, TOKENS)]
 def kinds(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Kinds of tokens as the operator hands them on."""
     seen: list[Any] = []
-    made = op.token_kinds
-    monkeypatch.setattr(op, "token_kinds", lambda *args: seen.append(made(*args)) or seen[-1])
+    made = source_calls.token_kinds
+    monkeypatch.setattr(
+        source_calls, "token_kinds", lambda *args: seen.append(made(*args)) or seen[-1]
+    )
     return seen
 
 

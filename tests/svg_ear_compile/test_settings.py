@@ -43,7 +43,7 @@ def test_every_plan_field_is_an_option() -> None:
     for name, value in asdict(AttentionPlan()).items():
         if (
             name not in ("top_p", "min_block_ratio", "threshold", "min_tokens", "max_key_ratio")
-            and name not in ("min_cached_keys", "is_tuned")
+            and name not in ("min_cached_keys", "min_chunk_tokens", "is_tuned")
             and value is not None
         ):
             assert getattr(Settings.parse({name: value}).plan, name) == value
