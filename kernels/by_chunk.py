@@ -73,6 +73,7 @@ def request_of(chunk: QueryChunk, number: int, request: CallRequest) -> CallRequ
         dense_only=min(clustered) < max(1, request.plan.min_chunk_tokens),
         only_kept=False,
         cached_keys=False,
+        values=None,
     )
 
 

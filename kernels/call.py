@@ -57,6 +57,7 @@ class CallRequest:
         only_kept: the call is dense unless clusters of its keys are kept or reused, because
             clustering all keys would take longer than attention.
         cached_keys: the queries are new tokens, the keys those of a cache and of the new tokens.
+        values: (B, H_kv, N_k, D) beside cached keys, by which these are known again; else None.
         part: the chunk of queries that the shapes are those of; None for a whole call.
     """
 
@@ -71,6 +72,7 @@ class CallRequest:
     dense_only: bool = False
     only_kept: bool = False
     cached_keys: bool = False
+    values: Tensor | None = None
     part: Part | None = None
 
     @property

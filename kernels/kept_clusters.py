@@ -103,6 +103,40 @@ def identities_of(v: Tensor) -> Tensor:
     return (words * _factors(words.shape[2], v.device)).sum(-1)
 
 
+class Continuation(NamedTuple):
+    """How the tokens of two calls differ, by the sample of the batch that differs most.
+
+    Attributes:
+        known: number of tokens that both have. new: that the later one alone has.
+        gone: that the earlier one alone has.
+    """
+
+    known: int
+    new: int
+    gone: int
+
+
+def continuation(earlier: Tensor, identities: Tensor) -> Continuation:
+    """Compare tokens of identities (B, N_earlier) and (B, N); waits for the device.
+
+    Values of zero are no tokens: a cache is empty where nothing has been written.
+    """
+    _, new = _found(earlier.sort(dim=-1)[0], identities)
+    _, gone = _found(identities.sort(dim=-1)[0], earlier)
+    is_token = identities != 0
+    found = (
+        (is_token & ~new).sum(-1).amin(), (is_token & new).sum(-1).amax(),
+        ((earlier != 0) & gone).sum(-1).amax(),
+    )  # fmt: skip
+    return Continuation(*torch.stack(found).tolist())
+
+
+def _found(known: Tensor, identities: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, N) places of identities among sorted ones (B, N_known), and which are not among them."""
+    at = torch.searchsorted(known, identities.contiguous()).clamp(max=known.shape[1] - 1)
+    return at, known.gather(1, at) != identities
+
+
 def placed(cache: CachedKeys, identities: Tensor) -> Placed | None:
     """The labels of keys of these identities (B, N), wherever they were in the earlier call.
 
@@ -112,8 +146,7 @@ def placed(cache: CachedKeys, identities: Tensor) -> Placed | None:
     if kept is None:
         return None
     known, order = kept.identities.sort(dim=-1, stable=True)
-    at = torch.searchsorted(known, identities.contiguous()).clamp(max=known.shape[1] - 1)
-    changed = known.gather(1, at) != identities
+    at, changed = _found(known, identities)
     here = torch.arange(identities.shape[1], device=identities.device).clamp(max=known.shape[1] - 1)
     source = torch.where(changed, here, order.gather(1, at))  # [B, N]
     labels = kept.labels.gather(2, source.unsqueeze(1).expand(-1, kept.labels.shape[1], -1))

@@ -95,6 +95,7 @@ def attention(
         dense_only=(is_costly and not pays_kept) or q.numel() == 0 or not is_padding,
         only_kept=is_costly,
         cached_keys=cached_keys,
+        values=v if cached_keys else None,
     )  # fmt: skip
     terms = Terms(q.shape[-1] ** -0.5 if scale is None else scale, return_lse)
     exact = ExactTokens(exact_queries, exact_keys, clustered)

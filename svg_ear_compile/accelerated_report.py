@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from svg_ear_compile.early_steps import EarlySteps
-from svg_ear_compile.generation import Held
+from svg_ear_compile.generation_state import Held
 from svg_ear_compile.layers import LayerReport
 
 

@@ -9,15 +9,15 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from svg_ear_compile.chunks import LastChunk, Place
+from svg_ear_compile.chunks import LastChunk, index_before
 from svg_ear_compile.clock import Clock, RestartWatch, is_noisier
 from svg_ear_compile.early_steps import EarlySteps
-from svg_ear_compile.generation_state import Announced, Forward, Layer, State
+from svg_ear_compile.generation_state import Announced, Forward, Held, Layer, State
 from svg_ear_compile.guidance import MAX_BRANCHES, Branches, Guidance, Latents
 from svg_ear_compile.kernels.call import AttentionCall, CallRequest, calls_from
 from svg_ear_compile.kernels.clusters import Result
@@ -29,21 +29,6 @@ if TYPE_CHECKING:
     from svg_ear_compile.kernels.gpu.captured_graphs import CapturedGraphs
 
 _ENTERED: ContextVar[tuple[Generation, ...]] = ContextVar("svg_ear_generations", default=())
-
-
-@dataclass(frozen=True)
-class Held:
-    """Device memory that a session holds.
-
-    Attributes:
-        generation: name of the generation that holds it.
-        what: ``"centroids and block masks"``, ``"latents"`` or ``"captured graphs"``.
-        nbytes: size in bytes.
-    """
-
-    generation: str
-    what: str
-    nbytes: int
 
 
 class Generation:
@@ -140,21 +125,19 @@ class Generation:
         self._plans.ended(self._state.clock.step + 1, self.dense_steps, self._announced.dense_steps)
         self.drop()
 
-    def _start_again(self, same_thread: bool) -> None:
-        """Start a generation, or a chunk of the same video if the cached keys turn out to be."""
+    def _start_again(self, first: int = 0, is_proven: bool = False) -> None:
+        """Start a generation, or a chunk of the same video if the cached keys turn out to be.
+
+        Args:
+            first: index among the forwards of the last step that the first forward follows.
+            is_proven: the keys have turned out to be those of that forward.
+        """
         last = self._state
-        memories = {
-            (model, path, key): memory.next_chunk()
-            for (model, path), layer in last.layers.items()
-            for key, memory in layer.memories.items()
-            if memory.identities is not None
-        }
         self.reset()
         is_declared = self._plans.chunked or self._call is not None
         if is_declared:
             self._state.chunk = last.chunk + 1
-        if memories and same_thread:
-            self._state.last_chunk = LastChunk(last.chunk, is_declared, memories)
+        self._state.last_chunk = LastChunk.of(last, is_declared, first, is_proven)
 
     def drop(self) -> None:
         """`reset` of a generation that was interrupted, which says nothing about its schedule."""
@@ -255,7 +238,10 @@ class Generation:
         last = state.clock.timestep
         if last is not None and is_noisier(timestep, last, ascending):
             self._restarts.restarted(state.clock, timestep, ascending)
-            self._start_again(same_thread=state.thread == thread)
+            if state.thread == thread:
+                self._start_again()
+            else:
+                self.reset()
         elif state.thread not in (None, thread):
             raise RuntimeError(
                 f"generation {self.name!r} was started by another thread: let each thread have one "
@@ -263,7 +249,11 @@ class Generation:
             )
         elif state.latents.get(model, latents.kind) != latents.kind:
             self.reset()
-        state = self._state
+        return self._enter(model, timestep, latents)
+
+    def _enter(self, model: int, timestep: float, latents: Latents) -> Forward:
+        """Count a forward that has begun."""
+        thread, ascending, state = threading.get_ident(), self._ascending(), self._state
         state.thread = thread
         state.latents[model] = latents.kind
         if timestep != state.clock.timestep:
@@ -279,7 +269,7 @@ class Generation:
             in_batch = state.branches.in_batch(model, latents)
             reference = state.branches.reference_of(model, index, latents)
         return Forward(
-            model, index, timestep, dense, reference, in_batch, latents.batch, thread,
+            model, index, timestep, dense, reference, in_batch, latents, thread,
             self.early_steps,
         )  # fmt: skip
 
@@ -295,11 +285,14 @@ class Generation:
         path, identity = self._models[forward.model].locate(
             request.layer, request.layer_owner, request.site, forward.calls[request.site] - 1
         )
+        if request.cached_keys and not forward.has_met_cache:
+            forward.has_met_cache = True
+            if not forward.dense:
+                forward = self._forward = self._in_its_chunk(forward, path, request)
         layer = self._state.layers.setdefault((forward.model, path), Layer())
         layer.identity = identity
         layer.index = forward.order.setdefault(path, len(forward.order))
-        # A call whose batch holds frames (folded into it) has no branches along its batch.
-        places = forward.in_batch if request.q_shape[0] == forward.batch else 1
+        places = forward.branches_along(request)
         exact = None if forward.named is None else forward.named.of(request)
         is_short = exact is not None and request.plan.is_dense_for(
             *exact.clustered, keeps_clusters=request.cached_keys
@@ -324,7 +317,7 @@ class Generation:
                 keys = keys[:1]
             for key in keys:
                 if key not in layer.memories:
-                    layer.memories[key] = self._first_memory((forward.model, path, key), request)
+                    layer.memories[key] = self._first_memory(forward, path, key, request)
             memories = [layer.memories[key] for key in keys]
             if request.only_kept and any(memory.is_hopeless for memory in memories):
                 yield AttentionCall(at_density(plan, 1.0))
@@ -342,10 +335,30 @@ class Generation:
                 request, plan, memories, reference, self._graphs(request.device), exact
             )
 
-    def _first_memory(self, place: Place, request: CallRequest) -> Memory:
+    def _in_its_chunk(self, forward: Forward, path: str, request: CallRequest) -> Forward:
+        """The forward, entered again where its cached keys show that it starts a chunk."""
+        layer = self._state.layers.get((forward.model, path))
+        if layer is None or forward.reference is not None:
+            return forward
+        index = index_before(layer.memories, forward, request, self._plans.chunked)
+        if index is None:
+            return forward
+        self._start_again(index, is_proven=True)
+        entered = self._enter(forward.model, forward.timestep, forward.latents)
+        return replace(
+            entered, calls=forward.calls, order=forward.order, named=forward.named,
+            has_met_cache=True,
+        )  # fmt: skip
+
+    def _first_memory(
+        self, forward: Forward, path: str, key: tuple[str, int, int], request: CallRequest
+    ) -> Memory:
         """The memory of a layer that makes its first sparse call in this chunk."""
         last = self._state.last_chunk
-        memory = None if last is None else last.take(place, request)
+        memory = None
+        if last is not None:
+            rows = forward.rows(request, key[2])
+            memory = last.take((forward.model, path, key), request, rows)
         if last is None or memory is None:
             return Memory()
         self._state.chunk = last.number + 1

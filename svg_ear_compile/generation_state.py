@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from svg_ear_compile.chunks import LastChunk
 from svg_ear_compile.clock import Clock
 from svg_ear_compile.early_steps import EarlySteps
-from svg_ear_compile.guidance import Branches
+from svg_ear_compile.guidance import Branches, Latents
+from svg_ear_compile.kernels.call import CallRequest
 from svg_ear_compile.layers import Identity
 from svg_ear_compile.memory import Memory
 from svg_ear_compile.named_tokens import NamedTokens
@@ -92,11 +93,12 @@ class Forward:
         dense: True if all its attention is dense.
         reference: index of the forward that is its reference branch; None if it is one itself.
         in_batch: guidance branches along its batch.
-        batch: batch size of its latents.
+        latents: its latents.
         thread: identifier of the thread that runs it.
         early: early steps of its generation, None if it has none.
         calls: number of calls so far, by site.
         order: layer path to position in the order of execution.
+        has_met_cache: it has made a call with cached keys.
         named: exact tokens that a function named in it, None for those that the graph shows.
     """
 
@@ -106,9 +108,37 @@ class Forward:
     dense: bool
     reference: int | None
     in_batch: int
-    batch: int
+    latents: Latents
     thread: int
     early: EarlySteps | None
     calls: Counter[str] = field(default_factory=Counter)
     order: dict[str, int] = field(default_factory=dict)
+    has_met_cache: bool = False
     named: NamedTokens | None = None
+
+    def rows(self, request: CallRequest, place: int) -> slice:
+        """The part of a call's batch that a guidance branch along it is."""
+        batch = request.q_shape[0] // self.branches_along(request)
+        return slice(place * batch, (place + 1) * batch)
+
+    def branches_along(self, request: CallRequest) -> int:
+        """Number of guidance branches along the batch of a call.
+
+        A call whose batch holds frames (folded into it) has none.
+        """
+        return self.in_batch if request.q_shape[0] == self.latents.batch else 1
+
+
+@dataclass(frozen=True)
+class Held:
+    """Device memory that a session holds.
+
+    Attributes:
+        generation: name of the generation that holds it.
+        what: ``"centroids and block masks"``, ``"latents"`` or ``"captured graphs"``.
+        nbytes: size in bytes.
+    """
+
+    generation: str
+    what: str
+    nbytes: int

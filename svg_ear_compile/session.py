@@ -21,7 +21,8 @@ from torch import nn
 from svg_ear_compile.bound_call import BoundCall, warn_of_bypass
 from svg_ear_compile.cost_model.budget import Budget
 from svg_ear_compile.early_steps import EARLY_FACTOR
-from svg_ear_compile.generation import Generation, Held, entered_generation
+from svg_ear_compile.generation import Generation, entered_generation
+from svg_ear_compile.generation_state import Held
 from svg_ear_compile.given_models import check_module
 from svg_ear_compile.guidance import Guidance, Layout
 from svg_ear_compile.layer_plans import GivenBudget, LayerPlans
@@ -316,9 +317,10 @@ def bind(
             exact in it, called once in each forward: see `named_tokens.TokenFunction`. A sequence
             that they do not fit goes by its graph.
         chunked: the model makes a video chunk by chunk and attends to cached keys. A timestep that
-            jumps back to noise starts a chunk, not a generation; `Session.reset` starts one. By
-            default a chunk is told from a generation by a cache that has grown, so this is needed
-            only where the cache has reached its full length and rolls.
+            jumps back to noise starts a chunk, not a generation; `Session.reset` starts one. So
+            does, at one timestep, a forward of other latents with no more new keys than tokens.
+            By default a chunk is told from a generation by a cache that has grown, so this is
+            needed only where the cache has reached its full length and rolls.
 
     Raises:
         ValueError: the forward has no such timestep or latents; the budget names no module, has a

@@ -14,6 +14,7 @@ from svg_ear_compile.kernels import reference
 from svg_ear_compile.kernels.kept_clusters import (
     CachedKeys,
     KeptClusters,
+    continuation,
     excess_spread,
     identities_of,
     placed,
@@ -78,6 +79,16 @@ def test_keys_are_known_again_wherever_they_are(style: str) -> None:
     wanted = labels[:, :, source.clamp(min=0)].long()
     assert torch.equal(found.labels[:, :, source >= 0], wanted[:, :, source >= 0])
     assert found.labels.min() >= 0
+
+
+def test_tokens_of_two_calls_are_compared_by_the_sample_that_differs_most() -> None:
+    v = torch.randn(2, 3, 60, 32, generator=torch.Generator().manual_seed(0))
+    earlier, later = v[:, :, :43].clone(), v[:, :, 10:].clone()
+    earlier[0, :, 5] = later[0, :, 7] = later[:, :, -4:] = 0.0  # nothing has been written there
+    later[1, :, 2] += 1.0
+    found = continuation(identities_of(earlier), identities_of(later))
+    assert found == (32, 14, 11)
+    assert continuation(identities_of(v), identities_of(v.flip(2))) == (60, 0, 0)
 
 
 def test_the_excess_tells_labels_that_fit_from_labels_that_mean_nothing() -> None:

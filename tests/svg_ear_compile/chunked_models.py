@@ -20,7 +20,7 @@ class Chunked(nn.Module):
     """One attention from the tokens of a chunk to the cached ones and themselves.
 
     Styles "cat" and "slice" have a cache that grows, "roll" and "index_copy" one of `WINDOW` chunks
-    from the start.
+    from the start, "static" one for the whole video, whose end is masked.
     """
 
     def __init__(self, style: str) -> None:
@@ -39,9 +39,9 @@ class Chunked(nn.Module):
             rolled = cache.roll(-count, 1)
             rolled[:, -count:] = new
             return rolled
-        if self.style == "slice":
+        if self.style in ("slice", "static"):
             cache[:, start : start + count] = new
-            return cache[:, : start + count]
+            return cache if self.style == "static" else cache[:, : start + count]
         at = (start + torch.arange(count)) % cache.shape[1]
         cache.index_copy_(1, at, new)
         return cache[:, : cache.shape[1]]
@@ -56,7 +56,11 @@ class Chunked(nn.Module):
         )
         q = 6.0 * q  # as sharp as trained models are
         k, v = self.written(k_cache, k, start), self.written(v_cache, v, start)
-        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        mask = None
+        if self.style == "static":
+            mask = (torch.arange(k.shape[1]) < start + q.shape[1])[None, None, None]
+        q, keys, values = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return out.transpose(1, 2).flatten(2), k, v
 
 
@@ -66,12 +70,12 @@ def video(chunks: int, seed: int = 0) -> Tensor:
 
 
 def empty_cache(style: str, chunks: int) -> tuple[Tensor, Tensor]:
-    """Caches of keys and values for so many chunks; those of constant length are full."""
-    held = {"cat": 0, "slice": chunks}.get(style, WINDOW) * CHUNK
+    """Caches of keys and values for so many chunks; those of a window are full."""
+    held = {"cat": 0, "slice": chunks, "static": chunks}.get(style, WINDOW) * CHUNK
     generator = torch.Generator().manual_seed(5)
     shape = (1, held, HEADS, LATENT // HEADS)
     k, v = (torch.randn(shape, generator=generator) for _ in range(2))
-    return k, v
+    return (k.zero_(), v.zero_()) if style == "static" else (k, v)
 
 
 def generate(
