@@ -6,6 +6,8 @@ compiled on a machine without it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,8 @@ def attention(
     exact_keys: Tensor | None = None,
     chunk_spans: Tensor | None = None,
     chunk_keys: Tensor | None = None,
+    otherwise: Tensor | None = None,
+    otherwise_lse: Tensor | None = None,
     *,
     plan: str = "{}",
     site: str = "",
@@ -54,12 +58,15 @@ def attention(
             results of `key_padding` are given, any mask that PyTorch's attention takes; a mask that
             is not padding makes the call dense.
         layer: any parameter or buffer of the layer; its identity tells layers apart.
-        padding_keys, padding_proven: results of `kernels.padding.key_padding` for `attn_mask`.
+        padding_keys, padding_proven: results of `kernels.padding.key_padding` for `attn_mask`, or
+            of another proof with `otherwise`.
         padding_rows: (B|1, H_kv|1, N_q|1, 1) bool, queries that take part; the others give 0.
         exact_queries: (B|1, N_q) bool, True for queries that attend to every key.
         exact_keys: (B|1, N_k) bool, True for keys that are exact for every query.
         chunk_spans, chunk_keys: results of `kernels.query_chunks.query_chunks` for `attn_mask`, or,
             with no `attn_mask`, such chunks of all queries as are known otherwise.
+        otherwise, otherwise_lse: (B, H, N_q, D) and (B, H, N_q) float32, base 2, instead of
+            `attn_mask`: output and log-sum-exp of a call whose mask is not padding.
         plan: `AttentionPlan.encode` of the plan.
         site: name of the call in its graph.
         layer_owner: path of the module that holds `layer`, relative to the compiled module.
@@ -80,7 +87,8 @@ def attention(
     """
     key_mask = attn_mask if padding_proven is None else padding_keys
     check_arguments(q, k, v, key_mask, exact_queries, exact_keys)
-    check_proof(attn_mask, padding_keys, padding_rows, padding_proven)
+    if otherwise is None:
+        check_proof(attn_mask, padding_keys, padding_rows, padding_proven)
     check_chunks(q, k, chunk_spans, chunk_keys)
     compiled = AttentionPlan.decode(plan)
     clustered = (
@@ -109,10 +117,12 @@ def attention(
             return attention_by_chunk(q, k, v, chunks, chunk_keys, exact, request, terms)
         sparse = sparse_calls(q, k, v, key_mask, exact, request, terms)
         if sparse is None:
-            out, lse = dense_attention(q, k, v, attn_mask, terms.scale, return_lse)
-            # A mask whose padding was read off the graph masks keys; rows are masked here.
-            rows = padding_rows if padding_proven is None else None
-            mask = attn_mask
+            if otherwise is not None and not is_padding:
+                return _as_given(q, otherwise, otherwise_lse)
+            mask = key_mask if otherwise is not None else attn_mask
+            out, lse = dense_attention(q, k, v, mask, terms.scale, return_lse)
+            # A square mask masks rows itself. Where a mask is known as padding, it masks keys.
+            rows = padding_rows if padding_proven is None or otherwise is not None else None
         else:
             (out, lse), rows, mask = sparse, padding_rows, key_mask
         if rows is not None:
@@ -136,6 +146,8 @@ def _(
     exact_keys: Tensor | None = None,
     chunk_spans: Tensor | None = None,
     chunk_keys: Tensor | None = None,
+    otherwise: Tensor | None = None,
+    otherwise_lse: Tensor | None = None,
     *,
     plan: str = "{}",
     site: str = "",
@@ -148,6 +160,12 @@ def _(
     cached_keys: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), empty_lse(q, return_lse)
+
+
+def _as_given(q: Tensor, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Copies of an output and of a log-sum-exp of base 2, in the natural base."""
+    found = empty_lse(q, lse is not None)
+    return torch.empty_like(q).copy_(out), found if lse is None else torch.mul(lse, math.log(2))
 
 
 def _leave_out(out: Tensor, lse: Tensor, rows: Tensor) -> None:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
 # Importing them registers the operators, torch.ops.svg_ear.attention and those of masks.
 import svg_ear_compile.kernels.op
 import svg_ear_compile.kernels.padding
 import svg_ear_compile.kernels.query_chunks  # noqa: F401
 from svg_ear_compile.kernels.plan import AttentionPlan
+from svg_ear_compile.passes.block_proof import BlockProofs, left_to_flex
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.effects import Effects
 from svg_ear_compile.passes.exact_nodes import ExactNodes
 from svg_ear_compile.passes.exact_places import ExactTokens
+from svg_ear_compile.passes.fake_runs import run_on_fakes
 from svg_ear_compile.passes.find import owner_path
-from svg_ear_compile.passes.memory import fake_mode_of
 from svg_ear_compile.passes.site import AttentionSite, EmptyRow, Mask, Operand, Role
 from svg_ear_compile.passes.symbolic import hint, is_same
 from svg_ear_compile.passes.vectors import Stream, Vector
@@ -49,12 +47,19 @@ def rewrite(gm: GraphModule, planned: Sequence[tuple[AttentionSite, AttentionPla
     """
     rewriter = _Rewriter(Dataflow(gm) if any(s.prove_mask for s, _ in planned) else None)
     made = [rewriter.rewrite(site, plan) for site, plan in planned]
-    for module in gm.modules():
+    for module in list(gm.modules()):
         if isinstance(module, GraphModule):
+            _delete_unread_children(module)
             module.graph.lint()
             module.recompile()
-    gm.delete_all_unused_submodules()
     return made
+
+
+def _delete_unread_children(gm: GraphModule) -> None:
+    named = {str(node.target) for node in gm.graph.nodes if node.op in ("get_attr", "call_module")}
+    for name, child in list(gm.named_children()):
+        if isinstance(child, GraphModule) and name not in named:
+            delattr(gm, name)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class _Rewriter:
         self.effects = Effects()
         self.replaced: dict[Node, Node] = {}
         self.proofs: dict[tuple[Mask, Graph], _Proof] = {}
+        self.listed = None if flow is None else BlockProofs(flow, self._now)
         self.exact: dict[
             tuple[Graph, Vector, frozenset[Stream]], tuple[Node, int | Node | None]
         ] = {}
@@ -100,8 +106,13 @@ class _Rewriter:
             )
             mask: tuple[Node | None, ...] = (None,)
             chunks: tuple[Node, ...] = ()
-            if call.kept is not None:
-                mask = (call.kept.write(graph, q, self._now),)
+            otherwise: tuple[Node | None, ...] = (None, None)
+            listed = None
+            if call.block_mask is not None:
+                assert self.listed is not None
+                listed = self.listed.of(call, q, k)
+                mask = (None, listed.keys, listed.rows, listed.proven)
+                otherwise = left_to_flex(call, listed)
             if call.mask is not None and site.padding is not None:
                 mask = (
                     self._conjunction(graph, site.padding.keys, call.mask.inverted), None,
@@ -145,6 +156,8 @@ class _Rewriter:
                         call.mask is not None and call.mask.empty_row is EmptyRow.MEAN
                     ),
                     "return_lse": call.lse is not None,
+                    "otherwise": otherwise[0],
+                    "otherwise_lse": otherwise[1],
                     "cached_keys": site.role is Role.PREFIX,
                 },
             )
@@ -153,6 +166,11 @@ class _Rewriter:
             leaves_out = mask[0] is not None or rows is not None
             if leaves_out and call.mask and call.mask.empty_row is EmptyRow.NAN:
                 out = _without_empty_rows(graph, out, mask[0], rows, call.mask.added)
+            if listed is not None and listed.own is not None:
+                heads, of_values = (hint(shape[1]) or 1 for shape in (site.q_shape, site.k_shape))
+                if heads != of_values:
+                    v = graph.call_method("repeat_interleave", (v, heads // of_values, 1))
+                out = graph.call_function(torch.where, (listed.own, v, out))
             out = self._take_place(site, _in_dims(graph, out, "bhnd", call.out_dims), old, last)
             if call.lse is not None:
                 last = old.prev
@@ -172,10 +190,10 @@ class _Rewriter:
             made: the result, the last of the nodes that were inserted behind `after`.
         """
         graph, end = old.graph, made.next
-        _run_on_fakes(after, end)
+        run_on_fakes(after, end)
         with graph.inserting_before(end):
             out = _in_strides_of(graph, made, old)
-        _run_on_fakes(made, end)
+        run_on_fakes(made, end)
         _check(site, out, old)
         for key in _KEPT_META:
             if key in old.meta:
@@ -338,25 +356,6 @@ def _without_empty_rows(
         rows = some if rows is None else graph.call_function(torch.logical_and, (some, rows))
     empty = graph.call_function(torch.logical_not, (rows,))
     return graph.call_method("masked_fill", (out, empty, float("nan")))
-
-
-def _run_on_fakes(after: Node, end: Node) -> None:
-    """Give every new node between these two the fake value that it has."""
-    node = after.next
-    while node is not end:
-        values = {n: n.meta.get("example_value") for n in node.all_input_nodes}
-        args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-        target: Any = node.target
-        mode = fake_mode_of(*values.values(), end.meta.get("example_value"))
-        shapes = None if mode is None else mode.shape_env
-        # Symbols that are made here are made again, and bound, where the graph is traced.
-        ignoring = shapes.ignore_fresh_unbacked_symbols() if shapes else contextlib.nullcontext()
-        with mode or contextlib.nullcontext(), torch.no_grad(), ignoring:
-            if node.op == "call_method":
-                node.meta["example_value"] = getattr(args[0], target)(*args[1:], **kwargs)
-            else:
-                node.meta["example_value"] = target(*args, **kwargs)
-        node = node.next
 
 
 def _in_strides_of(graph: Graph, out: Node, old: Node) -> Node:

@@ -10,12 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from svg_ear_compile.passes.block_mask import graph_of, kept_keys, result_of, takes_every_pair
+from svg_ear_compile.passes.block_mask import (
+    BlockMask,
+    graph_of,
+    read_block_mask,
+    result_of,
+    takes_every_pair,
+)
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.operators import is_lse
 from svg_ear_compile.passes.site import Call, Mask, Operand, Reason
-from svg_ear_compile.passes.symbolic import known
+from svg_ear_compile.passes.symbolic import is_same, known
 
 SDPA_TARGETS = frozenset(
     {
@@ -91,16 +97,35 @@ def read_flex(node: Node, flow: Dataflow) -> Call | None:
     # A mask that takes every pair may still come with lists that leave blocks out, except where one
     # block holds all keys: what flex_attention makes where it is given no mask.
     everything = key_block == _WHOLE_SEQUENCE and takes_every_pair(mask_mod)
-    kept = None if everything else kept_keys(node, flow)
-    if not ((everything or kept) and _returns_its_score(graph_of(score_mod))):
-        return Call(node, (node,), q, k, v, reason=Reason.FLEX)
-    kept = None if kept is not None and kept.are_all else kept
-    taken = {u.args[1]: u for u in node.users if operation(u) == "getitem"}
+    read = None if everything else _readable(read_block_mask(node), q, k)
+    if isinstance(read, Reason) or not _returns_its_score(graph_of(score_mod)):
+        reason = read if isinstance(read, Reason) else Reason.FLEX
+        return Call(node, (node,), q, k, v, reason=reason)
+    unread = [u for u in node.users if operation(u) == "getitem" and not u.users]
+    readers = [u for u in node.users if u not in unread]
+    taken = {u.args[1]: u for u in readers if operation(u) == "getitem"}
     out, lse = taken.get(0), taken.get(1)
-    if out is None or len(node.users) > len(taken) or not taken.keys() <= {0, 1}:
+    if out is None or len(readers) > len(taken) or not taken.keys() <= {0, 1}:
         return Call(node, (node,), q, k, v, reason=Reason.WEIGHTS)
-    call = Call(out, (node, out), q, k, v, scale=scale, kept=kept)
+    if read is not None and any(
+        flow.is_written_between(t, node, out) or flow.is_viewed_anew(t) for t in read.tensors
+    ):
+        return Call(node, (node,), q, k, v, reason=Reason.WRITTEN)
+    call = Call(out, (node, *unread, out), q, k, v, scale=scale, block_mask=read)
     return call if lse is None else _with_natural_lse(call, lse)
+
+
+def _readable(mask: BlockMask | None, q: Operand, k: Operand) -> BlockMask | Reason:
+    """The block mask if its values may prove that it is padding, else why they cannot."""
+    if mask is None:
+        return Reason.FLEX
+    q_shape, k_shape = q.sizes(), k.sizes()
+    if q_shape is None or k_shape is None:
+        return Reason.LAYOUT
+    as_long = is_same(q_shape[2], k_shape[2])
+    if mask.compares_positions(by_chunk=not as_long):
+        return Reason.CAUSAL if as_long else Reason.CAUSAL_CHUNK
+    return mask if mask.is_judged and (as_long or not mask.has_own) else Reason.FLEX
 
 
 def _with_natural_lse(call: Call, lse: Node) -> Call:
@@ -108,10 +133,11 @@ def _with_natural_lse(call: Call, lse: Node) -> Call:
     (scaled, *more) = lse.users or (lse,)
     is_natural = operation(scaled) == "mul" and scaled.args == (lse, math.log(2)) and not more
     held = Operand(scaled, "bhn")
+    has_own = call.block_mask is not None and call.block_mask.has_own
     before = any(user < call.node for user in scaled.users)  # would read it before it is there
-    if not is_natural or call.kept is not None or before or not is_lse(held, call):
-        return replace(call, reason=Reason.WEIGHTS)
-    return replace(call, steps=(call.steps[0], lse, scaled, call.node), lse=held)
+    if not is_natural or has_own or before or not is_lse(held, call):
+        return replace(call, reason=Reason.FLEX if has_own else Reason.WEIGHTS)
+    return replace(call, steps=(*call.steps[:-1], lse, scaled, call.node), lse=held)
 
 
 def _returns_its_score(graph: GraphModule | None) -> bool:

@@ -8,7 +8,7 @@ from enum import Enum
 import torch
 from torch.fx import Node
 
-from svg_ear_compile.passes.block_mask import KeptKeys
+from svg_ear_compile.passes.block_mask import BlockMask
 from svg_ear_compile.passes.exact_places import ExactTokens
 from svg_ear_compile.passes.memory import is_plain
 from svg_ear_compile.passes.symbolic import Size, hint
@@ -74,7 +74,7 @@ _SENTENCES = {
     Reason.VALUES: "Values come from other tokens than the keys.",
     Reason.PART_OF_CLIP: "Tokens of one frame, place or window attend to each other: short rows.",
     Reason.MASK: "The mask is a learned bias, one of several, or of no shape that padding has.",
-    Reason.FLEX: "flex_attention with a score function or a block mask not shown to be padding.",
+    Reason.FLEX: "flex_attention with a score function, or a mask function that is not understood.",
     Reason.LEAF: "Attention inside one PyTorch call, with its projections: it cannot be opened.",
     Reason.KERNEL: "Another library's kernel, in a use that is not known to be plain attention.",
     Reason.PACKED: "Packed sequences of several lengths, or whose lengths the graph does not show.",
@@ -199,7 +199,7 @@ class Call:
         scale: of the logits; None is 1/sqrt(D).
         symbols: numbers known at run time that multiply the scale, or divide it where True.
         dropout_p, is_causal: as given to the call; hand-written attention has neither.
-        kept: the keys that take part, where a function says it; None where all do.
+        block_mask: the mask of flex_attention, None where there is none.
         lse: the node that holds the log-sum-exp of the logits, letters among "bhn"; None where
             nobody asks for it.
         reason: why the call cannot be read any further, or None.
@@ -216,7 +216,7 @@ class Call:
     symbols: tuple[tuple[Node, bool], ...] = ()
     dropout_p: object = 0.0
     is_causal: object = False
-    kept: KeptKeys | None = None
+    block_mask: BlockMask | None = None
     lse: Operand | None = None
     reason: Reason | None = None
 
@@ -257,7 +257,8 @@ class AttentionSite:
     @property
     def prove_mask(self) -> bool:
         """True if the mask has to prove at run time that it is padding."""
-        return self.call.mask is not None and self.padding is None
+        by_mask = self.call.mask is not None and self.padding is None
+        return by_mask or self.call.block_mask is not None
 
     @property
     def may_have_chunks(self) -> bool:

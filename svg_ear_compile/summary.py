@@ -44,7 +44,7 @@ CURES = {
     Reason.DROPOUT: "call model.eval()",
     Reason.GRADIENTS: "call the model under torch.no_grad() or torch.inference_mode()",
     Reason.MASK: "pass a bool mask of padding, or none",
-    Reason.FLEX: "drop the score function; make the block mask of padding in the compiled function",
+    Reason.FLEX: "drop the score function; let the mask function compare with captured tensors",
     Reason.LEAF: "let the module call torch.nn.functional.scaled_dot_product_attention itself",
     Reason.KERNEL: 'call PyTorch\'s attention, in diffusers by set_attention_backend("native")',
     Reason.PACKED: "pass a batch of one length, or boundaries that the model computes of numbers",

@@ -409,6 +409,22 @@ def test_a_source_hears_where_a_call_can_only_be_dense() -> None:
     assert torch.equal(found, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
 
 
+@pytest.mark.parametrize("plan", [PLAN, DENSE])
+def test_what_is_no_padding_is_as_it_was_given(plan: AttentionPlan) -> None:
+    q, k, v = qkv()
+    keys, rows = random_mask(0, (True, False), (2, 2), 45, "cpu"), torch.rand(2, 1, 61, 1) < 0.7
+    other, lse = torch.randn_like(q), torch.randn(q.shape[:3])
+    terms = {"plan": plan.encode(), "return_lse": True}
+    for proven in (False, True):
+        proof = {"padding_keys": keys, "padding_rows": rows, "padding_proven": torch.tensor(proven)}
+        found = attention(q, k, v, **proof, otherwise=other, otherwise_lse=lse, **terms)
+        wanted = other, lse * math.log(2)
+        if proven:
+            wanted = attention(q, k, v, keys, padding_rows=rows, **terms)
+        torch.testing.assert_close(found, wanted)
+        assert not any(a is b for a, b in zip(found, (other, lse), strict=True))
+
+
 def test_nothing_is_remembered_without_a_source() -> None:
     q, k, v = qkv()
     first, _ = attention(q, k, v, plan=PLAN.encode())
