@@ -132,7 +132,36 @@ CONTENTS: dict[str, Content] = {
     "chunks": Content((
         "mask = POS((j // 8 <= (i + m - n) // 8))", "mask = POS((j // 16 <= i // 16))",
         "mask = POS((j < 8 + i // 8 * 8))", "mask = POS(((i + m - n) // 32 >= j // 32))",
-    ), expect="reason"),
+        "mask = POS((torch.div(i, 7, rounding_mode='floor') * 7 + 7 > j))",
+        "mask = POS((i.div(9, rounding_mode='trunc') >= j.floor_divide(9)))",
+        "t = torch.arange(-(-m // 8)).repeat_interleave(8)\n"
+        "mask = POS((t[None, :m] <= t[:n, None]))",
+    )),
+    "chunks_in_a_window": Content((
+        "mask = POS(((i // 8 - j // 8).abs() < 2))", "mask = POS((i // 8 == j // 8))",
+        "mask = POS(((j // 8 <= i // 8) & (i // 8 - j // 8 < 3)))",
+        "mask = POS(((j // 8 <= i // 8) & ((j // 8 > i // 8 - 2) | (j // 8 < 1))))",
+        "mask = POS((j // 11 >= i // 11 - 1))",
+    )),
+    "chunks_written": Content((
+        "mask = torch.zeros(n, m, dtype=torch.bool)\nfor s0 in range(0, n, 9):\n"
+        "    mask[s0 : s0 + 9, : s0 + 9] = True\nmask = POS(mask)",
+        "t = torch.zeros(n, dtype=torch.long)\nfor s0 in range(0, n, 10):\n"
+        "    t[s0 : s0 + 10] = s0 + 10\nmask = POS((j < t[:, None]))",
+        "t = torch.ones(-(-max(n, m) // 8), -(-max(n, m) // 8)).tril()\n"
+        "t = t.repeat_interleave(8, 0).repeat_interleave(8, 1)[:n, :m]\nmask = POS((t > 0))",
+        "t = torch.arange(-(-max(n, m) // 12))\nt = torch.kron((t[:, None] >= t[None]).int(), "
+        "torch.ones(12, 12).int())[:n, :m]\nmask = POS(t.bool())",
+        "mask = torch.ones(n, m, dtype=torch.bool)\nmask[:13, 13:] = False\nmask = POS(mask)",
+    )),
+    "chunks_of_few": Content((
+        "mask = POS((j // 1 <= i // 1))", "mask = POS(((j <= i) & (j // 8 <= i // 8)))",
+        "mask = POS((j // 8 <= i // 8))\nmask = mask & POS((j != 3 + i))",
+        "mask = POS((j // 8 < i // 8))", "mask = POS((j // 8 <= i // 2))",
+    ), expect="reason", empties=True),
+    "chunks_and_keys": Content((
+        "mask = POS((j // 8 <= i // 8)) & KEYS", "mask = KEYS & POS((j // 8 >= i // 8 - 1))",
+    ), expect="reason", empties=True),
     "any_square": Content((
         "mask = POS(allowed)", "mask = POS(allowed).logical_or(KEYS)",
     ), expect="reason"),
