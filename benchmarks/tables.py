@@ -191,10 +191,15 @@ def densities_table(records: Path) -> str:
         and point.cell.warm_up == WARM_UPS[0]
     }
     tokens = {name: record["model"]["tokens"] for name, record in evidence.models.items()}
+    # Guidance moves the pictures by decibels: a figure without it contradicts that of another table.
+    (asked,) = {
+        (record["settings"]["steps"], record["settings"]["guidance"])
+        for record in evidence.models.values()
+    }
     lines = [
         f"Attention at {WAN} beside the fastest dense one ({where([evidence.times])}); PSNR "
-        f"to dense of two small video models, {WARM_UPS[0]:.0%} of their denoising steps dense "
-        f"({where(list(evidence.models.values()))}).",
+        f"to dense of two small video models, {asked[0]} steps with guidance {asked[1]:g}, "
+        f"{WARM_UPS[0]:.0%} of the steps dense ({where(list(evidence.models.values()))}).",
         "",
         "| density | attention, recomputed | attention, reused "
         f"| {' | '.join(f'PSNR, {name}, {tokens[name]:,} tokens' for name in tokens)} |",

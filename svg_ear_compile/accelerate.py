@@ -24,6 +24,7 @@ from svg_ear_compile.generation import Generation
 from svg_ear_compile.generation_state import Announced
 from svg_ear_compile.guidance import Layout
 from svg_ear_compile.in_place import CompiledInPlace, has_repeated_blocks, is_compiled
+from svg_ear_compile.kernels.checked import printable, shown
 from svg_ear_compile.offloading import moves_each_layer
 from svg_ear_compile.pipeline_calls import (
     CallWatch,
@@ -33,7 +34,8 @@ from svg_ear_compile.pipeline_calls import (
     timesteps_rise,
 )
 from svg_ear_compile.session import DEFAULT, Session, bind
-from svg_ear_compile.settings import Settings
+from svg_ear_compile.settings import Settings, by_name
+from svg_ear_compile.user_frame import level_of_user
 
 _OneBudget = str | Path | Budget
 
@@ -73,6 +75,10 @@ class Accelerated:
         self._warn_of_offloading()
         self._watch = None if isinstance(target, nn.Module) else CallWatch(target, self._during)
         _ACCELERATED.update(self.models.values())
+
+    def __repr__(self) -> str:
+        state = "detached" if self._detached else ", ".join(self.models)
+        return f"<Accelerated {self._name}: {state}>"
 
     def report(self) -> AccelerationReport:
         """What the last finished call of the pipeline did; a module's generation up to now."""
@@ -189,7 +195,7 @@ class Accelerated:
         """Warn once."""
         if sentence not in self._warned:
             self._warned.add(sentence)
-            warnings.warn(sentence, stacklevel=2)
+            warnings.warn(sentence, stacklevel=level_of_user())
 
     def _report(self, generation: Generation) -> AccelerationReport:
         layers = generation.report()
@@ -310,7 +316,7 @@ def _found(target: Any, timestep: str | None) -> dict[str, nn.Module]:
         models = {name: target}
     else:
         if isinstance(target, type) or not callable(target):
-            raise TypeError(f"accelerate takes a pipeline or a module, got {target!r:.80}")
+            raise TypeError(f"accelerate takes one pipeline or module, got {_described(target)}")
         models = denoisers(target, timestep)
     if not models:
         sought = "a timestep" if timestep is None else repr(timestep)
@@ -321,13 +327,22 @@ def _found(target: Any, timestep: str | None) -> dict[str, nn.Module]:
     for part, model in models.items():
         where = f"this {name}" if model is target else f"the {part} of this {name}"
         if model in _ACCELERATED:
-            raise ValueError(f"{where} is accelerated already: call detach() of its handle first")
+            raise ValueError(
+                f"{where} is accelerated already: call detach() of its handle first. Another "
+                "pipeline that holds it runs sparse as it is"
+            )
         if is_compiled(model):
             raise ValueError(
                 f"{where} is compiled or bound already: accelerate does both, give it the model as "
                 "it was loaded"
             )
     return models
+
+
+def _described(target: object) -> str:
+    if isinstance(target, type):
+        return f"the class {printable(target.__name__)}: give an object of it"
+    return shown(target)
 
 
 def _check_dense_steps(dense_steps: object, target: object) -> None:
@@ -358,7 +373,7 @@ def _budgets(budget: Any, models: int) -> tuple[Any, list[Budget | None]]:
 def _options(
     density: float | None, target_speedup: float | None, options: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    given = dict(options or {})
+    given = by_name(options)
     for name, value in (("density", density), ("target_speedup", target_speedup)):
         if value is not None:
             if name in given:

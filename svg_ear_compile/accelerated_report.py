@@ -102,22 +102,31 @@ class AccelerationReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        steps = f"{_counted(self.steps, 'step')}, {self.dense_steps} of them dense"
-        if self.early is not None and self.early.count:
-            steps += (
-                f", the first {self.early.count} at up to {self.early.factor:g} times the density "
-                "of the others"
-            )
+        if self.seconds is None and not self.steps:
+            return "no call has ended yet"
         if self.seconds is None:
-            lines = [f"current generation: {steps}" if self.steps else "nothing ran yet"]
+            lines = [f"current generation: {self._schedule()}"]
         else:
-            lines = [f"call {self.calls}: {steps}, {self.seconds:.1f} s"]
+            lines = [f"call {self.calls}: {self._schedule()}, {self.seconds:.1f} s"]
             if self.compiled:
                 lines[0] += " with compilation"
+        lines += map(str, self.models)
         if self.steps:
-            lines += map(str, self.models)
             lines.append(f"memory held: {_memory(self.held)}")
         return "\n".join(lines)
+
+    def _schedule(self) -> str:
+        """The steps that ran, and which of them were dense or denser than others."""
+        if not self.steps:
+            return "no step of its denoising models ran"
+        steps = _counted(self.steps, "step")
+        if self.density is None:
+            return f"{steps}, all dense"
+        steps += f", {self.dense_steps} of them dense"
+        if self.early is None or not self.early.count:
+            return steps
+        first = "the first" if self.early.count == 1 else f"the first {self.early.count}"
+        return f"{steps}, {first} at up to {self.early.factor:g} times the density of the others"
 
 
 def _mean_density(layers: Sequence[LayerReport]) -> float | None:

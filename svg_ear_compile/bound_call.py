@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
+from svg_ear_compile.in_place import is_compiled
 from svg_ear_compile.layers import inner_of
 from svg_ear_compile.tracing import runs_once
 
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
     from svg_ear_compile.session import Session
 
 log = logging.getLogger(__name__)
+
+_NOT_COMPILED = (
+    "it was not compiled before it was bound. Compile it first, with the backend svg_ear, and bind "
+    "the result"
+)
+_IS_DENSE = (
+    "the line of svg_ear at its compilation says why. Without such a line it was compiled with "
+    "another backend, or its attention runs outside of all graphs: svg_ear_compile.explain shows it"
+)
 
 # Calls by number: while Dynamo traces, `_warn_of_compilation` can take numbers only.
 _CALLS: WeakValueDictionary[int, BoundCall] = WeakValueDictionary()
@@ -61,12 +71,19 @@ class BoundCall:
         """Warn if the first forward shows that the model, or the budget, is not what it seems."""
         if not layers:
             log.warning(
-                "no sparse attention ran in the first forward of this %s: either it was not "
-                'compiled with backend="svg_ear" before it was bound, or all its attention stays '
-                "dense, for which svg_ear_compile.explain gives the reasons",
+                "no sparse attention ran in the first forward of this %s: %s",
                 type(inner_of(self.module)).__name__,
+                _IS_DENSE if self._is_compiled() else _NOT_COMPILED,
             )
         self.session._plans.heard(self.model, layers)
+
+    def _is_compiled(self) -> bool:
+        """Whether the module was compiled before it was bound, by whichever backend."""
+        return (
+            inner_of(self.module) is not self.module
+            or self.compiled is not None
+            or any(map(is_compiled, self.module.children()))
+        )
 
     @property
     def is_bypassed(self) -> bool:

@@ -18,6 +18,7 @@ from svg_ear_compile.compare import command as compare_command
 from svg_ear_compile.explain import explain
 from svg_ear_compile.kernels.checked import InvalidValueError, printable, shown
 from svg_ear_compile.made_models import model_and_inputs
+from svg_ear_compile.settings import Settings
 
 _ABOUT = (
     "Sparse attention for video diffusion transformers: what goes sparse, how fast and how close."
@@ -117,6 +118,7 @@ def _explain(given: argparse.Namespace) -> None:
         if key in options:
             raise InvalidValueError(f"the option {shown(key)} is given twice")
         options[key] = value
+    Settings.parse(options)  # a mistake is answered before a model is loaded
     model, args, kwargs = model_and_inputs(given.model)
     found = explain(model, *args, options=options, draw_to=given.draw, **kwargs)
     if given.json:

@@ -28,6 +28,7 @@ from svg_ear_compile.calibrating import calibrate
 from svg_ear_compile.cost_model import budget as budgets
 from svg_ear_compile.cost_model import calibration as calibrations
 from svg_ear_compile.cost_model import device_profile, json_record
+from svg_ear_compile.cost_model.allocation import Objective
 from svg_ear_compile.cost_model.budget import Budget, Performance
 from svg_ear_compile.cost_model.calibration import Calibration
 from svg_ear_compile.cost_model.device import describe
@@ -257,6 +258,9 @@ def _environment(name: str) -> int:
 
 
 def _tuned(given: argparse.Namespace) -> Budget:
+    # Mistakes are answered before a model is loaded.
+    Objective.of(given.target_speedup, given.max_error, given.density)
+    settings = _settings(given)
     model, calls = model_and_calls(given.model)
     console = Console(quiet=dist.is_initialized() and dist.get_rank() > 0)
     columns = (
@@ -285,7 +289,7 @@ def _tuned(given: argparse.Namespace) -> Budget:
             target_speedup=given.target_speedup,
             max_error=given.max_error,
             density=given.density,
-            settings=_settings(given),
+            settings=settings,
             checkpoint=given.out.with_suffix(".checkpoint"),
             on_cost=say,
             on_progress=show,

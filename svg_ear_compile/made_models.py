@@ -16,6 +16,7 @@ from svg_ear_compile.capture import ModelCall
 from svg_ear_compile.given_models import check_callable, check_module
 from svg_ear_compile.kernels.checked import InvalidTypeError, InvalidValueError, shown
 
+_SHOWN = 4  # of a tuple that a callable returned, in a message
 _Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -85,6 +86,8 @@ def callable_of(path: str, option: str) -> Callable[[], Any]:
     module, _, name = path.partition(":")
     if not re.fullmatch(r"\w+(\.\w+)*", module) or not name.isidentifier():
         raise InvalidValueError(f"{option} must be MODULE:CALLABLE, got {shown(path)}")
+    if module.endswith(".py"):
+        raise InvalidValueError(f"{option} names a module, not a file: leave .py out of {module}")
     sys.path.insert(0, "")
     make = getattr(importlib.import_module(module), name, None)
     if not callable(make):
@@ -110,4 +113,6 @@ def _said_of(wanted: str) -> Iterator[None]:
 
 
 def _described(found: object) -> str:
+    if isinstance(found, tuple) and len(found) <= _SHOWN:
+        return f"({', '.join(map(shown, found))})"
     return f"a tuple of {len(found)}" if isinstance(found, tuple) else shown(found)

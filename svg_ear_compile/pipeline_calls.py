@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -135,26 +135,34 @@ class CallWatch:
 
         @wraps(call)
         def watched(this: Any, *args: Any, **kwargs: Any) -> Any:
-            if this is not pipeline:  # a copy has the class of what it is a copy of
+            if this is not pipeline:  # an object of that class, made by the user
                 return call(this, *args, **kwargs)
             with around(read_call(this, args, kwargs)):
                 return call(this, *args, **kwargs)
 
+        def reduced(this: Any, protocol: int) -> Any:
+            """What pickle and copy make of a pipeline: one of the class that it had before."""
+            make, given, *state = original.__reduce_ex__(this, protocol)
+            # As one callable: pickle refuses a `make` for objects of another class than `this`.
+            plain = partial(make, *(original if x is watched_class else x for x in given))
+            return plain, (), *state
+
         names = ("__module__", "__qualname__", "__doc__")
         body = {name: getattr(original, name) for name in names}
-        body |= {"__call__": watched, "__slots__": ()}
+        body |= {"__call__": watched, "__reduce_ex__": reduced, "__slots__": ()}
         self._pipeline = pipeline
         self._original = original
         try:
-            self._watched = type(original)(original.__name__, (original,), body)
-            pipeline.__class__ = self._watched
+            watched_class = type(original)(original.__name__, (original,), body)
+            pipeline.__class__ = watched_class
         except TypeError as error:
             raise TypeError(
                 f"the calls of this {original.__name__} cannot be watched ({error}): give "
                 "accelerate its model instead"
             ) from error
+        self._watched_class = watched_class
 
     def stop(self) -> None:
         """Give the pipeline its class back, unless it was given another one meanwhile."""
-        if type(self._pipeline) is self._watched:
+        if type(self._pipeline) is self._watched_class:
             self._pipeline.__class__ = self._original

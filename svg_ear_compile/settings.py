@@ -45,6 +45,11 @@ _MOST_SPANS = 1000
 _SPAN = re.compile(r"((?:-?\d{1,9})?):((?:-?\d{1,9})?)")
 _OBJECTIVES = ("target_speedup", "budget")
 _OURS = (*_PLAN_FIELDS, *_OBJECTIVES, *_COUNTS, "exact_tokens", "strict", "mode")
+# What only a running model knows: arguments of `accelerate` and `bind`, no options of a graph.
+_OF_THE_SESSION = (
+    "dense_steps", "dense_above_timestep", "dense_layers", "early_factor", "steps", "timestep",
+    "ascending", "guidance", "branches", "latents", "chunked",
+)  # fmt: skip
 # Options that follow from the objective and cannot be given beside it.
 _DECIDED_BY_OBJECTIVE = ("routing", "top_p", "min_block_ratio", "threshold")
 _DECIDED_BY_BUDGET = (*_DECIDED_BY_OBJECTIVE, "q_clusters", "k_clusters", "compensation")
@@ -86,7 +91,7 @@ class Settings:
                 range, a budget file that cannot be read, or options that contradict each other.
             TypeError: a key or a value of the wrong type; the message names the option.
         """
-        given = _named(options)
+        given = by_name(options)
         if "mode" in given:
             if mode is not None:
                 raise InvalidValueError("mode is given twice: as an argument and in options")
@@ -108,6 +113,11 @@ class Settings:
                 own |= _objective(key, value)
             elif key in REMOVED:
                 raise InvalidValueError(REMOVED[key])
+            elif key in _OF_THE_SESSION:
+                raise InvalidValueError(
+                    f"{key} is no option of the backend: give it to svg_ear_compile.accelerate or "
+                    f"bind, as in accelerate(pipe, {key}=...)"
+                )
             else:
                 name = key.replace("-", "_")
                 inductor[name] = _checked_inductor(key, name, value)
@@ -179,7 +189,7 @@ def exact_spans(value: object) -> tuple[tuple[int | None, int | None], ...]:
     return tuple((part.start, part.stop) for part in slices)
 
 
-def _named(options: object) -> dict[str, Any]:
+def by_name(options: object) -> dict[str, Any]:
     """The options as a dict; raises an InvalidTypeError unless their names are strings."""
     if options is None:
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import tiny_pipelines as tiny
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from made_budgets import budget_for
 from session_models import run, whole
 from torch._inductor.compile_fx import compile_fx
@@ -120,6 +121,40 @@ def test_a_call_that_would_be_all_dense_warns() -> None:
     ):
         tiny.generate(pipe, tiny.wan_call())
     assert handle.report().dense_steps == 4
+    first, second, _ = str(handle.report()).splitlines()
+    assert first.startswith("call 1: 4 steps, all dense, ")
+    assert second.endswith("every call of 2 layers was dense")
+
+
+def test_a_call_that_ends_by_an_error_has_no_report_and_keeps_nothing() -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    pipe = tiny.wan()
+    with accelerate(pipe, options=tiny.OPTIONS) as handle:
+        with pytest.raises(KeyboardInterrupt):
+            tiny.generate(pipe, tiny.wan_call(callback_on_step_end=interrupt))
+        assert str(handle.report()) == "no call has ended yet"
+        assert handle.session.memory_bytes() == 0
+        tiny.generate(pipe, tiny.wan_call())
+        assert handle.report().calls == 1
+        assert repr(handle) == "<Accelerated WanPipeline: transformer>"
+    assert repr(handle) == "<Accelerated WanPipeline: detached>"
+
+
+def test_a_pipeline_that_shares_the_transformer_runs_sparse_and_is_pickled() -> None:
+    pipe = tiny.wan()
+    with accelerate(pipe, density=0.3, options=tiny.OPTIONS) as handle:
+        other = WanPipeline(**pipe.components)
+        with pytest.raises(ValueError, match="Another pipeline that holds it runs sparse as it is"):
+            accelerate(other, density=0.3)
+        with handle.session.generation("other") as generation:
+            tiny.generate(other, tiny.wan_call())
+            assert all(layer.density for layer in generation.report())
+            assert len(generation.report()) == 2
+        alone = pickle.loads(pickle.dumps(pipe))
+    assert type(alone) is type(pipe) is WanPipeline
+    assert torch.equal(tiny.generate(alone, tiny.wan_call()), tiny.generate(pipe, tiny.wan_call()))
 
 
 def test_equal_latents_of_several_prompts_are_no_guidance_branches() -> None:
@@ -174,7 +209,7 @@ def test_a_module_is_accelerated_without_a_pipeline() -> None:
     with torch.no_grad():
         dense = model(*inputs)
         with accelerate(model, density=0.3, options=tiny.OPTIONS) as handle:
-            assert str(handle.report()) == "nothing ran yet"
+            assert str(handle.report()) == "no call has ended yet"
             found = model(*inputs)
             report = handle.report()
         assert not torch.equal(found, dense)

@@ -51,8 +51,11 @@ class Unlike:
 @pytest.mark.parametrize(
     ("target", "given", "kind", "said"),
     [
-        (Unlike, {}, TypeError, "accelerate takes a pipeline or a module, got <class"),
-        (3, {}, TypeError, "accelerate takes a pipeline or a module, got 3"),
+        (Unlike, {}, TypeError, "one pipeline or module, got the class Unlike: give an object"),
+        (3, {}, TypeError, "accelerate takes one pipeline or module, got 3"),
+        ([Unlike()], {}, TypeError, "accelerate takes one pipeline or module, got a list"),
+        ("wan", {"options": "density=0.2"}, TypeError, "options must be a dict, got 'density=0.2'"),
+        ("wan", {"options": {"dense_steps": 2}}, ValueError, "dense_steps is no option .* give it"),
         (Unlike(), {}, ValueError, "this Unlike holds no denoising model"),
         (nn.Linear(2, 2), {}, ValueError, "forward of Linear has none of"),
         ("wan", {"timestep": "when"}, ValueError, "none of its modules is called with 'when'"),

@@ -199,9 +199,12 @@ def test_quantised_linear_layers(before: bool) -> None:
 def test_a_model_that_is_replaced_warns() -> None:
     pipe, handle = accelerated(lambda pipe: None, True)
     pipe.transformer = tiny.wan_transformer(seed=3)
-    with pytest.warns(UserWarning, match="transformer of this WanPipeline was replaced"):
+    with pytest.warns(UserWarning, match="transformer of this WanPipeline was replaced") as told:
         found = tiny.generate(pipe, tiny.wan_call())
-    assert handle.report().steps == 0
+    assert told[0].filename == tiny.__file__  # the line that called the pipeline
+    first, second = str(handle.report()).splitlines()
+    assert first.startswith("call 1: no step of its denoising models ran, ")
+    assert second == "transformer (WanTransformer3DModel): not called"
     handle.detach()
     assert torch.equal(tiny.generate(pipe, tiny.wan_call()), found)
 

@@ -14,6 +14,7 @@ from session_models import Model, run, shared
 from transformer_models import TOKENS, stack, wan
 
 from svg_ear_compile import ModelCall, bind, capture_calls, explain, tune
+from svg_ear_compile.bound_call import _IS_DENSE
 from svg_ear_compile.kernels.checked import InvalidTypeError, InvalidValueError
 
 OPTIONS = {"density": 0.4, "min_tokens": TOKENS}
@@ -51,11 +52,19 @@ def test_a_model_that_was_never_compiled_is_named(warned: Warned) -> None:
         for timestep in (900.0, 800.0):
             model(x, torch.tensor([timestep]))
         (said,) = warned()
-    assert said.startswith("no sparse attention ran in the first forward of this Stack: either it")
+    assert said.startswith("no sparse attention ran in the first forward of this Stack: it was not")
     compiled = torch.compile(model, backend="svg_ear", options={"density": 0.4})  # too short
     with bind(compiled), torch.no_grad():
         compiled(x, torch.tensor([900.0]))
-        assert len(warned()) == 1
+        (said,) = warned()
+    assert said.endswith("Stack: " + _IS_DENSE)
+    for attention in model.children():  # what is inside of it may be compiled, too
+        attention.compile(backend="eager")
+    with bind(model), torch.no_grad():
+        model(x, torch.tensor([900.0]))
+        (said,) = warned()
+    assert said.endswith("Stack: " + _IS_DENSE)
+    model, (x, _) = stack()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="svg_ear", options=OPTIONS)
     with bind(compiled, dense_steps=1), torch.no_grad():

@@ -41,6 +41,8 @@ def test_keys_with_paths_markup_and_control_characters_are_shown_and_drawn(
         ("unspeakable", (), "its message cannot be written: ZeroDivisionError"),
         ("__name__", (), "has no callable '__name__'"),
         ("a.b", (), "MODULE:CALLABLE"),
+        ("raising", ("--option", "densty=1"), "did you mean 'density'"),  # before it is made
+        ("raising", ("--budget", "/nowhere"), "the budget cannot be used"),
         ("\x1b[31m", (), "MODULE:CALLABLE"),
         ("explained_stack", ("--option", "a=" + "(" * 5000), "unknown option 'a'"),
         ("explained_stack", ("--option", "density=0.1", "--option", "density=0.2"), "given twice"),
@@ -107,3 +109,20 @@ def test_a_cache_that_cannot_be_written_is_named_before_anything_is_measured(
     said = capsys.readouterr().err
     assert str(tmp_path / "svg_ear_compile") in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("transformer_models.py:raising", "a module, not a file: leave .py out of transformer_m"),
+        ("transformer_models:raising", "density must be between 0 and 1, got 2.0"),
+        ("transformer_models:pipeline_and_options", "not (a Pipeline, a dict)"),
+    ],
+)
+def test_mistakes_of_tune_are_told_before_the_model_is_made(
+    model: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    density = "2" if model.endswith("s:raising") else "0.2"
+    tune = ["tune", "--model", model, "--density", density, "--out", str(tmp_path / "b.json")]
+    assert main(tune) == 2
+    assert said in capsys.readouterr().err

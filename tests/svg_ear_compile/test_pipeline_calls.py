@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -145,6 +146,22 @@ def test_only_the_watched_pipeline_is_watched() -> None:
     assert type(pipe) is Pipeline
     assert pipe("a") == "video of a"
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_watched_pipeline_is_pickled_and_copied_as_a_plain_one(protocol: int) -> None:
+    pipe = Pipeline()
+    pipe("a")
+    plain = pickle.dumps(pipe, protocol)
+    watch = CallWatch(pipe, lambda call: pytest.fail("watched"))
+    for made in (
+        pickle.loads(pickle.dumps(pipe, protocol)), copy.copy(pipe), copy.deepcopy(pipe),
+        pickle.loads(plain),
+    ):  # fmt: skip
+        assert type(made) is Pipeline
+        assert made.heard == ["a"]
+    assert type(pipe) is not Pipeline
+    watch.stop()
 
 
 def test_a_class_given_meanwhile_is_kept() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import svg_ear_compile
 from svg_ear_compile.kernels.checked import InvalidTypeError, InvalidValueError
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.settings import Settings
@@ -53,6 +55,7 @@ def test_every_plan_field_is_an_option() -> None:
     ("options", "mode", "error", "message"),
     [
         ({"densty": 0.1}, None, ValueError, "did you mean 'density'"),
+        ({"dense_steps": 2}, None, ValueError, "give it to svg_ear_compile.accelerate or bind"),
         ({"max_autotun": True}, None, ValueError, "max_autotune"),
         ({"qqqq": 1}, None, ValueError, "valid are density"),
         ({"density": "0.1"}, None, TypeError, "density must be float"),
@@ -194,3 +197,11 @@ def test_an_encoded_plan_is_checked_too(text: str) -> None:
 )
 def test_exact_tokens_in_every_spelling(options: dict[str, Any], spans: object) -> None:
     assert Settings.parse(options).exact_tokens == spans
+
+
+def test_what_belongs_to_a_session_is_named_so_and_never_a_typing_error() -> None:
+    takes = inspect.signature(svg_ear_compile.bind).parameters
+    own = [name for name, p in takes.items() if p.kind is p.KEYWORD_ONLY]
+    for name in set(own) - {"budget", "exact_tokens"}:
+        with pytest.raises(ValueError, match=f"{name} is no option of the backend"):
+            Settings.parse({name: 1})

@@ -136,6 +136,11 @@ def pipeline() -> tuple[Pipeline, tuple[str]]:
     return Pipeline(), ("a prompt",)
 
 
+def pipeline_and_options() -> tuple[Pipeline, dict[str, int]]:
+    """What `compare` takes, and no other command."""
+    return Pipeline(), {"num_inference_steps": 50}
+
+
 def with_arguments(prompt: str) -> None:
     """Wants an argument."""
 
