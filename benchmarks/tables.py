@@ -191,7 +191,7 @@ def densities_table(records: Path) -> str:
         and point.cell.warm_up == WARM_UPS[0]
     }
     tokens = {name: record["model"]["tokens"] for name, record in evidence.models.items()}
-    # Guidance moves the pictures by decibels: a figure without it contradicts that of another table.
+    # Guidance moves pictures by decibels: without it a figure contradicts that of another table.
     (asked,) = {
         (record["settings"]["steps"], record["settings"]["guidance"])
         for record in evidence.models.values()

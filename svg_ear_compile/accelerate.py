@@ -363,7 +363,7 @@ def _budgets(budget: Any, models: int) -> tuple[Any, list[Budget | None]]:
     """What `bind` gets as its budget, and the budget in the options of each model."""
     if budget is None or isinstance(budget, Mapping):
         return budget, [None] * models
-    each = [budget] if isinstance(budget, (str, Path, Budget)) else list(budget)
+    each = list(budget) if isinstance(budget, (list, tuple)) else [budget]
     loaded = [Settings.parse({"budget": one}).budget for one in each]
     if len(loaded) != models:
         raise ValueError(f"{models} denoising models need as many budgets, got {len(loaded)}")

@@ -65,9 +65,14 @@ def capture_calls(
             inputs are copied.
 
     Raises:
-        TypeError: the model is no module.
+        TypeError: the model is no module, or `run` is no function.
     """
     check_module("capture_calls", model)
+    if not callable(run):
+        raise InvalidTypeError(
+            f"capture_calls takes a function that runs the model, got {shown(run)}: as in "
+            "capture_calls(model, lambda: pipe(prompt))"
+        )
     calls: list[ModelCall] = []
     count = 0
 

@@ -29,6 +29,7 @@ from svg_ear_compile.cost_model.error import Measurement, fit_curve
 from svg_ear_compile.cost_model.margin import KEPT_BY, unseen_error
 from svg_ear_compile.fingerprint import fingerprint_of
 from svg_ear_compile.given_models import check_module
+from svg_ear_compile.kernels.checked import InvalidTypeError, shown
 from svg_ear_compile.policy import calibration_of
 from svg_ear_compile.ranks import all_reduce_max, rank, ranks
 from svg_ear_compile.trial_runs import TrialRuns
@@ -46,8 +47,8 @@ def tune(
     max_error: float | None = None,
     density: float | None = None,
     settings: TuningSettings | None = None,
-    checkpoint: Path | None = None,
-    journal: Path | None = None,
+    checkpoint: str | Path | None = None,
+    journal: str | Path | None = None,
     on_cost: Callable[[Cost], None] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Budget:
@@ -88,7 +89,10 @@ def tune(
     objective = Objective.of(target_speedup, max_error, density)
     check_module("tune", model)
     check_calls(calls)
+    if settings is not None and not isinstance(settings, TuningSettings):
+        raise InvalidTypeError(f"settings must be TuningSettings, got {shown(settings)}")
     if checkpoint is not None:
+        checkpoint = Path(checkpoint)
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         json_record.check_writable(checkpoint)
     with torch.no_grad():

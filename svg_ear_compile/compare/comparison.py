@@ -36,7 +36,7 @@ class Clip:
             (infinite: it repeats bit for bit); None where there was none.
     """
 
-    frames: Frames
+    frames: Frames = field(repr=False)
     seconds: float
     compiled: bool = False
     peak_bytes: int | None = None
@@ -126,7 +126,7 @@ class Comparison:
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     settings: tuple[Setting, ...]
-    clips: Mapping[str, Mapping[Key, Clip]]
+    clips: Mapping[str, Mapping[Key, Clip]] = field(repr=False)
     conditions: tuple[tuple[str, str], ...]
     floor_db: float = 30.0
     fps: float = 16.0

@@ -30,6 +30,18 @@ _IDENTITY = "comparison.json"
 _Bytes = Annotated[int, Range(0, 2**53)]
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder of a comparison.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        (path / "clips").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be used as a folder of clips: {error}") from error
+
+
 class Folder:
     """Clips under ``clips/``: frames as ``.npy``, everything else of a clip as ``.json``."""
 
@@ -43,8 +55,8 @@ class Folder:
         """
         self.path = path
         wanted = json.loads(json.dumps(identity))
+        make_folder(path)
         try:
-            (path / "clips").mkdir(parents=True, exist_ok=True)
             if (path / _IDENTITY).exists():
                 self._check(wanted)
             else:

@@ -13,6 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from svg_ear_compile.compare.frames import Frames, frames_of
+from svg_ear_compile.kernels.checked import shown
 from svg_ear_compile.pipeline_calls import denoisers
 
 
@@ -47,7 +48,7 @@ class Pipeline:
         if isinstance(made, tuple) and len(made) == 2:
             pipeline, given = made
         if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
-            raise TypeError(f"make must return (pipeline, keyword arguments), got {given!r:.80}")
+            raise TypeError(f"make must return (pipeline, keyword arguments), got {shown(given)}")
         kind = type(pipeline).__name__
         if isinstance(pipeline, (type, nn.Module)) or not callable(pipeline):
             raise TypeError(
@@ -108,10 +109,25 @@ class Pipeline:
         return Generated(frames_of(result), seconds, _peak_bytes(), compiled)
 
 
+def check_make(make: object) -> None:
+    """Raise unless the argument is a function without arguments that may return a pipeline.
+
+    Raises:
+        TypeError: it is something else, such as the pipeline itself.
+    """
+    if not callable(make) or isinstance(make, nn.Module) or denoisers(make, None):
+        raise TypeError(
+            f"make must be a function that returns a pipeline, as in compare(lambda: pipe, ...), "
+            f"got {_what(make)}"
+        )
+
+
 def _what(made: Any) -> str:
     if isinstance(made, nn.Module):
         return f"the model {type(made).__name__}"
-    return f"the class {made.__name__}" if isinstance(made, type) else repr(made)[:80]
+    if isinstance(made, tuple):
+        return f"a tuple of {len(made)}"
+    return f"the class {made.__name__}" if isinstance(made, type) else shown(made)
 
 
 def _step_listener(on_step: Callable[[int], None]) -> Callable[..., Any]:

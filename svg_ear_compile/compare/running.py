@@ -15,9 +15,9 @@ from torch import nn
 
 from svg_ear_compile.compare.comparison import FORMAT, Clip, Comparison, Key
 from svg_ear_compile.compare.figures import figures_of, psnr
-from svg_ear_compile.compare.folder import Folder
+from svg_ear_compile.compare.folder import Folder, make_folder
 from svg_ear_compile.compare.page import page_of
-from svg_ear_compile.compare.pipeline import Generated, Pipeline
+from svg_ear_compile.compare.pipeline import Generated, Pipeline, check_make
 from svg_ear_compile.compare.setting import DENSE, Setting
 from svg_ear_compile.compare.switching import compiled_for
 from svg_ear_compile.cost_model.device import describe
@@ -40,6 +40,8 @@ def run(
 ) -> Comparison:
     """See `compare`, whose arguments these are, checked and completed here."""
     _check(prompts, seeds, floor_db, fps)
+    check_make(make)
+    make_folder(out)  # before weights are loaded
     pipeline = Pipeline(make())
     conditions = _conditions(pipeline)
     folder = Folder(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from svg_ear_compile.kernels.checked import shown
 from svg_ear_compile.settings import Settings
 
 DENSE_NAME = "dense"
@@ -63,6 +64,9 @@ def settings_of(
     Raises:
         ValueError, TypeError: no setting, two of one name, or what the backend would refuse.
     """
+    for name, value in (("densities", densities), ("settings", settings)):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError(f"{name} must be a list, got {shown(value)}")
     given: list[Mapping[str, Any]] = [{"density": density} for density in densities]
     given += settings
     if not given:

@@ -69,6 +69,7 @@ class Unlike:
         ("wan", {"ascending": "yes"}, TypeError, "ascending must be bool"),
         ("wan", {"dense_steps": "2"}, TypeError, "dense_steps must be int"),
         ("wan", {"budget": "missing.json"}, ValueError, "the budget cannot be used.*missing.json"),
+        ("wan", {"budget": 3}, TypeError, "budget must be a path or a Budget, got 3"),
         ("wan", {"budget": {"blocks.9.attn1": 0.2}}, ValueError, "matches no module"),
         (Model(whole=True), {"dense_steps": 0.2}, ValueError, "which a module does not know"),
     ],

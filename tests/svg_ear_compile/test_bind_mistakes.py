@@ -200,4 +200,9 @@ def test_what_tune_cannot_use_is_named(calls: Any, objective: Any, message: str)
 def test_a_checkpoint_that_cannot_be_written_is_named_first(tmp_path: Path) -> None:
     model, inputs = stack()
     with pytest.raises(IsADirectoryError, match="is a folder"):
-        tune(model, [ModelCall(inputs)], density=0.3, checkpoint=tmp_path)
+        tune(model, [ModelCall(inputs)], density=0.3, checkpoint=str(tmp_path))
+    wrong: Any = {"phases": 3}
+    with pytest.raises(InvalidTypeError, match="settings must be TuningSettings, got a dict"):
+        tune(model, [ModelCall(inputs)], density=0.3, settings=wrong)
+    with pytest.raises(InvalidTypeError, match="a function that runs the model, got a list"):
+        capture_calls(model, [])  # type: ignore[arg-type]

@@ -279,6 +279,36 @@ def test_wrong_arguments_are_answered_before_the_pipeline_is_made(tmp_path, give
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("make", "given", "message"),
+    [
+        (Plain(), {}, "make must be a function that returns a pipeline, .* got a Plain"),
+        (Timed(), {}, "make must be a function .* got the model Timed"),
+        (3, {}, "make must be a function .* got 3"),
+        (None, {"densities": 0.2}, "densities must be a list, got 0.2"),
+        (None, {"densities": "0.2"}, "densities must be a list, got '0.2'"),
+        (None, {"settings": {"density": 0.2}}, "settings must be a list, got a dict"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_answered_before_the_pipeline_is_made(
+    tmp_path, make, given, message
+):
+    make = make or (lambda: pytest.fail("made"))
+    with pytest.raises(TypeError, match=message):
+        compare(make, ["a"], tmp_path / "out", **({"densities": [0.2]} | given))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_answered_before_the_pipeline_is_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be used as a folder of clips"):
+        compare(lambda: pytest.fail("made"), ["a"], tmp_path / "file", densities=[0.2])
+
+
+def test_a_comparison_is_written_in_few_words(tmp_path):
+    assert len(repr(compared(Plain(), tmp_path))) < 2000
+
+
 def test_a_missing_library_is_named_with_what_installs_it(tmp_path, monkeypatch):
     monkeypatch.setitem(compare.__globals__, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"scikit-image and pillow: pip install"):
