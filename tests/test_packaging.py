@@ -233,3 +233,16 @@ runpy.run_module("svg_ear_compile", run_name="__main__", alter_sys=True)
     said = python(code, path=[clone, others], cwd=clone)
     assert f"svg-ear {svg_ear_compile.__version__}, torch 9.9.1\n" in said
     assert said.count("this is 9.9.1") == 1
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no repository, as in an sdist")
+def test_links_in_the_repository_stay_inside_of_it() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "--stage", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    entries = [entry.split("\t") for entry in listed.split("\0") if entry.startswith("120000 ")]
+    links = [ROOT / path for _, path in entries]
+    assert links
+    for link in links:
+        assert not link.readlink().is_absolute()
+        assert link.resolve().is_relative_to(ROOT)
