@@ -153,6 +153,12 @@ class Dataflow:
         """True if anything in the graph writes into the memory of `tensor`."""
         return bool(self._writers_of(tensor))
 
+    def is_written_after_use(self, tensor: Node) -> bool:
+        """True if something writes into the memory of `tensor` once another node has read it."""
+        writers = self._writers_of(tensor)
+        uses = [self.position[user] for user in tensor.users if user not in writers]
+        return any(self.position[writer] > min(uses, default=-1) for writer in writers)
+
     def is_viewed_anew(self, tensor: Node) -> bool:
         """True if something in the graph gives the tensor another shape, or memory, in place."""
         return id(tensor.meta.get("example_value")) in self._viewed_anew

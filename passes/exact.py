@@ -22,6 +22,7 @@ from svg_ear_compile.passes.vectors import (
     Stream,
     TokenCount,
     Vector,
+    index_nodes,
     leaves,
     nodes_of,
     traced_count,
@@ -53,9 +54,12 @@ def exact_tokens(streams: Streams, call: Call) -> ExactTokens:
         v if v is not None and any(p.stream in exact and p.count != 0 for p in leaves(v)) else None
         for v in (queries, keys)
     )
-    found_nodes = [n for v in (queries, keys) if v is not None for n in nodes_of(v)]
-    if (queries, keys) == (None, None) or any(n.graph is not call.node.graph for n in found_nodes):
+    vectors = [v for v in (queries, keys) if v is not None]
+    found_nodes = [n for v in vectors for n in nodes_of(v)]
+    if not vectors or any(n.graph is not call.node.graph for n in found_nodes):
         return NOTHING_EXACT
+    if any(streams.flow.is_written_after_use(n) for v in vectors for n in index_nodes(v)):
+        return NOTHING_EXACT  # they would be read where the attention is
     names = sorted({_name(stream) for stream in exact})
     guessed = any(stream.kind == "unrotated" for stream in exact)
     return ExactTokens(queries, keys, exact, ", ".join(names), guessed)

@@ -9,6 +9,8 @@ import torch
 from torch.fx import Graph, Node
 
 from svg_ear_compile.passes.exact_places import ExactTokens
+from svg_ear_compile.passes.rearranged_tokens import differing
+from svg_ear_compile.passes.symbolic import shape_of
 from svg_ear_compile.passes.vectors import (
     Cut,
     Flipped,
@@ -22,6 +24,7 @@ from svg_ear_compile.passes.vectors import (
     nodes_of,
     one_answer,
     traced_count,
+    writes_over,
 )
 
 
@@ -85,6 +88,9 @@ class ExactNodes:
         if not isinstance(vector, (Joined, Placed)):
             return None
         parts = vector.parts if isinstance(vector, Joined) else (vector.into, vector.what)
+        over = isinstance(vector, Placed) and writes_over(vector)
+        if over and one_answer(parts[0], self.exact.is_exact) is not False:
+            return None
         total: int | Node = 0
         for part in parts:
             count = self._count(part)
@@ -104,20 +110,38 @@ class ExactNodes:
         if isinstance(vector, Joined):
             return call(torch.cat, ([self._places(part) for part in vector.parts],))
         if isinstance(vector, Placed):
-            into, what = self._places(vector.into), self._places(vector.what)
+            into = self._places(vector.into)
             if not isinstance(vector.at, Node):
                 bounds = [self._bound(bound) for bound in vector.at]
-                return call(torch.slice_scatter, (into, what, 0, *bounds))
-            return call(torch.index_put, (into, (self.now(vector.at),), what))
+                return call(torch.slice_scatter, (into, self._places(vector.what), 0, *bounds))
+            at = self._index(vector.at)
+            return call(torch.index_put, (into, (at,), self._all(vector.what)))
         inside = self._places(vector.of)
         if isinstance(vector, Flipped):
             return call(torch.flip, (inside, (0,)))
         if isinstance(vector, Rolled):
             return call(torch.roll, (inside, self._bound(vector.shift), 0))
         if isinstance(vector, Taken):
-            return call(operator.getitem, (inside, self.now(vector.index)))
+            return call(operator.getitem, (inside, self._index(vector.index)))
         where = slice(self._bound(vector.start), self._bound(vector.stop), vector.step)
         return call(operator.getitem, (inside, where))
+
+    def _all(self, vector: Vector) -> Node:
+        """The same for a vector, or one answer for all of its tokens, however many there are."""
+        exact = one_answer(vector, self.exact.is_exact)
+        if exact is None:
+            return self._places(vector)
+        given = (self.now(self.like), (), exact)
+        return self.graph.call_method("new_full", given, {"dtype": torch.bool})
+
+    def _index(self, index: Node) -> Node:
+        """An index or a mask of one dimension: it is the same along the others."""
+        one, rank = self.now(index), len(shape_of(index) or ())
+        if rank == 1:
+            return one
+        where = tuple(slice(None) if d - rank in differing(index) else 0 for d in range(rank))
+        one = self.graph.call_function(operator.getitem, (one, where))
+        return self.graph.call_method("reshape", (one, (-1,)))
 
     def _bound(self, bound: int | Node | None) -> int | Node | None:
         return self.now(bound) if isinstance(bound, Node) else bound

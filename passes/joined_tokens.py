@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
 
 from svg_ear_compile.passes.arguments import Arguments, arguments
 from svg_ear_compile.passes.operation import operation
-from svg_ear_compile.passes.rearranged_tokens import indices, unexpanded
-from svg_ear_compile.passes.symbolic import hints_of, shape_of
+from svg_ear_compile.passes.rearranged_tokens import (
+    differing,
+    entries,
+    index_along,
+    indices,
+    is_sequence,
+)
+from svg_ear_compile.passes.symbolic import Size, hints_of, shape_of
 from svg_ear_compile.passes.token_states import LOST, Lost, Mixed, State, state_of, weight
 from svg_ear_compile.passes.unrotated import put_back_bare, rotated_from_a_place
 from svg_ear_compile.passes.vectors import (
@@ -26,13 +32,15 @@ from svg_ear_compile.passes.vectors import (
 if TYPE_CHECKING:
     from svg_ear_compile.passes.streams import Streams
 
+Rule = Callable[["Streams", Node, Any], Any]
 PIXEL_RANK = 5
 """Dimensions of a clip: batch, channels, frames, height, width."""
-# The last four write to places of several dimensions, which are not followed: tokens are lost.
+# `index_put` writes to places of several dimensions, which are not followed: tokens are lost.
 _INTO_PLACES = frozenset({
-    "index_copy", "index_copy_", "scatter", "scatter_", "index_put", "index_put_", "masked_scatter",
-    "masked_scatter_", "index_add", "index_add_", "scatter_add", "scatter_add_",
+    "index_copy", "index_copy_", "scatter", "scatter_", "index_put", "index_put_",
+    "index_add", "index_add_", "scatter_add", "scatter_add_",
 })  # fmt: skip
+_STACKS = {"hstack": 1, "column_stack": 1, "vstack": 0, "row_stack": 0, "dstack": 2}
 
 
 def joined_by_cat(streams: Streams, node: Node, args: Arguments | None) -> State:
@@ -42,7 +50,26 @@ def joined_by_cat(streams: Streams, node: Node, args: Arguments | None) -> State
     shape = shape_of(node)
     if not isinstance(parts, (list, tuple)) or not isinstance(dim, int) or shape is None:
         return LOST
-    dim %= len(shape)
+    return _joined(streams, node, parts, dim % len(shape), shape)
+
+
+def joined_along(dim: int) -> Rule:
+    """The rule of a `cat` along one dimension, which tensors of fewer dimensions do not have."""
+
+    def rule(streams: Streams, node: Node, args: Arguments) -> State:
+        parts, shape = node.args[0] if node.args else node.kwargs.get("tensors"), shape_of(node)
+        if not isinstance(parts, (list, tuple)) or shape is None:
+            return LOST
+        if any(len(hints_of(part)) != len(shape) or dim >= len(shape) for part in parts):
+            return LOST
+        return _joined(streams, node, parts, dim, shape)
+
+    return rule
+
+
+def _joined(
+    streams: Streams, node: Node, parts: Sequence[object], dim: int, shape: tuple[Size, ...]
+) -> State:
     nodes = [part for part in parts if isinstance(part, Node) and hints_of(part) != (0,)]
     states = [streams.one(part) for part in nodes]
     real = [s for s in states if s is not None and s not in (FILLED, LEARNED)]
@@ -80,17 +107,57 @@ def stacked(streams: Streams, node: Node, args: Arguments) -> State:
 
 def placed(streams: Streams, node: Node, args: Arguments) -> State:
     """`index_copy` and its kin: tokens written to places that an index tensor says."""
-    base, dim = args.take("self"), args.take("dim")
+    name, base, dim = operation(node).rstrip("_"), args.take("self"), args.take("dim")
     index, values = args.take("index"), args.take("source", "src")
-    if isinstance(index, Node) and operation(index) in ("expand", "expand_as"):
-        index = unexpanded(index)
+    rank = len(hints_of(base)) if isinstance(base, Node) else 0
+    if name in ("scatter", "scatter_add") and isinstance(dim, int):
+        whole = isinstance(index, Node) and isinstance(values, Node) and (
+            hints_of(index) == hints_of(values)
+        )  # fmt: skip
+        index = index_along(index, dim % max(rank, 1), rank) if whole else None
     held = streams.one(base)
-    if operation(node).rstrip("_").endswith("_add") and not _has_filling(held):
+    if name.endswith("_add") and not _has_filling(held):
         return held  # what is added to tokens, such as their timestep, makes no others of them
     state = _write(streams, base, dim, index, values)
+    return _and_in_place(streams, node, base, state)
+
+
+def by_mask(streams: Streams, node: Node, args: Arguments) -> State:
+    """`masked_scatter`: tokens written, in order, to where a mask is True."""
+    base, mask, values = args.take("self"), args.take("mask"), args.take("source")
+    shape = hints_of(base) if isinstance(base, Node) else ()
+    found: State = LOST
+    for dim in range(1, len(shape) - 1):
+        at = index_along(mask, dim, len(shape))
+        if at is not None and len(hints_of(at)) > len(shape) - 1 - dim and isinstance(values, Node):
+            what = streams.one(values)
+            # There may be more tokens than places: which are written is known of one stream alone.
+            found = LOST if isinstance(what, Mixed) else _write(streams, base, dim, at, values)
+            break
+    return _and_in_place(streams, node, base, found)
+
+
+def _and_in_place(streams: Streams, node: Node, base: object, state: State) -> State:
+    """The state of a result, which is that of `base` too where the operation wrote into it."""
     if operation(node).endswith("_") and isinstance(base, Node):
         streams.of[base] = state
     return state
+
+
+def chosen(streams: Streams, node: Node, args: Arguments) -> State:
+    """`where`: tokens that a mask takes from two tensors are not followed, but for filling."""
+    states = [streams.one(args.take(name)) for name in ("self", "other")]
+    found = streams.tokenwise(node)
+    of_both = len(shape_of(node) or ()) == 3 and min(map(weight, states)) >= 3
+    overlaid = isinstance(found, Mixed) and found not in states
+    return LOST if of_both and states[0] != states[1] and not overlaid else found
+
+
+def slice_written(streams: Streams, node: Node, args: Arguments) -> State:
+    """`slice_scatter`: a copy of a tensor with a slice of it written."""
+    base, values, dim = args.take("self"), args.take("src"), args.take("dim")
+    where = slice(*(args.take(name) for name in ("start", "end", "step")))
+    return _write(streams, base, dim, where, values)
 
 
 def _has_filling(state: State) -> bool:
@@ -108,8 +175,8 @@ def _set(streams: Streams, base: object, index: object, values: object) -> None:
     shape = shape_of(base) if isinstance(base, Node) else None
     if not isinstance(base, Node) or shape is None:
         return
-    where = list(indices(index if isinstance(index, tuple) else (index,), len(shape)))
-    if None in where:
+    where = indices(entries(index, of_units=slice(None)), len(shape))
+    if None in where or any(isinstance(x, Node) and not is_sequence(x) for x in where):
         streams.of[base] = LOST
         return
     cut = [d for d, entry in enumerate(where) if entry != slice(None)]
@@ -172,10 +239,8 @@ def _write(streams: Streams, base: object, dim: object, where: object, values: o
         if where.step not in (None, 1):
             return LOST
         at: Bounds | Node = (where.start, where.stop)
-    elif isinstance(where, Node) and len(shape_of(where) or ()) == 1:
+    elif isinstance(where, Node) and len(differing(where)) <= 1:
         at = where
-        if streams.flow.is_ever_written(where):
-            return LOST
     else:
         return LOST
     if into is None or what is None:
@@ -183,9 +248,14 @@ def _write(streams: Streams, base: object, dim: object, where: object, values: o
     return state_of(dim, Placed(into, at, what))
 
 
-JOINED: Mapping[str, Callable[[Streams, Node, Any], Any]] = {
+JOINED: Mapping[str, Rule] = {
     "cat": joined_by_cat,
+    **{name: joined_along(dim) for name, dim in _STACKS.items()},
     "stack": stacked,
+    "masked_scatter": by_mask,
+    "masked_scatter_": by_mask,
+    "slice_scatter": slice_written,
+    "where": chosen,
     **dict.fromkeys(_INTO_PLACES, placed),
     "setitem": setitem,
     "copy_": copied,

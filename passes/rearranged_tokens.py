@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from svg_ear_compile.passes.arguments import Arguments
-from svg_ear_compile.passes.operation import REARRANGEMENTS, operation
-from svg_ear_compile.passes.symbolic import Size, hint, is_same, shape_of
+from svg_ear_compile.passes.operation import CASTS, COPIES, operation
+from svg_ear_compile.passes.symbolic import Size, hint, hints_of, is_same, shape_of
 from svg_ear_compile.passes.token_states import LOST, Mixed, State, state_of, tokens_of
 from svg_ear_compile.passes.vectors import (
     FILLED,
@@ -36,7 +36,28 @@ Rule = Callable[[Node, Arguments, Mixed, Shape], Any]
 def reshaped(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
     after = shape_of(node)
     dim = None if after is None else _place_after(shape, state.dim, after)
-    return LOST if dim is None else Mixed(dim, state.vector)
+    if dim is not None:
+        return Mixed(dim, state.vector)
+    return LOST if after is None else _row_by_row(state, shape, after)
+
+
+def _row_by_row(state: Mixed, before: Shape, after: Shape) -> State:
+    """Tokens of every frame put one after the other, or the same tokens of each taken apart."""
+    known, sizes = ([n for n in shape if isinstance(n, int)] for shape in (before, after))
+    if len(known) < len(before) or len(sizes) < len(after) or 0 in known:
+        return LOST
+    tokens, inside = known[state.dim], math.prod(known[state.dim + 1 :])
+    step = math.prod(sizes)
+    for dim, size in enumerate(sizes):
+        step = step // size
+        if step != inside:
+            continue
+        if size % tokens == 0:
+            return state_of(dim, joined([state.vector] * (size // tokens)))
+        rows = tokens // size if tokens % size == 0 else 0
+        parts = [cut(state.vector, r * size, (r + 1) * size, None, None) for r in range(rows)]
+        return state_of(dim, parts[0]) if parts and parts == parts[:1] * rows else LOST
+    return LOST
 
 
 def permuted(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
@@ -58,9 +79,8 @@ def permuted(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
 def indexed(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
     if shape_of(node) is None:
         return None
-    index = node.args[1]
-    dim, at = 0, 0
-    for entry in indices(index if isinstance(index, tuple) else (index,), len(shape)):
+    dim, at, index = 0, 0, node.args[1]
+    for entry in indices(entries(index, of_units=0), len(shape)):
         if entry is None:
             at += 1
             continue
@@ -93,19 +113,41 @@ def gathered(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
         return LOST
     if dim % len(shape) != state.dim:
         return state
-    if isinstance(index, Node) and operation(index) in ("expand", "expand_as"):
-        index = unexpanded(index)
-    return state_of(state.dim, _taken(state.vector, index, tokens_of(node, state.dim)))
+    index = index_along(index, state.dim, len(shape))
+    if index is None:
+        return LOST
+    return Mixed(state.dim, Taken(state.vector, index, tokens_of(node, state.dim)))
 
 
-def unexpanded(index: Node) -> Node | None:
-    """The index of one dimension that was expanded to the shape of what is written or taken."""
-    source = index.args[0]
-    while isinstance(source, Node) and operation(source) in REARRANGEMENTS:
-        if len(shape_of(source) or ()) == 1:
-            break
-        source = source.args[0]
-    return source if isinstance(source, Node) and len(shape_of(source) or ()) == 1 else None
+def index_along(index: object, dim: int, rank: int) -> Node | None:
+    """An index or a mask, if it is the same along every other dimension than `dim`.
+
+    Args:
+        index: aligned with the last of `rank` dimensions, maybe expanded to them.
+        dim: the dimension along which it says places.
+    """
+    if not isinstance(index, Node) or shape_of(index) is None:
+        return None
+    differs, sizes = differing(index), hints_of(index)
+    along = dim - rank
+    if -along > len(sizes) or not differs <= {along}:
+        return None
+    return index if along in differs or sizes[along] == 1 else None
+
+
+def differing(index: Node) -> frozenset[int]:
+    """Dimensions, from the last, along which the elements of a tensor may differ."""
+    name, sizes = operation(index), hints_of(index)
+    source = index.args[0] if index.args else None
+    if not isinstance(source, Node) or name not in _REPEATS | _ELEMENTWISE:
+        return frozenset(d - len(sizes) for d, size in enumerate(sizes) if size != 1)
+    before = hints_of(source)
+    pairs = {-d: (before[-d], sizes[-d]) for d in range(1, len(before) + 1)}
+    return differing(source) | {d for d, (one, other) in pairs.items() if one not in (1, other)}
+
+
+_REPEATS = frozenset({"expand", "expand_as", "broadcast_to", "repeat"})
+_ELEMENTWISE = CASTS | COPIES | {"logical_not", "long", "int"}
 
 
 def split(node: Node, args: Arguments, state: Mixed, shape: Shape) -> list[State]:
@@ -185,10 +227,33 @@ REARRANGED: Mapping[str, Rule] = {
 """The rule of each operation; the first of its tensors is the one that it rearranges."""
 
 
+def entries(index: object, of_units: int | slice) -> tuple[object, ...]:
+    """The entries of an index; a mask that is longer than 1 in its last dimension alone is of that.
+
+    Args:
+        of_units: the entry of the mask's other dimensions.
+    """
+    found: list[object] = []
+    for entry in index if isinstance(index, tuple) else (index,):
+        if is_sequence(entry):
+            found += [of_units] * (len(shape_of(entry) or ()) - 1)
+        found.append(entry)
+    return tuple(found)
+
+
+def is_sequence(entry: object) -> TypeGuard[Node]:
+    """True for an index tensor, or a mask, that says places in one dimension."""
+    value = entry.meta.get("example_value") if isinstance(entry, Node) else None
+    if not isinstance(value, torch.Tensor):
+        return False
+    units = value.dtype == torch.bool and all(hint(size) == 1 for size in value.shape[:-1])
+    return value.dim() == 1 or (units and value.dim() > 1)
+
+
 def indices(index: tuple[object, ...], rank: int) -> list[object]:
     """One index for each dimension, an ellipsis and what is left out written out."""
-    entries = sum(1 for entry in index if entry is not None and entry is not Ellipsis)
-    missing = [slice(None)] * (rank - entries)
+    count = sum(1 for entry in index if entry is not None and entry is not Ellipsis)
+    missing = [slice(None)] * (rank - count)
     if any(entry is Ellipsis for entry in index):
         place = next(i for i, entry in enumerate(index) if entry is Ellipsis)
         return [*index[:place], *missing, *index[place + 1 :]]
@@ -206,9 +271,7 @@ def _taken(vector: Vector, entry: object, count: int | TokenCount) -> Vector | N
         if not fits or not (step is None or (isinstance(step, int) and step > 0)):
             return None
         return cut(vector, *bounds, step, count)
-    if isinstance(entry, Node) and len(shape_of(entry) or ()) == 1:
-        return Taken(vector, entry, count)
-    return None
+    return Taken(vector, entry, count) if is_sequence(entry) else None
 
 
 def _place_after(before: Sequence[Size], dim: int, after: Sequence[Size]) -> int | None:

@@ -24,7 +24,7 @@ from svg_ear_compile.passes.exact_places import ExactTokens
 from svg_ear_compile.passes.fake_runs import run_on_fakes
 from svg_ear_compile.passes.find import owner_path
 from svg_ear_compile.passes.site import AttentionSite, EmptyRow, Mask, Operand, Role
-from svg_ear_compile.passes.symbolic import hint, is_same
+from svg_ear_compile.passes.symbolic import estimate, hint, is_same
 from svg_ear_compile.passes.vectors import Stream, Vector
 
 _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
@@ -363,7 +363,7 @@ def _in_strides_of(graph: Graph, out: Node, old: Node) -> Node:
     wanted = old.meta["example_value"]
     if _same_strides(out.meta["example_value"], wanted):
         return out
-    order = sorted(range(wanted.dim()), key=lambda d: -(hint(wanted.stride(d)) or 0))
+    order = sorted(range(wanted.dim()), key=lambda d: -estimate(wanted.stride(d)))
     if order == sorted(order):
         return graph.call_method("contiguous", (out,))
     moved = graph.call_method("permute", (out, order))

@@ -10,6 +10,7 @@ from torch.fx import Node
 from torch.fx.experimental.sym_node import SymNode
 
 Size = int | torch.SymInt
+_MANY = 1 << 20
 
 
 def hint(size: Size | None) -> int | None:
@@ -21,6 +22,18 @@ def hint(size: Size | None) -> int | None:
         return size
     value = size.node.hint if isinstance(size.node, SymNode) else None
     return value if isinstance(value, int) else None
+
+
+def estimate(size: Size) -> int:
+    """The traced value of a size; what is known at run time only counts as many, to compare by."""
+    known = hint(size)
+    if known is not None:
+        return known
+    expr = expression(size)
+    if not isinstance(expr, sympy.Expr):
+        return _MANY
+    value = expr.subs(dict.fromkeys(expr.free_symbols, _MANY))
+    return int(value) if value.is_number else _MANY
 
 
 def is_same(size: Size, other: Size) -> bool:

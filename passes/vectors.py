@@ -107,7 +107,10 @@ class Rolled:
 
 @dataclass(frozen=True)
 class Taken:
-    """The `count` tokens of a vector at these indices, or where a mask is True."""
+    """The `count` tokens of a vector at these indices, or where a mask is True.
+
+    An index tensor differs along one dimension alone.
+    """
 
     of: Vector
     index: Node
@@ -296,6 +299,22 @@ def nodes_of(vector: Vector) -> Iterator[Node]:
         yield from (bound for bound in bounds if isinstance(bound, Node))
 
 
+def index_nodes(vector: Vector) -> Iterator[Node]:
+    """Index tensors and masks that a vector needs the values of."""
+    if isinstance(vector, Placed):
+        yield from index_nodes(vector.into)
+        yield from index_nodes(vector.what)
+        if isinstance(vector.at, Node):
+            yield vector.at
+    elif isinstance(vector, Joined):
+        for part in vector.parts:
+            yield from index_nodes(part)
+    elif not isinstance(vector, Part):
+        yield from index_nodes(vector.of)
+        if isinstance(vector, Taken):
+            yield vector.index
+
+
 def one_answer(vector: Vector, holds: Callable[[Stream], bool]) -> bool | None:
     """Whether the streams of all tokens hold, or none of them; None where some do."""
     answers = {holds(part.stream) for part in leaves(vector)}
@@ -368,7 +387,7 @@ def traced_count(vector: Vector, holds: Callable[[Stream], bool]) -> int | None:
     if places is not None:
         return int(places.sum())
     if isinstance(vector, Placed):
-        counts = [traced_count(part, holds) for part in (vector.into, vector.what)]
+        counts = [_traced_count_left(vector, holds), traced_count(vector.what, holds)]
     elif isinstance(vector, Joined):
         counts = [traced_count(part, holds) for part in vector.parts]
     elif isinstance(vector, (Flipped, Rolled)):
@@ -377,3 +396,19 @@ def traced_count(vector: Vector, holds: Callable[[Stream], bool]) -> int | None:
         return None
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
+
+
+def _traced_count_left(vector: Placed, holds: Callable[[Stream], bool]) -> int | None:
+    """Number of tokens whose stream holds that are left of a vector that another is written to."""
+    count = traced_count(vector.into, holds)
+    if count is None or not writes_over(vector) or count == 0:
+        return count
+    written = hint(size_of(vector.what))
+    if written is None or one_answer(vector.into, holds) is None:
+        return None
+    return max(count - written, 0)
+
+
+def writes_over(vector: Placed) -> bool:
+    """True if places are written that held tokens before, and no filling."""
+    return all(part.stream != FILLED for part in leaves(vector.into))

@@ -7,7 +7,7 @@ import logging
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from svg_ear_compile.cost_model.stages import AttentionShape
 from svg_ear_compile.foreign_budget import refuse_foreign
@@ -176,12 +176,11 @@ def rewrite_graph(
     Raises:
         ValueError: the settings have the budget of another model.
     """
-    non_attention = non_attention_cost(gm)
     try:
-        found = find_sites(gm)
+        non_attention, found = non_attention_cost(gm), find_sites(gm)
     except Exception as fault:  # Inductor can compile the graph all the same
         _warn_of(fault)
-        return GraphReport([], non_attention)
+        return GraphReport()
     if settings.budget is not None:
         refuse_foreign(settings.budget, found)
     sites = [_with_given_tokens(site, settings, exact_length) for site in found]
@@ -190,7 +189,7 @@ def rewrite_graph(
     notes = [_note(site, settings, exact_length) for site in found]
     planned = [(s, plan) for s, plan in zip(sites, plans, strict=True) if plan is not None]
     if planned:
-        untouched = {module: copy.deepcopy(module.graph) for module in _graph_modules(gm)}
+        untouched = {module: _copied(module.graph) for module in _graph_modules(gm)}
         try:
             rewrite(gm, planned)
         except Exception as fault:  # as above
@@ -220,6 +219,14 @@ def _profile_of(sites: list[AttentionSite]) -> DeviceProfile | None:
 
 def _graph_modules(gm: GraphModule) -> list[GraphModule]:
     return [module for module in gm.modules() if isinstance(module, GraphModule)]
+
+
+def _copied(graph: Graph) -> Graph:
+    """A copy that keeps what Dynamo has set on the nodes: later stages refuse inputs without it."""
+    copied = copy.deepcopy(graph)
+    for node, old in zip(copied.nodes, graph.nodes, strict=True):
+        vars(node).update(vars(old))
+    return copied
 
 
 def _warn_of(fault: Exception) -> None:

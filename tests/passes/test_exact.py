@@ -68,6 +68,20 @@ def placed(x: Tensor, text: Tensor, how: str) -> Tensor:
         packed[:, torch.arange(TEXT + VIDEO) < TEXT] = text
         packed[:, torch.arange(TEXT + VIDEO) >= TEXT] = x
         return packed
+    if how == "mask of the batch":
+        packed[(torch.arange(TEXT + VIDEO) < TEXT)[None]] = text[0]
+        packed[(torch.arange(TEXT + VIDEO) >= TEXT)[None]] = x[0]
+        return packed
+    if how == "masked_scatter":
+        is_text = (torch.arange(TEXT + VIDEO) < TEXT)[None, :, None].expand(1, -1, WIDTH)
+        return packed.masked_scatter(is_text, text).masked_scatter_(~is_text, x)
+    if how == "scatter by a part of an index":
+        at = torch.arange(TEXT + VIDEO)
+        packed = packed.scatter(1, at[None, :TEXT, None].expand(1, TEXT, WIDTH), text)
+        return packed.scatter_(1, at[None, TEXT:, None].expand(1, VIDEO, WIDTH), x)
+    if how == "slice_scatter":
+        packed = torch.slice_scatter(packed, text, 1, 0, TEXT)
+        return packed.slice_scatter(x, dim=1, start=TEXT)
     if how == "scatter":
         at = TEXT_AT[None, :, None].expand(1, TEXT, WIDTH)
         packed = packed.scatter(1, at, text)
@@ -80,6 +94,24 @@ def last(text: Tensor) -> Tensor:
     filled = text.new_zeros(1, VIDEO + TEXT, WIDTH)
     filled[:, VIDEO:].copy_(text)
     return filled
+
+
+def overwritten(x: Tensor, text: Tensor, how: str) -> Tensor:
+    """Words for every token, of which patches take the places of all but the first TEXT."""
+    words = text[:, :1].expand(1, TEXT + VIDEO, WIDTH).clone()
+    if how == "index":
+        words[:, VIDEO_AT] = x
+        return words
+    is_video = torch.arange(TEXT + VIDEO) >= TEXT
+    if how == "masked_scatter":
+        return words.masked_scatter(is_video[:, None], x)
+    return torch.where(is_video[:, None], F.pad(x, (0, 0, TEXT, 0)), words)
+
+
+def framewise(x: Tensor, text: Tensor) -> Tensor:
+    """A word behind the patches of each of 8 frames, apart and together again."""
+    frames = torch.cat([x.unflatten(1, (8, -1)), text[:, None, :1].expand(1, 8, 1, WIDTH)], 2)
+    return frames.flatten(1, 2).view(1, 8, 16, WIDTH).reshape(1, 128, WIDTH)
 
 
 # What becomes one sequence, and where its exact tokens are.
@@ -120,6 +152,19 @@ PACKED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "by mask": (lambda m, x, t: placed(x, t, "mask"), "9 by index"),
     "by scatter": (lambda m, x, t: placed(x, t, "scatter"), "9 by index"),
     "by slices": (lambda m, x, t: placed(x, t, "slices"), "0:9"),
+    "by slice_scatter": (lambda m, x, t: placed(x, t, "slice_scatter"), "0:9"),
+    "by masked_scatter": (lambda m, x, t: placed(x, t, "masked_scatter"), "9 by index"),
+    "by a mask of the batch": (lambda m, x, t: placed(x, t, "mask of the batch"), "9 by index"),
+    "by a part of an index": (
+        lambda m, x, t: placed(x, t, "scatter by a part of an index"), "9 by index"
+    ),
+    "over words by index": (lambda m, x, t: overwritten(x, t, "index"), "9 by index"),
+    "over words by mask": (lambda m, x, t: overwritten(x, t, "masked_scatter"), "9 by index"),
+    "chosen": (lambda m, x, t: overwritten(x, t, "where"), ""),
+    "hstack": (lambda m, x, t: torch.hstack([x, t]), "120:129"),
+    "column_stack": (lambda m, x, t: torch.column_stack((t, x)), "0:9"),
+    "vstack": (lambda m, x, t: torch.vstack([x.mT.mT[0], t[0]])[None], "120:129"),
+    "in every frame": (lambda m, x, t: framewise(x, t), "8 in 8 spans"),
 }  # fmt: skip
 
 
@@ -180,7 +225,38 @@ def test_the_places_are_right_when_the_graph_runs(name: str) -> None:
     ]
     if "by index" in places or "unknown" in places:
         wanted = list(range(9))
+    if "spans" in places:
+        wanted = list(range(15, 128, 16))
     assert exact_keys_seen(Stack(pack), *inputs()) == [wanted, wanted]
+
+
+@pytest.mark.parametrize("how", ["written", "taken", "repeated", "of each token"])
+def test_an_index_that_does_not_say_places_when_attention_runs(how: str) -> None:
+    """It is written later on, or says one place for several tokens, or one for each feature."""
+
+    def pack(module: Stack, x: Tensor, text: Tensor, index: Tensor) -> Tensor:
+        if how == "written":
+            packed = x.new_zeros(1, TEXT + VIDEO, WIDTH)
+            packed[:, index[:TEXT]], packed[:, index[TEXT:]] = text, x
+            index.zero_()
+            return packed
+        both = torch.cat([text, x], 1)
+        if how == "taken":
+            found = both.index_select(1, index)
+            index.zero_()
+            return found
+        if how == "repeated":
+            return both.gather(1, index[:1, None, None].expand(1, VIDEO, WIDTH))
+        return both.gather(1, index[None, :, None] + torch.arange(WIDTH) * 0)
+
+    module, backend = Stack(pack), Rewriting()
+    given_here = (*inputs(), torch.arange(TEXT + VIDEO))
+    with torch.no_grad():
+        wanted = module(*(t.clone() for t in given_here))
+    out = run_rewritten(module, *(t.clone() for t in given_here), backend=backend)
+    assert backend.rewritten == 2
+    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-4)
+    assert exact_keys_seen(module, *given_here) == [[], []]
 
 
 def test_lengths_that_are_symbolic() -> None:

@@ -184,3 +184,20 @@ def test_a_scale_from_outside_leaves_half_precision(monkeypatch: pytest.MonkeyPa
         with torch.no_grad():
             assert compiled(60 * q, 1e-3 * k, v).isfinite().all()
     assert backend.reasons[-1:] == [Reason.SCALE]
+
+
+def test_lengths_that_are_counted_at_run_time() -> None:
+    """Strides of such lengths have no numbers to order them by."""
+
+    def layer(x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (2, 32)).transpose(1, 2)
+        return ((q @ q.mT * 0.3).softmax(-1) @ q).transpose(1, 2).flatten(2)
+
+    backend = Rewriting()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    for tokens in (37, 41):
+        x = torch.randn(2, tokens, 64)
+        torch._dynamo.decorators.mark_unbacked(x, 1)
+        torch.testing.assert_close(compiled(x), layer(x), atol=1e-5, rtol=1e-4)
+    assert (backend.calls, backend.rewritten) == (1, 1)

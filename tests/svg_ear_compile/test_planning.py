@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.fx import GraphModule
 
 from svg_ear_compile import backend, explain, planning
@@ -81,6 +82,25 @@ def test_a_fault_leaves_the_graph_to_inductor_with_one_warning(
     assert not rewriting.changed
     assert rewriting.report.rewritten == 0
     assert {site.reason for site in rewriting.report.sites} <= {"fault"}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("place", ["non_attention_cost", "half way"])
+def test_a_graph_with_a_fault_still_compiles(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ahead-of-time autograd asks the graph's inputs for what Dynamo has set on them."""
+    if place == "half way":
+        monkeypatch.setattr(planning, "rewrite", broken_half_way(planning.rewrite))
+    else:
+        monkeypatch.setattr(planning, place, broken)
+
+    def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        rewrite_graph(gm, Settings.parse(OPTIONS))
+        return aot_eager(gm, example_inputs)  # type: ignore[no-any-return]
+
+    model, x = Block(), torch.randn(1, TOKENS, WIDTH)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend=backend)(x), model(x))
 
 
 @pytest.mark.faults
