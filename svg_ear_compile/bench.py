@@ -24,6 +24,7 @@ from torch import Tensor
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.cost_model.synthetic import video_like
 from svg_ear_compile.cost_model.timing import busy_ms, fastest_dense_ms
+from svg_ear_compile.digits import three_digits
 from svg_ear_compile.kernels.kinds import exact_at_ends
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.registry import captured_attention
@@ -193,8 +194,8 @@ def _bench(given: argparse.Namespace) -> None:
         table.add_row(
             f"{timing.density:g}",
             f"{timing.reached:.3f}",
-            f"{timing.dense_ms:.3g}",
-            f"{timing.sparse_ms:.3g}",
+            three_digits(timing.dense_ms),
+            three_digits(timing.sparse_ms),
             f"{timing.speedup:.2f} ×",
             f"{timing.error:.3f}",
         )

@@ -33,6 +33,7 @@ from svg_ear_compile.cost_model.budget import Budget, Performance
 from svg_ear_compile.cost_model.calibration import Calibration
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.cost_model.fit import compare
+from svg_ear_compile.digits import three_digits
 from svg_ear_compile.kernels.checked import (
     LARGEST,
     InvalidValueError,
@@ -210,8 +211,8 @@ def _calibration_table(found: Calibration) -> Table:
         title=plain(found.device.name), caption=f"{found.seconds:.0f} s", show_header=False
     )
     for dtype, rate in found.roofs.flops.items():
-        table.add_row(plain(f"matrix product, {dtype}"), f"{rate:.3g} TFLOP/s")
-    table.add_row("copy", f"{found.roofs.bandwidth:.3g} GB/s")
+        table.add_row(plain(f"matrix product, {dtype}"), f"{three_digits(rate)} TFLOP/s")
+    table.add_row("copy", f"{three_digits(found.roofs.bandwidth)} GB/s")
     table.add_row("small operator", f"{1e3 * found.roofs.launch_ms:.2g} µs")
     classes = dict.fromkeys(f"{s.dtype}, head dim {s.head_dim}" for s in found.samples)
     table.add_row("calls measured", plain(f"{len(found.samples)}: {'; '.join(classes)}"))

@@ -34,6 +34,7 @@ from svg_ear_compile.cost_model.latency import (
     sparse_ms,
 )
 from svg_ear_compile.cost_model.stages import AttentionShape, expected_density
+from svg_ear_compile.digits import three_digits
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.passes.site import Reason
 from svg_ear_compile.settings import Settings
@@ -352,4 +353,6 @@ _NO_KERNELS = Decision(None, None, "device", Reason.DEVICE.sentence, None)
 
 def _times(expected: Expectation) -> str:
     doubt = f" (uncertain by {expected.uncertainty:.0%})" if expected.uncertainty else ""
-    return f"{expected.sparse_ms:.3g} ms{doubt} instead of {expected.dense_ms:.3g}"
+    return (
+        f"{three_digits(expected.sparse_ms)} ms{doubt} instead of {three_digits(expected.dense_ms)}"
+    )

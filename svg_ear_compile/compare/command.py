@@ -16,6 +16,7 @@ from rich.table import Table
 
 from svg_ear_compile.compare import compare
 from svg_ear_compile.cost_model import json_record
+from svg_ear_compile.digits import three_digits
 from svg_ear_compile.kernels.checked import shown
 from svg_ear_compile.made_models import callable_of
 
@@ -132,7 +133,7 @@ def report(found: Comparison, console: Console) -> None:
         table.add_row(
             escape(setting.name) + star,
             _density(summary.density, dense),
-            f"{summary.seconds.median:.3g}",
+            three_digits(summary.seconds.median),
             _median(summary.speedup, ".2f"),
             "-" if psnr is None else f"{_number(psnr.median)} ({_number(psnr.least)})",
             _median(summary.ssim, ".4f"),

@@ -7,6 +7,7 @@ from html import escape
 
 from svg_ear_compile.compare.comparison import Comparison, Spread
 from svg_ear_compile.compare.setting import DENSE, Setting
+from svg_ear_compile.digits import three_digits
 
 _WIDTH, _HEIGHT = 720, 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 24, 34, 48
@@ -83,7 +84,7 @@ def _floor(floor_db: float, y: _Axis) -> str:
 def _dense(seconds: float, x: _Axis) -> str:
     at = x.at(seconds)
     line = f'<path class="dense" d="M{at:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>'
-    return line + _text(at - 6, _TOP + 10, f"dense {seconds:.3g} s", "note", "end")
+    return line + _text(at - 6, _TOP + 10, f"dense {three_digits(seconds)} s", "note", "end")
 
 
 def _mark(
@@ -111,7 +112,7 @@ def _mark(
 def _words(setting: Setting, seconds: Spread, psnr: Spread | None) -> str:
     assert psnr is not None, "only the dense setting has none"
     picture = f"{psnr.median:.1f} dB" if math.isfinite(psnr.median) else "equal to dense"
-    return f"{setting.name}: {picture} in {seconds.median:.3g} s"
+    return f"{setting.name}: {picture} in {three_digits(seconds.median)} s"
 
 
 def _short(name: str) -> str:

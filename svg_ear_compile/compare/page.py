@@ -17,6 +17,7 @@ from svg_ear_compile.compare.figures import Figures, finite, flicker
 from svg_ear_compile.compare.frontier import COLOURS, frontier_of
 from svg_ear_compile.compare.setting import DENSE, Setting
 from svg_ear_compile.compare.sheets import Layout, difference_sheets_of, gain_of, sheets_of
+from svg_ear_compile.digits import three_digits
 
 SIZE_LIMIT = 32 * 2**20
 """Bytes of pictures in a page, about: smaller pictures first, then fewer clips; one of each setting
@@ -155,7 +156,7 @@ def _table(found: Comparison) -> str:
         density, peak = summary.density, summary.peak_bytes
         cells = (
             "1" if dense else "none went sparse" if density is None else f"{density:.3f}",
-            _cell(summary.seconds, lambda v: f"{v:.3g}"),
+            _cell(summary.seconds, three_digits),
             _cell(summary.speedup, lambda v: f"{v:.2f}&nbsp;×"),
             _cell(summary.psnr, _decibels),
             _cell(summary.ssim, lambda v: f"{v:.4f}"),
