@@ -15,6 +15,7 @@ from benchmarks.fuzz.choices import drawn
 from benchmarks.fuzz.forms import (
     BEFORE,
     BETWEEN,
+    BLOCK_MASKS,
     FORMS,
     LAYOUTS,
     REORDERED,
@@ -394,6 +395,9 @@ class _Writer:
             self.init.append(
                 f"self.mha = nn.MultiheadAttention({self.c}, {self.h}, batch_first=True)"
             )
+        if c["form"].startswith("flex_outside"):
+            made = rng.choice(BLOCK_MASKS[c["form"].removesuffix("_grouped")])
+            self.init += [f"B, N = {self.b}, {self.n}", *made.split("\n")]
         self._near("output")
 
     def _by_hand(self) -> None:

@@ -68,6 +68,8 @@ def _choices(rng: random.Random, axis: str, value: str) -> dict[str, str]:
     found["between"] = rng.choices(list(BETWEEN), [8] + [1] * (len(BETWEEN) - 1))[0]
     found["dtype"] = rng.choices(("float32", "float16", "bfloat16"), (5, 2, 3))[0]
     found["dynamic"] = rng.choices(("no", "yes"), (11, 1))[0]
+    if found["form"].startswith("flex_outside"):  # its mask is of one length
+        found["dynamic"] = "no"
     found["finish"] = rng.choice(("raw", "reshape", "contiguous_view", "flatten", "projected"))
     found["mask"] = found["put"] = found["bias"] = found["write"] = "none"
     whole = found["form"] in WITHOUT_MASKS or (miss is not None and miss.is_whole)

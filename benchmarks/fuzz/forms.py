@@ -67,6 +67,15 @@ _FLEX = (
     "blocks = flex.create_block_mask({}, {}, None, n, m, device='cpu')\n"
     "o = flex.flex_attention(q, k, v, block_mask=blocks)"
 )
+_FLEX_OUTSIDE = (
+    "o = flex.flex_attention(q, k, v, block_mask=self.blocks, enable_gqa=True)",
+    "o = flex.flex_attention(q, k, v, None, self.blocks, 0.3, True, "
+    "kernel_options={'BLOCK_M': 32})",
+    "o, extra = flex.flex_attention(q, k, v, block_mask=self.blocks, enable_gqa=True, "
+    "return_lse=True)",
+    "o, aux = flex.flex_attention(q, k, v, block_mask=self.blocks, enable_gqa=True, "
+    "return_aux=flex.AuxRequest(lse=True))\nextra = aux.lse",
+)
 _DENSE = "q, k, v = (t.contiguous() for t in (q, k, v))\n"
 _SDPA = "F.scaled_dot_product_attention"
 
@@ -155,6 +164,9 @@ FORMS: dict[str, Form] = {
         + _FLEX.format("lambda bi, hi, i, j: (j // 8 <= of_chunk[i]) & (j < ends[bi])", "b"),
         "o = flex.flex_attention(q, k, v, lambda s, bi, hi, i, j: s * 0.5)",
     ), expect="reason", weight=0.3),
+    "flex_outside": Form("bhnd", "", _FLEX_OUTSIDE, weight=0.3),
+    "flex_outside_grouped": Form("bhnd", "", _FLEX_OUTSIDE, heads="grouped", weight=0.2),
+    "flex_outside_other": Form("bhnd", "", _FLEX_OUTSIDE, expect="reason", weight=0.3),
     "matmul": Form("bhnd", "bhqk", _SCORES, _OUTS, weight=6),
     "matmul_one_key_head": Form("bhnd", "bhqk", _SCORES, _OUTS, heads="one", expect="reason"),
     "matmul_grouped_repeat": Form("bhnd", "bhqk", (
@@ -254,6 +266,49 @@ FORMS: dict[str, Form] = {
     ), heads="none", expect="reason", weight=0.6),
 }  # fmt: skip
 """Every form by name."""
+
+_MADE = "self.blocks = flex.create_block_mask({}, {}, None, N, N, device='cpu')"
+BLOCK_MASKS: dict[str, tuple[str, ...]] = {
+    "flex_outside": (
+        _MADE.format("lambda bi, hi, i, j: j < 3 * N // 4", "None"),
+        _MADE.format("flex.noop_mask", "B"),
+        "ends = torch.full((N,), N)\n" + _MADE.format("lambda bi, hi, i, j: j < ends[i]", "None"),
+        "ends = torch.arange(N).flip(0).clamp(max=1) * (N - 1)\n"
+        + _MADE.format("lambda bi, hi, i, j: j < ends[i]", 1),
+        "document = torch.zeros(N, dtype=torch.int32)\ndocument[N - 5 :] = -1\n"
+        + _MADE.format(
+            "flex.and_masks(lambda bi, hi, i, j: document[i] == document[j], "
+            "lambda bi, hi, i, j: document[j] >= 0)", "None",
+        ),
+        "seen = torch.arange(N).expand(B, N) % 7 > 0\n"
+        + _MADE.format("lambda bi, hi, i, j: seen[bi][j] & seen[bi, i]", "B"),
+        "length = torch.tensor(N - 3)\n"
+        + _MADE.format(
+            "flex.or_masks(lambda bi, hi, i, j: j < length, lambda bi, hi, i, j: j == N - 1)", 1
+        ),
+        "lengths = torch.arange(B) + N // 2\n"
+        + _MADE.format("lambda bi, hi, i, j: ~(j >= lengths[bi])", "B"),
+    ),
+    "flex_outside_other": (
+        "ends = torch.full((N,), N)\nends[: N // 2] = N // 2\n"
+        + _MADE.format("lambda bi, hi, i, j: (j < ends[i]) | (i == j)", "None"),
+        "ends = torch.zeros(N, dtype=torch.int64)\nends[: N - 4] = N - 4\n"
+        + _MADE.format("lambda bi, hi, i, j: (j < ends[i]) | (i == j)", "None"),
+        "document = (torch.arange(N) > 9).int()\n"
+        + _MADE.format("lambda bi, hi, i, j: document[i] == document[j]", "None"),
+        "seen = torch.arange(N) % 5 > 0\n"
+        + _MADE.format("lambda bi, hi, i, j: seen[i] == seen[j]", "None"),
+        _MADE.format("lambda bi, hi, i, j: (i - j).abs() <= 7", "None"),
+        _MADE.format("lambda bi, hi, i, j: i // 8 >= j // 8", "B"),
+        "seen = torch.arange(N * N).view(N, N) % 5 > 0\n"
+        + _MADE.format("lambda bi, hi, i, j: seen[i, j]", "None"),
+        "self.blocks = flex.BlockMask.from_kv_blocks(torch.ones(1, 1, -(-N // 16), "
+        "dtype=torch.int32), torch.arange(-(-N // 16)).int().expand(1, 1, -(-N // 16), -1)"
+        ".contiguous(), BLOCK_SIZE=16, seq_lengths=(N, N), mask_mod=lambda bi, hi, i, j: j < 16)",
+    ),
+}  # fmt: skip
+"""Block masks that a module makes beforehand, by the form that reads them: statements of its
+`__init__` for N tokens and batches of B."""
 
 SDPA_NAMES = tuple(name for name, form in FORMS.items() if not form.score_dims)
 WITHOUT_MASKS = (
