@@ -122,8 +122,11 @@ def report(found: Comparison, console: Console) -> None:
     """Print the figures of a comparison, the recommended setting and the path of the page."""
     table = Table(caption="medians over the clips; PSNR: worst clip in brackets")
     table.add_column("setting")
-    for heading in ("density", "seconds", "speed-up", "PSNR dB", "SSIM", "flicker", "peak GiB"):
-        table.add_column(heading, justify="right")
+    has_peaks = any(found.summary(setting).peak_bytes is not None for setting in found.all_settings)
+    headings = ["density", "seconds", "speed-up", "PSNR dB", "SSIM", "flicker"]
+    for heading in headings + ["peak GiB"] * has_peaks:
+        # A heading may be cut between its words, and never inside of one.
+        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
     recommended = found.recommended
     for setting in found.all_settings:
         summary = found.summary(setting)
@@ -138,7 +141,7 @@ def report(found: Comparison, console: Console) -> None:
             "-" if psnr is None else f"{_number(psnr.median)} ({_number(psnr.least)})",
             _median(summary.ssim, ".4f"),
             _median(summary.flicker, ".2f"),
-            "-" if summary.peak_bytes is None else f"{summary.peak_bytes / 2**30:.2f}",
+            *[_peak(summary.peak_bytes)] * has_peaks,
         )  # fmt: skip
     console.print(table)
     for setting in found.settings:
@@ -159,6 +162,10 @@ def _density(reached: float | None, dense: bool) -> str:
     if dense:
         return "1"
     return "none sparse" if reached is None else f"{reached:.3f}"
+
+
+def _peak(peak_bytes: float | None) -> str:
+    return "-" if peak_bytes is None else f"{peak_bytes / 2**30:.2f}"
 
 
 def _number(value: float) -> str:

@@ -78,7 +78,7 @@ def _grid(x: _Axis, y: _Axis) -> str:
 def _floor(floor_db: float, y: _Axis) -> str:
     at = y.at(floor_db)
     line = f'<path class="floor" d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}"/>'
-    return line + _text(_LEFT + 6, at + 15, f"floor {floor_db:g} dB", "note", "start")
+    return line + _text(_LEFT + 6, at - 5, f"floor {floor_db:g} dB", "note", "start")
 
 
 def _dense(seconds: float, x: _Axis) -> str:

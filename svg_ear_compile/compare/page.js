@@ -131,7 +131,7 @@
 
   // Curves.
   const SVG = "http://www.w3.org/2000/svg";
-  const BOX = { width: 420, height: 190, left: 44, right: 10, top: 10, bottom: 24 };
+  const BOX = { width: 420, height: 190, left: 58, right: 10, top: 10, bottom: 24 };
   const KINDS = [
     { key: "psnr", name: "PSNR, dB", digits: 1, dense: false },
     { key: "ssim", name: "SSIM", digits: 3, dense: false },

@@ -1,10 +1,13 @@
 """Settings of a comparison, and what its clips say: pairs, noise and the recommended setting."""
 
+import io
 import json
 import math
 
 import pytest
+from rich.console import Console
 
+from svg_ear_compile.compare.command import report
 from svg_ear_compile.compare.comparison import LEAST_NOISE
 from svg_ear_compile.compare.setting import DENSE, Setting, settings_of
 from tests.svg_ear_compile.made_comparisons import made_comparison
@@ -153,3 +156,18 @@ def test_every_figure_is_plain_json():
     assert len(other["clips"]) == 6
     assert other["clips"][0]["figures"]["psnr"] > 20
     assert other["clips"][0]["repeats"] is True
+
+
+@pytest.mark.parametrize("has_peaks", [True, False])
+def test_no_word_of_the_printed_headings_is_cut_in_a_narrow_terminal(has_peaks):
+    found = made_comparison({"density 0.1": 0.02, "density 0.3": 0.01})
+    if not has_peaks:
+        for clips in found.clips.values():
+            for clip in clips.values():
+                object.__setattr__(clip, "peak_bytes", None)
+    console = Console(width=80, file=io.StringIO(), record=True)
+    report(found, console)
+    head = console.export_text().partition("━╇")[0]
+    for word in ("setting", "density", "seconds", "speed-up", "PSNR", "SSIM", "flicker"):
+        assert word in head
+    assert ("GiB" in head) == has_peaks
