@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.fx import Node
 
 from svg_ear_compile.passes.arguments import Arguments, arguments
@@ -16,17 +19,21 @@ from svg_ear_compile.passes.rearranged_tokens import (
     indices,
     is_sequence,
 )
-from svg_ear_compile.passes.symbolic import Size, hints_of, shape_of
+from svg_ear_compile.passes.symbolic import Size, hint, hints_of, shape_of
 from svg_ear_compile.passes.token_states import LOST, Lost, Mixed, State, state_of, weight
 from svg_ear_compile.passes.unrotated import put_back_bare, rotated_from_a_place
 from svg_ear_compile.passes.vectors import (
     FILLED,
     LEARNED,
+    OTHER,
     Bounds,
+    Part,
     Placed,
     Stream,
+    Vector,
     joined,
     leaves,
+    size_of,
 )
 
 if TYPE_CHECKING:
@@ -230,10 +237,7 @@ def _write(streams: Streams, base: object, dim: object, where: object, values: o
     if isinstance(values, Node) and isinstance(new, Stream) and new == known:
         return rotated_from_a_place(streams, base, dim, where) or known
     into = streams.along(base, dim)
-    if isinstance(values, Node):
-        written = shape_of(values) or ()
-        what = streams.along(values, dim - len(shape) + len(written))
-    else:
+    if not isinstance(values, Node):
         return known  # a number
     if isinstance(where, slice):
         if where.step not in (None, 1):
@@ -243,9 +247,35 @@ def _write(streams: Streams, base: object, dim: object, where: object, values: o
         at = where
     else:
         return LOST
+    what = _to_write(streams, values, dim - len(shape), _places_of(where, shape[dim]))
     if into is None or what is None:
         return LOST
     return state_of(dim, Placed(into, at, what))
+
+
+def _places_of(where: slice | Node, size: Size) -> int | None:
+    """How many places a slice of a dimension or an index says; None where that is not known."""
+    if isinstance(where, slice):
+        fixed = all(isinstance(n, (int, NoneType)) for n in (size, where.start, where.stop))
+        return len(range(size)[where]) if fixed else None
+    value = where.meta["example_value"]
+    sizes = [hint(value.shape[dim]) for dim in differing(where)]
+    return None if value.dtype == torch.bool else next(iter(sizes), 1)
+
+
+def _to_write(streams: Streams, values: Node, dim: int, places: int | None) -> Vector | None:
+    """The tokens along `dim`, counted from the last, that are written to so many places.
+
+    One token may be written to all of them.
+    """
+    state, written = streams.one(values), shape_of(values) or ()
+    what = streams.along(values, dim + len(written)) if -dim <= len(written) else None
+    if -dim > len(written) and not isinstance(state, (Mixed, Lost)):
+        what = Part(1, OTHER if state is None else state)
+    if isinstance(what, Part) and what.count == 1:
+        return None if places is None else replace(what, count=places)
+    known = None if what is None else hint(size_of(what))
+    return None if places is not None and known not in (None, places) else what
 
 
 JOINED: Mapping[str, Rule] = {

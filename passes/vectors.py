@@ -404,9 +404,9 @@ def _traced_count_left(vector: Placed, holds: Callable[[Stream], bool]) -> int |
     if count is None or not writes_over(vector) or count == 0:
         return count
     written = hint(size_of(vector.what))
-    if written is None or one_answer(vector.into, holds) is None:
+    if written is None or written > count or one_answer(vector.into, holds) is None:
         return None
-    return max(count - written, 0)
+    return count - written
 
 
 def writes_over(vector: Placed) -> bool:

@@ -72,6 +72,12 @@ def placed(x: Tensor, text: Tensor, how: str) -> Tensor:
         packed[(torch.arange(TEXT + VIDEO) < TEXT)[None]] = text[0]
         packed[(torch.arange(TEXT + VIDEO) >= TEXT)[None]] = x[0]
         return packed
+    if how == "one word":
+        packed[:, :TEXT], packed[:, TEXT:] = text[:, :1], x
+        return packed
+    if how == "one word by index":
+        packed[:, TEXT_AT], packed[:, VIDEO_AT] = text[0, 0], x
+        return packed
     if how == "masked_scatter":
         is_text = (torch.arange(TEXT + VIDEO) < TEXT)[None, :, None].expand(1, -1, WIDTH)
         return packed.masked_scatter(is_text, text).masked_scatter_(~is_text, x)
@@ -153,6 +159,8 @@ PACKED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "by scatter": (lambda m, x, t: placed(x, t, "scatter"), "9 by index"),
     "by slices": (lambda m, x, t: placed(x, t, "slices"), "0:9"),
     "by slice_scatter": (lambda m, x, t: placed(x, t, "slice_scatter"), "0:9"),
+    "one word": (lambda m, x, t: placed(x, t, "one word"), "0:9"),
+    "one word by index": (lambda m, x, t: placed(x, t, "one word by index"), "9 by index"),
     "by masked_scatter": (lambda m, x, t: placed(x, t, "masked_scatter"), "9 by index"),
     "by a mask of the batch": (lambda m, x, t: placed(x, t, "mask of the batch"), "9 by index"),
     "by a part of an index": (
