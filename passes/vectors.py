@@ -263,56 +263,41 @@ def _runs(vector: Vector) -> list[tuple[Stream, int]] | None:
     return [(stream, len(list(run))) for stream, run in itertools.groupby(places)]
 
 
+def _pieces(vector: Vector) -> Iterator[Vector]:
+    """A vector and everything that it is made of."""
+    yield vector
+    if isinstance(vector, (Joined, Placed)):
+        inside = vector.parts if isinstance(vector, Joined) else (vector.into, vector.what)
+    else:
+        inside = () if isinstance(vector, Part) else (vector.of,)
+    for part in inside:
+        yield from _pieces(part)
+
+
 def leaves(vector: Vector) -> Iterator[Part]:
     """The parts of which a vector is made."""
-    if isinstance(vector, Part):
-        yield vector
-    elif isinstance(vector, Joined):
-        for part in vector.parts:
-            yield from leaves(part)
-    elif isinstance(vector, Placed):
-        yield from leaves(vector.into)
-        yield from leaves(vector.what)
-    else:
-        yield from leaves(vector.of)
-
-
-def nodes_of(vector: Vector) -> Iterator[Node]:
-    """The nodes of the graph that a vector needs."""
-    if isinstance(vector, Part):
-        if isinstance(vector.count, TokenCount):
-            yield vector.count.node
-    elif isinstance(vector, Joined):
-        for part in vector.parts:
-            yield from nodes_of(part)
-    elif isinstance(vector, Placed):
-        yield from nodes_of(vector.into)
-        yield from nodes_of(vector.what)
-        at = (vector.at,) if isinstance(vector.at, Node) else vector.at
-        yield from (bound for bound in at if isinstance(bound, Node))
-    else:
-        yield from nodes_of(vector.of)
-        if isinstance(vector, Taken):
-            yield vector.index
-        bounds = [vector.start, vector.stop] if isinstance(vector, Cut) else []
-        bounds += [vector.shift] if isinstance(vector, Rolled) else []
-        yield from (bound for bound in bounds if isinstance(bound, Node))
+    return (piece for piece in _pieces(vector) if isinstance(piece, Part))
 
 
 def index_nodes(vector: Vector) -> Iterator[Node]:
     """Index tensors and masks that a vector needs the values of."""
-    if isinstance(vector, Placed):
-        yield from index_nodes(vector.into)
-        yield from index_nodes(vector.what)
-        if isinstance(vector.at, Node):
-            yield vector.at
-    elif isinstance(vector, Joined):
-        for part in vector.parts:
-            yield from index_nodes(part)
-    elif not isinstance(vector, Part):
-        yield from index_nodes(vector.of)
-        if isinstance(vector, Taken):
-            yield vector.index
+    for piece in _pieces(vector):
+        if isinstance(piece, Taken):
+            yield piece.index
+        elif isinstance(piece, Placed) and isinstance(piece.at, Node):
+            yield piece.at
+
+
+def nodes_of(vector: Vector) -> Iterator[Node]:
+    """The nodes of the graph that a vector needs."""
+    yield from index_nodes(vector)
+    for piece in _pieces(vector):
+        held: list[object] = [getattr(piece, name, None) for name in ("start", "stop", "shift")]
+        if isinstance(piece, Part) and isinstance(piece.count, TokenCount):
+            held.append(piece.count.node)
+        elif isinstance(piece, Placed) and not isinstance(piece.at, Node):
+            held += piece.at
+        yield from (node for node in held if isinstance(node, Node))
 
 
 def one_answer(vector: Vector, holds: Callable[[Stream], bool]) -> bool | None:
