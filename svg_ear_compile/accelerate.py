@@ -155,7 +155,7 @@ class Accelerated:
         count = self._dense_steps
         if isinstance(count, float):
             count = round(count * call.steps)
-        if count >= call.steps:
+        if 0 < call.steps <= count:
             self._warn(
                 f"dense_steps={self._dense_steps} leaves none of the {call.steps} steps of this "
                 "call sparse"

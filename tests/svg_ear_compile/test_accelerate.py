@@ -126,6 +126,16 @@ def test_a_call_that_would_be_all_dense_warns() -> None:
     assert second.endswith("every call of 2 layers was dense")
 
 
+def test_a_call_without_steps_is_no_schedule_that_is_all_dense(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    pipe = tiny.wan()
+    with accelerate(pipe, options=tiny.OPTIONS) as handle:
+        tiny.generate(pipe, tiny.wan_call(num_inference_steps=0))
+        assert str(handle.report()).startswith("call 1: no step of its denoising models ran, ")
+    assert not [told for told in recwarn if "dense_steps" in str(told.message)]
+
+
 def test_a_call_that_ends_by_an_error_has_no_report_and_keeps_nothing() -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
