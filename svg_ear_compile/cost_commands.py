@@ -50,6 +50,7 @@ from svg_ear_compile.tuning import Cost, TuningSettings, tune
 Read = TypeVar("Read")
 
 PLOT_FORMATS = ("png", "svg", "pdf", "jpg", "webp")
+_READABLE = 72  # characters of a line of text
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -324,6 +325,7 @@ def budget_table(found: Budget) -> Table:
         title=plain(f"{found.objective}: {found.outcome}"),
         caption=plain(*lines, *found.note.split("; ")),
         caption_justify="left",
+        min_width=_READABLE,  # of the caption, too
     )
     table.add_column("layer")
     for phase in range(found.schedule.phases):

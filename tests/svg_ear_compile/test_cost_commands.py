@@ -102,6 +102,15 @@ def test_a_budget_of_odd_names_is_printed_as_it_is(capsys: pytest.CaptureFixture
     assert all(line.isprintable() for line in out.splitlines())
 
 
+def test_remarks_on_a_budget_of_short_names_have_lines_of_text(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, _ = transformer_models.odd_stack()
+    note = "the difference between tuning and one density is within noise"
+    Console(width=100).print(budget_table(budget_for(model, {"a": (Choice(0.2),)}, 9, note=note)))
+    assert note in capsys.readouterr().out
+
+
 def test_one_heads_blocks_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "blocks.png"
     arguments = ["plot", "blocks", *MODEL, "--out", str(picture)]
