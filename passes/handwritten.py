@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from svg_ear_compile.kernels.padding import NEGLIGIBLE
 from svg_ear_compile.passes.arguments import Arguments
-from svg_ear_compile.passes.dataflow import Dataflow, values_read
+from svg_ear_compile.passes.dataflow import Dataflow, is_weight, values_read
 from svg_ear_compile.passes.letters import Group, Letters
 from svg_ear_compile.passes.memory import is_same_view
 from svg_ear_compile.passes.operation import operation
@@ -172,7 +172,9 @@ def read_handwritten(softmax: Node, flow: Dataflow) -> Call | None:
     if not reading.tangled and len(reading.letters.apart(normalised)) == 1:
         operands = _operands(product, value_product, weights, reading, normalised)
     if operands is None:
-        return unread(softmax, flow) if reading.letters.reshaped else None
+        sides = (product.left, product.right, value_product.left, value_product.right)
+        mixes_heads = any(map(is_weight, sides))
+        return unread(softmax, flow) if reading.letters.reshaped or mixes_heads else None
     softmaxes = dict.fromkeys((softmax, read.weights))
     taken_nodes = [t.node for t in (*score_steps, *weight_steps)]
     return _call(flow, operands, [product_node, *softmaxes, *taken_nodes, out], reading)

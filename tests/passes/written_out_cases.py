@@ -34,6 +34,13 @@ def divided_last(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     return (e @ v) / e.sum(-1, keepdim=True)
 
 
+MIXING = torch.nn.Parameter(torch.tensor([[1.0, 0.3], [-0.2, 0.9]]))
+
+
+def mixed(s: Tensor) -> Tensor:
+    return torch.einsum("bhqk,hg->bgqk", s, MIXING)
+
+
 def into(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     s = scores(q, k)
     weights = torch.empty(s.shape)
@@ -103,6 +110,8 @@ SOFTMAXES: Cases = {
     "ratio": (by(ratio), Reason.PATTERN),
     "stable ratio": (by(stable_ratio), Reason.PATTERN),
     "divided last": (divided_last, Reason.PATTERN),
+    "heads mixed before": (by(lambda s: mixed(s).softmax(-1)), Reason.PATTERN),
+    "heads mixed after": (by(lambda s: mixed(s.softmax(-1))), Reason.PATTERN),
     "log-sum-exp": (by(lambda s: (s - s.logsumexp(-1, keepdim=True)).exp()), Reason.PATTERN),
     "into memory": (into, Reason.PATTERN),
     "power of e": (by(lambda s: (e := math.e ** s) / e.sum(-1, keepdim=True)), Reason.PATTERN),
