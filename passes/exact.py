@@ -13,6 +13,7 @@ from svg_ear_compile.passes.exact_places import NOTHING_EXACT, ExactTokens
 from svg_ear_compile.passes.site import Call, Operand
 from svg_ear_compile.passes.streams import Streams
 from svg_ear_compile.passes.symbolic import Size, hint
+from svg_ear_compile.passes.traced_tokens import traced_count
 from svg_ear_compile.passes.vectors import (
     FILLED,
     OPTION,
@@ -25,7 +26,6 @@ from svg_ear_compile.passes.vectors import (
     index_nodes,
     leaves,
     nodes_of,
-    traced_count,
 )
 
 Spans = tuple[tuple[int | None, int | None], ...]

@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from svg_ear_compile.passes.exact_places import ExactTokens
 from svg_ear_compile.passes.rearranged_tokens import differing
 from svg_ear_compile.passes.symbolic import shape_of
+from svg_ear_compile.passes.traced_tokens import traced_count
 from svg_ear_compile.passes.vectors import (
     Cut,
     Flipped,
@@ -23,7 +24,6 @@ from svg_ear_compile.passes.vectors import (
     Vector,
     nodes_of,
     one_answer,
-    traced_count,
     writes_over,
 )
 

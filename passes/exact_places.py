@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from svg_ear_compile.passes.vectors import Stream, Vector, traced_count, traced_places
+from svg_ear_compile.passes.traced_tokens import traced_count, traced_places
+from svg_ear_compile.passes.vectors import Stream, Vector
 
 _MOST_SPANS = 3
 
