@@ -7,6 +7,8 @@ may have been made of another function, of other numbers, or by hand.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,17 +72,9 @@ def listed_padding(
 
 @listed_padding.register_fake
 def _(
-    keys: Tensor,
-    rows: Tensor,
-    own: Tensor | None,
-    holds: Tensor | None,
-    counts: Tensor,
-    order: Tensor,
-    full_counts: Tensor | None,
-    full_order: Tensor | None,
-    q_block: int,
-    k_block: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keys: Tensor, _rows: Tensor, own: Tensor | None, _holds: Tensor | None, counts: Tensor,
+    _order: Tensor, full_counts: Tensor | None, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         torch.empty((), dtype=torch.bool, device="cpu"),
         keys.new_empty(0 if own is None else own.shape),

@@ -27,9 +27,9 @@ def attention_by_chunk(
     k: Tensor,
     v: Tensor,
     chunks: Sequence[QueryChunk],
+    requests: Sequence[CallRequest],
     chunk_keys: Tensor,
     exact: ExactTokens,
-    request: CallRequest,
     terms: Terms,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, see `op.attention`.
@@ -37,17 +37,17 @@ def attention_by_chunk(
     Args:
         q, k, v: see there.
         chunks: chunks of all queries.
+        requests: `request_of` each.
         chunk_keys: (B|1, H_kv|1, R, N_k) bool, the keys that each of these chunks sees.
-        exact, request: of the whole call.
+        exact: of the whole call.
         terms: see `source_calls.Terms`.
     """
     out, lse = torch.empty_like(q), empty_lse(q, terms.return_lse)
     clusters = _ClustersSoFar()
-    for number, chunk in enumerate(chunks):
+    for number, (chunk, asked) in enumerate(zip(chunks, requests, strict=True)):
         here = q[:, :, chunk.queries]
         keys, values = k[:, :, chunk.keys], v[:, :, chunk.keys]
         mask = None if chunk.sees_all else chunk_keys[:, :, number : number + 1, chunk.keys]
-        asked = request_of(chunk, number, request)
         assert asked.part is not None
         clusters.next_chunk(chunk.new, asked.clustered)
         sparse = sparse_calls(

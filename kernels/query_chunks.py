@@ -57,7 +57,8 @@ def query_chunks(mask: Tensor, is_padding: Tensor) -> tuple[Tensor, Tensor]:
     """
     batch, heads, rows, tokens = mask.shape
     spans = torch.full((MOST_CHUNKS, 5), -1)
-    keys = torch.zeros(batch, heads, MOST_CHUNKS, tokens, dtype=torch.bool, device=mask.device)
+    # Not filled: nobody reads the keys of chunks that there are not.
+    keys = mask.new_empty(batch, heads, MOST_CHUNKS, tokens, dtype=torch.bool)
     starts = None if is_padding or rows < 2 or 0 in mask.shape else _starts(mask)
     if starts is None:
         return spans, keys

@@ -192,7 +192,8 @@ class _Writer:
 
     def _judged(self, node: Node, region: Node) -> _All:
         """What holds for the keys of a region (B|1, 1, 1, N_k), other than the query's own."""
-        name, sides, reads = operation(node), node.args, self.mask.reads
+        name, reads = operation(node), self.mask.reads
+        sides: tuple[Any, ...] = node.args
         if is_own(node):
             yes, no = (
                 self._made(torch.full, (), value, dtype=torch.bool) for value in (True, False)
@@ -203,9 +204,9 @@ class _Writer:
             both = _All(value, self._not(value))
             return _All(*(self._in(region, x) for x in both)) if KEY in reads[node] else both
         if name == "logical_not":
-            return _All(*reversed(self._judged(sides[0], region)))  # type: ignore[arg-type]
+            return _All(*reversed(self._judged(sides[0], region)))
         if name in ("logical_and", "logical_or"):
-            one, other = (self._judged(side, region) for side in sides)  # type: ignore[arg-type]
+            one, other = (self._judged(side, region) for side in sides)
             if name == "logical_and":
                 return _All(self._and(one.every, other.every), self._or(one.none, other.none))
             return _All(self._or(one.every, other.every), self._and(one.none, other.none))

@@ -128,23 +128,14 @@ class _Rewriter:
                 for x, vector in ((q, site.exact.queries), (k, site.exact.keys))
             ]
             padding = (*mask[1:], None, None, None)[:3]
+            tokens = (exact[0][0], exact[1][0])
             scale = self._now(call.scale) if isinstance(call.scale, Node) else call.scale
             for symbol, divides in call.symbols:  # an operator's number would be one for the graph
                 of = operator.truediv if divides else operator.mul
                 q = graph.call_function(of, (q, self._now(symbol)))
             done = graph.call_function(
                 torch.ops.svg_ear.attention.default,
-                (
-                    q,
-                    k,
-                    v,
-                    mask[0],
-                    site.layer_parameter,
-                    *padding,
-                    exact[0][0],
-                    exact[1][0],
-                    *chunks,
-                ),
+                (q, k, v, mask[0], site.layer_parameter, *padding, *tokens, *chunks),
                 {
                     "plan": plan.encode(),
                     "site": site.name,

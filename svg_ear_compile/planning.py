@@ -225,7 +225,8 @@ def _copied(graph: Graph) -> Graph:
     """A copy that keeps what Dynamo has set on the nodes: later stages refuse inputs without it."""
     copied = copy.deepcopy(graph)
     for node, old in zip(copied.nodes, graph.nodes, strict=True):
-        vars(node).update(vars(old))
+        for name, value in vars(old).items():
+            vars(node).setdefault(name, value)  # what is the copy's own stays
     return copied
 
 
