@@ -45,28 +45,29 @@ _SANITIZER = "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck
 _PYTEST = "{python} -m pytest -q -m gpu -p no:benchmark -p no:cacheprovider"
 
 RECORDS = (
-    Record("context-parallel", 4, f"{_PARALLEL} --model wan14b-720p --layers 4", 2),
-    Record("context-parallel-hunyuan", 4, f"{_PARALLEL} --model hunyuan-720p --layers 4", 2),
+    Record("context-parallel", 6, f"{_PARALLEL} --model wan14b-720p --layers 4", 2),
+    Record("context-parallel-hunyuan", 7, f"{_PARALLEL} --model hunyuan-720p --layers 4", 2),
     Record(
-        "tune-two-gpus", 3,
+        "tune-two-gpus", 1.5,
         "mkdir -p {out}/tuning && {python} -m torch.distributed.run --nproc-per-node 2 "
         "-m svg_ear_compile tune --model benchmarks.tuning.wan:six_layers --target-speedup 1.4 "
         "--out {out}/tuning/budget-wan1.3b-480p-6-layers-two-gpus.json",
         2,
     ),
     Record("tests-two-gpus", 1, f"{_PYTEST} tests/kernels/test_operator.py", 2),
-    Record("tests", 5, f"{_PYTEST} tests"),
+    Record("tests", 8.5, f"{_PYTEST} tests"),
     Record(
-        "memcheck", 5,
+        "memcheck", 4.5,
         "{python} -m benchmarks.memcheck --seconds 60 && "
         f"{_SANITIZER} {{python}} -m benchmarks.memcheck --seconds 200",
     ),
     Record("attention", 5, "{python} -m benchmarks.attention --out {out}"),
-    Record("launches", 1, "{python} -m benchmarks.attention.launches | tee {out}/launches.txt"),
+    Record("launches", 0.5, "{python} -m benchmarks.attention.launches | tee {out}/launches.txt"),
     Record("heads", 1, "{python} -m benchmarks.attention.heads --out {out}"),
-    Record("cache", 2, "{python} -m benchmarks.attention.cache --out {out}"),
+    Record("cache", 1.5, "{python} -m benchmarks.attention.cache --out {out}"),
+    Record("chunks", 2, "{python} -m benchmarks.attention.chunks --out {out}"),
     Record(
-        "profile", 1.5,
+        "profile", 0.7,
         "XDG_CACHE_HOME={out}/profile {python} -m svg_ear_compile calibrate --device cuda",
     ),
     Record(
@@ -78,6 +79,11 @@ RECORDS = (
         "forward-hunyuan", 3,
         "{python} -m benchmarks.end_to_end forward --model hunyuan-720p --layers 5,10 "
         "--out {out}/end_to_end",
+    ),
+    Record(
+        "schedules-third", 4,
+        "for guidance in 2 5; do {python} -m benchmarks.fidelity.schedules --model third "
+        "--guidance $guidance --out {out}/fidelity/schedules; done",
     ),
     Record("stacking", 6, "{python} -m benchmarks.stacking --out {out}/stacking"),
 )  # fmt: skip
