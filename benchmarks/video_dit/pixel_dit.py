@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from typing_extensions import Self
 
-from benchmarks.video_dit.stored_weights import packed, unpacked
+from benchmarks.video_dit.stored_weights import read_weights, write_weights
 
 _ROPE_BASE = 100.0  # token grids are at most some dozens wide
 _POSITION_OCTAVES = 6
@@ -101,12 +100,10 @@ class PixelDiT(nn.Module):
         return (x - clean.to(x.dtype)) / sigma.view(-1, 1, 1, 1, 1)
 
     def save(self, folder: Path | str) -> None:
-        """Write ``weights.safetensors`` (`stored_weights`) and ``config.json`` into ``folder``."""
+        """Write the weights (`stored_weights`) and ``config.json`` into ``folder``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: a run that is cut leaves the previous checkpoint whole.
-        save_file(packed(self.state_dict()), folder / "weights.safetensors.part")
-        (folder / "weights.safetensors.part").rename(folder / "weights.safetensors")
+        write_weights(folder, self.state_dict())
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
 
     @classmethod
@@ -122,7 +119,7 @@ class PixelDiT(nn.Module):
         fields = json.loads((folder / "config.json").read_text())
         listed = {name: tuple(v) for name, v in fields.items() if isinstance(v, list)}
         model = cls(cls.config_type(**(fields | listed)))
-        model.load_state_dict(unpacked(load_file(folder / "weights.safetensors")))
+        model.load_state_dict(read_weights(folder))
         return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 

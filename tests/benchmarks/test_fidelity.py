@@ -347,16 +347,6 @@ def test_time_that_is_up_leaves_a_record(
     assert "out of time" in capsys.readouterr().out
 
 
-def test_a_model_without_weights_is_left_out(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    missing = replace(bench.MODELS["joint"], weights=tiny / "nowhere")
-    monkeypatch.setitem(bench.MODELS, "joint", missing)
-    found = run_bench(monkeypatch, tiny, "--rules", "uniform", "--densities", "0.1")
-    assert [p.cell.model for p in found.points] == ["self"]
-    assert "joint is left out" in capsys.readouterr().out
-
-
 def test_times_of_plans_that_were_asked_for() -> None:
     q, k, v = random_qkv(dtype=torch.float32)
     wanted = [

