@@ -23,7 +23,7 @@ from benchmarks.fidelity import schedules
 from benchmarks.fidelity.frontier import Point
 from benchmarks.fidelity.grid import CLUSTERS, OURS, PAPER, WARM_UPS
 from benchmarks.fidelity.record import read
-from benchmarks.fidelity.report import markdown_table
+from benchmarks.fidelity.report import markdown_table, paired_table
 from benchmarks.fidelity.rules import RULES
 from benchmarks.fidelity.sol import BLOCK
 from benchmarks.fidelity.times import WAN
@@ -198,7 +198,7 @@ def densities_table(records: Path) -> str:
     }
     lines = [
         f"Attention at {WAN} beside the fastest dense one ({where([evidence.times])}); PSNR "
-        f"to dense of two small video models, {asked[0]} steps with guidance {asked[1]:g}, "
+        f"to dense of {len(tokens)} small video models, {asked[0]} steps, guidance {asked[1]:g}, "
         f"{WARM_UPS[0]:.0%} of the steps dense ({where(list(evidence.models.values()))}).",
         "",
         "| density | attention, recomputed | attention, reused "
@@ -235,7 +235,7 @@ def pictures_table(records: Path) -> str:
     """The default beside a rival and the published rule: time of attention, and picture."""
     evidence = read(records, FIDELITY / "times.json")
     assert evidence.times is not None, "the table needs the operator's times"
-    names = list(evidence.models)
+    names = [name for name in evidence.models if name in _TRAINED]
     lines = [
         f"| attention | ms a call at {WAN} | {' | '.join(_TRAINED[name] for name in names)} |",
         f"|---|---|{'---|' * len(names)}",
@@ -339,6 +339,7 @@ def tables() -> dict[str, Table]:
         "launches": lambda folder: launches.table(LAUNCHES.read_text()),
         "stacking": lambda folder: stacking.section(RESULTS / "nvidia-h200" / "stacking"),
         "fidelity": lambda folder: fidelity_section(FIDELITY, folder),
+        "paired": lambda folder: paired_table([read(FIDELITY), read(FIDELITY / "guidance-5")]),
         "context-parallel": lambda folder: report.section(RESULTS / "nvidia-h200", folder),
         "ring-error": lambda folder: ring_error.section(RESULTS / "cpu" / "ring"),
         "compile-time": lambda folder: compile_time_table(compile_time),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -61,9 +62,17 @@ def write_frontier(
         for shape, axis in zip(timed, row[1:], strict=True):
             _panel(axis, mine, shape)
             axis.set(title=f"operator at {shape}", xlabel="ms")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=4)
+    # Models differ in the rules that they were measured with.
+    lines = {line.get_label(): line for axis in axes[:, 0] for line in _labelled(axis)}
+    titles = [RULES[rule].title for rule in _COLOURS if RULES[rule].title in lines]
+    figure.legend(
+        [lines[title] for title in titles], titles, fontsize=8, loc="outside lower center", ncols=4
+    )
     figure.savefig(path, dpi=120)
+
+
+def _labelled(axis: Axes) -> list[Artist]:
+    return axis.get_legend_handles_labels()[0]
 
 
 def _panel(axis: Axes, points: Sequence[Point], shape: str | None) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.fidelity.frontier import derived, gain_of
-from benchmarks.fidelity.grid import DENSITIES
+from benchmarks.fidelity.frontier import Point, derived, gain_of
+from benchmarks.fidelity.grid import CLUSTERS, DENSITIES, OURS, PAPER, WARM_UPS, Cell
 from benchmarks.fidelity.record import Evidence
 from benchmarks.fidelity.rules import RULES
 from benchmarks.fidelity.scores import interval
@@ -113,7 +113,7 @@ def markdown_table(evidence: Evidence) -> str:
     models = evidence.models.values()
     scores = [m["model"]["ceiling"]["psnr"] for m in models]
     ceilings = ", ".join(f"{interval(psnr).mean:.1f} dB" for psnr in scores)
-    seeds = " and ".join(str(len(psnr)) for psnr in scores)
+    seeds = ", ".join(str(len(psnr)) for psnr in scores)
     steps = " and ".join(dict.fromkeys(str(m["settings"]["steps"]) for m in models))
     return "\n".join(
         [
@@ -123,3 +123,39 @@ def markdown_table(evidence: Evidence) -> str:
             *lines,
         ]
     )
+
+
+def paired_table(evidences: Sequence[Evidence]) -> str:
+    """The default beside the paper's rule, seed by seed, as Markdown.
+
+    Args:
+        evidences: each of one guidance. A model's clusters without both rules have no row.
+    """
+    densities = DENSITIES[1:]
+    lines = [
+        "| model, guidance | seeds | tokens of a query / key cluster "
+        f"| {' | '.join(f'density {d:g}' for d in densities)} |",
+        f"|---|---|---|{'---|' * len(densities)}",
+    ]
+    for evidence in evidences:
+        of = {point.cell: point for point in evidence.points}
+        for model, record in evidence.models.items():
+            named = f"{model}, {record['settings']['guidance']:g}"
+            for clusters in CLUSTERS:
+                pairs = [
+                    [of.get(Cell(model, rule, d, *clusters, WARM_UPS[0])) for rule in (PAPER, OURS)]
+                    for d in densities
+                ]
+                if any(None not in pair for pair in pairs):
+                    seeds = max(len(point.psnr) for pair in pairs for point in pair if point)
+                    cells = " | ".join(_paired(*pair) for pair in pairs)
+                    lines.append(f"| {named} | {seeds} | {clusters[0]} / {clusters[1]} | {cells} |")
+    return "\n".join(lines)
+
+
+def _paired(paper: Point | None, ours: Point | None) -> str:
+    if paper is None or ours is None:
+        return "not measured"
+    gain = interval([a - b for a, b in zip(ours.psnr, paper.psnr, strict=True)])
+    sign = "+" if gain.mean >= 0 else ""
+    return f"{paper.mean_psnr:.1f} → {ours.mean_psnr:.1f} dB ({sign}{gain})"
