@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any, get_args
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.attention.data import video_like
 from benchmarks.attention.gate import relative_error
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, where
 from benchmarks.tuning.captured import capture
 from benchmarks.video_dit.zoo import MODELS
 from svg_ear_compile.kernels.kinds import exact_at_ends
@@ -30,6 +31,7 @@ from svg_ear_compile.kernels.registry import sparse_attention
 DENSITIES = (0.05, 0.1, 0.2, 0.4)
 FORMS: tuple[Compensation, ...] = get_args(Compensation)
 _STEPS, _WANTED, _LAYERS = 24, (8, 16), (0.15, 0.57, 1.0)
+_SHOWN = (0.1, 0.2)
 _SAMPLED = 256  # queries whose attention is looked at
 
 
@@ -92,8 +94,39 @@ def rows_of(
         }
         for form in FORMS:
             errors = curve(q, k, v, form, text if kind == "captured" else 0)
-            rows.append({"inputs": kind, "name": which, "form": form, **traits, "errors": errors})
+            row = {"inputs": kind, "name": which, "form": form, "size": list(q.shape)}
+            rows.append({**row, **traits, "errors": errors})
     return rows
+
+
+def table(folder: Path) -> str:
+    """Traits and errors of every record in a folder as Markdown, means over steps or seeds."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    at = [DENSITIES.index(density) for density in _SHOWN]
+    lines = [
+        "| inputs | directions of keys, of D | keys that a query looks at, of N | drift of keys "
+        f"in a step | {' | '.join(f'error at {density:g}' for density in _SHOWN)} |",
+        f"|---|---|---|---|{'---|' * len(at)}",
+    ]
+    for record in sorted(records, key=lambda r: r["rows"][0]["size"][2]):
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for row in record["rows"]:
+            if row["form"] == FORMS[0]:
+                layer = row["name"].partition(",")[0]
+                captured = row["inputs"] == "captured"
+                title = f"{record['model']}, {layer}" if captured else "synthetic, the same size"
+                groups.setdefault(title, []).append(row)
+        for title, group in groups.items():
+            tokens, dim = group[0]["size"][2:]
+            drifts = [row["drift"] for row in group if row["drift"] is not None]
+            cells = [
+                f"{fmean(row['participation_ratio'] for row in group):.1f} of {dim}",
+                f"{fmean(row['perplexity'] for row in group):,.0f} of {tokens:,}",
+                f"{fmean(drifts):.3f}" if drifts else "",
+                *(f"{fmean(row['errors'][i] for row in group):.3f}" for i in at),
+            ]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join([f"{where(records)}.", "", *lines])
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -113,7 +146,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, write `likeness.json` and `likeness.png`."""
+    """Measure, write the model's record and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", choices=list(MODELS), default="self")
@@ -126,8 +159,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     settings = {"model": given.model, "clip": given.clip, "densities": DENSITIES}
     found = {**provenance(), **settings, "rows": rows}
-    (given.out / "likeness.json").write_text(json.dumps(found, indent=1))
-    plot(rows, given.out / "likeness.png")
+    (given.out / f"{given.model}.json").write_text(json.dumps(found, indent=1) + "\n")
+    plot(rows, given.out / f"{given.model}.png")
     for row in rows:
         drift = "-" if row["drift"] is None else f"{row['drift']:.3f}"
         print(f"{row['inputs']:9s} {row['name']:16s} {row['form']:11s}",

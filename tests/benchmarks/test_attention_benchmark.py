@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,28 @@ def test_synthetic_queries_look_at_many_keys() -> None:
     """Own tokens are exact: of queries that look at these alone nothing else would be tested."""
     q, k, _ = video_like(1, 2, 1024, 128, device="cpu", dtype=torch.float32)
     assert likeness.perplexity(q, k) > 20
+
+
+def test_the_table_of_likeness_shows_means_over_steps_and_seeds(tmp_path: Path) -> None:
+    def row(inputs: str, name: str, form: str, drift: float | None, error: float) -> dict[str, Any]:
+        traits = {"participation_ratio": 9.0, "perplexity": 1000.0, "drift": drift}
+        errors = [error] * len(likeness.DENSITIES)
+        size = [1, 2, 4000, 64]
+        return {
+            "inputs": inputs, "name": name, "form": form, "size": size, **traits, "errors": errors,
+        }  # fmt: skip
+
+    record = {
+        "device": "CPU", "versions": {"torch": "2"}, "cuda": None, "model": "a",
+        "rows": [
+            row("captured", "layer 0, step 8", "gaussian", 0.1, 0.02),
+            row("captured", "layer 0, step 8", "centroid", 0.1, 0.9),
+            row("captured", "layer 0, step 16", "gaussian", 0.3, 0.04),
+            row("synthetic", "seed 0", "gaussian", None, 0.05),
+        ],
+    }  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    assert likeness.table(tmp_path).splitlines()[-2:] == [
+        "| a, layer 0 | 9.0 of 64 | 1,000 of 4,000 | 0.200 | 0.030 | 0.030 |",
+        "| synthetic, the same size | 9.0 of 64 | 1,000 of 4,000 |  | 0.050 | 0.050 |",
+    ]
