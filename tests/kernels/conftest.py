@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter_caches import remember_promotions, remember_types
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
@@ -37,11 +38,12 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def patched_once_a_launch() -> Iterator[None]:
-    """Triton's interpreter replaces triton.language in each call of a function in a kernel.
+def interpreter_that_remembers() -> Iterator[None]:
+    """Types and promotions are remembered, and triton.language is replaced once a launch.
 
-    That takes milliseconds and a third of these tests' time. What a launch has replaced stays so
-    until its end: within one launch the first call of each kind of module is enough.
+    Triton's interpreter replaces it in each call of a function in a kernel, which takes
+    milliseconds. What a launch has replaced stays so until its end: within one launch the first
+    call of each kind of module is enough.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
@@ -67,4 +69,6 @@ def patched_once_a_launch() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", replace_once)
         patch.setattr(interpreter.GridExecutor, "__call__", launch_afresh)
+        remember_types(patch)
+        remember_promotions(patch)
         yield
