@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args
@@ -63,7 +64,11 @@ def perplexity(q: Tensor, k: Tensor) -> float:
 
 
 def rows_of(
-    name: str, shape: tuple[int, int, int], device: str, dtype: torch.dtype
+    name: str,
+    shape: tuple[int, int, int],
+    device: str,
+    dtype: torch.dtype,
+    forms: Sequence[Compensation] = FORMS,
 ) -> list[dict[str, Any]]:
     """Curves and traits of some layers and steps of a model, and of as many synthetic heads."""
     steps = [s + later for s in _WANTED for later in (0, 1)]
@@ -92,7 +97,7 @@ def rows_of(
             "perplexity": perplexity(q, k),
             "drift": drift,
         }
-        for form in FORMS:
+        for form in forms:
             errors = curve(q, k, v, form, text if kind == "captured" else 0)
             row = {"inputs": kind, "name": which, "form": form, "size": list(q.shape)}
             rows.append({**row, **traits, "errors": errors})
@@ -131,8 +136,10 @@ def table(folder: Path) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """One panel for each form, one line for each call."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    for axis, form in zip(figure.subplots(1, len(FORMS), sharey=True), FORMS, strict=True):
+    forms = list(dict.fromkeys(row["form"] for row in rows))
+    figure = Figure(figsize=(6 * len(forms), 4), layout="constrained")
+    axes = figure.subplots(1, len(forms), sharey=True, squeeze=False)[0]
+    for axis, form in zip(axes, forms, strict=True):
         for inputs, colour in (("captured", "#d9622b"), ("synthetic", "#1f77b4")):
             chosen = [r for r in rows if (r["inputs"], r["form"]) == (inputs, form)]
             for i, row in enumerate(chosen):
@@ -151,11 +158,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", choices=list(MODELS), default="self")
     parser.add_argument("--clip", choices=("short", "long"), default="long")
+    parser.add_argument("--forms", default=",".join(FORMS), help="only these")
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = getattr(MODELS[given.model], given.clip)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    rows = rows_of(given.model, shape, device, dtype)
+    rows = rows_of(given.model, shape, device, dtype, given.forms.split(","))
     given.out.mkdir(parents=True, exist_ok=True)
     settings = {"model": given.model, "clip": given.clip, "densities": DENSITIES}
     found = {**provenance(), **settings, "rows": rows}

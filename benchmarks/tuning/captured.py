@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,10 @@ class CapturedCall:
     q: Tensor
     k: Tensor
     v: Tensor
+
+
+class _NothingWanted(Exception):
+    """No later denoising step is wanted."""
 
 
 def capture(
@@ -50,13 +55,15 @@ def capture(
     def finished(done: int, seconds: float) -> None:
         nonlocal step
         step = done + 1
+        if step > max(chosen):
+            raise _NothingWanted
 
     def see(dense: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if step in chosen:
             kept.append(CapturedCall(len(kept) % len(model.blocks), step, q, k, v))
         return dense(q, k, v)
 
-    with attention_answered_by(see):
+    with suppress(_NothingWanted), attention_answered_by(see):
         generate(
             model,
             label=label,

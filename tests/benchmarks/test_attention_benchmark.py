@@ -14,6 +14,8 @@ from benchmarks.attention.data import video_like
 from benchmarks.attention.flex import TILE, covering_tiles
 from benchmarks.attention.inputs import CAPTURED, Inputs, exact_pairs, inputs_of
 from benchmarks.attention.plots import write_plots
+from benchmarks.tuning.captured import capture
+from benchmarks.video_dit.pixel_dit import PixelDiT
 from svg_ear_compile.kernels.kinds import exact_at_ends
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.registry import sparse_attention
@@ -92,12 +94,26 @@ def test_traits_that_make_attention_easy() -> None:
     assert likeness.perplexity(100 * noise, 100 * noise) == pytest.approx(1, abs=0.1)
 
 
+def test_no_step_runs_after_the_last_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards = 0
+    velocity = PixelDiT.velocity
+
+    def counted(self: PixelDiT, *arguments: Any) -> torch.Tensor:
+        nonlocal forwards
+        forwards += 1
+        return velocity(self, *arguments)
+
+    monkeypatch.setattr(PixelDiT, "velocity", counted)
+    calls = list(capture((2, 24, 24), 6, [0, 2], 0, "cpu"))
+    assert [call.step for call in calls] == [0] * 8 + [2] * 8
+    assert forwards == 3
+
+
 def test_likeness_of_a_model_with_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likeness, "_STEPS", 3)
     monkeypatch.setattr(likeness, "_WANTED", (1,))
     monkeypatch.setattr(likeness, "_LAYERS", (0.0, 1.0))
-    monkeypatch.setattr(likeness, "FORMS", ("gaussian",))
-    rows = likeness.rows_of("joint", (4, 48, 48), "cpu", torch.float32)
+    rows = likeness.rows_of("joint", (4, 48, 48), "cpu", torch.float32, ["gaussian"])
     named = [(row["inputs"], row["name"]) for row in rows]
     layers = [("captured", f"layer {layer}, step 1") for layer in (0, 9)]
     assert named == [*layers, ("synthetic", "seed 0"), ("synthetic", "seed 1")]
