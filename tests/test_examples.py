@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from process_groups import torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = {
@@ -65,17 +64,9 @@ def test_comparing(without_inductor: None, monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 @pytest.mark.slow
-def test_two_processes() -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*launch, str(EXAMPLES["ulysses"]), "--tiny"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("2 of 2 layers ran sparse") == 1
+def test_two_processes(tmp_path: Path) -> None:
+    said = torchrun(2, EXAMPLES["ulysses"], ["--tiny"], tmp_path)
+    assert said.count("2 of 2 layers ran sparse") == 1
 
 
 def test_every_example_is_run_and_short() -> None:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from process_groups import spawn
+from torch._dynamo.backends.debugging import aot_eager
+from torch._inductor import compile_fx
+from torch.fx import GraphModule
 
 from benchmarks.context_parallel import __main__ as command
+from benchmarks.context_parallel import measure
 from benchmarks.context_parallel.layouts import Layout, Shape, amounts, layouts, misfit, sizes
 from benchmarks.context_parallel.models import SIZES, shape_of
 from benchmarks.context_parallel.report import counted_table, measured_table, section, write_plot
+from svg_ear_compile import backend
 
 WAN, HUNYUAN = (shape_of(SIZES[name]) for name in ("wan14b-720p", "hunyuan-720p"))
 
@@ -159,6 +166,17 @@ def test_a_run_that_was_cut_continues(tmp_path: Path, monkeypatch: pytest.Monkey
     assert made[6:] == [Layout(1, 1)]
 
 
+def through_aot(rank: int, worker: Callable[..., None], *args: Any) -> None:
+    """Graphs run as AOTAutograd leaves them."""
+
+    def run_as_it_is(gm: GraphModule, inputs: list[Any], **given: Any) -> Callable[..., Any]:
+        return aot_eager(gm, inputs)
+
+    for module in (compile_fx, backend):
+        module.compile_fx = run_as_it_is  # type: ignore[attr-defined]
+    worker(rank, *args)
+
+
 @pytest.mark.slow
 def test_a_small_model_on_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Ulysses over processes runs in tests of its own.
@@ -166,6 +184,10 @@ def test_a_small_model_on_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return [layout for layout in layouts(gpus, heads) if layout.ulysses == 1]
 
     monkeypatch.setattr(command, "layouts", rings)
+    monkeypatch.setattr(
+        measure.mp, "spawn",
+        lambda worker, args, nprocs: spawn(through_aot, (worker, *args), nprocs),
+    )  # fmt: skip
     given = ["--tiny", "--gpus", "2", "--layers", "1", "--densities", "0.3", "--repeats", "2"]
     run(monkeypatch, tmp_path, *given)
     path = tmp_path / "tiny.json"

@@ -14,9 +14,9 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
+from process_groups import spawn
 from torch import Tensor, nn
 
 from svg_ear_compile import Accelerated, accelerate, backend
@@ -238,7 +238,7 @@ def worker(rank: int, ranks: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_of_ulysses_equal_one_process(tmp_path: Path) -> None:
-    mp.spawn(worker, (2, str(tmp_path)), nprocs=2)
+    spawn(worker, (2, str(tmp_path)), 2)
     pipe = tiny.wan()
     with accelerate(pipe, density=0.3, options=tiny.OPTIONS):
         wanted = tiny.generate(pipe, tiny.wan_call())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from process_groups import in_process
+from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 from transformer_models import TOKENS, stack
 
@@ -42,8 +43,8 @@ def operators(gm: GraphModule) -> int:
     return len(gm.graph.find_nodes(op="call_function", target=target))
 
 
-def run_python(code: str, cache: Path, **variables: str) -> str:
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), **variables}
+def run_python(code: str, cache: Path) -> str:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -69,17 +70,13 @@ def test_the_entry_point_works_where_the_package_was_never_imported(tmp_path: Pa
     assert "[2, 4]" in run_python(ENTRY_POINT, tmp_path)
 
 
-CACHED = """
-import json, os, torch
-from torch._dynamo.utils import counters
-from transformer_models import stack
-model, inputs = stack()
-options = json.loads(os.environ["OPTIONS"])
-with torch.no_grad():
-    torch.compile(model, backend="svg_ear", fullgraph=True, options=options)(*inputs)
-print(json.dumps([counters["inductor"]["fxgraph_cache_hit"],
-                  counters["aot_autograd"]["autograd_cache_hit"]]))
-"""
+def print_cache_hits(density: float) -> None:
+    model, inputs = stack()
+    options = {**OPTIONS, "density": density}
+    with torch.no_grad():
+        torch.compile(model, backend="svg_ear", fullgraph=True, options=options)(*inputs)
+    of_graphs, of_autograd = counters["inductor"], counters["aot_autograd"]
+    print(of_graphs["fxgraph_cache_hit"] + of_autograd["autograd_cache_hit"])
 
 
 @pytest.mark.slow
@@ -87,8 +84,9 @@ def test_compile_caches_hit_in_a_second_process_and_miss_for_another_density(
     tmp_path: Path,
 ) -> None:
     def hits(density: float) -> int:
-        options = json.dumps({**OPTIONS, "density": density})
-        return sum(json.loads(run_python(CACHED, tmp_path, OPTIONS=options).splitlines()[-1]))
+        cache = str(tmp_path / "cache")
+        said = in_process(print_cache_hits, tmp_path, density, TORCHINDUCTOR_CACHE_DIR=cache)
+        return int(said.splitlines()[-1])
 
     assert hits(0.4) == 0
     assert hits(0.4) > 0

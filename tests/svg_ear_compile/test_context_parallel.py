@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from process_groups import spawn
 from transformer_models import wan
 
 from svg_ear_compile import explain
@@ -40,7 +40,7 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_each_of_two_ranks_has_all_tokens_and_half_of_the_heads(tmp_path: Path) -> None:
-    mp.spawn(worker, (str(tmp_path),), nprocs=RANKS)
+    spawn(worker, (str(tmp_path),), RANKS)
     for rank in range(RANKS):
         assert torch.load(tmp_path / f"{rank}.pt") == [
             ("blocks.0.attn1", "self", (1, 1, 192, 192, 32), True),

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 import transformer_models
 from made_budgets import budget_for
 from PIL import Image
+from process_groups import torchrun
 from rich.console import Console
 
 from svg_ear_compile import trial_runs
@@ -127,16 +125,8 @@ def test_one_heads_blocks_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_two_ranks_make_the_budget_that_one_makes(tmp_path: Path) -> None:
     alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
     assert main([*TUNE, "--out", str(alone)]) == 0
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "svg_ear_compile.cli", *TUNE, "--out", str(shared),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "on each of 2 ranks" in " ".join(done.stdout.split())
+    said = torchrun(2, "svg_ear_compile.cli", [*TUNE, "--out", str(shared)], tmp_path)
+    assert "on each of 2 ranks" in " ".join(said.split())
     one, two = Budget.load(alone), Budget.load(shared)
     assert one.layers == two.layers
     assert one.predicted.error == pytest.approx(two.predicted.error, rel=1e-4)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from process_groups import spawn
 from ring_models import DIM, HEADS, TOKENS, ring_input, ring_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -59,7 +59,7 @@ def test_a_ring_equals_one_process(ring: int, ulysses: int, tmp_path: Path) -> N
     with torch.no_grad():
         dense = model(x)
     alone = [run(model, x, density, options(TOKENS)) for density in DENSITIES]
-    mp.spawn(worker, (ring, ulysses, str(tmp_path)), nprocs=ring * ulysses)
+    spawn(worker, (ring, ulysses, str(tmp_path)), ring * ulysses)
     saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ring * ulysses)]
     shape = (1, HEADS // ulysses, TOKENS // ring, TOKENS // ring, DIM)
     for got in saved:
