@@ -85,6 +85,15 @@ RECORDS = (
         "for guidance in 2 5; do {python} -m benchmarks.fidelity.schedules --model third "
         "--guidance $guidance --out {out}/fidelity/schedules; done",
     ),
+    Record(
+        "peers-third", 4,
+        "{python} -m benchmarks.fidelity clips --models third --minutes 3.8 --out "
+        "{out}/fidelity/peers --rules sol_top_k,sol_top_k_cubes,sol_tau,sol_tau_cubes,top_k_drop",
+    ),
+    Record(
+        "fidelity-times", 4,
+        "{python} -m benchmarks.fidelity times --minutes 3.8 --out {out}/fidelity",
+    ),
     Record("stacking", 6, "{python} -m benchmarks.stacking --out {out}/stacking"),
 )  # fmt: skip
 
