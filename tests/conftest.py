@@ -72,6 +72,15 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert active_source() is UNBOUND
 
 
+@pytest.fixture
+def through_aot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each graph runs as AOTAutograd leaves it, those of `backend="inductor"` too."""
+    from aot_only import leave_inductor_out
+
+    torch.compiler.reset()
+    leave_inductor_out(monkeypatch.setattr)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

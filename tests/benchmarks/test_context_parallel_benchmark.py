@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aot_only import leave_inductor_out
 from process_groups import spawn
-from torch._dynamo.backends.debugging import aot_eager
-from torch._inductor import compile_fx
-from torch.fx import GraphModule
 
 from benchmarks.context_parallel import __main__ as command
 from benchmarks.context_parallel import measure
 from benchmarks.context_parallel.layouts import Layout, Shape, amounts, layouts, misfit, sizes
 from benchmarks.context_parallel.models import SIZES, shape_of
 from benchmarks.context_parallel.report import counted_table, measured_table, section, write_plot
-from svg_ear_compile import backend
 
 WAN, HUNYUAN = (shape_of(SIZES[name]) for name in ("wan14b-720p", "hunyuan-720p"))
 
@@ -167,13 +164,7 @@ def test_a_run_that_was_cut_continues(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def through_aot(rank: int, worker: Callable[..., None], *args: Any) -> None:
-    """Graphs run as AOTAutograd leaves them."""
-
-    def run_as_it_is(gm: GraphModule, inputs: list[Any], **given: Any) -> Callable[..., Any]:
-        return aot_eager(gm, inputs)
-
-    for module in (compile_fx, backend):
-        module.compile_fx = run_as_it_is  # type: ignore[attr-defined]
+    leave_inductor_out()
     worker(rank, *args)
 
 

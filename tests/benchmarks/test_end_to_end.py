@@ -45,7 +45,7 @@ def test_a_forward_reports_time_attention_and_clusters() -> None:
 
 
 @pytest.mark.slow
-def test_a_generation_is_run_from_caches_that_its_first_steps_fill() -> None:
+def test_a_generation_is_run_from_caches_that_its_first_steps_fill(through_aot: None) -> None:
     rows = [
         {
             "model": "wan",

@@ -18,7 +18,7 @@ def _breaks(pipe: object) -> None:
 
 @pytest.mark.slow
 def test_rows_are_measured_and_a_row_that_fails_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, through_aot: None
 ) -> None:
     monkeypatch.setitem(NEIGHBOURS, "broken", Neighbour("broken", _breaks))
     rows = "broken,float8,lora"
