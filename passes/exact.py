@@ -12,7 +12,7 @@ import re
 from svg_ear_compile.passes.exact_places import NOTHING_EXACT, ExactTokens
 from svg_ear_compile.passes.site import Call, Operand
 from svg_ear_compile.passes.streams import Streams
-from svg_ear_compile.passes.symbolic import Size, hint
+from svg_ear_compile.passes.symbolic import Size, hint, hints_of
 from svg_ear_compile.passes.traced_tokens import traced_count
 from svg_ear_compile.passes.vectors import (
     FILLED,
@@ -39,11 +39,12 @@ def exact_tokens(streams: Streams, call: Call) -> ExactTokens:
         for x in (call.q, call.k)
     )
     if queries is None:
-        return NOTHING_EXACT
+        return ExactTokens(untold=_untold(streams.possible(call.q.node)))
     video = _video(queries, keys)
     if video is None:
         return NOTHING_EXACT
     found = {part.stream for part in leaves(queries)}
+    in_one_piece = len(found) == 1 and not video.pixels
     if keys is not None:
         of_keys = {part.stream for part in leaves(keys)}
         if found.isdisjoint(of_keys):
@@ -56,13 +57,23 @@ def exact_tokens(streams: Streams, call: Call) -> ExactTokens:
     )
     vectors = [v for v in (queries, keys) if v is not None]
     found_nodes = [n for v in vectors for n in nodes_of(v)]
-    if not vectors or any(n.graph is not call.node.graph for n in found_nodes):
-        return NOTHING_EXACT
+    if not vectors:
+        return ExactTokens(in_one_piece=in_one_piece)
+    names = ", ".join(sorted({_name(stream) for stream in exact}))
+    if any(n.graph is not call.node.graph for n in found_nodes):
+        return ExactTokens(untold=names)
     if any(streams.flow.is_written_after_use(n) for v in vectors for n in index_nodes(v)):
-        return NOTHING_EXACT  # they would be read where the attention is
-    names = sorted({_name(stream) for stream in exact})
+        return ExactTokens(untold=names)  # they would be read where the attention is
     guessed = any(stream.kind == "unrotated" for stream in exact)
-    return ExactTokens(queries, keys, exact, ", ".join(names), guessed)
+    return ExactTokens(queries, keys, exact, names, guessed)
+
+
+def _untold(streams: frozenset[Stream]) -> str:
+    """Names of the streams that are not the video's, of tokens whose places are not known."""
+    inputs = {stream.source for stream in streams if stream.source is not None}
+    clips = {stream.source for stream in streams if stream.pixels}
+    others = {s for s in streams if s.source is not None and s.source not in clips}
+    return ", ".join(sorted({_name(s) for s in others})) if len(inputs) > 1 else ""
 
 
 def _video(queries: Vector, keys: Vector | None) -> Stream | None:
@@ -77,6 +88,9 @@ def _video(queries: Vector, keys: Vector | None) -> Stream | None:
         if count is None:  # cut or taken by index: as many as there were before
             same = [part.count for part in parts if part.stream.source is stream.source]
             count = sum((c if isinstance(c, int) else c.traced) or 0 for c in same)
+            # One token may have been spread over many places.
+            shape = hints_of(stream.source) if stream.source is not None else ()
+            count = min(count, max((n or count for n in shape), default=count))
         return stream.pixels, count
 
     return max((part.stream for part in parts), key=size, default=None)

@@ -13,6 +13,7 @@ from svg_ear_compile.passes.rearranged_tokens import differing
 from svg_ear_compile.passes.symbolic import shape_of
 from svg_ear_compile.passes.traced_tokens import traced_count
 from svg_ear_compile.passes.vectors import (
+    Chosen,
     Cut,
     Flipped,
     Joined,
@@ -109,6 +110,9 @@ class ExactNodes:
         assert not isinstance(vector, Part)
         if isinstance(vector, Joined):
             return call(torch.cat, ([self._places(part) for part in vector.parts],))
+        if isinstance(vector, Chosen):
+            both = [self._places(part) for part in (vector.one, vector.other)]
+            return call(torch.where, (self._index(vector.mask), *both))
         if isinstance(vector, Placed):
             into = self._places(vector.into)
             if not isinstance(vector.at, Node):

@@ -21,6 +21,9 @@ class ExactTokens:
         streams: the streams whose tokens are exact.
         origin: where they come from, in words; "" where there are none.
         guessed: the graph does not prove it.
+        in_one_piece: all tokens come from one input of the graph, which is no clip: what was joined
+            before does not show.
+        untold: names of streams whose tokens would be exact, were their places known.
     """
 
     queries: Vector | None = None
@@ -28,6 +31,8 @@ class ExactTokens:
     streams: frozenset[Stream] = frozenset()
     origin: str = ""
     guessed: bool = False
+    in_one_piece: bool = False
+    untold: str = ""
 
     def is_exact(self, stream: Stream) -> bool:
         """True if tokens of this stream are exact."""

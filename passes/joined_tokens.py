@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from svg_ear_compile.passes.arguments import Arguments, arguments
+from svg_ear_compile.passes.features import features_dim
 from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.rearranged_tokens import (
     differing,
@@ -19,7 +20,7 @@ from svg_ear_compile.passes.rearranged_tokens import (
     indices,
     is_sequence,
 )
-from svg_ear_compile.passes.symbolic import Size, hint, hints_of, shape_of
+from svg_ear_compile.passes.symbolic import Size, hint, hints_of, is_same, shape_of
 from svg_ear_compile.passes.token_states import LOST, Lost, Mixed, State, state_of, weight
 from svg_ear_compile.passes.unrotated import put_back_bare, rotated_from_a_place
 from svg_ear_compile.passes.vectors import (
@@ -27,6 +28,7 @@ from svg_ear_compile.passes.vectors import (
     LEARNED,
     OTHER,
     Bounds,
+    Chosen,
     Part,
     Placed,
     Stream,
@@ -83,7 +85,8 @@ def _joined(
     if any(isinstance(s, Lost) for s in real):
         return LOST
     single = [s for s in real if isinstance(s, Stream)]
-    if not real or dim == len(shape) - 1 or len(shape) >= PIXEL_RANK:
+    of_features = dim == len(shape) - 1 and all(features_dim(n) in (None, dim) for n in nodes)
+    if not real or of_features or len(shape) >= PIXEL_RANK:
         # Nothing, features, or parts of a clip.
         first = next((s for s in [*real, *states] if s is not None), None)
         return first if not isinstance(first, Mixed) or first.dim != dim else LOST
@@ -152,12 +155,34 @@ def _and_in_place(streams: Streams, node: Node, base: object, state: State) -> S
 
 
 def chosen(streams: Streams, node: Node, args: Arguments) -> State:
-    """`where`: tokens that a mask takes from two tensors are not followed, but for filling."""
-    states = [streams.one(args.take(name)) for name in ("self", "other")]
+    """`where`: tokens of two tensors, by a mask that is the same for all features of a token."""
+    mask, *both = (args.take(name) for name in ("condition", "self", "other"))
+    states, shape = [streams.one(operand) for operand in both], shape_of(node) or ()
     found = streams.tokenwise(node)
-    of_both = len(shape_of(node) or ()) == 3 and min(map(weight, states)) >= 3
-    overlaid = isinstance(found, Mixed) and found not in states
-    return LOST if of_both and states[0] != states[1] and not overlaid else found
+    is_overlaid = isinstance(found, Mixed) and found not in states
+    if is_overlaid or states[0] == states[1] or min(map(weight, states)) < 3:
+        return found
+    for dim in range(1, len(shape) - 1):
+        at = index_along(mask, dim, len(shape))
+        vectors = [_spread(streams, operand, dim, shape) for operand in both]
+        if at is not None and None not in vectors:
+            one, other = vectors
+            return state_of(dim, Chosen(at, one, other))  # type: ignore[arg-type]
+    return LOST
+
+
+def _spread(streams: Streams, operand: object, dim: int, shape: tuple[Size, ...]) -> Vector | None:
+    """The tokens of an operand along a dimension of a result of this shape.
+
+    One token may stand for all of them.
+    """
+    sizes, count = shape_of(operand) if isinstance(operand, Node) else None, shape[dim]
+    if not isinstance(operand, Node) or sizes is None or len(sizes) != len(shape):
+        return None
+    found = streams.along(operand, dim)
+    if isinstance(found, Part) and found.count == 1 and isinstance(count, int):
+        return replace(found, count=count)
+    return found if is_same(sizes[dim], count) else None
 
 
 def slice_written(streams: Streams, node: Node, args: Arguments) -> State:
@@ -186,6 +211,8 @@ def _set(streams: Streams, base: object, index: object, values: object) -> None:
     if None in where or any(isinstance(x, Node) and not is_sequence(x) for x in where):
         streams.of[base] = LOST
         return
+    # The only sample of a batch is all of it.
+    where = [slice(None) if shape[d] == 1 and w in (0, -1) else w for d, w in enumerate(where)]
     cut = [d for d, entry in enumerate(where) if entry != slice(None)]
     if all(d == len(shape) - 1 for d in cut):  # all tokens, some of their features
         state = streams.one(values)

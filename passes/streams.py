@@ -30,7 +30,9 @@ from svg_ear_compile.passes.token_states import (
     Lost,
     Mixed,
     State,
+    is_condition,
     state_of,
+    streams_of,
     tokens_of,
     weight,
 )
@@ -39,10 +41,12 @@ from svg_ear_compile.passes.vectors import (
     LEARNED,
     OTHER,
     STORED,
+    Chosen,
     Joined,
     Part,
     Placed,
     Stream,
+    Taken,
     Vector,
     leaves,
     overlay,
@@ -54,6 +58,7 @@ _CONSTANTS = frozenset({
 })  # fmt: skip
 _OVER_SPACE = frozenset({"conv2d", "conv3d"})
 _PRODUCTS = frozenset({"matmul", "bmm", "mm", "baddbmm"})
+_SUMS = frozenset({"add", "sub", "where", "maximum"})
 _MANY = 1 << 20  # stands for a length that is not known while tracing
 
 
@@ -68,7 +73,11 @@ class Streams:
         self.flow = flow
         self.of: dict[Node, Any] = {}
         for node in flow.position:
+            read = [*values_read(node), *flow.written(node)]
+            streams = frozenset(s for n in read for s in streams_of(self.one(n)))
             self.of[node] = self._state(node)
+            for found in (node, *flow.written(node)):
+                self.of[found] = _with_streams(self.of[found], streams)
 
     def along(self, node: Node, dim: int) -> Vector | None:
         """The streams of the tokens of a tensor along `dim`; None where they are not known."""
@@ -82,6 +91,10 @@ class Streams:
             return None
         nothing = STORED if _is_stored(node) else OTHER
         return Part(tokens_of(node, dim), nothing if state is None else state)
+
+    def possible(self, node: Node) -> frozenset[Stream]:
+        """The streams that tokens of a tensor may come from, wherever they are."""
+        return streams_of(self.one(node))
 
     def one(self, node: object) -> State:
         """The state of a tensor; of several in one value it is lost."""
@@ -156,9 +169,10 @@ class Streams:
             return FILLED if operation(node) in _CONSTANTS else None
         sizes = {n: _numel(n) for n in inputs}
         largest = [n for n in inputs if sizes[n] == max(sizes.values())]
-        overlaid = self._overlaid(largest)
-        if overlaid is not None:
-            return overlaid
+        if operation(node).rstrip("_") in _SUMS:
+            overlaid = self._overlaid(largest)
+            if overlaid is not None:
+                return overlaid
         chosen = max(largest, key=lambda n: weight(self.one(n)))  # the first of equal ones
         if weight(self.one(chosen)) == 0:
             # A small tensor of tokens on a large one of constants: what it holds is spread over it.
@@ -171,12 +185,15 @@ class Streams:
         """Tokens that have filling in each other's places, as a sum joins them; None for others."""
         states = [s for s in map(self.one, nodes) if isinstance(s, Mixed)]
         ranks = {len(shape_of(n) or ()) for n in nodes}
-        if len(states) != 2 or len(nodes) != 2 or len(ranks) > 1 or states[0] == states[1]:
-            return None
-        if states[0].dim != states[1].dim or not all(map(_is_filled_up, states)):
-            return None
-        found = overlay(*(s.vector for s in states))
-        return None if found is None else state_of(states[0].dim, found)
+        if len(states) == 2 == len(nodes) and len(ranks) == 1 and states[0] != states[1]:
+            dims = {state.dim for state in states}
+            if len(dims) == 1 and all(map(_is_filled_up, states)):
+                found = overlay(*(s.vector for s in states))
+                if found is not None:
+                    return state_of(states[0].dim, found)
+        sources = {s.source for n in nodes for s in streams_of(self.one(n)) if not is_condition(s)}
+        # Masks that are known at run time alone say which of them a token is.
+        return LOST if len(sources - {None}) > 1 and any(map(_is_masked, nodes)) else None
 
     def like(self, node: Node, source: Node) -> Any:
         """The state of an operation's result whose tokens are those of one of its inputs."""
@@ -210,6 +227,13 @@ class Streams:
         return OTHER if state is FILLED else state
 
 
+def _with_streams(state: Any, streams: frozenset[Stream]) -> Any:
+    """A state; where it has just been lost, with the streams of what was read."""
+    if isinstance(state, list):
+        return [_with_streams(each, streams) for each in state]
+    return Lost(frozenset(s for s in streams if not is_condition(s))) if state == LOST else state
+
+
 def _is_stored(node: Node) -> bool:
     """True for a buffer (B, N, C) or of more dimensions, and for a part of one."""
     while operation(node) in REARRANGEMENTS | CASTS | COPIES | {"roll"} and node.all_input_nodes:
@@ -218,6 +242,27 @@ def _is_stored(node: Node) -> bool:
     if node.op not in ("placeholder", "get_attr") or not is_plain(value):
         return False
     return value.dim() >= 3 and value.dtype.is_floating_point
+
+
+def _is_masked(node: Node) -> bool:
+    """True for tokens of which a bool mask leaves some as they are and makes the others 0."""
+    if operation(node).rstrip("_") == "masked_fill":
+        return True
+    return operation(node).rstrip("_") == "mul" and any(map(_is_of_a_mask, node.all_input_nodes))
+
+
+def _is_of_a_mask(node: Node, depth: int = 0) -> bool:
+    """True for a bool mask in numbers, reshaped and negated maybe."""
+    value = node.meta.get("example_value")
+    if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
+        return True
+    if operation(node) not in CASTS | REARRANGEMENTS | _NEGATIONS or depth > _DEEPEST_MASK:
+        return False
+    return any(_is_of_a_mask(source, depth + 1) for source in node.all_input_nodes)
+
+
+_NEGATIONS = frozenset({"sub", "rsub", "neg", "add"})  # 1 - mask
+_DEEPEST_MASK = 8
 
 
 def _is_filled_up(state: Mixed) -> bool:
@@ -264,6 +309,12 @@ def einsum(streams: Streams, node: Node, args: Arguments) -> State:
 def embedded(streams: Streams, node: Node, args: Arguments) -> State:
     tensors = node.all_input_nodes
     ids = [n for n in tensors if not _is_floating(n)]
+    state = streams.one(args.take("weight"))
+    if isinstance(state, Mixed):  # tokens (N, C), and which of them to take
+        followed = state.dim == 0 and len(ids) == 1 and len(shape_of(ids[0]) or ()) == 1
+        return Mixed(0, Taken(state.vector, ids[0], tokens_of(node, 0))) if followed else LOST
+    if state is not None and state not in (LEARNED, FILLED):
+        return state
     return Stream(ids[0], projected=True) if ids else LOST
 
 
@@ -292,6 +343,8 @@ def _projected(vector: Vector) -> Vector:
         return Joined(tuple(_projected(part) for part in vector.parts))
     if isinstance(vector, Placed):
         return replace(vector, into=_projected(vector.into), what=_projected(vector.what))
+    if isinstance(vector, Chosen):
+        return replace(vector, one=_projected(vector.one), other=_projected(vector.other))
     return replace(vector, of=_projected(vector.of))
 
 

@@ -21,8 +21,15 @@ class Mixed:
     vector: Vector
 
 
+@dataclass(frozen=True)
 class Lost:
-    """The streams of a tensor are not known."""
+    """Which token comes from which stream is not known.
+
+    Attributes:
+        streams: those that they may come from.
+    """
+
+    streams: frozenset[Stream] = frozenset()
 
 
 LOST = Lost()
@@ -41,6 +48,15 @@ def state_of(dim: int, vector: Vector | None) -> State:
     return Mixed(dim, vector) if len(parts) < _MOST_PARTS else LOST
 
 
+def streams_of(state: State) -> frozenset[Stream]:
+    """The streams that tokens of this state may come from."""
+    if isinstance(state, Mixed):
+        return frozenset(part.stream for part in leaves(state.vector))
+    if isinstance(state, Lost):
+        return state.streams
+    return frozenset() if state is None else frozenset({state})
+
+
 def tokens_of(node: Node, dim: int) -> int | TokenCount:
     """How many tokens a tensor has along a dimension."""
     size = (shape_of(node) or ())[dim]
@@ -55,6 +71,11 @@ def weight(state: State) -> int:
         return 1
     if isinstance(state, Mixed):
         return 4
-    # (batch, channels) or (batch, tokens): pooled text, or a timestep of each token.
-    is_condition = state.source is not None and len(shape_of(state.source) or ()) < 3
-    return 2 if is_condition and not state.pixels else 3
+    return 2 if is_condition(state) else 3
+
+
+def is_condition(stream: Stream) -> bool:
+    """True for (batch, channels) or (batch, tokens): pooled text, or a timestep of each token."""
+    return (
+        stream.source is not None and len(shape_of(stream.source) or ()) < 3 and not stream.pixels
+    )

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from svg_ear_compile.passes.symbolic import hint
 from svg_ear_compile.passes.vectors import (
+    Chosen,
     Cut,
     Flipped,
     Joined,
@@ -56,6 +57,10 @@ def traced_places(vector: Vector, holds: Callable[[Stream], bool]) -> np.ndarray
     if isinstance(vector, (Cut, Taken)) and alike is not None and vector.count is not None:
         count = hint(size_of(vector))
         return None if count is None else np.full(count, alike)
+    if isinstance(vector, Chosen):  # where they are the same, the mask does not matter
+        one, other = traced_places(vector.one, holds), traced_places(vector.other, holds)
+        same = one is not None and other is not None and np.array_equal(one, other)
+        return one if same else None
     inside = traced_places(vector.of, holds)
     if inside is None:
         return None

@@ -135,7 +135,16 @@ class Placed:
     what: Vector
 
 
-Vector = Part | Joined | Cut | Flipped | Rolled | Taken | Placed
+@dataclass(frozen=True)
+class Chosen:
+    """The tokens of one vector where a mask is True, else those of the other at these places."""
+
+    mask: Node
+    one: Vector
+    other: Vector
+
+
+Vector = Part | Joined | Cut | Flipped | Rolled | Taken | Placed | Chosen
 
 
 def joined(vectors: Iterable[Vector]) -> Vector:
@@ -223,6 +232,8 @@ def size_of(vector: Vector) -> Size:
         for part in vector.parts:
             total = total + size_of(part)
         return total
+    if isinstance(vector, Chosen):
+        return size_of(vector.one)
     return size_of(vector.into if isinstance(vector, Placed) else vector.of)
 
 
@@ -266,12 +277,19 @@ def _runs(vector: Vector) -> list[tuple[Stream, int]] | None:
 def _pieces(vector: Vector) -> Iterator[Vector]:
     """A vector and everything that it is made of."""
     yield vector
-    if isinstance(vector, (Joined, Placed)):
-        inside = vector.parts if isinstance(vector, Joined) else (vector.into, vector.what)
-    else:
-        inside = () if isinstance(vector, Part) else (vector.of,)
-    for part in inside:
+    for part in inside(vector):
         yield from _pieces(part)
+
+
+def inside(vector: Vector) -> tuple[Vector, ...]:
+    """The vectors that one is made of."""
+    if isinstance(vector, Part):
+        return ()
+    if isinstance(vector, Joined):
+        return vector.parts
+    if isinstance(vector, Placed):
+        return vector.into, vector.what
+    return (vector.one, vector.other) if isinstance(vector, Chosen) else (vector.of,)
 
 
 def leaves(vector: Vector) -> Iterator[Part]:
@@ -284,6 +302,8 @@ def index_nodes(vector: Vector) -> Iterator[Node]:
     for piece in _pieces(vector):
         if isinstance(piece, Taken):
             yield piece.index
+        elif isinstance(piece, Chosen):
+            yield piece.mask
         elif isinstance(piece, Placed) and isinstance(piece.at, Node):
             yield piece.at
 

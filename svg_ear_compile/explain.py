@@ -126,6 +126,13 @@ class Explanation:
                 f"{self.unseen} attention calls ran outside of all graphs, where no backend sees "
                 "them: remove the graph breaks."
             )
+        later = [site for graph in self.graphs[1:] for site in graph.sites]
+        if self.breaks and any(site.is_sparse and site.in_one_piece for site in later):
+            lines.append(
+                "After a graph break, tokens reach some sparse calls in one piece. Text that was "
+                "joined to the video before is clustered with it, unless the option exact_tokens "
+                "names it or the break goes."
+            )
         for found in self.breaks:
             lines.append(f"Graph break, {found.count} times: {found.reason}")
             lines += [f"  {hint}" for hint in found.hints[:1]]

@@ -44,6 +44,7 @@ class SiteReport:
         exact: numbers of queries and of keys that are always exact, None where not known.
         places: where exact keys are (queries, where all keys are clustered), as "0:9, 201:205".
         origin: where exact tokens come from, in words.
+        in_one_piece: all tokens come from one input of the graph, so that text does not show.
         dtype: dtype of the output. device: type of its device.
         plan: the plan of a sparse site, else None.
         clusters: (Qc, Kc) of a sparse site, else None.
@@ -62,6 +63,7 @@ class SiteReport:
     exact: tuple[int | None, int | None]
     places: str
     origin: str
+    in_one_piece: bool
     dtype: str
     device: str
     plan: AttentionPlan | None
@@ -260,6 +262,11 @@ def _note(site: AttentionSite, settings: Settings, length: int | None) -> str:
         return " The given exact_tokens do not fit its tokens: ignored here."
     if site.exact.guessed and spans is None:
         return " Exact tokens are a guess: tokens without positions. exact_tokens says it."
+    if site.exact.untold and spans is None:
+        return (
+            f" It holds tokens of {site.exact.untold} in places that the graph does not show: all "
+            "are clustered. exact_tokens names those that are to stay exact."
+        )
     return ""
 
 
@@ -274,6 +281,7 @@ def _report(
     length, proof = _conditions(site, plan)
     # A decision for too few tokens says itself from how many on the call is sparse.
     said = [proof] if reason == "short" else [length, proof]
+    sentence = "; ".join([*(f"sparse {when}" for when in said if when), decided.sentence])
     return SiteReport(
         layer=site.layer,
         site=site.name,
@@ -282,12 +290,13 @@ def _report(
         exact=exact,
         places=spans[1] or spans[0],
         origin=site.exact.origin,
+        in_one_piece=site.exact.in_one_piece,
         dtype=str(site.dtype).removeprefix("torch."),
         device=site.device.type if site.device else "",
         plan=plan,
         clusters=clusters,
         reason=reason if plan is None else None,
-        sentence="; ".join([*(f"sparse {when}" for when in said if when), decided.sentence]) + note,
+        sentence=f"{sentence.rstrip('.')}.{note}" if note else sentence,
         bound_by=site.layer_parameter.name if site.layer_parameter else None,
         conditions=tuple(when for when in (length, proof) if when),
         expected=None if isinstance(decided, Reason) else decided.expected,

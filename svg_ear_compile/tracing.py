@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 import sys
@@ -39,8 +40,12 @@ def run_once(
     """
     target = getattr(model, "_orig_mod", model)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return target(*args, **kwargs)
+    # Inputs of the graph are called as the model calls them, and handed on as they were given.
+    names = _names(target, len(args))
+
+    def call(**kwargs: Any) -> Any:
+        rest = {name: value for name, value in kwargs.items() if name not in names}
+        return target(*[kwargs[name] for name in names], **rest)
 
     # Dynamo caches compiled code by code object: a copy of it leaves the user's cache alone. Which
     # sizes were seen to change is remembered by name: a new one knows of no other model's sizes.
@@ -54,9 +59,22 @@ def run_once(
     token = _RUNS_ONCE.set(True)
     try:
         with torch.no_grad(), unlimited:
-            return torch.compile(fresh, backend=backend)(*args, **kwargs)
+            given = dict(zip(names, args, strict=True))
+            return torch.compile(fresh, backend=backend)(**given, **kwargs)
     finally:
         _RUNS_ONCE.reset(token)
+
+
+def _names(target: Callable[..., Any], count: int) -> list[str]:
+    """Names of the first arguments of a model, made up where its signature has none."""
+    numbered = [f"args_{place}" for place in range(count)]
+    try:
+        signature = inspect.signature(target.forward if isinstance(target, nn.Module) else target)
+    except (TypeError, ValueError):
+        return numbered
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    named = [p.name for p in signature.parameters.values() if p.kind in kinds]
+    return named[:count] if len(named) >= count else numbered
 
 
 def traced_module(node: Node) -> nn.Module | None:

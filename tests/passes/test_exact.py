@@ -72,6 +72,9 @@ def placed(x: Tensor, text: Tensor, how: str) -> Tensor:
         packed[(torch.arange(TEXT + VIDEO) < TEXT)[None]] = text[0]
         packed[(torch.arange(TEXT + VIDEO) >= TEXT)[None]] = x[0]
         return packed
+    if how == "sample and index":
+        packed[0, TEXT_AT], packed[-1, VIDEO_AT] = text[0], x[0]
+        return packed
     if how == "one word":
         packed[:, :TEXT], packed[:, TEXT:] = text[:, :1], x
         return packed
@@ -168,7 +171,28 @@ PACKED: dict[str, tuple[Callable[..., Tensor], str]] = {
     ),
     "over words by index": (lambda m, x, t: overwritten(x, t, "index"), "9 by index"),
     "over words by mask": (lambda m, x, t: overwritten(x, t, "masked_scatter"), "9 by index"),
-    "chosen": (lambda m, x, t: overwritten(x, t, "where"), ""),
+    "chosen": (lambda m, x, t: overwritten(x, t, "where"), "an unknown number"),
+    "chosen in the video's places": (
+        lambda m, x, t: x.where(
+            torch.arange(VIDEO)[:, None] >= TEXT, F.pad(t, (0, 0, 0, VIDEO - TEXT))
+        ),
+        "an unknown number",
+    ),
+    "a table of tokens": (
+        lambda m, x, t: F.embedding(torch.arange(128, -1, -1), torch.cat([x, t], 1)[0])[None],
+        "an unknown number",
+    ),
+    "placed in the only sample": (
+        lambda m, x, t: placed(x, t, "sample and index"), "9 by index"
+    ),
+    "channels first": (lambda m, x, t: torch.cat([t.mT, x.mT], 2).mT, "0:9"),
+    "channels first, two cats": (
+        lambda m, x, t: torch.cat([torch.cat([x.mT, t.mT], -1), t.mT[..., :3]], -1).transpose(1, 2),
+        "120:132",
+    ),
+    "a convolution after it": (
+        lambda m, x, t: F.conv1d(torch.cat([x.mT, t.mT], 2), m.ff.weight[..., None]).mT, "120:129"
+    ),
     "hstack": (lambda m, x, t: torch.hstack([x, t]), "120:129"),
     "column_stack": (lambda m, x, t: torch.column_stack((t, x)), "0:9"),
     "vstack": (lambda m, x, t: torch.vstack([x.mT.mT[0], t[0]])[None], "120:129"),
@@ -185,6 +209,58 @@ def test_text_is_found_wherever_it_lies(name: str) -> None:
         assert site.exact.spans == (places, places)
         assert not site.exact.guessed
         assert site.exact.origin == ("" if not places else ORIGINS.get(name, "text"))
+
+
+def by_sample(x: Tensor, text: Tensor) -> Tensor:
+    """Each sample of a batch written by itself, words after its patches."""
+    packed = x.new_zeros(len(x), VIDEO + TEXT, WIDTH)
+    for i in range(len(x)):
+        packed[i, :VIDEO], packed[i, VIDEO:] = x[i], text[i]
+    return packed
+
+
+# What joins text to the video in places that only the values of masks and indices say.
+UNTOLD: dict[str, Callable[..., Tensor]] = {
+    "by products with masks": lambda m, x, t: (
+        x * (torch.arange(VIDEO) >= TEXT)[None, :, None]
+        + F.pad(t, (0, 0, 0, VIDEO - TEXT)) * (1 - (torch.arange(VIDEO) >= TEXT).float()[:, None])
+    ),
+    "by filled masks": lambda m, x, t: (
+        x.masked_fill((torch.arange(VIDEO) < TEXT)[:, None], 0) + F.pad(t, (0, 0, 0, VIDEO - TEXT))
+    ),
+    "by a mask of each feature": lambda m, x, t: torch.where(
+        torch.arange(VIDEO * WIDTH).view(VIDEO, WIDTH) < TEXT * WIDTH,
+        F.pad(t, (0, 0, 0, VIDEO - TEXT)),
+        x,
+    ),
+    "sample by sample": lambda m, x, t: by_sample(x.repeat(2, 1, 1), t.repeat(2, 1, 1)),
+    "by a product over tokens": lambda m, x, t: (
+        torch.eye(VIDEO + TEXT).flip(0)[:VIDEO] @ torch.cat([x, t], 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_text_in_places_that_are_not_known_is_told_of(name: str) -> None:
+    for site in sites_of(Stack(UNTOLD[name]), *inputs()):
+        assert (site.reason, site.exact.spans, site.exact.untold) == (None, ("", ""), "text, video")
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda m, x, t: x,
+        lambda m, x, t: torch.cat([x, t], 1),
+        lambda m, x, t: x + t.mean(1, keepdim=True),
+        lambda m, x, t: x * (t.mean(1, keepdim=True) > 0) + t.mean(1, keepdim=True),
+        lambda m, x, t: x + attend(x, t, t),
+        lambda m, x, t: F.pad(x, (0, 0, 0, 3)) * F.pad(m.ff(x), (0, 0, 0, 3)),
+    ],
+    ids=["video", "joined", "pooled", "gated", "cross-attention", "product"],
+)
+def test_nothing_is_untold_where_places_are_known(pack: Callable[..., Tensor]) -> None:
+    for site in sites_of(Stack(pack), *inputs()):
+        assert site.exact.untold == ""
 
 
 ORIGINS = {"registers": "learned tokens"}

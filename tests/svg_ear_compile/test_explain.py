@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,40 @@ def test_all_graphs_of_a_model_that_breaks_are_listed() -> None:
     found = explain(broken, x, options={"min_tokens": TOKENS})
     assert len(found.graphs) == 2
     assert [site.layer for site in found.sites] == ["blocks.0", "blocks.1"]
+
+
+@pytest.mark.parametrize(
+    ("breaks", "options", "warned"),
+    [(True, {}, True), (False, {}, False), (True, {"exact_tokens": "-9:"}, False)],
+)
+def test_text_that_was_joined_before_a_graph_break_is_told_of(
+    breaks: bool, options: dict[str, Any], warned: bool
+) -> None:
+    model, (x, _) = stack()
+
+    def joining(x: Tensor, text: Tensor) -> Tensor:
+        tokens = torch.cat([x, text], 1)
+        if breaks:
+            torch._dynamo.graph_break()
+        return model.blocks[0](tokens)
+
+    found = explain(
+        joining, x, torch.randn(1, 9, x.shape[2]), options={"min_tokens": 64, **options}
+    )
+    assert found.sparse == 1
+    assert ("in one piece" in str(found)) is warned
+    assert [site.places for site in found.sites] == ["" if warned else f"{TOKENS}:{TOKENS + 9}"]
+
+
+def test_text_in_places_that_are_not_known_has_a_sentence() -> None:
+    model, (x, _) = stack()
+
+    def mixing(x: Tensor, text: Tensor) -> Tensor:
+        return model.blocks[0](x * (text[..., :1] == 0) + text * (text[..., :1] != 0))
+
+    (site,) = explain(mixing, x, torch.zeros_like(x), options={"min_tokens": 64}).sites
+    assert site.is_sparse
+    assert "It holds tokens of text, x in places that the graph does not show" in site.sentence
 
 
 def test_attention_that_no_graph_holds_is_counted_and_the_break_named() -> None:
