@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from svg_ear_compile.passes.arguments import Arguments
 from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.site import Reason
+from svg_ear_compile.passes.symbolic import hints_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Product:
 
 _NAMES = frozenset({
     "matmul", "mm", "bmm", "einsum", "addmm", "addbmm", "baddbmm", "tensordot", "inner", "dot",
-    "chain_matmul", "linalg_multi_dot", "linalg_vecdot",
+    "chain_matmul", "linalg_multi_dot", "linalg_vecdot", "rmatmul",
 })  # fmt: skip
 
 
@@ -43,13 +44,34 @@ def is_product(node: Node) -> bool:
     if name == "linear":  # of an activation, not of a layer's weight
         weight = node.all_input_nodes[-1].meta.get("example_value")
         return not isinstance(weight, Parameter)
-    return name in _NAMES
+    return name in _NAMES or is_outer(node) or any(map(is_outer, _summed(node)))
+
+
+def is_outer(node: Node) -> bool:
+    """True for a product of elements that repeats both tensors and is summed: a matrix product."""
+    if operation(node) != "mul" or len(node.all_input_nodes) != 2:
+        return False
+    shape, sides = hints_of(node), [hints_of(side) for side in node.all_input_nodes]
+    sums = any(operation(user) == "sum" for user in node.users)
+    return sums and all(len(side) == len(shape) > 2 and side != shape for side in sides)
+
+
+def factors(node: Node) -> list[Node]:
+    """The tensors that a product is of."""
+    outer = next(filter(is_outer, _summed(node)), node)
+    return outer.all_input_nodes
+
+
+def _summed(node: Node) -> list[Node]:
+    return node.all_input_nodes if operation(node) == "sum" else []
 
 
 def matmul(node: Node, args: Arguments) -> Product | None:
-    if operation(node) not in ("matmul", "mm", "bmm"):
+    if operation(node) not in ("matmul", "mm", "bmm", "rmatmul"):
         return None
-    left, right = args.take("self"), args.take("other", "mat2")
+    left, right = args.take("self"), args.take("other", "mat2", "1")
+    if operation(node) == "rmatmul":  # k.__rmatmul__(q) is q @ k
+        left, right = right, left
     if not isinstance(left, Node) or not isinstance(right, Node):
         return None
     rank = _rank(left)

@@ -11,7 +11,7 @@ from torch.fx import Node
 from svg_ear_compile.passes.dataflow import Dataflow, is_weight
 from svg_ear_compile.passes.memory import is_plain
 from svg_ear_compile.passes.operation import is_foreign, operation
-from svg_ear_compile.passes.products import is_product
+from svg_ear_compile.passes.products import factors, is_product
 from svg_ear_compile.passes.site import Call, Operand, Reason
 from svg_ear_compile.passes.symbolic import Size, expression, hint
 
@@ -56,8 +56,8 @@ def unread(softmax: Node, flow: Dataflow) -> Call | None:
     after = _nearby(softmax, flow.readers)
     if before is None or after is None:
         return None
-    operands = [Operand(node, "") for node in before.all_input_nodes]
-    values = [Operand(node, "") for node in after.all_input_nodes]
+    operands = [Operand(node, "") for node in factors(before)]
+    values = [Operand(node, "") for node in factors(after)]
     steps = (before, softmax, after)
     return Call(after, steps, operands[0], operands[-1], values[-1], reason=Reason.PATTERN)
 
@@ -86,7 +86,7 @@ def _nearby(
 
 def _is_inner_product(node: Node) -> bool:
     """True for a product of two activations."""
-    return is_product(node) and not any(is_weight(source) for source in node.all_input_nodes)
+    return is_product(node) and not any(map(is_weight, factors(node)))
 
 
 def _is_as_large(node: Node, other: Node) -> bool:

@@ -25,6 +25,7 @@ from svg_ear_compile.generation_state import Announced
 from svg_ear_compile.guidance import Layout
 from svg_ear_compile.in_place import CompiledInPlace, has_repeated_blocks, is_compiled
 from svg_ear_compile.kernels.checked import printable, shown
+from svg_ear_compile.keywords import answers_unknown_keywords
 from svg_ear_compile.offloading import moves_each_layer
 from svg_ear_compile.pipeline_calls import (
     CallWatch,
@@ -216,6 +217,7 @@ class Accelerated:
         )  # fmt: skip
 
 
+@answers_unknown_keywords(options_go="accelerate(pipe, options={{{!r}: ...}})")
 def accelerate(
     target: Any,
     *,

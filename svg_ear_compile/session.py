@@ -25,6 +25,7 @@ from svg_ear_compile.generation import Generation, entered_generation
 from svg_ear_compile.generation_state import Held
 from svg_ear_compile.given_models import check_module
 from svg_ear_compile.guidance import Guidance, Layout
+from svg_ear_compile.keywords import answers_unknown_keywords
 from svg_ear_compile.layer_plans import GivenBudget, LayerPlans
 from svg_ear_compile.layers import BoundModel, LayerReport, inner_of
 from svg_ear_compile.named_tokens import TokenFunction
@@ -251,6 +252,9 @@ def _check_models(models: tuple[nn.Module, ...]) -> None:
         raise ValueError("bind got the same model twice")
 
 
+@answers_unknown_keywords(
+    options_go='torch.compile(model, backend="svg_ear", options={{{!r}: ...}})'
+)
 def bind(
     *models: nn.Module,
     dense_steps: int = 0,

@@ -44,7 +44,8 @@ _SPELLINGS = ("text_prefix", "text_suffix")
 _MOST_SPANS = 1000
 _SPAN = re.compile(r"((?:-?\d{1,9})?):((?:-?\d{1,9})?)")
 _OBJECTIVES = ("target_speedup", "budget")
-_OURS = (*_PLAN_FIELDS, *_OBJECTIVES, *_COUNTS, "exact_tokens", "strict", "mode")
+OPTIONS = (*_PLAN_FIELDS, *_OBJECTIVES, *_COUNTS, "exact_tokens", "strict", "mode")
+"""Names of all options but Inductor's."""
 # What only a running model knows: arguments of `accelerate` and `bind`, no options of a graph.
 _OF_THE_SESSION = (
     "dense_steps", "dense_above_timestep", "dense_layers", "early_factor", "steps", "timestep",
@@ -267,8 +268,8 @@ def _checked_inductor(key: str, name: str, value: object) -> object:
 
 def _nearest(key: str, known_inductor: Iterable[str]) -> str:
     key = key[:_COMPARED]
-    near = difflib.get_close_matches(key, _OURS, 3, 0.5)
+    near = difflib.get_close_matches(key, OPTIONS, 3, 0.5)
     near += difflib.get_close_matches(key, sorted(known_inductor), 2, 0.7)
     if near:
         return f"; did you mean {' or '.join(repr(n) for n in near)}?"
-    return f"; valid are {', '.join(_OURS)} and Inductor's configuration keys"
+    return f"; valid are {', '.join(OPTIONS)} and Inductor's configuration keys"

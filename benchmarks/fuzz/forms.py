@@ -51,7 +51,8 @@ _TRANSPOSED = ("k.transpose(-2, -1)", "k.mT", "k.transpose(-1, -2)", "k.permute(
                "k.adjoint()")  # fmt: skip
 _MATMULS = ("q @ {}", "torch.matmul(q, {})", "q.matmul({})", "torch.matmul(input=q, other={})",
             "q.matmul(other={})", "q.__matmul__({})", "torch.Tensor.matmul(q, {})",
-            "operator.matmul(q, {})", "torch.linalg.matmul(q, {})")  # fmt: skip
+            "operator.matmul(q, {})", "torch.linalg.matmul(q, {})",
+            "{}.__rmatmul__(q)")  # fmt: skip
 _SCORES = tuple(f"s = {how.format(kt)}" for how in _MATMULS for kt in _TRANSPOSED)
 _OUTS = ("o = w @ v", "o = torch.matmul(w, v)", "o = w.matmul(v)", "o = torch.matmul(w, other=v)",
          "o = torch.matmul(input=w, other=v)", "o = operator.matmul(w, v)")  # fmt: skip

@@ -9,50 +9,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from joined_stack import TEXT, TEXT_AT, VIDEO, VIDEO_AT, WIDTH, Stack, attend, inputs
 from torch import Tensor, nn
 from traced_graphs import Rewriting, graphs_of, run_rewritten, sites_of
 
 from svg_ear_compile.passes.exact import given_tokens
 from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.passes.site import AttentionSite, Role
-
-WIDTH, HEADS, VIDEO, TEXT = 64, 2, 120, 9
-VIDEO_AT, TEXT_AT = torch.arange(TEXT, TEXT + VIDEO), torch.arange(TEXT)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-class Stack(nn.Module):
-    """Patches and text, put into one sequence by `pack`, through two blocks."""
-
-    def __init__(self, pack: Callable[..., Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.pack = pack
-        self.patches, self.words = nn.Linear(8, WIDTH), nn.Linear(16, WIDTH)
-        self.to_q, self.to_k, self.to_v, self.ff = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-        self.registers = nn.Parameter(torch.randn(1, 4, WIDTH))
-        self.positions = nn.Parameter(torch.randn(1, 400, WIDTH))
-
-    def block(self, x: Tensor) -> Tensor:
-        y = F.layer_norm(x, (WIDTH,)) + self.positions[:, : x.shape[1]]
-        x = x + attend(self.to_q(y), self.to_k(y), self.to_v(y))
-        return x + torch.cat([self.ff(part) for part in x.split(70, 1)], 1)
-
-    def forward(self, video: Tensor, text: Tensor, *more: Tensor) -> Tensor:
-        x = self.pack(self, self.patches(video), self.words(text), *more)
-        return self.block(self.block(x))
-
-
-def inputs(video: int = VIDEO, text: int = TEXT) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return (
-        torch.randn(1, video, 8, generator=generator),
-        torch.randn(1, text, 16, generator=generator),
-    )
 
 
 def placed(x: Tensor, text: Tensor, how: str) -> Tensor:
@@ -209,58 +172,6 @@ def test_text_is_found_wherever_it_lies(name: str) -> None:
         assert site.exact.spans == (places, places)
         assert not site.exact.guessed
         assert site.exact.origin == ("" if not places else ORIGINS.get(name, "text"))
-
-
-def by_sample(x: Tensor, text: Tensor) -> Tensor:
-    """Each sample of a batch written by itself, words after its patches."""
-    packed = x.new_zeros(len(x), VIDEO + TEXT, WIDTH)
-    for i in range(len(x)):
-        packed[i, :VIDEO], packed[i, VIDEO:] = x[i], text[i]
-    return packed
-
-
-# What joins text to the video in places that only the values of masks and indices say.
-UNTOLD: dict[str, Callable[..., Tensor]] = {
-    "by products with masks": lambda m, x, t: (
-        x * (torch.arange(VIDEO) >= TEXT)[None, :, None]
-        + F.pad(t, (0, 0, 0, VIDEO - TEXT)) * (1 - (torch.arange(VIDEO) >= TEXT).float()[:, None])
-    ),
-    "by filled masks": lambda m, x, t: (
-        x.masked_fill((torch.arange(VIDEO) < TEXT)[:, None], 0) + F.pad(t, (0, 0, 0, VIDEO - TEXT))
-    ),
-    "by a mask of each feature": lambda m, x, t: torch.where(
-        torch.arange(VIDEO * WIDTH).view(VIDEO, WIDTH) < TEXT * WIDTH,
-        F.pad(t, (0, 0, 0, VIDEO - TEXT)),
-        x,
-    ),
-    "sample by sample": lambda m, x, t: by_sample(x.repeat(2, 1, 1), t.repeat(2, 1, 1)),
-    "by a product over tokens": lambda m, x, t: (
-        torch.eye(VIDEO + TEXT).flip(0)[:VIDEO] @ torch.cat([x, t], 1)
-    ),
-}
-
-
-@pytest.mark.parametrize("name", UNTOLD)
-def test_text_in_places_that_are_not_known_is_told_of(name: str) -> None:
-    for site in sites_of(Stack(UNTOLD[name]), *inputs()):
-        assert (site.reason, site.exact.spans, site.exact.untold) == (None, ("", ""), "text, video")
-
-
-@pytest.mark.parametrize(
-    "pack",
-    [
-        lambda m, x, t: x,
-        lambda m, x, t: torch.cat([x, t], 1),
-        lambda m, x, t: x + t.mean(1, keepdim=True),
-        lambda m, x, t: x * (t.mean(1, keepdim=True) > 0) + t.mean(1, keepdim=True),
-        lambda m, x, t: x + attend(x, t, t),
-        lambda m, x, t: F.pad(x, (0, 0, 0, 3)) * F.pad(m.ff(x), (0, 0, 0, 3)),
-    ],
-    ids=["video", "joined", "pooled", "gated", "cross-attention", "product"],
-)
-def test_nothing_is_untold_where_places_are_known(pack: Callable[..., Tensor]) -> None:
-    for site in sites_of(Stack(pack), *inputs()):
-        assert site.exact.untold == ""
 
 
 ORIGINS = {"registers": "learned tokens"}

@@ -142,6 +142,23 @@ SOFTMAXES: Cases = {
     "sink by padding": (by(lambda s: F.pad(s, (1, 0)).softmax(-1)[..., 1:]), Reason.PATTERN),
     "sigmoid": (by(torch.sigmoid), 0),
 }  # fmt: skip
+PRODUCTS: Cases = {
+    "reflected": (lambda q, k, v, m: k.mT.__rmatmul__(q).mul(0.3).softmax(-1) @ v, 1),
+    "reflected, of values": (lambda q, k, v, m: v.__rmatmul__(scores(q, k).softmax(-1)), 1),
+    "scores of elements": (
+        lambda q, k, v, m: (
+            (q[..., None, :] * k[..., None, :, :]).sum(-1).softmax(-1) @ v
+        ), Reason.PATTERN,
+    ),
+    "values of elements": (
+        lambda q, k, v, m: (scores(q, k).softmax(-1)[..., None] * v[..., None, :, :]).sum(-2),
+        Reason.PATTERN,
+    ),
+    "of elements, the sum a function": (
+        lambda q, k, v, m: torch.sum(k.unsqueeze(2) * q.unsqueeze(3), dim=4).exp().softmax(-1) @ v,
+        Reason.PATTERN,
+    ),
+}  # fmt: skip
 AFTERWARDS: Cases = {
     "values by linear": (
         lambda q, k, v, m: F.linear(scores(q[0, 0], k[0, 0]).softmax(-1), v[0, 0].T),
@@ -178,4 +195,7 @@ EMPTY_ROWS: Cases = {
     "any lowest": (zeroed(lambda s: s.eq(-INF).any(-1, keepdim=True)), Reason.PATTERN),
     "other number": (zeroed(lambda s: s.eq(0.0).all(-1, keepdim=True)), Reason.PATTERN),
 }  # fmt: skip
-KINDS = {"softmax written out": SOFTMAXES, "afterwards": AFTERWARDS, "zeroed rows": EMPTY_ROWS}
+KINDS = {
+    "softmax written out": SOFTMAXES, "products": PRODUCTS, "afterwards": AFTERWARDS,
+    "zeroed rows": EMPTY_ROWS,
+}  # fmt: skip

@@ -120,3 +120,16 @@ def test_a_class_that_refuses_subclasses_is_answered_and_nothing_is_left() -> No
         accelerate(pipe)
     with accelerate(pipe.transformer):
         pass
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"min_tokens": 64}, r"it is an option: accelerate\(pipe, options={'min_tokens': ...}\)"),
+        ({"denstiy": 0.2}, "did you mean density or dense_steps"),
+        ({"x" * 1000: 1}, "it has target, density, "),
+    ],
+)
+def test_an_unknown_argument_is_told_where_it_belongs(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(TypeError, match=f"accelerate has no argument .*{said}"):
+        accelerate(tiny.wan(), **given)

@@ -206,3 +206,9 @@ def test_a_checkpoint_that_cannot_be_written_is_named_first(tmp_path: Path) -> N
         tune(model, [ModelCall(inputs)], density=0.3, settings=wrong)
     with pytest.raises(InvalidTypeError, match="a function that runs the model, got a list"):
         capture_calls(model, [])  # type: ignore[arg-type]
+
+
+def test_an_option_of_the_backend_is_told_where_it_belongs() -> None:
+    model: Any = stack()[0]
+    with pytest.raises(TypeError, match=r"bind has no argument 'density', it is an option: torch"):
+        bind(model, density=0.2)  # type: ignore[call-arg]

@@ -1,0 +1,64 @@
+"""Text that cannot be told from the video is named, and nothing is where all is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from joined_stack import TEXT, VIDEO, WIDTH, Stack, attend, inputs
+from torch import Tensor
+from traced_graphs import sites_of
+
+
+def by_sample(x: Tensor, text: Tensor) -> Tensor:
+    """Each sample of a batch written by itself, words after its patches."""
+    packed = x.new_zeros(len(x), VIDEO + TEXT, WIDTH)
+    for i in range(len(x)):
+        packed[i, :VIDEO], packed[i, VIDEO:] = x[i], text[i]
+    return packed
+
+
+# What joins text to the video in places that only the values of masks and indices say.
+UNTOLD: dict[str, Callable[..., Tensor]] = {
+    "by products with masks": lambda m, x, t: (
+        x * (torch.arange(VIDEO) >= TEXT)[None, :, None]
+        + F.pad(t, (0, 0, 0, VIDEO - TEXT)) * (1 - (torch.arange(VIDEO) >= TEXT).float()[:, None])
+    ),
+    "by filled masks": lambda m, x, t: (
+        x.masked_fill((torch.arange(VIDEO) < TEXT)[:, None], 0) + F.pad(t, (0, 0, 0, VIDEO - TEXT))
+    ),
+    "by a mask of each feature": lambda m, x, t: torch.where(
+        torch.arange(VIDEO * WIDTH).view(VIDEO, WIDTH) < TEXT * WIDTH,
+        F.pad(t, (0, 0, 0, VIDEO - TEXT)),
+        x,
+    ),
+    "sample by sample": lambda m, x, t: by_sample(x.repeat(2, 1, 1), t.repeat(2, 1, 1)),
+    "by a product over tokens": lambda m, x, t: (
+        torch.eye(VIDEO + TEXT).flip(0)[:VIDEO] @ torch.cat([x, t], 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_text_in_places_that_are_not_known_is_told_of(name: str) -> None:
+    for site in sites_of(Stack(UNTOLD[name]), *inputs()):
+        assert (site.reason, site.exact.spans, site.exact.untold) == (None, ("", ""), "text, video")
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda m, x, t: x,
+        lambda m, x, t: torch.cat([x, t], 1),
+        lambda m, x, t: x + t.mean(1, keepdim=True),
+        lambda m, x, t: x * (t.mean(1, keepdim=True) > 0) + t.mean(1, keepdim=True),
+        lambda m, x, t: x + attend(x, t, t),
+        lambda m, x, t: F.pad(x, (0, 0, 0, 3)) * F.pad(m.ff(x), (0, 0, 0, 3)),
+    ],
+    ids=["video", "joined", "pooled", "gated", "cross-attention", "product"],
+)
+def test_nothing_is_untold_where_places_are_known(pack: Callable[..., Tensor]) -> None:
+    for site in sites_of(Stack(pack), *inputs()):
+        assert site.exact.untold == ""
