@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from svg_ear_compile.passes.dataflow import Dataflow
+from svg_ear_compile.passes.dataflow import Dataflow, projected_input
+from svg_ear_compile.passes.symbolic import hints_of
 
 
 def carries_media(flow: Dataflow) -> dict[Node, bool]:
@@ -27,5 +28,12 @@ def _is_float_input(node: Node) -> bool:
         and isinstance(value, torch.Tensor)
         and value.dtype.is_floating_point
         and not isinstance(value, torch.nn.Parameter)
-        and value.dim() > 2  # tables of frequencies are buffers, which look like inputs here
+        # Tables of frequencies are buffers, which look like inputs here.
+        and (value.dim() > 2 or (value.dim() == 2 and _is_projected(node)))
     )
+
+
+def _is_projected(tokens: Node) -> bool:
+    """True for packed latents (N, C): a linear layer reads them, as it reads no table."""
+    rows = hints_of(tokens)[0]
+    return rows != 1 and any(projected_input(user) is tokens for user in tokens.users)
