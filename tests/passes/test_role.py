@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from traced_graphs import sites_of
 
-from svg_ear_compile.passes.exact_places import NOTHING_EXACT
 from svg_ear_compile.passes.site import AttentionSite, Reason, Role
 
 HEADS, DIM, WIDTH, VIDEO, TEXT, FRAMES = 2, 32, 16, 48, 6, 3
@@ -379,7 +378,7 @@ def test_rotating_halves_is_no_text() -> None:
 
     # As many tokens as channels: the lengths alone would not tell.
     site = site_of(Rotated(), video=DIM)
-    assert (site.role, site.exact) == (Role.SELF, NOTHING_EXACT)
+    assert (site.role, site.exact.spans) == (Role.SELF, ("", ""))
 
 
 def test_the_layer_is_told_by_a_parameter_that_reaches_q() -> None:
