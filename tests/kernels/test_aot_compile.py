@@ -57,7 +57,7 @@ ACCEPTED_SPILLS = {
 }  # fmt: skip
 
 # What one release of Triton spills beyond that: version and architecture.
-ACCEPTED_OF_TRITON = {("3.8", "gfx942"): {"tile_align_kernel": 20}}
+ACCEPTED_OF_TRITON = {("3.8", "gfx942"): {"tile_align_kernel": 20, "aim_kernel": 8}}
 
 # Bytes of spilled registers of a thread that are accepted in float32, whose products run on CUDA
 # cores and exist for correctness, and above head dim 128, which fills the registers of every tile.
