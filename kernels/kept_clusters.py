@@ -98,7 +98,8 @@ def identities_of(v: Tensor) -> Tensor:
     Args:
         v: (B, H_kv, N, D), with D times the size of an element a multiple of 8 bytes.
     """
-    words = v[:, 0].contiguous().view(torch.int64)  # [B, N, W]
+    # A copy in any case: one token counts as contiguous wherever it lies, also between two words.
+    words = v[:, 0].clone(memory_format=torch.contiguous_format).view(torch.int64)  # [B, N, W]
     words = words ^ (words >> 29)  # a change of high bits alone must reach the low ones
     return (words * _factors(words.shape[2], v.device)).sum(-1)
 

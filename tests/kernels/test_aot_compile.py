@@ -57,7 +57,13 @@ ACCEPTED_SPILLS = {
 }  # fmt: skip
 
 # What one release of Triton spills beyond that: version and architecture.
-ACCEPTED_OF_TRITON = {("3.8", "gfx942"): {"tile_align_kernel": 20, "aim_kernel": 8}}
+ACCEPTED_OF_TRITON = {
+    ("3.6", "80"): {"metric_kernel": 24},
+    ("3.6", "gfx942"): {"tile_align_kernel": 21, "aim_kernel": 8},
+    ("3.7", "80"): {"metric_kernel": 24},
+    ("3.7", "100"): {"cluster_mean_kernel": 48},
+    ("3.8", "gfx942"): {"tile_align_kernel": 20, "aim_kernel": 8},
+}
 
 # Bytes of spilled registers of a thread that are accepted in float32, whose products run on CUDA
 # cores and exist for correctness, and above head dim 128, which fills the registers of every tile.

@@ -27,6 +27,14 @@ PLAN = AttentionPlan(density=0.3, q_clusters=3, k_clusters=9, first_iterations=3
 OLD, NEW = 43, 17
 
 
+def test_one_token_has_its_identity_wherever_it_lies() -> None:
+    rows = torch.randn(3, 1, 5, 69)
+    for sample, token, first in ((0, 0, 0), (1, 2, 3), (2, 4, 5)):
+        v = rows[sample : sample + 1, :, token : token + 1, first : first + 64]
+        wanted = identities_of(v.flatten().clone().view(1, 1, 1, 64))
+        assert torch.equal(identities_of(v), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("dim", [40, 72, 128])
 def test_identities_are_of_bits_and_not_of_places(dim: int, dtype: torch.dtype) -> None:
