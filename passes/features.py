@@ -11,30 +11,32 @@ from svg_ear_compile.passes.symbolic import hints_of, shape_of
 from svg_ear_compile.passes.token_states import Mixed
 from svg_ear_compile.passes.vectors import FILLED, Part
 
-_FARTHEST = 16
+_MOST_SEEN = 64  # nodes: branches that meet again are followed once
 
 
-def features_dim(node: Node, depth: int = 0) -> int | None:
+def features_dim(node: Node, seen: set[Node] | None = None) -> int | None:
     """Dimension of the features, followed back to their projection; None if unknown."""
+    seen = set() if seen is None else seen
+    if node in seen or len(seen) == _MOST_SEEN:
+        return None
+    seen.add(node)
     name, rank = operation(node), len(shape_of(node) or ())
     if name in LINEAR:
         return rank - 1
     if name in CONVOLUTIONS:
         return 1
-    if depth == _FARTHEST:
-        return None
     if name in REARRANGED:
-        return _rearranged(node, name, depth)
+        return _rearranged(node, name, seen)
     alike = (n for n in node.all_input_nodes if len(hints_of(n)) == rank)
-    return next((dim for n in alike if (dim := features_dim(n, depth + 1)) is not None), None)
+    return next((dim for n in alike if (dim := features_dim(n, seen)) is not None), None)
 
 
-def _rearranged(node: Node, name: str, depth: int) -> int | None:
+def _rearranged(node: Node, name: str, seen: set[Node]) -> int | None:
     source, args = node.args[0] if node.args else None, arguments(node)
     shape = shape_of(source) if isinstance(source, Node) else None
     if not isinstance(source, Node) or shape is None or (args is None and name != "roll"):
         return None
-    dim = features_dim(source, depth + 1)
+    dim = features_dim(source, seen)
     if dim is None:
         return None
     marked = Mixed(dim, Part(0, FILLED))

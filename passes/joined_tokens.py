@@ -164,10 +164,9 @@ def chosen(streams: Streams, node: Node, args: Arguments) -> State:
         return found
     for dim in range(1, len(shape) - 1):
         at = index_along(mask, dim, len(shape))
-        vectors = [_spread(streams, operand, dim, shape) for operand in both]
-        if at is not None and None not in vectors:
-            one, other = vectors
-            return state_of(dim, Chosen(at, one, other))  # type: ignore[arg-type]
+        one, other = (_spread(streams, operand, dim, shape) for operand in both)
+        if at is not None and one is not None and other is not None:
+            return state_of(dim, Chosen(at, one, other))
     return LOST
 
 

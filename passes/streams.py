@@ -59,6 +59,8 @@ _CONSTANTS = frozenset({
 _OVER_SPACE = frozenset({"conv2d", "conv3d"})
 _PRODUCTS = frozenset({"matmul", "bmm", "mm", "baddbmm"})
 _SUMS = frozenset({"add", "sub", "where", "maximum"})
+_NEGATIONS = frozenset({"sub", "rsub", "neg", "add"})  # 1 - mask
+_DEEPEST_MASK = 8
 _MANY = 1 << 20  # stands for a length that is not known while tracing
 
 
@@ -259,10 +261,6 @@ def _is_of_a_mask(node: Node, depth: int = 0) -> bool:
     if operation(node) not in CASTS | REARRANGEMENTS | _NEGATIONS or depth > _DEEPEST_MASK:
         return False
     return any(_is_of_a_mask(source, depth + 1) for source in node.all_input_nodes)
-
-
-_NEGATIONS = frozenset({"sub", "rsub", "neg", "add"})  # 1 - mask
-_DEEPEST_MASK = 8
 
 
 def _is_filled_up(state: Mixed) -> bool:

@@ -59,6 +59,7 @@ def _rank_of_torchrun(
 ) -> None:
     from svg_ear_compile import backend
 
+    # Fewer arguments than Inductor has, of which this process gives none.
     backend.compile_fx = lambda gm, inputs, **given: gm.forward  # type: ignore[assignment]
     variables = {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),

@@ -33,6 +33,7 @@ from svg_ear_compile.kernels.registry import sparse_attention
 HEADS, HEAD_DIM, CHUNK = 40, 128, 4680  # three latent frames of Wan 14B at 480p
 CHUNKS = (1, 2, 4, 8, 16, 24, 32)  # that are attended to; 32 are 149,760 keys
 TINY = (2, 32, 192, (1, 3))  # heads, head dim, chunk and chunks
+Sizes = tuple[int, int, int, tuple[int, ...]]
 MODES = ("anew", "first step", "later step", "all labelled", "reused")
 _SAMPLED_ROWS = 48
 
@@ -180,25 +181,41 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Parse the command line, measure, write `cache.json`."""
+def run(
+    description: str | None, file: str, sizes: Sizes, tiny: Sizes,
+    measured: Callable[..., dict[str, Any]], shown: Callable[[dict[str, Any]], str],
+) -> None:  # fmt: skip
+    """The command line of a benchmark of chunks: parse, measure, write, print the table.
+
+    Args:
+        description: of the command.
+        file: name of the record in the folder that ``--out`` names.
+        sizes, tiny: heads, head dim, tokens of a chunk and numbers of chunks, on a GPU and with
+            ``--tiny``.
+        measured, shown: `measure` and `table`, or others like them.
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--density", type=float, default=0.2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="short caches on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="few short chunks on a CPU")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     if not given.tiny and not torch.cuda.is_available():
-        parser.error("these caches need a GPU (--tiny runs on a CPU)")
-    heads, dim, chunk, chunks = TINY if given.tiny else (HEADS, HEAD_DIM, CHUNK, CHUNKS)
-    record = measure(
-        heads, dim, chunk, chunks, AttentionPlan(density=given.density), given.repeats,
+        parser.error("these lengths need a GPU (--tiny runs on a CPU)")
+    record = measured(
+        *(tiny if given.tiny else sizes), AttentionPlan(density=given.density), given.repeats,
         "cpu" if given.tiny else "cuda", lambda line: print(line, flush=True),
     )  # fmt: skip
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "cache.json").write_text(json.dumps(record, indent=1))
+    (given.out / file).write_text(json.dumps(record, indent=1))
+    print(shown(record))
+
+
+def main() -> None:
+    """Write `cache.json`."""
+    run(__doc__, "cache.json", (HEADS, HEAD_DIM, CHUNK, CHUNKS), TINY, measure, table)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,8 @@ before it is timed. ``--tiny`` uses short chunks on a CPU.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from benchmarks.attention.cache import CHUNK, HEAD_DIM, HEADS, run
 from benchmarks.attention.data import video_like
 from benchmarks.attention.gate import definition_rows, passes, relative_error
 from benchmarks.attention.measure import time_ms
@@ -29,7 +27,6 @@ from svg_ear_compile.kernels.call import AttentionCall, CallRequest, calls_from
 from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.plan import AttentionPlan
 
-HEADS, HEAD_DIM, CHUNK = 40, 128, 4680  # three latent frames of Wan 14B at 480p
 CHUNKS = (4, 8, 16)  # in one call; 16 are 74,880 tokens
 TINY = (2, 32, 96, (2, 3))  # heads, head dim, chunk and chunks
 MODES = ("masked", "by chunk", "flex", "sparse", "proof")
@@ -171,25 +168,8 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Parse the command line, measure, write `chunks.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--density", type=float, default=0.2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="short chunks on a CPU")
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    if not given.tiny and not torch.cuda.is_available():
-        parser.error("these chunks need a GPU (--tiny runs on a CPU)")
-    heads, dim, chunk, chunks = TINY if given.tiny else (HEADS, HEAD_DIM, CHUNK, CHUNKS)
-    record = measure(
-        heads, dim, chunk, chunks, AttentionPlan(density=given.density), given.repeats,
-        "cpu" if given.tiny else "cuda", lambda line: print(line, flush=True),
-    )  # fmt: skip
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "chunks.json").write_text(json.dumps(record, indent=1))
-    print(table(record))
+    """Write `chunks.json`."""
+    run(__doc__, "chunks.json", (HEADS, HEAD_DIM, CHUNK, CHUNKS), TINY, measure, table)
 
 
 if __name__ == "__main__":

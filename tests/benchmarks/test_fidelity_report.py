@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.figure
 import pytest
@@ -59,7 +60,7 @@ def test_the_legend_names_a_rule_that_only_the_second_model_has(
     seen: list[str] = []
     kept = matplotlib.figure.Figure.legend
 
-    def legend(self, handles, labels, **options):  # type: ignore[no-untyped-def]
+    def legend(self: Any, handles: Any, labels: Any, **options: Any) -> Any:
         seen.extend(labels)
         return kept(self, handles, labels, **options)
 

@@ -18,6 +18,7 @@ class Packed(Stack):
         super().__init__(lambda m, x, t: x)
         self.lookup = nn.Embedding(50, WIDTH)
 
+    # Other inputs than the stack has: packed tokens have no batch.
     def forward(self, first: Tensor, text: Tensor, positions: Tensor) -> Tensor:  # type: ignore[override]
         tokens = self.patches(first) if first.is_floating_point() else self.lookup(first)
         at = torch.arange(VIDEO + TEXT)
