@@ -200,7 +200,7 @@ def test_this_cpu_is_measured_and_predicted(
     quick: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    small = Workload((("float32", 32),), (64, 130, 200), 100, 1, 256, 1 << 22, ("float32",))
+    small = Workload((("float32", 32),), (64, 130, 200, 270), 100, 1, 256, 1 << 22, ("float32",))
     monkeypatch.setitem(measuring.WORKLOADS, "cpu", small)
     monkeypatch.setattr(measuring, "SECONDS", 1.0)
     monkeypatch.setattr(measuring, "QUICK_SECONDS", 0.5)
