@@ -19,6 +19,7 @@ from svg_ear_compile.cost_model.stages import (
     dense_amount,
     sparse_amounts,
 )
+from svg_ear_compile.kernels.clusters import SAMPLED_PART
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 # Break-even is searched up to this number of tokens: four times the longest video in public use.
@@ -68,7 +69,8 @@ def sparse_ms(
     start: Start = "warm",
 ) -> StageTimes:
     """Milliseconds of one sparse call by stage."""
-    rounds = {"cold": plan.first_iterations, "reused": 0}.get(start, plan.warm_iterations)
+    cold = 1 + (plan.first_iterations - 1) / SAMPLED_PART
+    rounds = {"cold": cold, "reused": 0.0}.get(start, float(plan.warm_iterations))
     amounts = sparse_amounts(shape, plan, calibration.device, rounds, kept=start == "kept")
     stages = {
         stage: calibration.stage_ms(stage, amount, shape.dtype, shape.head_dim)

@@ -116,7 +116,7 @@ def sparse_amounts(
     shape: AttentionShape,
     plan: AttentionPlan,
     device: Device,
-    iterations: int | None = None,
+    iterations: float | None = None,
     *,
     kept: bool = False,
 ) -> dict[str, Amount]:
@@ -126,8 +126,8 @@ def sparse_amounts(
         shape: shape of the call.
         plan: plan of the call.
         device: its kind gives the stages, its architecture the tiles.
-        iterations: k-means iterations, by default those of a warm start; 0 where clusters and block
-            mask are reused.
+        iterations: k-means iterations over all tokens, by default those of a warm start; 0 where
+            clusters and block mask are reused.
         kept: whether keys keep their clusters, see `kernels.kept_clusters`.
     """
     if iterations is None:
@@ -191,7 +191,7 @@ def sparse_amounts(
     }
 
 
-def _on_cpu(shape: AttentionShape, plan: AttentionPlan, iterations: int, kept: bool) -> Amount:
+def _on_cpu(shape: AttentionShape, plan: AttentionPlan, iterations: float, kept: bool) -> Amount:
     """All stages together, see `kernels/cpu.py`: float32, one cluster at a time."""
     dim, heads = shape.head_dim, shape.batch * shape.heads
     queries, keys, q_clusters, k_clusters, exact = _clustered(shape, plan)
@@ -218,7 +218,7 @@ def _clustered(shape: AttentionShape, plan: AttentionPlan) -> tuple[int, int, in
     return queries, keys, q_clusters, k_clusters, exact
 
 
-def _passes(plan: AttentionPlan, iterations: int) -> tuple[int, int]:
+def _passes(plan: AttentionPlan, iterations: float) -> tuple[float, int]:
     """Number of passes over all tokens, and of those that compute the moments of the metric.
 
     Tokens whose labels are reused are still sorted and averaged, in one pass.
@@ -228,7 +228,7 @@ def _passes(plan: AttentionPlan, iterations: int) -> tuple[int, int]:
 
 
 def _clustering_flops(
-    shape: AttentionShape, plan: AttentionPlan, iterations: int, kept: bool
+    shape: AttentionShape, plan: AttentionPlan, iterations: float, kept: bool
 ) -> float:
     heads, kv_heads = shape.batch * shape.heads, shape.batch * shape.kv_heads
     queries, keys, q_clusters, k_clusters, _ = _clustered(shape, plan)

@@ -11,7 +11,8 @@ from svg_ear_compile.kernels.clusters import (
     Blocks,
     Clusters,
     QueryTile,
-    initial_centroids,
+    early_tokens,
+    stratified_sample,
 )
 from svg_ear_compile.kernels.kept_clusters import Placed, excess_spread, updated_labels
 from svg_ear_compile.kernels.kinds import CLUSTERED, EXACT, PADDING, TokenKinds
@@ -43,16 +44,26 @@ def cluster(
             None,
         )
     q_clusters, k_clusters = plan.clusters(*kinds.counts(q.shape[2], k.shape[2]))
-    if centroids is not None:
-        q_start, k_start = centroids[0].to(q.dtype), centroids[1].to(k.dtype)
-        iterations = plan.warm_iterations
-    else:
-        q_start = initial_centroids(q, kinds.queries, q_clusters, plan.seed)
-        k_start = initial_centroids(k, kinds.keys, k_clusters, plan.seed)
-        iterations = plan.first_iterations
     of_queries, of_keys = None, None
     if plan.cluster_metric == "logits":
         of_queries, of_keys = logit_metrics(q, k, kinds)
+    iterations = plan.warm_iterations
+    if centroids is not None:
+        q_start, k_start = centroids[0].to(q.dtype), centroids[1].to(k.dtype)
+    else:
+
+        def cold_start(
+            x: Tensor, of_x: Tensor | None, clusters: int, metric: Tensor | None
+        ) -> Tensor:
+            start = stratified_sample(x, of_x, clusters, plan.seed)
+            if plan.first_iterations == 1:
+                return start
+            early, of_early = early_tokens(x, of_x, clusters, plan.seed)
+            return kmeans(early, of_early, start, plan.first_iterations - 1, metric).centroids
+
+        q_start = cold_start(q, kinds.queries, q_clusters, of_queries)
+        k_start = cold_start(k, kinds.keys, k_clusters, of_keys)
+        iterations = 1
     queries = kmeans(q, kinds.queries, q_start, iterations, of_queries, query_tile)
     if update is None:
         return queries, kmeans(k, kinds.keys, k_start, iterations, of_keys), None

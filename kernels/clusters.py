@@ -1,4 +1,4 @@
-"""Types of one attention call that all implementations use, and the initial centroids of k-means.
+"""Types of one attention call that all implementations use, and the cold start of k-means.
 
 Notation: query cluster ``i`` has ``m_i`` queries with mean ``q_i``. Key cluster ``j`` has ``n_j``
 keys with means ``k_j`` and ``v_j``. The logit scale is ``s``, the number of clusters ``C``. The
@@ -132,15 +132,15 @@ class Result:
 
 
 @functools.lru_cache(maxsize=256)
-def stratified_jitter(clusters: int, seed: int, device: torch.device) -> Tensor:
-    """(clusters,) float32 in [0, 1): where in its stratum each initial centroid is drawn."""
+def stratified_jitter(count: int, seed: int, device: torch.device) -> Tensor:
+    """(count,) float32 in [0, 1): where in its stratum each token is drawn."""
     generator = torch.Generator().manual_seed(seed)
     # Strata computed in float64 would differ between CPU and GPU in the last bit after the cast.
-    return torch.rand(clusters, generator=generator, dtype=torch.float32).to(device)
+    return torch.rand(count, generator=generator, dtype=torch.float32).to(device)
 
 
-def initial_centroids(x: Tensor, kinds: Tensor | None, clusters: int, seed: int) -> Tensor:
-    """Initial centroids: one token from each of `clusters` equal strata of the clustered tokens.
+def stratified_sample(x: Tensor, kinds: Tensor | None, count: int, seed: int) -> Tensor:
+    """One token from each of `count` equal strata of the clustered tokens.
 
     Neighbouring tokens of a video are alike, so strata of the token order cover space and time at
     the cost of one gather. Without the jitter the samples could lie in one column of the image.
@@ -148,20 +148,47 @@ def initial_centroids(x: Tensor, kinds: Tensor | None, clusters: int, seed: int)
     Args:
         x: (B, H, N, D) queries or keys.
         kinds: (B|1, H|1, N) uint8, see `kernels.kinds`; None where all tokens are clustered.
-        clusters: C.
+        count: S.
         seed: seed of the jitter.
 
     Returns:
-        (B, H, C, D) in the dtype of x, finite.
+        (B, H, S, D) in the dtype of x, finite.
     """
     tokens = x.shape[2]
-    jitter = stratified_jitter(clusters, seed, x.device)
-    strata = (torch.arange(clusters, device=x.device) + jitter) / clusters  # [C] in [0, 1)
+    jitter = stratified_jitter(count, seed, x.device)
+    strata = (torch.arange(count, device=x.device) + jitter) / count  # [S] in [0, 1)
     if kinds is None:
         drawn = x[:, :, (strata * tokens).long().clamp(0, max(tokens - 1, 0))]
     else:
         rank = (kinds == CLUSTERED).long().cumsum(-1)  # [B|1, H|1, N] clustered up to and with each
-        wanted = (strata * rank[..., -1:]).long() + 1  # [B|1, H|1, C] in 1..n
+        wanted = (strata * rank[..., -1:]).long() + 1  # [B|1, H|1, S] in 1..n
         index = torch.searchsorted(rank.contiguous(), wanted).clamp(max=tokens - 1)
-        drawn = x.gather(2, index.unsqueeze(-1).expand(*x.shape[:2], clusters, x.shape[3]))
+        drawn = x.gather(2, index.unsqueeze(-1).expand(*x.shape[:2], count, x.shape[3]))
     return torch.nan_to_num(drawn, 0.0, 0.0, 0.0)
+
+
+SAMPLED_PART = 3
+"""The rounds of a cold start but the last look at one of so many tokens."""
+
+
+def sampled_tokens(tokens: int, clusters: int) -> int:
+    """Number of tokens that all rounds of a cold start but the last look at."""
+    sampled = max(tokens // SAMPLED_PART, 8 * clusters)
+    return sampled if 2 * sampled <= tokens else tokens
+
+
+def early_tokens(
+    x: Tensor, kinds: Tensor | None, clusters: int, seed: int
+) -> tuple[Tensor, Tensor | None]:
+    """What all rounds of a cold start but the last look at, and the kinds of these tokens.
+
+    A part of the tokens shows where the centroids belong; only the last round has to label all.
+
+    Args:
+        x, kinds, seed: see `stratified_sample`.
+        clusters: C.
+    """
+    count = sampled_tokens(x.shape[2], clusters)
+    if count == x.shape[2]:
+        return x, kinds
+    return stratified_sample(x, kinds, count, seed), None

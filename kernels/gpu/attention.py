@@ -11,7 +11,13 @@ import torch
 import triton
 from torch import Tensor
 
-from svg_ear_compile.kernels.clusters import Blocks, Clusters, Routed, initial_centroids
+from svg_ear_compile.kernels.clusters import (
+    Blocks,
+    Clusters,
+    Routed,
+    early_tokens,
+    stratified_sample,
+)
 from svg_ear_compile.kernels.gpu.attend import attend_kernel
 from svg_ear_compile.kernels.gpu.correction import (
     correct_values,
@@ -103,13 +109,14 @@ def cluster_and_route(
     if blocks is None:
         mask_shape = (flat_heads, q_clusters, k_clusters)
         block_mask = torch.empty(mask_shape, dtype=torch.bool, device=q.device)
-        step = _heads_at_once(q, k, q_clusters * k_clusters * 4 * 3)
+        tables = 1 if plan.routing == "density" else 2
+        step = _heads_at_once(q, k, q_clusters * k_clusters * 4 * tables)
     else:
         block_mask, step = blocks.block_mask.flatten(0, 1).contiguous(), flat_heads
-    scores = (block_mask,) * 3  # placeholders, which are not read where blocks are reused
+    scores = (block_mask, block_mask)  # placeholders, which are not read where blocks are reused
     if spread is not None:
-        score = torch.empty(3, step, q_clusters, k_clusters, device=q.device)
-        scores = (score[0], score[1], score[2])
+        score = torch.empty(tables, step, q_clusters, k_clusters, device=q.device)
+        scores = (score[0], score[-1])
     density_bits = int.from_bytes(struct.pack("<d", plan.density), "little")
     log_threshold = math.log(plan.threshold) if plan.threshold > 0 else -math.inf
     block_k = power_of_2_from(k_clusters)
@@ -121,7 +128,8 @@ def cluster_and_route(
                 *spread, *scores, *token_strides(k), first_head, heads, kv_heads,
                 k_tokens, q_clusters, k_clusters, scale,
                 D=dim, BLOCK_D=config.block_dim, BLOCK_Q=config.score.rows,
-                BLOCK_N=config.score.columns,
+                BLOCK_C=min(64, config.block_dim), BLOCK_N=config.score.columns,
+                ROUTING=plan.routing,
                 num_warps=config.score.warps, num_stages=config.score.stages,
             )  # fmt: skip
         route_kernel[(q_clusters, launched)](
@@ -282,18 +290,31 @@ def _clustered(
             None,
         )
     q_clusters, k_clusters = plan.clusters(*kinds.counts(q.shape[2], k.shape[2]))
-    if centroids is None:
-        q_init = initial_centroids(q, kinds.queries, q_clusters, plan.seed)
-        k_init = initial_centroids(k, kinds.keys, k_clusters, plan.seed)
-        iterations = plan.first_iterations
-    else:
-        (q_init, k_init), iterations = centroids, plan.warm_iterations
     of_queries, of_keys = None, None
     if plan.cluster_metric == "logits":
         of_queries, of_keys = logit_metrics(q, k, kinds, config)
-    queries = kmeans(q, kinds.queries, q_init, iterations, config, of_queries, config.query_tile)
+    iterations = plan.warm_iterations
+    if centroids is not None:
+        q_start, k_start = centroids
+    else:
+
+        def cold_start(
+            x: Tensor, of_x: Tensor | None, clusters: int, metric: Tensor | None
+        ) -> Tensor:
+            start = stratified_sample(x, of_x, clusters, plan.seed)
+            if plan.first_iterations == 1:
+                return start
+            early, of_early = early_tokens(x, of_x, clusters, plan.seed)
+            rounds = plan.first_iterations - 1
+            found = kmeans(early, of_early, start, rounds, config, metric)
+            return found.centroids.unflatten(0, x.shape[:2])
+
+        q_start = cold_start(q, kinds.queries, q_clusters, of_queries)
+        k_start = cold_start(k, kinds.keys, k_clusters, of_keys)
+        iterations = 1
+    queries = kmeans(q, kinds.queries, q_start, iterations, config, of_queries, config.query_tile)
     if update is None:
-        return queries, kmeans(k, kinds.keys, k_init, iterations, config, of_keys), None
+        return queries, kmeans(k, kinds.keys, k_start, iterations, config, of_keys), None
     batch, heads = k.shape[:2]
     labels, start = updated_labels(
         k, kinds.keys, k_clusters, update, plan,

@@ -25,7 +25,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_with_path
 
 from svg_ear_compile.kernels import registry
-from svg_ear_compile.kernels.clusters import Blocks, Clusters, Result, stratified_jitter
+from svg_ear_compile.kernels.clusters import (
+    Blocks,
+    Clusters,
+    Result,
+    sampled_tokens,
+    stratified_jitter,
+)
 from svg_ear_compile.kernels.gpu.attention import WORKSPACE_FLOOR
 from svg_ear_compile.kernels.kinds import ALL_CLUSTERED, TokenKinds
 from svg_ear_compile.kernels.plan import AttentionPlan
@@ -155,10 +161,12 @@ class CapturedGraphs:
                 return _result([t.clone() for t in captured.outputs])
             result = call(arguments)
             if self._is_due(kind, arguments, result, number):
-                # The starting centroids of a cold call are drawn with these.
-                drawn = plan.clusters(*kinds.counts(q.shape[2], k.shape[2]))
+                # The tokens that a cold call begins with are drawn with these.
+                clusters = plan.clusters(*kinds.counts(q.shape[2], k.shape[2]))
                 constants = [] if centroids else [
-                    stratified_jitter(count, plan.seed, q.device) for count in drawn
+                    stratified_jitter(count, plan.seed, q.device)
+                    for tokens, drawn in zip((q.shape[2], k.shape[2]), clusters, strict=True)
+                    for count in (drawn, sampled_tokens(tokens, drawn))
                 ]  # fmt: skip
                 try:
                     self._graphs[kind] = self._capture(call, arguments, result, constants, number)

@@ -21,9 +21,8 @@ def score_kernel(
     value_mean_ptr,  # (G_kv, Kc, D) float32
     along_ptr,  # (G_kv, N) float32, v_j.delta_t of the key at each place of the order
     square_ptr,  # (G_kv, N) float32, |delta_t|^2
-    log_error_ptr,  # (L, Qc, Kc) float32, natural log of E_ij
-    log_mass_ptr,  # (L, Qc, Kc) float32, natural log of Z_ij
-    logit_ptr,  # (L, Qc, Kc) float32, c_ij
+    log_error_ptr,  # (L, Qc, Kc) float32, out: natural log of E_ij
+    beside_ptr,  # (L, Qc, Kc) float32, out: what ROUTING reads beside the error, see below
     stride_kb,
     stride_kh,
     stride_kn,
@@ -37,13 +36,17 @@ def score_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROUTING: tl.constexpr,
 ):
     """`reference.score_blocks` of one key cluster and BLOCK_Q query centroids.
 
     With ``v_t = v_j + delta_t``, ``x = exp(a_it)`` and ``y = exp(c_ij)`` the error is
     ``E_ij = sum_t (x - y)^2 |v_j|^2 + 2 x (x - y) v_j.delta_t + x^2 |delta_t|^2``. This sum equals
-    the definition's, but its terms do not cancel.
+    the definition's, but its terms do not cancel. "threshold" reads the natural log of the mass
+    Z_ij beside the error, "top_p" the logit c_ij, and "density" nothing: a table costs as much as a
+    tenth of the kernel, because each program writes a column of it.
     """
     j = tl.program_id(0)
     local = tl.program_id(2).to(tl.int64)
@@ -54,16 +57,21 @@ def score_kernel(
     i = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)  # [BQ]
     d = tl.arange(0, BLOCK_D)  # [BD]
     in_dim = d < D
-    q_mask = (i[:, None] < q_clusters) & in_dim[None, :]
-    q = tl.load(
-        centroid_ptr + (g * q_clusters + i)[:, None] * D + d[None, :], mask=q_mask, other=0.0
-    )  # [BQ, BD]
-    at_cluster = (g_kv * k_clusters + j) * D + d
-    key_mean = tl.load(key_mean_ptr + at_cluster, mask=in_dim, other=0.0)  # [BD]
-    value_mean = tl.load(value_mean_ptr + at_cluster, mask=in_dim, other=0.0)  # [BD]
+    row = i < q_clusters
+    q_row = centroid_ptr + (g * q_clusters + i)[:, None] * D
+    q = tl.load(q_row + d[None, :], mask=row[:, None] & in_dim[None, :], other=0.0)  # [BQ, BD]
+    at_cluster = (g_kv * k_clusters + j) * D
+    value_mean = tl.load(value_mean_ptr + at_cluster + d, mask=in_dim, other=0.0)  # [BD]
     mean_square = tl.sum(value_mean * value_mean, 0)
     to_log2 = scale * LOG2E
-    central = tl.sum(q.to(tl.float32) * key_mean[None, :], 1) * to_log2  # [BQ] c_ij in log2
+    # The centroids are read again, BLOCK_C columns at a time: as rows of q they take registers.
+    central = tl.zeros([BLOCK_Q], tl.float32)  # c_ij in log2
+    for column in range(0, D, BLOCK_C):
+        c = column + tl.arange(0, BLOCK_C)  # [BC]
+        key_mean = tl.load(key_mean_ptr + at_cluster + c, mask=c < D, other=0.0)
+        part = tl.load(q_row + c[None, :], mask=row[:, None] & (c < D)[None, :], other=0.0)
+        central += tl.sum(part.to(tl.float32) * key_mean[None, :], 1)
+    central *= to_log2
     first = tl.load(start_ptr + g_kv * (k_clusters + 3) + j)
     last = tl.load(start_ptr + g_kv * (k_clusters + 3) + j + 1)
     k_base = k_ptr + b * stride_kb + kv_head * stride_kh
@@ -88,13 +96,15 @@ def score_kernel(
         lag = tl.where(inside[None, :], x - tl.exp2(central - now)[:, None], 0.0)
         term = lag * (lag * mean_square + 2.0 * x * along[None, :]) + x * x * square[None, :]
         error = error * rescale * rescale + tl.sum(term, 1)
-        mass = mass * rescale + tl.sum(x, 1)
+        if ROUTING == "threshold":
+            mass = mass * rescale + tl.sum(x, 1)
         largest = now
 
     pair = (local * q_clusters + i) * k_clusters + j  # [BQ]
-    row = i < q_clusters
     # An empty cluster has log 0 = -inf in both; a block without any error gets a finite score.
     floored = tl.where((last > first) & (error <= 0.0), 1e-37, error)
     tl.store(log_error_ptr + pair, (tl.log2(floored) + 2.0 * largest) * LN2, mask=row)
-    tl.store(log_mass_ptr + pair, (tl.log2(mass) + largest) * LN2, mask=row)
-    tl.store(logit_ptr + pair, central * LN2, mask=row)
+    if ROUTING == "threshold":
+        tl.store(beside_ptr + pair, (tl.log2(mass) + largest) * LN2, mask=row)
+    elif ROUTING == "top_p":
+        tl.store(beside_ptr + pair, central * LN2, mask=row)

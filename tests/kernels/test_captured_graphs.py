@@ -14,7 +14,7 @@ from attention_cases import random_kinds, random_mask, random_qkv
 from torch import Tensor
 
 from svg_ear_compile.kernels import registry
-from svg_ear_compile.kernels.clusters import Result, stratified_jitter
+from svg_ear_compile.kernels.clusters import Result, sampled_tokens, stratified_jitter
 from svg_ear_compile.kernels.cpu import CPU
 from svg_ear_compile.kernels.gpu import captured_graphs
 from svg_ear_compile.kernels.gpu.captured_graphs import CapturedGraphs
@@ -194,8 +194,9 @@ def test_the_second_call_of_a_kind_is_captured_and_its_owner_frees_it(on_cpu: St
     assert captured.graph.events == ["begin", "end", "replay", "replay"]
     assert captured.workspace.side.waited_for == [on_cpu]
     assert on_cpu.waited_for == [captured.workspace.side]
-    # What the starting centroids are drawn with is nobody else's to keep.
-    drawn = [stratified_jitter(n, 0, torch.device("cpu")) for n in PLAN.clusters(61, 61)]
+    # What the tokens of a cold start are drawn with is nobody else's to keep.
+    counts = [n for c in PLAN.clusters(61, 61) for n in (c, sampled_tokens(61, c))]
+    drawn = [stratified_jitter(n, 0, torch.device("cpu")) for n in counts]
     assert [id(t) for t in captured.constants] == [id(t) for t in drawn]
     assert graphs.nbytes > sum(t.numel() * t.element_size() for t in small())
     assert (other.count, other.nbytes) == (0, 0)

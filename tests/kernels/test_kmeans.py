@@ -73,7 +73,7 @@ def test_labels_are_the_nearest_centroids_of_the_round_before(
     form: Form, dim: int, dtype: torch.dtype, seed: int, count: tuple[int, int], rounds: int
 ) -> None:
     x = tokens_of(form, seed, count[0], dim, dtype)
-    start = reference.initial_centroids(x, None, count[1], seed=0)
+    start = reference.stratified_sample(x, None, count[1], seed=0)
     before = start if rounds == 1 else kmeans(form, x, start, rounds - 1).centroids
     found = kmeans(form, x, start, rounds)
     if form.is_triton:  # the kernel multiplies centroids in the dtype of the tokens
@@ -96,7 +96,7 @@ def test_labels_are_the_nearest_in_the_metric(
     form: Form, dim: int, dtype: torch.dtype, seed: int, count: tuple[int, int], offset: float
 ) -> None:
     x = tokens_of(form, seed, count[0], dim, dtype) + offset
-    start = reference.initial_centroids(x, None, count[1], seed=0)
+    start = reference.stratified_sample(x, None, count[1], seed=0)
     generator = torch.Generator().manual_seed(seed)
     root = torch.randn(1, 2, dim, dim, generator=generator)
     metric = reference.as_metric(root @ root.transpose(2, 3))
@@ -126,7 +126,7 @@ def test_tile_aligned_clusters_give_their_surplus_to_those_with_room(
     subtile, tile = 16, 48
     x = tokens_of(form, seed, count[0], dim, dtype)
     kinds = exact_at_ends(x, x, text, 0).queries
-    start = reference.initial_centroids(x, kinds, count[1], seed=0)
+    start = reference.stratified_sample(x, kinds, count[1], seed=0)
     before = kmeans(form, x, start, 1, kinds).labels
     found = kmeans(form, x, start, 1, kinds, query_tile=QueryTile(subtile, tile))
     distance = squared_distances(x, start)
@@ -184,7 +184,7 @@ def test_inertia_falls_and_is_that_of_the_definition(
     form: Form, dim: int, dtype: torch.dtype, seed: int, count: tuple[int, int]
 ) -> None:
     x = tokens_of(form, seed, count[0], dim, dtype)
-    start = reference.initial_centroids(x, None, count[1], seed=0)
+    start = reference.stratified_sample(x, None, count[1], seed=0)
     reached = [inertia(x, kmeans(form, x, start, rounds)) for rounds in (1, 3)]
     assert reached[1] <= reached[0] * (1 + 1e-3)
     wide = x.cpu().double()
@@ -218,8 +218,8 @@ def test_converged_centroids_are_a_fixed_point(
 @EVERY_FORM
 def test_same_start_gives_the_same_bits(form: Form, seed: int) -> None:
     x = tokens_of(form, seed, 131, 40, torch.float16)
-    start = reference.initial_centroids(x, None, 7, seed % 1000)
-    again = reference.initial_centroids(x, None, 7, seed % 1000)
+    start = reference.stratified_sample(x, None, 7, seed % 1000)
+    again = reference.stratified_sample(x, None, 7, seed % 1000)
     assert torch.equal(start, again)
     kept = start.clone()
     for first, second in zip(kmeans(form, x, start, 3), kmeans(form, x, again, 3), strict=True):
@@ -234,7 +234,7 @@ def test_first_centroids_are_clustered_tokens(seed: int, plain: bool) -> None:
     if not plain:
         kinds = torch.randint(3, (2, 2, 41), generator=torch.Generator().manual_seed(seed))
         kinds[..., 20] = CLUSTERED
-    drawn = reference.initial_centroids(x, None if plain else kinds, 6, seed % 100)
+    drawn = reference.stratified_sample(x, None if plain else kinds, 6, seed % 100)
     usable = kinds == CLUSTERED
     same = squared_distances(drawn, x) == 0  # [B, H, C, N]
     assert torch.equal(same.sum(-1), torch.ones(2, 2, 6, dtype=torch.long))
@@ -258,7 +258,7 @@ def test_more_clusters_than_tokens(form: Form, tokens: int) -> None:
 @EVERY_FORM
 def test_duplicate_tokens_leave_clusters_empty_and_finite(form: Form) -> None:
     x = torch.ones(1, 2, 50, 40, dtype=torch.float16, device=form.device)
-    start = reference.initial_centroids(x, None, 6, 0)
+    start = reference.stratified_sample(x, None, 6, 0)
     found = kmeans(form, x, start, 3)
     assert found.centroids.isfinite().all()
     # A tie goes to the lowest cluster.
@@ -274,7 +274,7 @@ def test_special_tokens_stay_out_of_the_centroids(form: Form, bad: float) -> Non
     kinds[..., [0, 1, 57, 58, 59]] = EXACT
     x[:, :, 50] = bad
     x[:, :, 35, 3] = bad
-    start = reference.initial_centroids(x, kinds, 4, 0)
+    start = reference.stratified_sample(x, kinds, 4, 0)
     found = kmeans(form, x, start, 2, kinds)
     assert (found.labels[..., [0, 1, 50, 57, 58, 59]] == 4).all()
     assert (found.labels[..., 30:40] == 5).all()
@@ -288,7 +288,7 @@ def test_special_tokens_stay_out_of_the_centroids(form: Form, bad: float) -> Non
 @settings(max_examples=3)
 def test_bfloat16_inertia_on_the_device(seed: int) -> None:
     x = tokens_of(CUDA, seed, 4099, 128, torch.bfloat16)
-    start = reference.initial_centroids(x, None, 33, seed=0)
+    start = reference.stratified_sample(x, None, 33, seed=0)
     wide = x.cpu().double()
     definition = reference.kmeans(wide, None, start.cpu().double(), 4)
     got = inertia(x, kmeans(CUDA, x, start, 4))
