@@ -38,8 +38,7 @@ STAGE_OF_KERNEL = {
     "covariance_kernel": "correction",
     "pooled_kernel": "correction",
     "logit_correction_kernel": "correction",
-    "value_correction_kernel": "correction",
-    "own_token_kernel": "correction",
+    "finish_kernel": "correction",
 }
 
 

@@ -19,11 +19,8 @@ from svg_ear_compile.kernels.clusters import (
     stratified_sample,
 )
 from svg_ear_compile.kernels.gpu.attend import attend_kernel
-from svg_ear_compile.kernels.gpu.correction import (
-    correct_values,
-    curvature_and_slope,
-    logit_corrections,
-)
+from svg_ear_compile.kernels.gpu.correction import curvature_and_slope, logit_corrections
+from svg_ear_compile.kernels.gpu.finish import finish
 from svg_ear_compile.kernels.gpu.kmeans import (
     SortedClusters,
     Spread,
@@ -42,7 +39,6 @@ from svg_ear_compile.kernels.gpu.launch import (
     token_strides,
 )
 from svg_ear_compile.kernels.gpu.metric import logit_metrics
-from svg_ear_compile.kernels.gpu.own_tokens import make_own_tokens_exact
 from svg_ear_compile.kernels.gpu.query_tiles import query_tiles
 from svg_ear_compile.kernels.gpu.route import kv_indices_kernel, kv_offset_kernel, route_kernel
 from svg_ear_compile.kernels.gpu.score import score_kernel
@@ -230,13 +226,11 @@ def attend(
                 *arguments, **constants, BLOCK_D=config.block_dim, INT64_OFFSETS=_needs_int64(k, v),
                 num_stages=tile.stages,
             )  # fmt: skip
-    if owns:
-        make_own_tokens_exact(
-            out, lse, proxy_weight, q, k, v, queries, keys, routed.value_means, block_mask,
-            correction, scale, config,
-        )  # fmt: skip
     if corrected:
-        correct_values(out, q, queries, slope, clip, proxy_weight, kv_heads, config)
+        finish(
+            out, lse, proxy_weight, q, k, v, queries, keys, routed.value_means, block_mask,
+            slope, correction, clip, scale, owns, config,
+        )  # fmt: skip
     if out is not result:
         result.copy_(out)
     return result, lse if return_lse else lse.new_empty(0)

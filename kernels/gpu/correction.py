@@ -1,8 +1,7 @@
 """Corrections of the Gaussian form on a GPU, see `compensation.corrections`.
 
-The attend stage gets the logit correction as one number for each query. The value correction is the
-same for all proxy tokens of a query. So it is added to the finished output, multiplied by the
-weight that the attend stage gave to the proxy tokens.
+The attend stage gets the logit correction as one number for each query; `finish` adds the value
+correction to the output.
 """
 
 from __future__ import annotations
@@ -170,56 +169,6 @@ def logit_correction_kernel(
     tl.store(clip_ptr + g * tokens + at, clip, mask=there)
 
 
-@triton.jit(do_not_specialize=["heads", "kv_heads", "tokens", "clusters"])
-def value_correction_kernel(
-    q_ptr,  # (B, H, N, D)
-    out_ptr,  # (B, H, N, D), in and out
-    label_ptr,  # (G, N) int32
-    slope_ptr,  # (G_kv, D, D) in the dtype of q, see `curvature_and_slope`
-    clip_ptr,  # (G, N) float32, the clip factor
-    weight_ptr,  # (G, N) float32, weight of a query's proxy tokens
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_ob,
-    stride_oh,
-    stride_on,
-    heads,
-    kv_heads,
-    tokens,
-    clusters,  # Qc
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Add the value correction ``weight * clip * slope q`` to the output of BLOCK_N queries."""
-    g = tl.program_id(1).to(tl.int64)
-    b, h = g // heads, g % heads
-    g_kv = b * kv_heads + h // (heads // kv_heads)
-    d = tl.arange(0, BLOCK_D)  # [BD]
-    at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
-    there = at < tokens
-    token = at.to(tl.int64)
-    label = tl.load(label_ptr + g * tokens + at, mask=there, other=clusters)
-    q_row = q_ptr + b * stride_qb + h * stride_qh
-    q = clustered_rows(q_row, label, token, stride_qn, clusters, d, there, D)
-    q = q.to(q_ptr.dtype.element_ty)  # [BN, BD]
-    weight = tl.load(weight_ptr + g * tokens + at, mask=there, other=0.0)  # [BN]
-    weight *= tl.load(clip_ptr + g * tokens + at, mask=there, other=0.0)
-    out_row = out_ptr + b * stride_ob + h * stride_oh + token[:, None] * stride_on
-    clustered = there & (label < clusters)
-    for first in range(0, D, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)  # [BC], dims of the value
-        mask = (d < D)[:, None] & (c < D)[None, :]
-        column = tl.load(slope_ptr + (g_kv * D + c[None, :]) * D + d[:, None], mask=mask, other=0.0)
-        value = tl.dot(q, column, input_precision="ieee")  # [BN, BC]
-        to = out_row + c[None, :]
-        mine = clustered[:, None] & (c < D)[None, :]
-        out = tl.load(to, mask=mine, other=0.0).to(tl.float32) + weight[:, None] * value
-        tl.store(to, out.to(out_ptr.dtype.element_ty), mask=mine)
-
-
 def curvature_and_slope(
     k: Tensor, v: Tensor, keys: SortedClusters, value_means: Tensor, scale: float,
     config: LaunchConfig,
@@ -279,27 +228,3 @@ def logit_corrections(
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return logit, clip
-
-
-def correct_values(
-    out: Tensor, q: Tensor, queries: SortedClusters, slope: Tensor, clip: Tensor, weight: Tensor,
-    kv_heads: int, config: LaunchConfig,
-) -> None:  # fmt: skip
-    """Add the value corrections of the proxy tokens to the output.
-
-    Args:
-        out: (B, H, N, D), modified in place.
-        q, queries, kv_heads, config: see `logit_corrections`.
-        slope: see `curvature_and_slope`.
-        clip: clip factors, see `logit_corrections`.
-        weight: (G, N) float32, weight of the proxy tokens in the output of each query.
-    """
-    _, heads, tokens, dim = q.shape
-    groups, clusters, _ = queries.centroids.shape
-    tiles = config.correction
-    value_correction_kernel[(ceil_div(tokens, tiles.rows), groups)](
-        q, out, queries.labels, slope, clip, weight,
-        *token_strides(q), *token_strides(out), heads, kv_heads, tokens, clusters,
-        D=dim, BLOCK_D=config.block_dim, BLOCK_C=tiles.columns, BLOCK_N=tiles.rows,
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip

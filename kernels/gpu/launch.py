@@ -20,9 +20,6 @@ from svg_ear_compile.kernels.plan import HEAD_DIMS
 WGMMA_SUBTILE = 64
 """Queries of one group of warps; a group without queries does nothing."""
 
-OWN_TOKENS = 16
-"""Tokens of one program of `own_token_kernel`, which holds six rows of each in registers."""
-
 BLOCKS_PER_COPY = 64
 """Exact blocks of a row whose tokens one program of `kv_indices_kernel` copies."""
 
@@ -49,6 +46,7 @@ class LaunchConfig:
         moments: tokens × columns of a head's moments.
         covariance: tokens × columns of a head's covariances.
         correction: queries × columns of a head's covariances.
+        finish: queries × columns of the output.
         wgmma: as `attend`, for `attend_wgmma_kernel`; None where that kernel cannot be used.
     """
 
@@ -59,6 +57,7 @@ class LaunchConfig:
     moments: Tiles
     covariance: Tiles
     correction: Tiles
+    finish: Tiles
     wgmma: Tiles | None = None
 
     @property
@@ -102,15 +101,16 @@ def launch_config(head_dim: int, element_size: int, architecture: str) -> Launch
         else:
             tiles = Tiles(16, 32, 4, 1) if block_dim > 128 else Tiles(32, 32, 4, 1)
         sums = Tiles(32, 32, 8, 1)
-        return LaunchConfig(block_dim, tiles, tiles, tiles, sums, sums, tiles)
+        return LaunchConfig(block_dim, tiles, tiles, tiles, sums, sums, tiles, sums)
     moments, covariance = Tiles(32, 32, 8 if padded else 4, 1), Tiles(32, 32, 4, 1)
-    correction = covariance
+    correction = finish = covariance
     if hopper:
         columns = block_dim if block_dim <= 128 else 32
         narrow = block_dim > 128 or padded
         moments = Tiles(64, columns, 8, 1) if narrow else Tiles(128, columns, 4, 3)
         covariance = Tiles(64, columns, 8, 1 if padded or block_dim > 128 else 2)
         correction = Tiles(64, min(64, block_dim), 8 if padded else 4, 1)
+        finish = Tiles(64 if narrow else 128, 32, 8, 1)
     # 72 is not a multiple of 16: loads are narrow, and their addresses take many registers.
     rows = 64 if head_dim == 72 else 128
     if block_dim > 128:
@@ -124,7 +124,9 @@ def launch_config(head_dim: int, element_size: int, architecture: str) -> Launch
         assign = Tiles(64 if padded else 128, 64, 4, 2)
         attend = Tiles(rows, 64, 8 if padded or block_dim == 128 else 4, 3)
     wgmma = Tiles(192, 64, 4, 4) if hopper and head_dim in (64, 128) else None
-    return LaunchConfig(block_dim, assign, score, attend, moments, covariance, correction, wgmma)
+    return LaunchConfig(
+        block_dim, assign, score, attend, moments, covariance, correction, finish, wgmma
+    )
 
 
 def token_strides(x: Tensor) -> tuple[int, int, int]:

@@ -56,7 +56,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, got: Result, t: int, h: int) -> tup
 def test_own_keys_are_exact_and_leave_their_proxy_tokens(
     form: Form, heads: tuple[int, int], density: float, counts: tuple[int, int], masked: bool
 ) -> None:
-    q, k, v = random_qkv(7, 1, heads, (TOKENS, TOKENS), 32, torch.float32, form.device)
+    q, k, v = random_qkv(7, 1, heads, (TOKENS, TOKENS), 40, torch.float32, form.device)
     mask = random_mask(1, (True, True), (1, heads[1]), TOKENS, form.device) if masked else None
     exact = (0.1, 0.1) if masked else (0.0, 0.0)
     kinds = random_kinds(3, mask, 1, (TOKENS, TOKENS), exact, form.device)
