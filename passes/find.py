@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,14 @@ from svg_ear_compile.passes.handwritten import read_handwritten
 from svg_ear_compile.passes.mask import judge_mask
 from svg_ear_compile.passes.media import carries_media
 from svg_ear_compile.passes.memory import is_plain
+from svg_ear_compile.passes.module_path import (
+    innermost,
+    layer_path,
+    module_path,
+    owner_path,
+    root_of,
+    source_of,
+)
 from svg_ear_compile.passes.operators import is_kernel, may_be_kernel, read_kernel
 from svg_ear_compile.passes.role import TokenSources, projected
 from svg_ear_compile.passes.sdpa import (
@@ -237,54 +244,13 @@ def _fit(q: tuple[Size, ...], k: tuple[Size, ...], v: tuple[Size, ...]) -> bool:
     return heads == kv_heads or bool(heads and kv_heads and heads % kv_heads == 0)
 
 
-def layer_path(node: Node) -> str:
-    """Path of the innermost module that made the node, e.g. "blocks.3.attn1"; "" for a function."""
-    return _module_path(_innermost(node))
-
-
-def owner_path(parameter: Node) -> str:
-    """Path of the module that owns a parameter or buffer of the graph, written as `layer_path`."""
-    return _module_path(_source(parameter)).rpartition(".")[0]
-
-
-def _innermost(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack")
-    return str(list(stack.values())[-1][0]) if stack else ""
-
-
-def _source(node: Node) -> str:
-    """How Python reaches a tensor of the graph."""
-    source = getattr(node, "_dynamo_source", None)
-    if source is None:
-        return str(node.target)  # an attribute of the graph module, of exported models
-    return str(source.name() if callable(source.name) else source.name)
-
-
-def _root(path: str) -> str:
-    """The variable that a path starts from, "" for one that says none."""
-    found = re.match(r"[LG]\['[^']*'\]", path)
-    return found.group() if found else ""
-
-
-def _module_path(path: str) -> str:
-    path = path.removeprefix(_root(path))
-    names = re.findall(r"\['([^']+)'\]|\[(\d+)\]|\.?([^.\[\]]+)", path)
-    parts = ".".join(name for match in names for name in match if name)
-    # How Python reaches a module whose forward a hook has wrapped.
-    parts = re.sub(
-        r"forward(\.func\.__closure__\.\d+\.cell_contents\.forward)?\.__self__", "", parts
-    )
-    wrapping = ("", "_modules", "__dict__", "_orig_mod", "_parameters", "_buffers")
-    return ".".join(part for part in parts.split(".") if part not in wrapping)
-
-
 def _layer_parameter(flow: Dataflow, q: Node, reader: Node, call: Node) -> Node | None:
     """A parameter or buffer inside of the module that attends: it tells layers of one graph apart.
 
     One outside proves nothing: data of an earlier layer reaches q, too. The nearest projection's is
     taken first; a norm's on the way may be shared by all layers, whose session then goes by order.
     """
-    inside = _inside(_innermost(call), call)
+    inside = _inside(innermost(call), call)
     for node in flow.backward(q, lambda n: projected_input(n) is not None, reader):
         if projected_input(node) is not None:
             for source in node.all_input_nodes:
@@ -296,12 +262,12 @@ def _layer_parameter(flow: Dataflow, q: Node, reader: Node, call: Node) -> Node 
 
 def _inside(layer: str, call: Node) -> list[Node]:
     """Parameters, then buffers, inside of the module at this path, in the graph of its call."""
-    path, root = _module_path(layer), _root(layer)
+    path, root = module_path(layer), root_of(layer)
     found = []
     for node in call.graph.nodes:
         if node.op in ("placeholder", "get_attr") and _is_plain_state(node):
             # Exported models say no variable; of another one, the same path is another module.
-            same = root == "" or _root(_source(node)) in ("", root)
+            same = root == "" or root_of(source_of(node)) in ("", root)
             if same and f"{owner_path(node)}.".startswith(f"{path}." if path else ""):
                 found.append(node)
     return sorted(found, key=lambda n: not isinstance(n.meta["example_value"], torch.nn.Parameter))
@@ -312,4 +278,4 @@ def _is_plain_state(node: Node) -> bool:
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value):
         return False
-    return isinstance(value, torch.nn.Parameter) or "_buffers" in _source(node)
+    return isinstance(value, torch.nn.Parameter) or "_buffers" in source_of(node)

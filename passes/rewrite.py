@@ -22,7 +22,7 @@ from svg_ear_compile.passes.effects import Effects
 from svg_ear_compile.passes.exact_nodes import ExactNodes
 from svg_ear_compile.passes.exact_places import ExactTokens
 from svg_ear_compile.passes.fake_runs import run_on_fakes
-from svg_ear_compile.passes.find import owner_path
+from svg_ear_compile.passes.module_path import owner_path
 from svg_ear_compile.passes.site import AttentionSite, EmptyRow, Mask, Operand, Role
 from svg_ear_compile.passes.symbolic import estimate, hint, is_same
 from svg_ear_compile.passes.vectors import Stream, Vector

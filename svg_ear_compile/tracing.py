@@ -16,6 +16,8 @@ from torch import nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import Node
 
+from svg_ear_compile.passes.module_path import root_of
+
 _RUNS = itertools.count()
 _RUNS_ONCE: ContextVar[bool] = ContextVar("svg_ear_runs_once", default=False)
 
@@ -84,10 +86,15 @@ def traced_module(node: Node) -> nn.Module | None:
         node: a node of the graph that a backend was just given.
     """
     stack = node.meta.get("nn_module_stack") or {"": ("L['self']", None)}
-    root = re.match(r"[LG]\['(\w+)'\]", next(iter(stack.values()))[0])
+    root = root_of(next(iter(stack.values()))[0])
     try:
-        scope = InstructionTranslator.current_tx().output.local_scope
+        found: Any = InstructionTranslator.current_tx().output.local_scope
     except AttributeError:  # Dynamo traces nothing now: the graph was traced before
         return None
-    found = None if root is None else scope.get(root[1])
+    for name, place, attribute in re.findall(r"\['([^']*)'\]|\[(\d+)\]|\.(\w+)", root):
+        try:
+            found = getattr(found, attribute) if attribute else found[int(place) if place else name]
+        except KeyError:  # a global variable
+            return None
+    found = getattr(found, "__self__", found)  # of a method
     return found if isinstance(found, nn.Module) else None

@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.fx import Graph, Node
 from torch.nn.attention.flex_attention import flex_attention
 from traced_graphs import Rewriting, graphs_of, run_rewritten, sites_of
 
-from svg_ear_compile.passes.find import find_sites, layer_path
+from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.passes.site import Reason, Role
 
 HEADS, TOKENS, DIM = 2, 48, 32
@@ -294,47 +293,6 @@ def test_sites_are_named_by_layer_and_numbered_where_a_layer_attends_twice() -> 
     parameters = [s.layer_parameter for s in sites]
     assert parameters[0] is parameters[2]
     assert parameters[0] is not parameters[1]
-
-
-GLOBAL_STACK = Stack()
-
-
-def test_a_model_reached_as_a_global_has_the_same_paths() -> None:
-    sites = sites_of(lambda x: GLOBAL_STACK(x), torch.randn(1, TOKENS, 16))
-    assert [s.layer for s in sites] == ["blocks.0.attn1", "blocks.1.attn1", "blocks.0.attn1"]
-
-
-def _node_in(path: str) -> Node:
-    node = Graph().placeholder("x")
-    node.meta["nn_module_stack"] = {"outer": ("L['self']", Stack), "inner": (path, Attention)}
-    return node
-
-
-@pytest.mark.parametrize(
-    ("path", "layer"),
-    [
-        ("L['self'].blocks.0.attn1", "blocks.0.attn1"),
-        ("L['self'].blocks[0].attn1", "blocks.0.attn1"),
-        ("L['self']._modules['blocks']._modules['0'].attn1", "blocks.0.attn1"),
-        ("L['self']._modules['blocks']._modules['0']._modules['attn1']", "blocks.0.attn1"),
-        ("L['self']._orig_mod.blocks.0.attn1", "blocks.0.attn1"),
-        ("L['model'].blocks.11.attn", "blocks.11.attn"),
-        ("G['model'].blocks.11.attn", "blocks.11.attn"),
-        ("L['self'].forward.__self__.blocks.1.attn", "blocks.1.attn"),
-        (
-            "L['self'].forward.__self__.blocks[0].forward.func.__closure__[0].cell_contents"
-            ".forward.__self__.attn1",
-            "blocks.0.attn1",
-        ),
-        ("L['self']", ""),
-    ],
-)
-def test_layer_path_is_the_same_however_the_source_is_written(path: str, layer: str) -> None:
-    assert layer_path(_node_in(path)) == layer
-
-
-def test_a_function_has_no_layer() -> None:
-    assert layer_path(Graph().placeholder("x")) == ""
 
 
 def test_other_products_are_no_sites() -> None:
