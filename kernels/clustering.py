@@ -55,11 +55,11 @@ def cluster(
         def cold_start(
             x: Tensor, of_x: Tensor | None, clusters: int, metric: Tensor | None
         ) -> Tensor:
-            start = stratified_sample(x, of_x, clusters, plan.seed)
             if plan.first_iterations == 1:
-                return start
-            early, of_early = early_tokens(x, of_x, clusters, plan.seed)
-            return kmeans(early, of_early, start, plan.first_iterations - 1, metric).centroids
+                return stratified_sample(x, of_x, clusters, plan.seed)
+            x, of_x = early_tokens(x, of_x, clusters, plan.seed)
+            start = stratified_sample(x, of_x, clusters, plan.seed)
+            return kmeans(x, of_x, start, plan.first_iterations - 1, metric).centroids
 
         q_start = cold_start(q, kinds.queries, q_clusters, of_queries)
         k_start = cold_start(k, kinds.keys, k_clusters, of_keys)

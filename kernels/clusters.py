@@ -131,12 +131,21 @@ class Result:
         return (self.row_area * self.queries.sizes).sum(dtype=torch.float64)
 
 
-@functools.lru_cache(maxsize=256)
-def stratified_jitter(count: int, seed: int, device: torch.device) -> Tensor:
-    """(count,) float32 in [0, 1): where in its stratum each token is drawn."""
+# A call has no time for the small operations that make these two: both are kept.
+@functools.lru_cache(maxsize=64)
+def strata(count: int, seed: int, device: torch.device) -> Tensor:
+    """(count,) float32 in [0, 1): one place drawn from each of `count` equal strata."""
     generator = torch.Generator().manual_seed(seed)
-    # Strata computed in float64 would differ between CPU and GPU in the last bit after the cast.
-    return torch.rand(count, generator=generator, dtype=torch.float32).to(device)
+    # Computed in float64, strata would differ between CPU and GPU in the last bit after the cast.
+    jitter = torch.rand(count, generator=generator, dtype=torch.float32).to(device)
+    return (torch.arange(count, device=device) + jitter) / count
+
+
+@functools.lru_cache(maxsize=64)
+def stratified_places(count: int, tokens: int, seed: int, device: torch.device) -> Tensor:
+    """(count,) int64: one token of each of `count` equal strata of all tokens."""
+    places = (strata(count, seed, device) * tokens).long()
+    return places.clamp(0, max(tokens - 1, 0))
 
 
 def stratified_sample(x: Tensor, kinds: Tensor | None, count: int, seed: int) -> Tensor:
@@ -155,13 +164,13 @@ def stratified_sample(x: Tensor, kinds: Tensor | None, count: int, seed: int) ->
         (B, H, S, D) in the dtype of x, finite.
     """
     tokens = x.shape[2]
-    jitter = stratified_jitter(count, seed, x.device)
-    strata = (torch.arange(count, device=x.device) + jitter) / count  # [S] in [0, 1)
     if kinds is None:
-        drawn = x[:, :, (strata * tokens).long().clamp(0, max(tokens - 1, 0))]
+        drawn = x[:, :, stratified_places(count, tokens, seed, x.device)]
     else:
         rank = (kinds == CLUSTERED).long().cumsum(-1)  # [B|1, H|1, N] clustered up to and with each
-        wanted = (strata * rank[..., -1:]).long() + 1  # [B|1, H|1, S] in 1..n
+        wanted = (
+            strata(count, seed, x.device) * rank[..., -1:]
+        ).long() + 1  # [B|1, H|1, S] in 1..n
         index = torch.searchsorted(rank.contiguous(), wanted).clamp(max=tokens - 1)
         drawn = x.gather(2, index.unsqueeze(-1).expand(*x.shape[:2], count, x.shape[3]))
     return torch.nan_to_num(drawn, 0.0, 0.0, 0.0)

@@ -295,12 +295,11 @@ def _clustered(
         def cold_start(
             x: Tensor, of_x: Tensor | None, clusters: int, metric: Tensor | None
         ) -> Tensor:
-            start = stratified_sample(x, of_x, clusters, plan.seed)
             if plan.first_iterations == 1:
-                return start
-            early, of_early = early_tokens(x, of_x, clusters, plan.seed)
-            rounds = plan.first_iterations - 1
-            found = kmeans(early, of_early, start, rounds, config, metric)
+                return stratified_sample(x, of_x, clusters, plan.seed)
+            x, of_x = early_tokens(x, of_x, clusters, plan.seed)
+            start = stratified_sample(x, of_x, clusters, plan.seed)
+            found = kmeans(x, of_x, start, plan.first_iterations - 1, config, metric)
             return found.centroids.unflatten(0, x.shape[:2])
 
         q_start = cold_start(q, kinds.queries, q_clusters, of_queries)

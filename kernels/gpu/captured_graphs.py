@@ -30,7 +30,8 @@ from svg_ear_compile.kernels.clusters import (
     Clusters,
     Result,
     sampled_tokens,
-    stratified_jitter,
+    strata,
+    stratified_places,
 )
 from svg_ear_compile.kernels.gpu.attention import WORKSPACE_FLOOR
 from svg_ear_compile.kernels.kinds import ALL_CLUSTERED, TokenKinds
@@ -161,13 +162,14 @@ class CapturedGraphs:
                 return _result([t.clone() for t in captured.outputs])
             result = call(arguments)
             if self._is_due(kind, arguments, result, number):
-                # The tokens that a cold call begins with are drawn with these.
-                clusters = plan.clusters(*kinds.counts(q.shape[2], k.shape[2]))
-                constants = [] if centroids else [
-                    stratified_jitter(count, plan.seed, q.device)
-                    for tokens, drawn in zip((q.shape[2], k.shape[2]), clusters, strict=True)
-                    for count in (drawn, sampled_tokens(tokens, drawn))
-                ]  # fmt: skip
+                constants = []
+                if not centroids:  # what the tokens of a cold start are drawn with
+                    clusters = plan.clusters(*kinds.counts(q.shape[2], k.shape[2]))
+                    for tokens, drawn in zip((q.shape[2], k.shape[2]), clusters, strict=True):
+                        early = sampled_tokens(tokens, drawn)
+                        for count, of in ((drawn, tokens), (early, tokens), (drawn, early)):
+                            constants.append(strata(count, plan.seed, q.device))
+                            constants.append(stratified_places(count, of, plan.seed, q.device))
                 try:
                     self._graphs[kind] = self._capture(call, arguments, result, constants, number)
                 except torch.cuda.OutOfMemoryError as error:

@@ -110,7 +110,7 @@ def launch_config(head_dim: int, element_size: int, architecture: str) -> Launch
         moments = Tiles(64, columns, 8, 1) if narrow else Tiles(128, columns, 4, 3)
         covariance = Tiles(64, columns, 8, 1 if padded or block_dim > 128 else 2)
         correction = Tiles(64, min(64, block_dim), 8 if padded else 4, 1)
-        finish = Tiles(64 if narrow else 128, 32, 8, 1)
+        finish = Tiles(64, 32, 8 if narrow else 4, 1)
     # 72 is not a multiple of 16: loads are narrow, and their addresses take many registers.
     rows = 64 if head_dim == 72 else 128
     if block_dim > 128:

@@ -14,7 +14,12 @@ from attention_cases import random_kinds, random_mask, random_qkv
 from torch import Tensor
 
 from svg_ear_compile.kernels import registry
-from svg_ear_compile.kernels.clusters import Result, sampled_tokens, stratified_jitter
+from svg_ear_compile.kernels.clusters import (
+    Result,
+    sampled_tokens,
+    strata,
+    stratified_places,
+)
 from svg_ear_compile.kernels.cpu import CPU
 from svg_ear_compile.kernels.gpu import captured_graphs
 from svg_ear_compile.kernels.gpu.captured_graphs import CapturedGraphs
@@ -130,7 +135,8 @@ def test_a_graph_holds_what_it_reads() -> None:
     graphs = CapturedGraphs()
     q, k, v = random_qkv(0, 1, (2, 2), (300, 300), 64, torch.bfloat16, "cuda")
     wanted = [graphs.sparse_attention(q, k, v, PLAN).out for _ in range(3)][-1]
-    stratified_jitter.cache_clear()
+    strata.cache_clear()
+    stratified_places.cache_clear()
     torch.cuda.empty_cache()
     junk = [torch.full((n,), float("nan"), device="cuda") for n in range(1, 400)]
     assert torch.equal(graphs.sparse_attention(q, k, v, PLAN).out, wanted)
@@ -195,8 +201,11 @@ def test_the_second_call_of_a_kind_is_captured_and_its_owner_frees_it(on_cpu: St
     assert captured.workspace.side.waited_for == [on_cpu]
     assert on_cpu.waited_for == [captured.workspace.side]
     # What the tokens of a cold start are drawn with is nobody else's to keep.
-    counts = [n for c in PLAN.clusters(61, 61) for n in (c, sampled_tokens(61, c))]
-    drawn = [stratified_jitter(n, 0, torch.device("cpu")) for n in counts]
+    device, drawn = torch.device("cpu"), []
+    for clusters in PLAN.clusters(61, 61):
+        early = sampled_tokens(61, clusters)
+        for count, of in ((clusters, 61), (early, 61), (clusters, early)):
+            drawn += [strata(count, 0, device), stratified_places(count, of, 0, device)]
     assert [id(t) for t in captured.constants] == [id(t) for t in drawn]
     assert graphs.nbytes > sum(t.numel() * t.element_size() for t in small())
     assert (other.count, other.nbytes) == (0, 0)

@@ -12,8 +12,8 @@ from counted_launches import counted_launches
 from svg_ear_compile.kernels.kinds import exact_at_ends
 from svg_ear_compile.kernels.plan import AttentionPlan
 
-# Launches without and with text tokens. A first call also draws the jitter of its centroids.
-MOST = {"cold": (75, 85), "recomputed": (25, 25), "reused": (16, 16)}
+# Launches without and with text tokens.
+MOST = {"cold": (65, 81), "recomputed": (25, 25), "reused": (16, 16)}
 
 
 @needs_interpreter
@@ -22,6 +22,7 @@ def test_launches_of_a_call_are_bounded(with_text: bool) -> None:
     q, k, v = random_qkv(0, 1, (1, 1), (90, 90), 32, torch.float16, "cpu")
     kinds = exact_at_ends(q, k, 0, 5 if with_text else 0)
     more: dict[str, Any] = {}
+    INTERPRETER(q, k, v, AttentionPlan(), kinds=kinds)  # a first call also draws the strata
     for start, most in MOST.items():
         with counted_launches() as launches:
             made = INTERPRETER(q, k, v, AttentionPlan(), kinds=kinds, **more)
