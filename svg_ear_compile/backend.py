@@ -16,6 +16,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
+from svg_ear_compile.overlapping_calls import warn_of_skipped_frames
 from svg_ear_compile.passes.find import find_sites
 from svg_ear_compile.planning import GraphReport, rewrite_graph
 from svg_ear_compile.session import warn_of_bypassed
@@ -53,6 +54,7 @@ def svg_ear(
         NotSparseError: see `summary.announce`.
     """
     warn_of_bypassed()
+    warn_of_skipped_frames(gm)
     return compile_graph(gm, example_inputs, Settings.parse(options, mode), announce)
 
 
