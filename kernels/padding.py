@@ -41,23 +41,41 @@ def key_padding(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         CPU; keys and rows mean nothing where it is False.
     """
     additive = mask.dtype != torch.bool
-    keys = torch.zeros_like(mask[..., :1, :], dtype=torch.bool)
-    rows = torch.zeros_like(mask[..., :1], dtype=torch.bool)
+    batch, heads, count, tokens = mask.shape
+    keys = torch.zeros(batch, heads, 1, tokens, dtype=torch.bool, device=mask.device)
+    rows = torch.zeros(batch, heads, count, 1, dtype=torch.bool, device=mask.device)
+    found = rows.new_zeros(batch, heads, 1, 1)  # heads that had a row with keys
     proven = torch.ones((), dtype=torch.bool, device=mask.device)
-    parts = mask.split(_ROWS_AT_A_TIME, dim=-2)
-    row_parts = rows.split(_ROWS_AT_A_TIME, dim=-2)
-    for part, row_part in zip(parts, row_parts, strict=True):
+    for first in range(0, count if tokens else 0, _ROWS_AT_A_TIME):
+        part = mask[:, :, first : first + _ROWS_AT_A_TIME]
         taken = part == 0 if additive else part
         if additive:
             proven &= (taken | (part <= NEGLIGIBLE)).all()
-        row_part.copy_(taken.any(-1, keepdim=True))
-        keys |= taken.any(-2, keepdim=True)
-    for part, row_part in zip(parts, row_parts, strict=True):
-        taken = part == 0 if additive else part
-        proven &= (taken == (row_part & keys)).all()
+        words = words_of(taken)
+        some = (words != 0).any(-1, keepdim=True)  # [B, H, R, 1]
+        rows[:, :, first : first + _ROWS_AT_A_TIME] = some
+        # All rows with keys have to have the keys of the first one.
+        at = some.int().argmax(-2, keepdim=True).expand(-1, -1, 1, tokens)
+        keys = torch.where(found, keys, taken.gather(2, at))
+        found = found | some.any(-2, keepdim=True)
+        proven &= ((words == words_of(keys)) | ~some).all()
+        if not proven:
+            break
     if additive:
         proven &= rows.all()
     return keys, rows, proven.cpu()
+
+
+def words_of(taken: Tensor) -> Tensor:
+    """Bools (..., N) as (..., N / bytes of a word), in the longest words that they fill.
+
+    A comparison of words reads as much as one of bools, and makes an eighth of the numbers.
+    """
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        places = (taken.shape[-1], taken.storage_offset(), *taken.stride()[:-1])
+        if taken.stride(-1) == 1 and all(place % dtype.itemsize == 0 for place in places):
+            return taken.view(dtype)
+    return taken.view(torch.uint8)
 
 
 @key_padding.register_fake

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels.padding import NEGLIGIBLE
+from svg_ear_compile.kernels.padding import NEGLIGIBLE, words_of
 
 MOST_CHUNKS = 64
 """A mask of more chunks is any mask: its call is left whole."""
@@ -113,7 +113,8 @@ def _starts(mask: Tensor) -> Tensor | None:
         taken = part == 0 if additive else part
         if additive:
             is_mask &= (taken | (part <= NEGLIGIBLE)).all()
-        changes.append((taken[:, :, 1:] != taken[:, :, :-1]).any(-1).flatten(0, 1).any(0))
+        words = words_of(taken)
+        changes.append((words[:, :, 1:] != words[:, :, :-1]).any(-1).flatten(0, 1).any(0))
     changed = torch.cat(changes)[: mask.shape[2]] & is_mask
     starts = changed.cpu().nonzero()[:, 0]
     return starts if 0 < len(starts) <= MOST_CHUNKS else None
