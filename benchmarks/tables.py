@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.attention import cache, heads, launches, likeness
+from benchmarks.attention import cache, chunks, heads, launches, likeness
 from benchmarks.attention.summary import cold_ms, dense_ms, reused_speedup, rows_of, summary_table
 from benchmarks.context_parallel import report, ring_error
 from benchmarks.end_to_end.report import forward_seconds, forward_table, generation_table
@@ -41,6 +41,7 @@ END_TO_END = RESULTS / "nvidia-h200" / "end_to_end"
 FIDELITY = RESULTS / "nvidia-h200" / "fidelity"
 HEADS = RESULTS / "nvidia-h200" / "heads.json"
 CACHE = RESULTS / "nvidia-h200" / "cache.json"
+CHUNKS = RESULTS / "nvidia-h200" / "chunks.json"
 LAUNCHES = RESULTS / "nvidia-h200" / "launches.txt"
 COMPILE_TIME = RESULTS / "cpu" / "compile_time" / "compile_time.json"
 ZOO = ROOT / "tests" / "zoo" / "sites.json"
@@ -336,6 +337,7 @@ def tables() -> dict[str, Table]:
         "schedules": lambda folder: schedules.section(FIDELITY / "schedules"),
         "heads": lambda folder: heads.table(json.loads(HEADS.read_text())),
         "cache": lambda folder: cache.table(json.loads(CACHE.read_text())),
+        "chunks": lambda folder: chunks.table(json.loads(CHUNKS.read_text())),
         "likeness": lambda folder: likeness.table(RESULTS / "cpu" / "likeness"),
         "launches": lambda folder: launches.table(LAUNCHES.read_text()),
         "stacking": lambda folder: stacking.section(RESULTS / "nvidia-h200" / "stacking"),
