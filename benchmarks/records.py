@@ -110,6 +110,9 @@ class Run:
     def __init__(self, out: Path, gpus: int, minutes: float) -> None:
         self.out = out
         self.gpus = gpus
+        # Of a machine that is shared, this process may have been given some GPUs alone.
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        self._names = given.split(",") if given else [str(gpu) for gpu in range(gpus)]
         self.end = time.monotonic() + 60 * minutes
         self.outcomes: dict[str, str] = {}
         self._waiting: list[Record] = []
@@ -149,7 +152,7 @@ class Run:
             self._say(record, f"{how}, {time.monotonic() - started:.0f} s")
 
     def _shell(self, record: Record, gpus: Sequence[int], seconds: float, log: int) -> str:
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(self._names[gpu] for gpu in gpus)}
         command = record.command.format(python=sys.executable, out=shlex.quote(str(self.out)))
         # A session of its own: what a stopped command has started stops with it.
         running = subprocess.Popen(

@@ -29,6 +29,11 @@ def seen(tmp_path: Path, name: str) -> str:
     return (tmp_path / "a folder" / f"{name}.log").read_text().strip()
 
 
+@pytest.fixture(autouse=True)
+def _all_gpus(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
 def test_a_record_sees_its_gpus_and_the_folder(tmp_path):
     show = "echo $CUDA_VISIBLE_DEVICES && touch {out}/$CUDA_VISIBLE_DEVICES.json"
     both, one = Record("both", 0.1, show, 2), Record("one", 0.1, show)
@@ -36,6 +41,14 @@ def test_a_record_sees_its_gpus_and_the_folder(tmp_path):
     assert seen(tmp_path, "both") == "0,1"
     assert seen(tmp_path, "one") in ("0", "1")
     assert (tmp_path / "a folder" / "0,1.json").exists()
+
+
+def test_records_keep_to_the_gpus_that_they_were_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    show = "echo $CUDA_VISIBLE_DEVICES"
+    ran(tmp_path, 2, 1.0, Record("both", 0.1, show, 2))
+    ran(tmp_path, 1, 1.0, Record("one", 0.1, show))
+    assert [seen(tmp_path, name) for name in ("both", "one")] == ["3,5", "3"]
 
 
 def test_two_gpus_work_side_by_side(tmp_path):
