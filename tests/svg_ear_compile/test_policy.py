@@ -303,7 +303,7 @@ def test_a_gpu_of_which_nothing_is_known_stays_dense_unless_the_user_says_from_w
         (
             "A100 80 GB",
             False,
-            r"^Too few tokens: sparse from 4\d,\d{3} video tokens on; here .* 50%",
+            r"^Too few tokens: sparse from 3\d,\d{3} video tokens on; here .* 50%",
         ),
         ("RTX 4090", True, r"^sparse .* ms \(uncertain by 50%\) instead of "),
     ],
