@@ -19,6 +19,7 @@ from svg_ear_compile.cost_model.stages import (
     dense_amount,
     sparse_amounts,
 )
+from svg_ear_compile.kernels.clusters import sampled_tokens
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 # Break-even is searched up to this number of tokens: four times the longest video in public use.
@@ -57,7 +58,8 @@ class StageTimes:
 
 
 EARLY_ROUND = 0.5
-"""Time of an early round of a cold start, over that of a later round: 0.4 to 0.6 (H200)."""
+"""Time of an early round of a cold start over that of a round over all tokens: on an H200 0.4 to
+0.6. Where clusters are many, early rounds look at all tokens, too."""
 
 
 def dense_ms(shape: AttentionShape, calibration: Calibration) -> float:
@@ -72,8 +74,14 @@ def sparse_ms(
     start: Start = "warm",
 ) -> StageTimes:
     """Milliseconds of one sparse call by stage."""
-    cold = 1 + (plan.first_iterations - 1) * EARLY_ROUND
-    rounds = {"cold": cold, "reused": 0.0}.get(start, float(plan.warm_iterations))
+    rounds = float(plan.warm_iterations)
+    if start == "reused":
+        rounds = 0.0
+    elif start == "cold":
+        tokens = shape.clustered
+        samples = zip(tokens, plan.clusters(*tokens), strict=True)
+        parts = [sampled_tokens(count, clusters) < count for count, clusters in samples]
+        rounds = 1 + (plan.first_iterations - 1) * (EARLY_ROUND if all(parts) else 1.0)
     amounts = sparse_amounts(shape, plan, calibration.device, rounds, kept=start == "kept")
     stages = {
         stage: calibration.stage_ms(stage, amount, shape.dtype, shape.head_dim)

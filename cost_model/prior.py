@@ -60,8 +60,8 @@ _UNKNOWN = (
         "correction": Efficiency(1.0, 2.0, 0.5),
     },
 )
-# From a CPU of two cores. A cold call at density 0.2 breaks even with dense attention near 14,000
-# tokens, the uncertainty counted.
+# From a CPU of two cores. A cold call at density 0.2 breaks even with dense attention near 10,000
+# tokens, the uncertainty counted (early rounds of k-means as on an H200).
 _CPU = (
     Roofs({"bfloat16": 0.06, "float16": 0.06, "float32": 0.06}, 20.0, 0.004),
     {"dense": Efficiency(1.0, 1.0, 1.0), "sparse": Efficiency(2.0, 5.3, 2.0)},

@@ -11,8 +11,8 @@ from svg_ear_compile.kernels.clusters import (
     Blocks,
     Clusters,
     QueryTile,
-    early_tokens,
-    stratified_sample,
+    Rounds,
+    cold_start,
 )
 from svg_ear_compile.kernels.kept_clusters import Placed, excess_spread, updated_labels
 from svg_ear_compile.kernels.kinds import CLUSTERED, EXACT, PADDING, TokenKinds
@@ -52,17 +52,11 @@ def cluster(
         q_start, k_start = centroids[0].to(q.dtype), centroids[1].to(k.dtype)
     else:
 
-        def cold_start(
-            x: Tensor, of_x: Tensor | None, clusters: int, metric: Tensor | None
-        ) -> Tensor:
-            if plan.first_iterations == 1:
-                return stratified_sample(x, of_x, clusters, plan.seed)
-            x, of_x = early_tokens(x, of_x, clusters, plan.seed)
-            start = stratified_sample(x, of_x, clusters, plan.seed)
-            return kmeans(x, of_x, start, plan.first_iterations - 1, metric).centroids
+        def rounds_of(metric: Tensor | None) -> Rounds:
+            return lambda x, of_x, start, rounds: kmeans(x, of_x, start, rounds, metric).centroids
 
-        q_start = cold_start(q, kinds.queries, q_clusters, of_queries)
-        k_start = cold_start(k, kinds.keys, k_clusters, of_keys)
+        q_start = cold_start(q, kinds.queries, q_clusters, plan, rounds_of(of_queries))
+        k_start = cold_start(k, kinds.keys, k_clusters, plan, rounds_of(of_keys))
         iterations = 1
     queries = kmeans(q, kinds.queries, q_start, iterations, of_queries, query_tile)
     if update is None:

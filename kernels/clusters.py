@@ -9,6 +9,7 @@ label of a token is its cluster, or ``C`` where the token is always exact (of th
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from svg_ear_compile.kernels.kinds import CLUSTERED
+from svg_ear_compile.kernels.plan import AttentionPlan
 
 
 class Clusters(NamedTuple):
@@ -131,21 +133,28 @@ class Result:
         return (self.row_area * self.queries.sizes).sum(dtype=torch.float64)
 
 
-# A call has no time for the small operations that make these two: both are kept.
+def _places_in_strata(count: int, seed: int) -> Tensor:
+    """(count,) float32 on the CPU, in [0, 1]: one place drawn from each of `count` equal strata."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.arange(count) + torch.rand(count, generator=generator)) / count
+
+
+# A call has no time for the small operations that make these two: both are kept. They are made on
+# the CPU, so that every device draws the same tokens and no recorded graph makes a kept tensor; and
+# outside of inference mode, for a later call may need gradients.
 @functools.lru_cache(maxsize=64)
 def strata(count: int, seed: int, device: torch.device) -> Tensor:
-    """(count,) float32 in [0, 1): one place drawn from each of `count` equal strata."""
-    generator = torch.Generator().manual_seed(seed)
-    # Computed in float64, strata would differ between CPU and GPU in the last bit after the cast.
-    jitter = torch.rand(count, generator=generator, dtype=torch.float32).to(device)
-    return (torch.arange(count, device=device) + jitter) / count
+    """(count,) float32 in [0, 1]: one place drawn from each of `count` equal strata."""
+    with torch.inference_mode(False):
+        return _places_in_strata(count, seed).to(device)
 
 
 @functools.lru_cache(maxsize=64)
 def stratified_places(count: int, tokens: int, seed: int, device: torch.device) -> Tensor:
     """(count,) int64: one token of each of `count` equal strata of all tokens."""
-    places = (strata(count, seed, device) * tokens).long()
-    return places.clamp(0, max(tokens - 1, 0))
+    with torch.inference_mode(False):
+        places = (_places_in_strata(count, seed) * tokens).long()
+        return places.clamp(0, max(tokens - 1, 0)).to(device)
 
 
 def stratified_sample(x: Tensor, kinds: Tensor | None, count: int, seed: int) -> Tensor:
@@ -161,19 +170,22 @@ def stratified_sample(x: Tensor, kinds: Tensor | None, count: int, seed: int) ->
         seed: seed of the jitter.
 
     Returns:
-        (B, H, S, D) in the dtype of x, finite.
+        (B, H, S, D) in the dtype of x.
     """
     tokens = x.shape[2]
     if kinds is None:
-        drawn = x[:, :, stratified_places(count, tokens, seed, x.device)]
-    else:
-        rank = (kinds == CLUSTERED).long().cumsum(-1)  # [B|1, H|1, N] clustered up to and with each
-        wanted = (
-            strata(count, seed, x.device) * rank[..., -1:]
-        ).long() + 1  # [B|1, H|1, S] in 1..n
-        index = torch.searchsorted(rank.contiguous(), wanted).clamp(max=tokens - 1)
-        drawn = x.gather(2, index.unsqueeze(-1).expand(*x.shape[:2], count, x.shape[3]))
-    return torch.nan_to_num(drawn, 0.0, 0.0, 0.0)
+        return x[:, :, stratified_places(count, tokens, seed, x.device)]
+    rank = (kinds == CLUSTERED).long().cumsum(-1)  # [B|1, H|1, N] clustered up to and with each
+    last = rank[..., -1:]
+    wanted = (strata(count, seed, x.device) * last).long() + 1  # [B|1, H|1, S]
+    wanted = torch.minimum(wanted, last)  # in 1..n; the last place may be rounded to 1
+    index = torch.searchsorted(rank.contiguous(), wanted).clamp(max=tokens - 1)
+    return x.gather(2, index.unsqueeze(-1).expand(*x.shape[:2], count, x.shape[3]))
+
+
+def initial_centroids(x: Tensor, kinds: Tensor | None, clusters: int, seed: int) -> Tensor:
+    """`stratified_sample` of as many tokens as clusters, finite."""
+    return torch.nan_to_num(stratified_sample(x, kinds, clusters, seed), 0.0, 0.0, 0.0)
 
 
 SAMPLED_PART = 3
@@ -181,23 +193,47 @@ SAMPLED_PART = 3
 
 
 def sampled_tokens(tokens: int, clusters: int) -> int:
-    """Number of tokens that all rounds of a cold start but the last look at."""
+    """Number of tokens that all rounds of a cold start but the last look at.
+
+    Eight for each cluster at least; all, where that is more than half of them.
+    """
     sampled = max(tokens // SAMPLED_PART, 8 * clusters)
     return sampled if 2 * sampled <= tokens else tokens
 
 
-def early_tokens(
-    x: Tensor, kinds: Tensor | None, clusters: int, seed: int
-) -> tuple[Tensor, Tensor | None]:
-    """What all rounds of a cold start but the last look at, and the kinds of these tokens.
+def samples_of_a_cold_start(
+    tokens: int, clusters: int, first_iterations: int
+) -> list[tuple[int, int]]:
+    """How many tokens `cold_start` draws from how many, in this order."""
+    early = tokens if first_iterations == 1 else sampled_tokens(tokens, clusters)
+    return [(clusters, tokens)] if early == tokens else [(early, tokens), (clusters, early)]
+
+
+Rounds = Callable[[Tensor, Tensor | None, Tensor, int], Tensor]
+"""Centroids (B, H, C, D) after so many rounds of k-means, from tokens, kinds and centroids."""
+
+
+def cold_start(
+    x: Tensor,
+    kinds: Tensor | None,
+    clusters: int,
+    plan: AttentionPlan,
+    kmeans: Rounds,
+) -> Tensor:
+    """Centroids (B, H, C, D) after all rounds of k-means from scratch but the last.
 
     A part of the tokens shows where the centroids belong; only the last round has to label all.
 
     Args:
-        x, kinds, seed: see `stratified_sample`.
+        x: (B, H, N, D) queries or keys.
+        kinds: (B|1, H|1, N) uint8, see `kernels.kinds`; None where all tokens are clustered.
         clusters: C.
+        plan: plan with the number of rounds and the seed.
+        kmeans: see `Rounds`.
     """
-    count = sampled_tokens(x.shape[2], clusters)
-    if count == x.shape[2]:
-        return x, kinds
-    return stratified_sample(x, kinds, count, seed), None
+    samples = samples_of_a_cold_start(x.shape[2], clusters, plan.first_iterations)
+    if len(samples) == 2:
+        x, kinds = stratified_sample(x, kinds, samples[0][0], plan.seed), None
+    start = initial_centroids(x, kinds, clusters, plan.seed)
+    rounds = plan.first_iterations - 1
+    return kmeans(x, kinds, start, rounds) if rounds else start

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svg_ear_compile.kernels.clusters import Clusters, stratified_sample
+from svg_ear_compile.kernels.clusters import Clusters, cold_start
 from svg_ear_compile.kernels.kinds import CLUSTERED, EXACT
 from svg_ear_compile.kernels.plan import AttentionPlan
 
@@ -244,7 +244,8 @@ def _seeded(
     at = at.expand(-1, k.shape[1], -1)
     x = _taken(k, at)
     kinds = torch.where(inside, CLUSTERED, EXACT).to(torch.uint8)
-    own = kmeans(x, kinds, stratified_sample(x, kinds, count, plan.seed), plan.first_iterations)
+    start = cold_start(x, kinds, count, plan, lambda *given: kmeans(*given).centroids)
+    own = kmeans(x, kinds, start, 1)
     slots = present.sizes.argsort(dim=-1, stable=True)[..., :count]  # [B, H, Kn]
     rows = slots.unsqueeze(-1).expand(-1, -1, -1, k.shape[3])
     taken = own.sizes > 0

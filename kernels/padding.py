@@ -29,7 +29,7 @@ def key_padding(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Proofs are not cached. Writes through `.data`, NumPy or a replayed CUDA graph do not change the
     version of a tensor, so a cached proof could belong to other values; comparing values takes as
     long as a proof. The layers of one graph share a call. Blocks that are compiled one by one prove
-    once each, which costs a wait and three reads of the mask beside milliseconds of attention.
+    once each, which costs a wait and two reads of the mask beside milliseconds of attention.
 
     Args:
         mask: (B|1, H|1, N_q|1, N_k). Bool: True takes part. Float, added to the logits: 0 takes
@@ -58,7 +58,7 @@ def key_padding(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         at = some.int().argmax(-2, keepdim=True).expand(-1, -1, 1, tokens)
         keys = torch.where(found, keys, taken.gather(2, at))
         found = found | some.any(-2, keepdim=True)
-        proven &= ((words == words_of(keys)) | ~some).all()
+        proven &= ((words == keys.view(words.dtype)) | ~some).all()
         if not proven:
             break
     if additive:
@@ -72,7 +72,7 @@ def words_of(taken: Tensor) -> Tensor:
     A comparison of words reads as much as one of bools, and makes an eighth of the numbers.
     """
     for dtype in (torch.int64, torch.int32, torch.int16):
-        places = (taken.shape[-1], taken.storage_offset(), *taken.stride()[:-1])
+        places = (taken.shape[-1], taken.data_ptr(), *taken.stride()[:-1])
         if taken.stride(-1) == 1 and all(place % dtype.itemsize == 0 for place in places):
             return taken.view(dtype)
     return taken.view(torch.uint8)
@@ -80,8 +80,9 @@ def words_of(taken: Tensor) -> Tensor:
 
 @key_padding.register_fake
 def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, count, tokens = mask.shape
     return (
-        torch.empty_like(mask[..., :1, :], dtype=torch.bool),
-        torch.empty_like(mask[..., :1], dtype=torch.bool),
+        mask.new_empty(batch, heads, 1, tokens, dtype=torch.bool),
+        mask.new_empty(batch, heads, count, 1, dtype=torch.bool),
         torch.empty((), dtype=torch.bool, device="cpu"),
     )

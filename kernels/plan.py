@@ -76,7 +76,7 @@ class AttentionPlan:
             256 clusters or one per 256 queries, whichever is more.
         k_clusters: number of key clusters. None gives one cluster per 64 keys.
         first_iterations: k-means iterations of a cold start, all but the last on a third of the
-            tokens.
+            tokens, or on more where clusters are many.
         warm_iterations: k-means iterations from remembered centroids.
         max_drift: a bound layer reuses the clusters and the block mask of an earlier step while it
             expects that fewer than this fraction of the tokens would change their cluster. 0

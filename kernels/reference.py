@@ -31,7 +31,7 @@ from svg_ear_compile.kernels.clusters import (
     QueryTile,
     Result,
     Routed,
-    stratified_sample,
+    initial_centroids,
 )
 from svg_ear_compile.kernels.compensation import (
     LARGEST_LOGIT_CORRECTION,
@@ -50,9 +50,9 @@ from svg_ear_compile.kernels.routing import BlockScores, route, row_area, take_u
 __all__ = [
     "LARGEST_LOGIT_CORRECTION", "BlockScores", "Blocks", "Clusters", "Corrections", "ProxyTokens",
     "QueryTile", "Result", "as_metric", "attend", "cluster", "cluster_and_route", "cluster_means",
-    "corrections", "is_kind", "kmeans", "logit_metrics", "proxy_tokens", "route", "row_area",
-    "score_blocks", "softmax_over", "sparse_attention", "stratified_sample", "take_until",
-    "with_own_tokens",
+    "corrections", "initial_centroids", "is_kind", "kmeans", "logit_metrics",
+    "proxy_tokens", "route", "row_area", "score_blocks", "softmax_over", "sparse_attention",
+    "take_until", "with_own_tokens",
 ]  # fmt: skip
 
 

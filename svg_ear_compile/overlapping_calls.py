@@ -33,7 +33,8 @@ def _skips_frames() -> bool:
     dynamo: Any = eval_frame  # each release has other names
     if not hasattr(dynamo, "set_eval_frame_override"):
         return False
-    skip = dynamo._EvalFrameOverride.SKIP
-    before = dynamo.set_eval_frame_override(skip)  # there is no way to read it
+    states = dynamo._EvalFrameOverride
+    # There is no way to read it. A thread that saves what is set here meanwhile saves no fault.
+    before = dynamo.set_eval_frame_override(states.NONE)
     dynamo.set_eval_frame_override(before)
-    return bool(before == skip)
+    return bool(before == states.SKIP)

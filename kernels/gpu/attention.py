@@ -14,9 +14,9 @@ from torch import Tensor
 from svg_ear_compile.kernels.clusters import (
     Blocks,
     Clusters,
+    Rounds,
     Routed,
-    early_tokens,
-    stratified_sample,
+    cold_start,
 )
 from svg_ear_compile.kernels.gpu.attend import attend_kernel
 from svg_ear_compile.kernels.gpu.correction import curvature_and_slope, logit_corrections
@@ -292,18 +292,13 @@ def _clustered(
         q_start, k_start = centroids
     else:
 
-        def cold_start(
-            x: Tensor, of_x: Tensor | None, clusters: int, metric: Tensor | None
-        ) -> Tensor:
-            if plan.first_iterations == 1:
-                return stratified_sample(x, of_x, clusters, plan.seed)
-            x, of_x = early_tokens(x, of_x, clusters, plan.seed)
-            start = stratified_sample(x, of_x, clusters, plan.seed)
-            found = kmeans(x, of_x, start, plan.first_iterations - 1, config, metric)
-            return found.centroids.unflatten(0, x.shape[:2])
+        def rounds_of(metric: Tensor | None) -> Rounds:
+            return lambda x, of_x, start, rounds: kmeans(
+                x, of_x, start, rounds, config, metric
+            ).centroids.unflatten(0, x.shape[:2])
 
-        q_start = cold_start(q, kinds.queries, q_clusters, of_queries)
-        k_start = cold_start(k, kinds.keys, k_clusters, of_keys)
+        q_start = cold_start(q, kinds.queries, q_clusters, plan, rounds_of(of_queries))
+        k_start = cold_start(k, kinds.keys, k_clusters, plan, rounds_of(of_keys))
         iterations = 1
     queries = kmeans(q, kinds.queries, q_start, iterations, config, of_queries, config.query_tile)
     if update is None:

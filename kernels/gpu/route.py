@@ -51,7 +51,7 @@ def take_until(key, weight, budget):
 )
 def route_kernel(
     log_error_ptr,  # (L, Qc, Kc) float32
-    beside_ptr,  # (L, Qc, Kc) float32, see `score_kernel`
+    routing_table_ptr,  # (L, Qc, Kc) float32, see `score_kernel`
     q_start_ptr,  # (G, Qc + 3) int32
     k_start_ptr,  # (G_kv, Kc + 3) int32
     block_mask_ptr,  # (G, Qc, Kc) bool, out, or in where ROUTING is "reused"
@@ -98,13 +98,13 @@ def route_kernel(
         taken = take_until(rank_key(score), keys, budget.to(tl.float32))
         taken = taken & occupied
     elif ROUTING == "threshold":
-        log_mass = tl.load(beside_ptr + pair, mask=inside, other=float("-inf"))
+        log_mass = tl.load(routing_table_ptr + pair, mask=inside, other=float("-inf"))
         largest = tl.max(log_mass, 0)
         log_row_mass = largest + tl.log(tl.sum(tl.exp(log_mass - largest), 0))
         log_rho = log_error - 2.0 * log_row_mass - tl.log(tl.maximum(keys, 1.0))
         taken = ((log_rho >= log_threshold) | (log_rho != log_rho)) & occupied
     else:
-        logit = tl.load(beside_ptr + pair, mask=inside, other=0.0)
+        logit = tl.load(routing_table_ptr + pair, mask=inside, other=0.0)
         mass_logit = tl.where(occupied, logit + tl.log(tl.maximum(keys, 1.0)), float("-inf"))
         mass_key = rank_key(mass_logit)
         mass = tl.exp(mass_logit - tl.max(mass_logit, 0))

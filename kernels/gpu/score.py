@@ -22,7 +22,7 @@ def score_kernel(
     along_ptr,  # (G_kv, N) float32, v_j.delta_t of the key at each place of the order
     square_ptr,  # (G_kv, N) float32, |delta_t|^2
     log_error_ptr,  # (L, Qc, Kc) float32, out: natural log of E_ij
-    beside_ptr,  # (L, Qc, Kc) float32, out: what ROUTING reads beside the error, see below
+    routing_table_ptr,  # (L, Qc, Kc) float32, out: what ROUTING reads beside the error, see below
     stride_kb,
     stride_kh,
     stride_kn,
@@ -105,6 +105,6 @@ def score_kernel(
     floored = tl.where((last > first) & (error <= 0.0), 1e-37, error)
     tl.store(log_error_ptr + pair, (tl.log2(floored) + 2.0 * largest) * LN2, mask=row)
     if ROUTING == "threshold":
-        tl.store(beside_ptr + pair, (tl.log2(mass) + largest) * LN2, mask=row)
+        tl.store(routing_table_ptr + pair, (tl.log2(mass) + largest) * LN2, mask=row)
     elif ROUTING == "top_p":
-        tl.store(beside_ptr + pair, central * LN2, mask=row)
+        tl.store(routing_table_ptr + pair, central * LN2, mask=row)

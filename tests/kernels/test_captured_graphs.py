@@ -16,7 +16,7 @@ from torch import Tensor
 from svg_ear_compile.kernels import registry
 from svg_ear_compile.kernels.clusters import (
     Result,
-    sampled_tokens,
+    samples_of_a_cold_start,
     strata,
     stratified_places,
 )
@@ -203,8 +203,7 @@ def test_the_second_call_of_a_kind_is_captured_and_its_owner_frees_it(on_cpu: St
     # What the tokens of a cold start are drawn with is nobody else's to keep.
     device, drawn = torch.device("cpu"), []
     for clusters in PLAN.clusters(61, 61):
-        early = sampled_tokens(61, clusters)
-        for count, of in ((clusters, 61), (early, 61), (clusters, early)):
+        for count, of in samples_of_a_cold_start(61, clusters, PLAN.first_iterations):
             drawn += [strata(count, 0, device), stratified_places(count, of, 0, device)]
     assert [id(t) for t in captured.constants] == [id(t) for t in drawn]
     assert graphs.nbytes > sum(t.numel() * t.element_size() for t in small())

@@ -102,7 +102,7 @@ def test_tokens_of_two_calls_are_compared_by_the_sample_that_differs_most() -> N
 def test_the_excess_tells_labels_that_fit_from_labels_that_mean_nothing() -> None:
     q, k, _ = random_qkv(0, 2, (4, 2), (NEW, 200), 32, torch.float32, "cpu")
     metric = reference.logit_metrics(q, k, ALL_CLUSTERED)[1]
-    start = reference.stratified_sample(k, None, 9, 0)
+    start = reference.initial_centroids(k, None, 9, 0)
     good = reference.kmeans(k, None, start, 20, metric)
     assert 0 <= excess_spread(k, good, metric) < 0.01
     mixed = good.labels[:, :, torch.randperm(200, generator=torch.Generator().manual_seed(0))]

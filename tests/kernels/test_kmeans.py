@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from attention_cases import CUDA, FORMS, INTERPRETED, SEEDS, Form, random_qkv
@@ -10,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels.clusters import (
+    cold_start,
+    strata,
+    stratified_places,
+    stratified_sample,
+)
 from svg_ear_compile.kernels.kinds import CLUSTERED, EXACT, PADDING, exact_at_ends
+from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.reference import Clusters, QueryTile
 
 few = settings(max_examples=4, phases=[Phase.generate]) if INTERPRETED else settings()
@@ -73,7 +82,7 @@ def test_labels_are_the_nearest_centroids_of_the_round_before(
     form: Form, dim: int, dtype: torch.dtype, seed: int, count: tuple[int, int], rounds: int
 ) -> None:
     x = tokens_of(form, seed, count[0], dim, dtype)
-    start = reference.stratified_sample(x, None, count[1], seed=0)
+    start = reference.initial_centroids(x, None, count[1], seed=0)
     before = start if rounds == 1 else kmeans(form, x, start, rounds - 1).centroids
     found = kmeans(form, x, start, rounds)
     if form.is_triton:  # the kernel multiplies centroids in the dtype of the tokens
@@ -96,7 +105,7 @@ def test_labels_are_the_nearest_in_the_metric(
     form: Form, dim: int, dtype: torch.dtype, seed: int, count: tuple[int, int], offset: float
 ) -> None:
     x = tokens_of(form, seed, count[0], dim, dtype) + offset
-    start = reference.stratified_sample(x, None, count[1], seed=0)
+    start = reference.initial_centroids(x, None, count[1], seed=0)
     generator = torch.Generator().manual_seed(seed)
     root = torch.randn(1, 2, dim, dim, generator=generator)
     metric = reference.as_metric(root @ root.transpose(2, 3))
@@ -126,7 +135,7 @@ def test_tile_aligned_clusters_give_their_surplus_to_those_with_room(
     subtile, tile = 16, 48
     x = tokens_of(form, seed, count[0], dim, dtype)
     kinds = exact_at_ends(x, x, text, 0).queries
-    start = reference.stratified_sample(x, kinds, count[1], seed=0)
+    start = reference.initial_centroids(x, kinds, count[1], seed=0)
     before = kmeans(form, x, start, 1, kinds).labels
     found = kmeans(form, x, start, 1, kinds, query_tile=QueryTile(subtile, tile))
     distance = squared_distances(x, start)
@@ -184,7 +193,7 @@ def test_inertia_falls_and_is_that_of_the_definition(
     form: Form, dim: int, dtype: torch.dtype, seed: int, count: tuple[int, int]
 ) -> None:
     x = tokens_of(form, seed, count[0], dim, dtype)
-    start = reference.stratified_sample(x, None, count[1], seed=0)
+    start = reference.initial_centroids(x, None, count[1], seed=0)
     reached = [inertia(x, kmeans(form, x, start, rounds)) for rounds in (1, 3)]
     assert reached[1] <= reached[0] * (1 + 1e-3)
     wide = x.cpu().double()
@@ -218,8 +227,8 @@ def test_converged_centroids_are_a_fixed_point(
 @EVERY_FORM
 def test_same_start_gives_the_same_bits(form: Form, seed: int) -> None:
     x = tokens_of(form, seed, 131, 40, torch.float16)
-    start = reference.stratified_sample(x, None, 7, seed % 1000)
-    again = reference.stratified_sample(x, None, 7, seed % 1000)
+    start = reference.initial_centroids(x, None, 7, seed % 1000)
+    again = reference.initial_centroids(x, None, 7, seed % 1000)
     assert torch.equal(start, again)
     kept = start.clone()
     for first, second in zip(kmeans(form, x, start, 3), kmeans(form, x, again, 3), strict=True):
@@ -234,7 +243,7 @@ def test_first_centroids_are_clustered_tokens(seed: int, plain: bool) -> None:
     if not plain:
         kinds = torch.randint(3, (2, 2, 41), generator=torch.Generator().manual_seed(seed))
         kinds[..., 20] = CLUSTERED
-    drawn = reference.stratified_sample(x, None if plain else kinds, 6, seed % 100)
+    drawn = reference.initial_centroids(x, None if plain else kinds, 6, seed % 100)
     usable = kinds == CLUSTERED
     same = squared_distances(drawn, x) == 0  # [B, H, C, N]
     assert torch.equal(same.sum(-1), torch.ones(2, 2, 6, dtype=torch.long))
@@ -258,7 +267,7 @@ def test_more_clusters_than_tokens(form: Form, tokens: int) -> None:
 @EVERY_FORM
 def test_duplicate_tokens_leave_clusters_empty_and_finite(form: Form) -> None:
     x = torch.ones(1, 2, 50, 40, dtype=torch.float16, device=form.device)
-    start = reference.stratified_sample(x, None, 6, 0)
+    start = reference.initial_centroids(x, None, 6, 0)
     found = kmeans(form, x, start, 3)
     assert found.centroids.isfinite().all()
     # A tie goes to the lowest cluster.
@@ -274,7 +283,7 @@ def test_special_tokens_stay_out_of_the_centroids(form: Form, bad: float) -> Non
     kinds[..., [0, 1, 57, 58, 59]] = EXACT
     x[:, :, 50] = bad
     x[:, :, 35, 3] = bad
-    start = reference.stratified_sample(x, kinds, 4, 0)
+    start = reference.initial_centroids(x, kinds, 4, 0)
     found = kmeans(form, x, start, 2, kinds)
     assert (found.labels[..., [0, 1, 50, 57, 58, 59]] == 4).all()
     assert (found.labels[..., 30:40] == 5).all()
@@ -288,8 +297,60 @@ def test_special_tokens_stay_out_of_the_centroids(form: Form, bad: float) -> Non
 @settings(max_examples=3)
 def test_bfloat16_inertia_on_the_device(seed: int) -> None:
     x = tokens_of(CUDA, seed, 4099, 128, torch.bfloat16)
-    start = reference.stratified_sample(x, None, 33, seed=0)
+    start = reference.initial_centroids(x, None, 33, seed=0)
     wide = x.cpu().double()
     definition = reference.kmeans(wide, None, start.cpu().double(), 4)
     got = inertia(x, kmeans(CUDA, x, start, 4))
     assert got <= inertia(wide, definition) * (1 + 1e-2)
+
+
+def early(x: Tensor, kinds: Tensor | None, clusters: int, iterations: int) -> list[Any]:
+    """What the early rounds of a cold start are given."""
+    given: list[Any] = []
+
+    def rounds(*early: Any) -> Tensor:
+        given.extend(early)
+        start: Tensor = early[2]
+        return start
+
+    plan = AttentionPlan(first_iterations=iterations)
+    found = cold_start(x, kinds, clusters, plan, rounds)
+    assert found.shape == (*x.shape[:2], clusters, x.shape[3])
+    assert found.isfinite().all()
+    return given
+
+
+def test_early_rounds_of_a_cold_start_look_at_a_third_of_the_clustered_tokens() -> None:
+    x = torch.arange(90.0).view(1, 1, 90, 1).expand(2, 3, 90, 1).clone()
+    assert not early(x, None, 3, 1)  # the only round is the last one
+    tokens, kinds, start, rounds = early(x, None, 3, 5)
+    assert (tokens.shape, kinds, rounds) == ((2, 3, 30, 1), None, 4)
+    assert torch.equal(tokens.flatten(2).long() // 3, torch.arange(30).expand(2, 3, 30))
+    assert torch.isin(start, tokens).all()
+    assert early(x, None, 5, 5)[0].shape[2] == 40  # eight for each cluster
+    assert early(x, None, 6, 5)[0] is x
+    kinds = torch.where(torch.arange(90) % 2 > 0, CLUSTERED, EXACT).view(1, 1, 90)
+    assert (early(x, kinds, 3, 5)[0] % 2 == 1).all()
+    assert early(x, kinds, 6, 5)[1] is kinds
+
+
+def test_tokens_that_are_not_finite_are_in_no_cluster_in_early_rounds() -> None:
+    x = torch.zeros(1, 1, 60, 2)
+    x[0, 0, 30:] = torch.nan
+    assert early(x, None, 2, 3)[0].isnan().any(-1).sum() == 10
+
+
+def test_the_last_stratum_ends_with_the_last_clustered_token() -> None:
+    count, seed = 40000, 2991
+    assert float(strata(count, seed, torch.device("cpu"))[-1]) == 1.0  # rounded
+    x = torch.arange(count + 1.0).view(1, 1, -1, 1)
+    kinds = torch.full((1, 1, count + 1), CLUSTERED, dtype=torch.uint8)
+    kinds[..., -1] = PADDING
+    assert float(stratified_sample(x, kinds, count, seed).max()) < count
+
+
+def test_what_is_kept_of_a_cold_start_is_no_tensor_of_inference_mode() -> None:
+    device = torch.device("cpu")
+    with torch.inference_mode():
+        kept = (strata(61, 17, device), stratified_places(61, 610, 17, device))
+    assert not any(tensor.is_inference() for tensor in kept)

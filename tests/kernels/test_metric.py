@@ -127,7 +127,7 @@ def test_it_is_the_euclidean_distance_of_transformed_tokens(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, 2, 90, 8, generator=generator, dtype=torch.float64)
     root = torch.randn(1, 2, 8, 8, generator=generator, dtype=torch.float64)
-    start = reference.stratified_sample(x, None, 6, 0)
+    start = reference.initial_centroids(x, None, 6, 0)
     metric = root @ root.transpose(2, 3)
     found = reference.kmeans(x, None, start, 3, metric)
     moved = reference.kmeans(x @ root, None, start @ root, 3)

@@ -90,6 +90,36 @@ def test_a_long_mask_is_read_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not key_padding(mask)[2]
 
 
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sliced": lambda mask: torch.cat([mask, ~mask[..., :9]], -1)[..., : mask.shape[-1]],
+    "offset": lambda mask: torch.cat([~mask[..., :3], mask], -1)[..., 3:],
+    "stepped": lambda mask: mask.repeat_interleave(2, -1)[..., ::2],
+    "transposed": lambda mask: mask.mT.contiguous().mT,
+    "heads after rows": lambda mask: mask.transpose(1, 2).contiguous().transpose(1, 2),
+    "expanded heads": lambda mask: mask[:, :1].expand_as(mask),
+}
+
+
+@pytest.mark.parametrize("keys", [8, 24, 52, 37])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@DEVICES
+def test_every_layout_is_read_as_a_dense_one(device: str, layout: str, keys: int) -> None:
+    for rows in (torch.tensor([1, 0, 1, 1, 0]), torch.tensor([1, 1, 0, 1, 1])):
+        taken = torch.arange(keys) % 3 > 0
+        mask = (rows.bool()[:, None] & taken).expand(2, 3, 5, keys).clone().to(device)
+        for wrong in (False, True):
+            mask[0, 0, 3, keys // 2] ^= wrong
+            laid = LAYOUTS[layout](mask)
+            wanted = key_padding(laid.clone(memory_format=torch.contiguous_format))
+            found = key_padding(laid)
+            assert torch.equal(found[2], wanted[2])
+            assert bool(found[2]) is not wrong
+            if not wrong:
+                assert torch.equal(found[0], wanted[0])
+                assert torch.equal(found[1], wanted[1])
+            torch.library.opcheck(key_padding.default, (laid,), test_utils="test_faketensor")
+
+
 def write_data(mask: Tensor) -> None:
     mask.data[0, 0, 5, 7] ^= True
 

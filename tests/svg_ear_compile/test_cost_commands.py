@@ -47,7 +47,7 @@ def drawn(path: Path) -> bool:
 def test_calibrate_then_explain_and_plot(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = Workload((("float32", 32),), (128, 256, 512), 384, 1, 128, 1 << 20, ("float32",))
+    small = Workload((("float32", 32),), (128, 256, 512, 640), 384, 1, 128, 1 << 20, ("float32",))
     monkeypatch.setitem(measuring.WORKLOADS, "cpu", small)
     monkeypatch.setattr(measuring, "QUICK_SECONDS", 0.5)
     assert main(["explain", *MODEL]) == 0
