@@ -195,9 +195,9 @@ SAMPLED_PART = 3
 def sampled_tokens(tokens: int, clusters: int) -> int:
     """Number of tokens that all rounds of a cold start but the last look at.
 
-    Eight for each cluster at least; all, where that is more than half of them.
+    Sixteen for each cluster at least; all, where that is more than half of them.
     """
-    sampled = max(tokens // SAMPLED_PART, 8 * clusters)
+    sampled = max(tokens // SAMPLED_PART, 16 * clusters)
     return sampled if 2 * sampled <= tokens else tokens
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,9 +34,9 @@ TEXTS = pytest.mark.parametrize("text", [0, 7])
 
 
 def random_qkv(
-    tokens: int = 117, dim: int = 32, dtype: torch.dtype = torch.float64
+    tokens: int = 117, dim: int = 32, dtype: torch.dtype = torch.float64, seed: int = 4
 ) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator().manual_seed(seed)
     return [torch.randn(2, 3, tokens, dim, generator=generator, dtype=dtype) for _ in range(3)]
 
 
@@ -103,14 +104,14 @@ def test_rules_tend_to_dense_attention(rule: str, text: int) -> None:
 
 
 def test_rules_rank_as_their_papers_say() -> None:
-    q, k, v = random_qkv(tokens=300, dtype=torch.float32)
-    q, k = 0.4 * q, 0.4 * k
-    dense = F.scaled_dot_product_attention(q, k, v)
-    error = {
-        name: relative(attention(q, k, v, name, PLAN), dense)
-        for name, rule in RULES.items()
-        if not rule.by_call
-    }
+    error: Counter[str] = Counter()  # of several draws: on one the clusters may favour any rule
+    for seed in range(4):
+        q, k, v = random_qkv(tokens=300, dtype=torch.float32, seed=seed)
+        q, k = 0.4 * q, 0.4 * k
+        dense = F.scaled_dot_product_attention(q, k, v)
+        for name, rule in RULES.items():
+            if not rule.by_call:
+                error[name] += relative(attention(q, k, v, name, PLAN), dense)
     assert (
         error["gaussian"] < error["first_order"] < error["values"] < error["paper"] < error["score"]
     )

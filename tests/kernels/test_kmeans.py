@@ -322,22 +322,22 @@ def early(x: Tensor, kinds: Tensor | None, clusters: int, iterations: int) -> li
 
 def test_early_rounds_of_a_cold_start_look_at_a_third_of_the_clustered_tokens() -> None:
     x = torch.arange(90.0).view(1, 1, 90, 1).expand(2, 3, 90, 1).clone()
-    assert not early(x, None, 3, 1)  # the only round is the last one
-    tokens, kinds, start, rounds = early(x, None, 3, 5)
+    assert not early(x, None, 1, 1)  # the only round is the last one
+    tokens, kinds, start, rounds = early(x, None, 1, 5)
     assert (tokens.shape, kinds, rounds) == ((2, 3, 30, 1), None, 4)
     assert torch.equal(tokens.flatten(2).long() // 3, torch.arange(30).expand(2, 3, 30))
     assert torch.isin(start, tokens).all()
-    assert early(x, None, 5, 5)[0].shape[2] == 40  # eight for each cluster
-    assert early(x, None, 6, 5)[0] is x
+    assert early(x, None, 2, 5)[0].shape[2] == 32  # sixteen for each cluster
+    assert early(x, None, 3, 5)[0] is x
     kinds = torch.where(torch.arange(90) % 2 > 0, CLUSTERED, EXACT).view(1, 1, 90)
-    assert (early(x, kinds, 3, 5)[0] % 2 == 1).all()
-    assert early(x, kinds, 6, 5)[1] is kinds
+    assert (early(x, kinds, 1, 5)[0] % 2 == 1).all()
+    assert early(x, kinds, 3, 5)[1] is kinds
 
 
 def test_tokens_that_are_not_finite_are_in_no_cluster_in_early_rounds() -> None:
     x = torch.zeros(1, 1, 60, 2)
     x[0, 0, 30:] = torch.nan
-    assert early(x, None, 2, 3)[0].isnan().any(-1).sum() == 10
+    assert early(x, None, 1, 3)[0].isnan().any(-1).sum() == 10
 
 
 def test_the_last_stratum_ends_with_the_last_clustered_token() -> None:
