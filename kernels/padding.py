@@ -71,8 +71,9 @@ def words_of(taken: Tensor) -> Tensor:
 
     A comparison of words reads as much as one of bools, and makes an eighth of the numbers.
     """
+    address = (taken.storage_offset(), taken.data_ptr())  # an imported tensor may begin anywhere
     for dtype in (torch.int64, torch.int32, torch.int16):
-        places = (taken.shape[-1], taken.data_ptr(), *taken.stride()[:-1])
+        places = (taken.shape[-1], *address, *taken.stride()[:-1])
         if taken.stride(-1) == 1 and all(place % dtype.itemsize == 0 for place in places):
             return taken.view(dtype)
     return taken.view(torch.uint8)

@@ -17,6 +17,7 @@ import torch
 from benchmarks.attention.inputs import (
     CAPTURED,
     MODEL_SHAPES,
+    NARROW,
     PAPERS_CLUSTERS,
     SHAPES,
     SWEEP,
@@ -53,7 +54,7 @@ def jobs(given: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
             for part in (papers, default)
         ),
         ("wan14b-720p", job | price),
-        *((name, default | {"densities": [0.2]}) for name in SWEEP),
+        *((name, default | {"densities": [0.2]}) for name in (*SWEEP, *NARROW)),
         (CAPTURED, default),
     ]
 

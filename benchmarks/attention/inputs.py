@@ -25,7 +25,9 @@ SWEEP = {
     f"sweep-{n // 1000}k": (1, 4 if n == 300000 else 24, n, 0, 128)
     for n in (8192, 10240, 16384, 65536, 131072, 300000)
 }
-SHAPES = MODEL_SHAPES | SWEEP
+NARROW = {f"narrow-{n // 1000}k": (1, 24, n, 0, 64) for n in (8192, 32768, 75600)}
+"""Heads of 64 channels: no model of `MODEL_SHAPES` has long videos of them."""
+SHAPES = MODEL_SHAPES | SWEEP | NARROW
 CAPTURED = "video-dit"
 """One layer of the video DiT half way through a generation: 6,912 tokens of real structure."""
 
