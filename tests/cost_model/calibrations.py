@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
+from svg_ear_compile.cost_model import json_record
 from svg_ear_compile.cost_model.calibration import VERSION, Calibration, Efficiency, Roofs, Sample
 from svg_ear_compile.cost_model.device import Device
 from svg_ear_compile.cost_model.latency import dense_ms, sparse_ms
 from svg_ear_compile.cost_model.stages import STAGES, AttentionShape
 from svg_ear_compile.kernels.plan import AttentionPlan
 
+_H200 = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200" / "calibration.json"
 DEVICE = Device("cuda", "Test GPU", "2.13.0", "3.9.0", "0a1b2c3d", "sm_90")
+
+
+def h200() -> Calibration:
+    """A calibration of an idle H200."""
+    return json_record.read(Calibration, _H200)
 
 
 def even(kind: str = "cuda", slower: float = 2.0, host_ms: float = 0.0) -> Calibration:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibrations import DEVICE, sample_of
+from calibrations import DEVICE, h200, sample_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,9 +35,7 @@ from svg_ear_compile.cost_model.timing import patient
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 BASE = dataclasses.replace(prior_of("A100 80 GB"), device=DEVICE)
-TRUTH = dataclasses.replace(
-    device_profile.load(dataclasses.replace(DEVICE, name="NVIDIA H200")), device=DEVICE
-)
+TRUTH = dataclasses.replace(h200(), device=DEVICE)
 FIRST = WORKLOADS["cuda"].classes[0]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calibrations import h200
 
 from svg_ear_compile import calibrating
 from svg_ear_compile.cost_model import calibration as keeping
@@ -16,18 +17,13 @@ from svg_ear_compile.cost_model.calibration import Calibration
 from svg_ear_compile.cost_model.device import describe
 from svg_ear_compile.cost_model.disturbance import disturbance_of
 from svg_ear_compile.cost_model.fit import compare, fit
-from svg_ear_compile.cost_model.json_record import decode, parse
-from svg_ear_compile.cost_model.prior import RECORDED
 from svg_ear_compile.policy import calibration_of, profile_of
 
 
 @pytest.fixture(scope="module")
 def idle() -> Calibration:
     """What was measured on an idle H200."""
-    data = parse((RECORDED / "nvidia-h200.json").read_bytes())
-    assert isinstance(data, dict)
-    data.pop("checksum", None)
-    return decode(Calibration, data)
+    return h200()
 
 
 def slowed(idle: Calibration, factors: dict[int, float]) -> Calibration:

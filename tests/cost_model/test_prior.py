@@ -36,17 +36,17 @@ DATASHEETS = {
 }
 # Fewest heads of 128 with which a video of 8k, 16k, 32k and 75k tokens goes sparse; "-" never.
 SPARSE = {
-    "H100 SXM": "- - 12 12",
-    "H100 PCIe": "- - 12 12",
-    "A100 40 GB": "- - - 12",
-    "A100 80 GB": "- - 24 12",
-    "RTX 3090": "24 12 12 12",
-    "RTX 4090": "- 12 12 12",
+    "H100 SXM": "- 24 12 12",
+    "H100 PCIe": "- 12 12 12",
+    "A100 40 GB": "- 40 12 12",
+    "A100 80 GB": "- 40 12 12",
+    "RTX 3090": "12 12 12 12",
+    "RTX 4090": "40 12 12 12",
     "L40S": "- - 12 12",
-    "RTX 5090": "- 12 12 12",
+    "RTX 5090": "40 12 12 12",
     "B200": "- - - -",
     "B300": "- - - -",
-    "MI300X": "- - - -",
+    "MI300X": "- - - 40",
 }
 
 
@@ -76,7 +76,7 @@ def test_a_video_goes_sparse_where_the_prior_less_its_uncertainty_says_that_it_p
 
 
 def test_uncertainty_counts_against_a_sparse_call() -> None:
-    known, shape, plan = prior_of("RTX 4090"), video(12288, 12), AttentionPlan()
+    known, shape, plan = prior_of("RTX 4090"), video(10240, 12), AttentionPlan()
     dense, sparse = dense_ms(shape, known), sparse_ms(shape, plan, known, "cold").total
     margin = dense / sparse - 1.0
     assert 0.0 < margin < 0.5
@@ -88,7 +88,7 @@ def test_uncertainty_counts_against_a_sparse_call() -> None:
 def test_the_prior_of_the_measured_gpu_repeats_its_record() -> None:
     device = Device("cuda", H200.name, "", "", "", H200.architecture)
     record, guessed = device_profile.load(device), prior(device, H200)
-    assert (record.origin, record.uncertainty) == ("recorded", 0.0)
+    assert (record.origin, record.uncertainty) == ("recorded", 0.1)
     assert guessed.roofs.bandwidth == pytest.approx(record.roofs.bandwidth)
     for dtype in ("bfloat16", "float32"):
         assert guessed.roofs.flops[dtype] == pytest.approx(record.roofs.flops[dtype])
@@ -100,7 +100,7 @@ def test_the_prior_of_the_measured_gpu_repeats_its_record() -> None:
             assert times[0].stages == pytest.approx(times[1].stages)
 
 
-def test_the_record_promises_no_cold_call_more_than_it_had() -> None:
+def test_the_record_promises_no_cold_call_a_tenth_more_than_it_had() -> None:
     """The reason for a small uncertainty where the chip is the one that was measured."""
     folder = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200"
     record = device_profile.load(Device("cuda", "NVIDIA H200", "", "", "", "sm_90"))
@@ -119,8 +119,9 @@ def test_the_record_promises_no_cold_call_more_than_it_had() -> None:
         dense = min(statistics.median(times) for times in row["dense_samples_ms"].values())
         had = dense / statistics.median(row["cold_samples_ms"])
         promised = dense_ms(shape, record) / sparse_ms(shape, plan, record, "cold").total
-        assert promised < 1.02 * had
-        compared += 1
+        if tokens >= 8192:
+            assert promised < 1.1 * had
+            compared += 1
     assert compared > 30
 
 

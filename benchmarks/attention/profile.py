@@ -1,0 +1,130 @@
+"""`python -m benchmarks.attention.profile --out FILE`: the recorded device profile of an H200.
+
+A calibration keeps within half a minute and within 98,304 tokens. The attention record has what it
+lacks: calls of up to 300,000 tokens, and of many heads. So the profile that the package ships is
+fitted to that record; a calibration gives roofs of other dtypes and the host's time. Two models,
+all cold and reused calls and other numbers of clusters test it in `test_recorded.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from svg_ear_compile.cost_model import json_record
+from svg_ear_compile.cost_model.calibration import Calibration, Sample
+from svg_ear_compile.cost_model.fit import fit, scale
+from svg_ear_compile.cost_model.latency import Start
+from svg_ear_compile.cost_model.stages import AttentionShape
+from svg_ear_compile.kernels.plan import AttentionPlan
+
+RESULTS = Path(__file__).parents[1] / "results" / "nvidia-h200"
+UNCERTAINTY = 0.1
+"""No call of the record promises a tenth more speed-up with cold clusters than it had."""
+
+HELD_OUT = ("hunyuan-720p", "minimax-h3")
+_SHORTEST = 8192  # shorter calls take the host's time
+_SAMPLES = {"cold": "cold_samples_ms", "warm": "samples_ms", "reused": "reused_samples_ms"}
+
+
+class Measured(NamedTuple):
+    """A row of the attention record: one sparse call, recomputed, reused and cold."""
+
+    name: str
+    shape: AttentionShape
+    plan: AttentionPlan
+    dense_ms: float
+    call_ms: dict[Start, float]
+    stages_ms: dict[str, float]
+    by_default: bool
+
+
+def rows_of(record: dict[str, Any]) -> Iterator[Measured]:
+    """Sparse calls of an attention record that are no shorter than `_SHORTEST`."""
+    for row in record["rows"]:
+        batch, heads, tokens, dim = row["size"]
+        if "cold_samples_ms" not in row or tokens < _SHORTEST or row["density"] == 1.0:
+            continue
+        plan = AttentionPlan(density=row["density"], compensation=row["form"])
+        by_default = row["clusters"] == "default"
+        if not by_default:
+            q_clusters, k_clusters = map(int, row["clusters"].split("/"))
+            plan = replace(
+                plan, q_clusters=q_clusters, k_clusters=k_clusters, warm_iterations=2
+            )  # as `inputs.plan_of`
+        stages = dict(row["stages_ms"])
+        cluster = sum(stages.pop(part) for part in ("assign", "means", "sort"))
+        yield Measured(
+            row["shape"],
+            AttentionShape(batch, heads, heads, tokens, tokens, dim, "bfloat16", row["text"]),
+            plan,
+            min(map(statistics.median, row["dense_samples_ms"].values())),
+            {start: statistics.median(row[name]) for start, name in _SAMPLES.items()},
+            {"cluster": cluster, **stages},
+            by_default,
+        )
+
+
+def profile_of(record: dict[str, Any], calibration: Calibration) -> Calibration:
+    """The profile of the device of an attention record.
+
+    Args:
+        record: `attention.json`.
+        calibration: of a device of that name, for what the record does not measure.
+    """
+    samples = tuple(_sample(row) for row in rows_of(record) if row.by_default)
+    measured = record["roofs"]
+    flops = calibration.roofs.flops | {"bfloat16": measured["tflops"]}
+    roofs = replace(calibration.roofs, flops=flops, bandwidth=measured["gb_per_second"])
+    classes: dict[str, list[Sample]] = {}
+    for sample in samples:
+        classes.setdefault(f"{sample.dtype}/{sample.head_dim}", []).append(sample)
+    # One length tells no coefficients apart: such a class has those of the other one in proportion.
+    of_many = {name: found for name, found in classes.items() if len(_lengths(found)) > 1}
+    stages = fit([one for found in of_many.values() for one in found], roofs, calibration.device)
+    (known,) = stages.values()
+    for name in classes.keys() - of_many.keys():
+        like = replace(calibration, roofs=roofs, stages={name: known})
+        stages |= scale(like, classes[name], roofs)
+    return replace(
+        calibration,
+        roofs=roofs,
+        stages=stages,
+        seconds=record["seconds"],
+        samples=samples,
+        uncertainty=UNCERTAINTY,
+    )
+
+
+def _lengths(samples: list[Sample]) -> set[int]:
+    return {sample.tokens for sample in samples}
+
+
+def _sample(row: Measured) -> Sample:
+    shape, plan = row.shape, row.plan
+    return Sample(
+        shape.q_tokens, shape.heads, shape.head_dim, shape.dtype, plan.density, plan.compensation,
+        *plan.clusters(*shape.clustered), row.dense_ms, row.call_ms["warm"], row.stages_ms,
+        row.name not in HELD_OUT, shape.batch, shape.text,
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Write the profile."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--record", type=Path, default=RESULTS / "attention.json")
+    parser.add_argument("--calibration", type=Path, default=RESULTS / "calibration.json")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    record = json.loads(given.record.read_text())
+    found = profile_of(record, json_record.read(Calibration, given.calibration))
+    json_record.write(given.out, found)
+
+
+if __name__ == "__main__":
+    main()
