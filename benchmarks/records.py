@@ -67,8 +67,8 @@ RECORDS = (
     Record("cache", 1.5, "{python} -m benchmarks.attention.cache --out {out}"),
     Record("chunks", 2, "{python} -m benchmarks.attention.chunks --out {out}"),
     Record(
-        "profile", 0.7,
-        "XDG_CACHE_HOME={out}/profile {python} -m svg_ear_compile calibrate --device cuda",
+        "calibration", 0.7,
+        "XDG_CACHE_HOME={out}/calibration {python} -m svg_ear_compile calibrate --device cuda",
     ),
     Record(
         "forward-wan", 3,

@@ -30,7 +30,7 @@ machine are compiled in this time."""
 
 QUICK_UNCERTAINTY = 0.25
 """Of a quick calibration. The calls that were measured on the H200, predicted from the prior of any
-other GPU scaled by two of them, take up to 22 % longer than predicted, from 16,384 tokens on and
+other GPU scaled by two of them, take up to 12 % longer than predicted, from 16,384 tokens on and
 with the default clusters."""
 
 
@@ -84,7 +84,7 @@ WORKLOADS = {
 _GAUSSIAN = AttentionPlan(density=0.1)
 _CENTROID = AttentionPlan(density=0.2, compensation="centroid")
 # Index of the length, plan, cluster size as a multiple of the default size. The first six determine
-# every coefficient: fitted to them alone, the record of the H200 predicts its other calls within
+# every coefficient: fitted to them alone, a calibration of the H200 predicts its other calls within
 # 10 % (tests/cost_model/test_fit.py). Calls of one length follow each other, because each length
 # has its own tensors and its own dense attention.
 _NEEDED = (

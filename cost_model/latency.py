@@ -74,20 +74,25 @@ def sparse_ms(
     start: Start = "warm",
 ) -> StageTimes:
     """Milliseconds of one sparse call by stage."""
-    rounds = float(plan.warm_iterations)
-    if start == "reused":
-        rounds = 0.0
-    elif start == "cold":
-        tokens = shape.clustered
-        samples = zip(tokens, plan.clusters(*tokens), strict=True)
-        parts = [sampled_tokens(count, clusters) < count for count, clusters in samples]
-        rounds = 1 + (plan.first_iterations - 1) * (EARLY_ROUND if all(parts) else 1.0)
+    rounds = _rounds(shape, plan, start)
     amounts = sparse_amounts(shape, plan, calibration.device, rounds, kept=start == "kept")
     stages = {
         stage: calibration.stage_ms(stage, amount, shape.dtype, shape.head_dim)
         for stage, amount in amounts.items()
     }
     return StageTimes(stages, calibration.host_ms)
+
+
+def _rounds(shape: AttentionShape, plan: AttentionPlan, start: Start) -> float:
+    """Rounds of k-means over all tokens that take as long as those of such a start."""
+    if start == "reused":
+        return 0.0
+    if start != "cold":
+        return float(plan.warm_iterations)
+    tokens = shape.clustered
+    samples = zip(tokens, plan.clusters(*tokens), strict=True)
+    is_part = all(sampled_tokens(count, clusters) < count for count, clusters in samples)
+    return 1 + (plan.first_iterations - 1) * (EARLY_ROUND if is_part else 1.0)
 
 
 def call_ms(shape: AttentionShape, plan: AttentionPlan, calibration: Calibration) -> float:

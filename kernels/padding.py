@@ -47,6 +47,9 @@ def key_padding(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     found = rows.new_zeros(batch, heads, 1, 1)  # heads that had a row with keys
     proven = torch.ones((), dtype=torch.bool, device=mask.device)
     for first in range(0, count if tokens else 0, _ROWS_AT_A_TIME):
+        # A wait for each part after the first: most masks that are no padding end there.
+        if first and not proven:
+            break
         part = mask[:, :, first : first + _ROWS_AT_A_TIME]
         taken = part == 0 if additive else part
         if additive:
@@ -59,8 +62,6 @@ def key_padding(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keys = torch.where(found, keys, taken.gather(2, at))
         found = found | some.any(-2, keepdim=True)
         proven &= ((words == keys.view(words.dtype)) | ~some).all()
-        if not proven:
-            break
     if additive:
         proven &= rows.all()
     return keys, rows, proven.cpu()

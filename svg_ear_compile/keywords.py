@@ -9,11 +9,10 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from svg_ear_compile.kernels.checked import InvalidTypeError, shown
-from svg_ear_compile.settings import OPTIONS
+from svg_ear_compile.settings import COMPARED, OPTIONS
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_COMPARED = 64  # characters, in quadratic time
 
 
 def answers_unknown_keywords(options_go: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
@@ -37,7 +36,7 @@ def answers_unknown_keywords(options_go: str) -> Callable[[Callable[_P, _R]], Ca
             if key in OPTIONS:
                 return f", it is an option: {options_go.format(key)}"
             names = list(dict.fromkeys((*known, *OPTIONS)))
-            near = difflib.get_close_matches(key[:_COMPARED], names, 3, 0.5)
+            near = difflib.get_close_matches(key[:COMPARED], names, 3, 0.5)
             if near:
                 return f"; did you mean {' or '.join(near)}?"
             return f"; it has {', '.join(known)}"

@@ -27,7 +27,8 @@ from svg_ear_compile.kernels.checked import (
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.removed import REMOVED
 
-_COMPARED = 64  # characters of an unknown name that are compared, in quadratic time
+COMPARED = 64
+"""Characters of an unknown name that are compared with known ones, in quadratic time."""
 
 # What the policy sets. AttentionPlan.min_tokens is for graphs of several lengths; the option of
 # that name is one number for all sites.
@@ -210,7 +211,7 @@ def _mode(mode: object) -> dict[str, Any]:
     if not isinstance(mode, str):
         raise InvalidTypeError(f"mode must be str or None, got {shown(mode)}")
     if mode not in modes:
-        (near,) = difflib.get_close_matches(mode[:_COMPARED], modes, 1, 0.0)
+        (near,) = difflib.get_close_matches(mode[:COMPARED], modes, 1, 0.0)
         raise InvalidValueError(f"unknown mode {shown(mode)}; did you mean {near!r}?")
     return dict(modes[mode])
 
@@ -267,7 +268,7 @@ def _checked_inductor(key: str, name: str, value: object) -> object:
 
 
 def _nearest(key: str, known_inductor: Iterable[str]) -> str:
-    key = key[:_COMPARED]
+    key = key[:COMPARED]
     near = difflib.get_close_matches(key, OPTIONS, 3, 0.5)
     near += difflib.get_close_matches(key, sorted(known_inductor), 2, 0.7)
     if near:

@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.attention.inputs import plan_of
+from benchmarks.attention.summary import dense_ms
 from svg_ear_compile.cost_model import json_record
 from svg_ear_compile.cost_model.calibration import Calibration, Sample
 from svg_ear_compile.cost_model.fit import fit, scale
@@ -44,29 +46,22 @@ class Measured(NamedTuple):
     by_default: bool
 
 
-def rows_of(record: dict[str, Any]) -> Iterator[Measured]:
+def calls_of(record: dict[str, Any]) -> Iterator[Measured]:
     """Sparse calls of an attention record that are no shorter than `_SHORTEST`."""
     for row in record["rows"]:
         batch, heads, tokens, dim = row["size"]
         if "cold_samples_ms" not in row or tokens < _SHORTEST or row["density"] == 1.0:
             continue
-        plan = AttentionPlan(density=row["density"], compensation=row["form"])
-        by_default = row["clusters"] == "default"
-        if not by_default:
-            q_clusters, k_clusters = map(int, row["clusters"].split("/"))
-            plan = replace(
-                plan, q_clusters=q_clusters, k_clusters=k_clusters, warm_iterations=2
-            )  # as `inputs.plan_of`
         stages = dict(row["stages_ms"])
         cluster = sum(stages.pop(part) for part in ("assign", "means", "sort"))
         yield Measured(
             row["shape"],
             AttentionShape(batch, heads, heads, tokens, tokens, dim, "bfloat16", row["text"]),
-            plan,
-            min(map(statistics.median, row["dense_samples_ms"].values())),
+            plan_of(row["clusters"], row["form"], row["density"]),
+            dense_ms(row),
             {start: statistics.median(row[name]) for start, name in _SAMPLES.items()},
             {"cluster": cluster, **stages},
-            by_default,
+            row["clusters"] == "default",
         )
 
 
@@ -77,7 +72,7 @@ def profile_of(record: dict[str, Any], calibration: Calibration) -> Calibration:
         record: `attention.json`.
         calibration: of a device of that name, for what the record does not measure.
     """
-    samples = tuple(_sample(row) for row in rows_of(record) if row.by_default)
+    samples = tuple(_sample(row) for row in calls_of(record) if row.by_default)
     measured = record["roofs"]
     flops = calibration.roofs.flops | {"bfloat16": measured["tflops"]}
     roofs = replace(calibration.roofs, flops=flops, bandwidth=measured["gb_per_second"])

@@ -163,7 +163,9 @@ class CapturedGraphs:
             result = call(arguments)
             if self._is_due(kind, arguments, result, number):
                 constants = []
-                if not centroids:  # what the tokens of a cold start are drawn with
+                # The tokens of a cold start are drawn with these: with one of each two, by whether
+                # there are kinds.
+                if not centroids:
                     clusters = plan.clusters(*kinds.counts(q.shape[2], k.shape[2]))
                     for n, drawn in zip((q.shape[2], k.shape[2]), clusters, strict=True):
                         for count, of in samples_of_a_cold_start(n, drawn, plan.first_iterations):

@@ -211,4 +211,4 @@ def test_a_checkpoint_that_cannot_be_written_is_named_first(tmp_path: Path) -> N
 def test_an_option_of_the_backend_is_told_where_it_belongs() -> None:
     model: Any = stack()[0]
     with pytest.raises(TypeError, match=r"bind has no argument 'density', it is an option: torch"):
-        bind(model, density=0.2)  # type: ignore[call-arg]
+        bind(model, density=0.2)  # type: ignore[call-arg]  # the mistake
