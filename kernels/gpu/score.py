@@ -45,8 +45,8 @@ def score_kernel(
     With ``v_t = v_j + delta_t``, ``x = exp(a_it)`` and ``y = exp(c_ij)`` the error is
     ``E_ij = sum_t (x - y)^2 |v_j|^2 + 2 x (x - y) v_j.delta_t + x^2 |delta_t|^2``. This sum equals
     the definition's, but its terms do not cancel. "threshold" reads the natural log of the mass
-    Z_ij beside the error, "top_p" the logit c_ij, and "density" nothing: a table costs as much as a
-    tenth of the kernel, because each program writes a column of it.
+    Z_ij beside the error, "top_p" the logit c_ij, and "density" nothing. What nobody reads is
+    not written, because each program writes a column of a table, in pieces of four bytes.
     """
     j = tl.program_id(0)
     local = tl.program_id(2).to(tl.int64)
