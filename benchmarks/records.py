@@ -81,6 +81,11 @@ RECORDS = (
         "--out {out}/end_to_end",
     ),
     Record(
+        "generation-wan", 6,
+        "{python} -m benchmarks.end_to_end generation --model wan14b-720p --steps 5 "
+        "--densities 0.2 --dense-steps 1,0 --out {out}/end_to_end",
+    ),
+    Record(
         "schedules-third", 4,
         "for guidance in 2 5; do {python} -m benchmarks.fidelity.schedules --model third "
         "--guidance $guidance --out {out}/fidelity/schedules; done",
@@ -88,13 +93,21 @@ RECORDS = (
     Record(
         "peers-third", 4,
         "{python} -m benchmarks.fidelity clips --models third --minutes 3.8 --out "
-        "{out}/fidelity/peers --rules sol_top_k,sol_top_k_cubes,sol_tau,sol_tau_cubes,top_k_drop",
+        "{out}/fidelity/peers --rules kitchen_top_k,kitchen_top_k_cubes,kitchen_tau,"
+        "kitchen_tau_cubes,kitchen_tokens,sol_top_k",
     ),
     Record(
         "fidelity-times", 4,
-        "{python} -m benchmarks.fidelity times --minutes 3.8 --out {out}/fidelity",
+        "{python} -m benchmarks.fidelity times --minutes 3.8 --models self,joint --out "
+        "{out}/fidelity --rules paper,gaussian,kitchen_top_k,kitchen_tau,kitchen_tokens "
+        "--clusters 64/64,128/64,256/64",
     ),
     Record("stacking", 6, "{python} -m benchmarks.stacking --out {out}/stacking"),
+    Record(
+        "stacking-wan14b", 3,
+        "{python} -m benchmarks.stacking --model wan14b-720p --layers 10 --steps 5 "
+        "--rows alone,float8 --out {out}/stacking",
+    ),
 )  # fmt: skip
 
 
@@ -177,7 +190,7 @@ def main() -> None:
     """Parse the command line; exit code 1 if a record failed or was stopped."""
     parser = argparse.ArgumentParser(description=__doc__)
     names = [record.name for record in RECORDS]
-    parser.add_argument("names", nargs="*", help=f"all, or {', '.join(names)}")
+    parser.add_argument("names", nargs="*", help=f"all, or in this order: {', '.join(names)}")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
@@ -188,7 +201,8 @@ def main() -> None:
     if gpus == 0:
         parser.error("there is no GPU here")
     run = Run(given.out.resolve(), gpus, given.minutes)
-    run.all_of([r for r in RECORDS if not given.names or r.name in given.names])
+    of = {record.name: record for record in RECORDS}
+    run.all_of([of[name] for name in given.names or names])
     if any(how.startswith(("failed", "stopped")) for how in run.outcomes.values()):
         raise SystemExit(1)
 

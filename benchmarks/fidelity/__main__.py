@@ -24,14 +24,14 @@ from rich.console import Console
 
 from benchmarks.attention.inputs import Inputs, inputs_of
 from benchmarks.fidelity import kitchen
-from benchmarks.fidelity.grid import Cell, cells
+from benchmarks.fidelity.grid import OURS, Cell, cells
 from benchmarks.fidelity.plots import write_frontier
 from benchmarks.fidelity.record import Record, read
 from benchmarks.fidelity.report import cells_table, derived_table
 from benchmarks.fidelity.rules import RULES
 from benchmarks.fidelity.scores import interval, score_clips
 from benchmarks.fidelity.subject import Subject
-from benchmarks.fidelity.times import WAN, measure_times
+from benchmarks.fidelity.times import SHORTER, WAN, measure_times
 from benchmarks.video_dit.zoo import MODELS
 
 SEEDS = {"self": 6, "joint": 4, "third": 3}
@@ -140,11 +140,13 @@ def take_times(
     settings = {name: getattr(given, name) for name in ("clip", "rules", "densities", "clusters")}
     record = Record(given.out / "times.json", settings)
     timed = {row["shape"] for row in record.rows}
-    if WAN not in timed:
-        clock.need(50.0)
-        record.rows += measure_times(inputs_of(WAN, "cuda", torch.bfloat16), wanted, say)
-        record.write()
-        torch.cuda.empty_cache()
+    beside = [cell for cell in wanted if cell.rule == OURS or RULES[cell.rule].needs_kitchen]
+    for shape, cells_of in ((WAN, wanted), *((shape, beside) for shape in SHORTER)):
+        if shape not in timed:
+            clock.need(50.0)
+            record.rows += measure_times(inputs_of(shape, "cuda", torch.bfloat16), cells_of, say)
+            record.write()
+            torch.cuda.empty_cache()
     for of in clips:
         if of.name not in timed:
             clock.need(20.0)

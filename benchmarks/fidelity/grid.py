@@ -40,10 +40,10 @@ IN_KERNELS = tuple(name for name, rule in RULES.items() if rule.compensation is 
 # Sol-Attn, with its blocks in place of clusters.
 _BLOCKS = (BLOCK, BLOCK)
 _BY_SHARE = (
-    "sol_top_k", "sol_top_k_cubes", "kitchen_top_k", "sol_tokens", "sol_tokens_cubes",
-    "kitchen_tokens", "top_k_drop",
+    "sol_top_k", "sol_top_k_cubes", "kitchen_top_k", "kitchen_top_k_cubes", "sol_tokens",
+    "sol_tokens_cubes", "kitchen_tokens", "top_k_drop",
 )  # fmt: skip
-_BY_TAU = ("sol_tau", "sol_tau_cubes", "kitchen_tau")
+_BY_TAU = ("sol_tau", "sol_tau_cubes", "kitchen_tau", "kitchen_tau_cubes")
 _TAUS = (1.0, 2.0)
 
 # Where the curves of the two meet: at the same time one has more exact blocks than the other.

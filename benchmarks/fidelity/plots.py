@@ -34,7 +34,9 @@ _COLOURS = {
     "sol_tokens": "#637939",
     "sol_tokens_cubes": "#b5cf6b",
     "kitchen_top_k": "#843c39",
+    "kitchen_top_k_cubes": "#d6616b",
     "kitchen_tau": "#1b1c3a",
+    "kitchen_tau_cubes": "#6b6ecf",
     "kitchen_tokens": "#31431c",
 }
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.fidelity import head, kitchen, orders
+from benchmarks.fidelity import head, orders
 from benchmarks.fidelity.head import Head, heads_of
+from benchmarks.fidelity.kitchen import Kitchen
 from benchmarks.fidelity.sol import Grid, SolAttn
 from svg_ear_compile.kernels import op, reference
 from svg_ear_compile.kernels.call import AttentionCall, CallRequest, calls_from
@@ -150,11 +150,23 @@ RULES = {
         by_call=SolAttn("cubes", augmented=256),
         timed_as="kitchen_tokens",
     ),
-    "kitchen_top_k": Rule("comfy-kitchen, top-k", by_call=kitchen.attention, needs_kitchen=True),
-    "kitchen_tau": Rule("comfy-kitchen, tau", by_call=kitchen.attention, needs_kitchen=True),
+    "kitchen_top_k": Rule("comfy-kitchen, top-k", by_call=Kitchen(), needs_kitchen=True),
+    "kitchen_top_k_cubes": Rule(
+        "comfy-kitchen, top-k, 4 x 4 x 4",
+        by_call=Kitchen("cubes"),
+        timed_as="kitchen_top_k",
+        needs_kitchen=True,
+    ),
+    "kitchen_tau": Rule("comfy-kitchen, tau", by_call=Kitchen(), needs_kitchen=True),
+    "kitchen_tau_cubes": Rule(
+        "comfy-kitchen, tau, 4 x 4 x 4",
+        by_call=Kitchen("cubes"),
+        timed_as="kitchen_tau",
+        needs_kitchen=True,
+    ),
     "kitchen_tokens": Rule(
         "comfy-kitchen, top-k and 256 tokens",
-        by_call=partial(kitchen.attention, augmented=256),
+        by_call=Kitchen(augmented=256),
         needs_kitchen=True,
     ),
 }

@@ -63,10 +63,7 @@ class SolAttn:
         Returns:
             (B, H, N, D) in the dtype of q, and () float64.
         """
-        order = torch.arange(q.shape[2], device=q.device)
-        if self.order == "cubes":
-            video = q.shape[2] - text
-            order[:video] = cube_order(grid).to(q.device)
+        order = places(self.order, q, text, grid)
         out = torch.empty_like(q)
         pairs = torch.zeros((), dtype=torch.float64, device=q.device)
         for b in range(q.shape[0]):
@@ -119,6 +116,14 @@ class SolAttn:
             share = torch.sigmoid(rest_lse - lse)[:, None]
             out[:video] = (1 - share) * out[:video] + share * rest_out
         return out, (exact[:, :video].sum(1, dtype=torch.float64) * sizes).sum()
+
+
+def places(order: Order, q: Tensor, text: int, grid: Grid) -> Tensor:
+    """(N,) int64 places of the tokens of q (B, H, N, D) in an order, text last."""
+    found = torch.arange(q.shape[2], device=q.device)
+    if order == "cubes":
+        found[: len(found) - text] = cube_order(grid).to(q.device)
+    return found
 
 
 def largest(score: Tensor, fraction: float) -> Tensor:
