@@ -46,7 +46,7 @@ def key_padding(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.zeros(batch, heads, count, 1, dtype=torch.bool, device=mask.device)
     found = rows.new_zeros(batch, heads, 1, 1)  # heads that had a row with keys
     proven = torch.ones((), dtype=torch.bool, device=mask.device)
-    for first in range(0, count if tokens else 0, _ROWS_AT_A_TIME):
+    for first in range(0, count, _ROWS_AT_A_TIME):
         # A wait for each part after the first: most masks that are no padding end there.
         if first and not proven:
             break

@@ -96,9 +96,7 @@ def route(scores: BlockScores, queries: Clusters, keys: Clusters, plan: Attentio
     floor_count = torch.ceil(plan.min_block_ratio * occupied.sum(-1).to(total.dtype))
     guaranteed = take_until(mass_logit, torch.ones_like(sizes), floor_count) & occupied
     left = budget - (guaranteed * sizes).sum(-1)
-    best = take_until(
-        score.masked_fill(guaranteed, -math.inf), sizes.masked_fill(guaranteed, 0.0), left
-    )
+    best = take_until(score, sizes.masked_fill(guaranteed, 0.0), left)
     return guaranteed | (best & occupied)
 
 

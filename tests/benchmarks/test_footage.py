@@ -49,7 +49,7 @@ def test_windows_are_of_their_shot_and_moment(films: Path) -> None:
     clips = footage.draw(64, (3, 12, 12), torch.Generator().manual_seed(0))
     assert clips.video.shape == (64, 3, 3, 12, 12)
     red, green = ((clips.video[:, c].mean(dim=(2, 3)) + 1) * 127.5 for c in (0, 1))
-    assert torch.allclose(red, 6.0 * clips.label[:, None].expand(-1, 3), atol=6)
+    assert torch.allclose(red, 6.0 * clips.label[:, None].expand(-1, 3), atol=2)
     frame = (green / 40).round()
     assert torch.equal(frame[:, 1] - frame[:, 0], torch.ones(64))
     middle = torch.tensor(COUNTS)[clips.label] / 2 - 0.5

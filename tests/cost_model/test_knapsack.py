@@ -56,6 +56,7 @@ def test_a_budget_below_the_cheapest_choice_is_refused_and_named(
     with pytest.raises(UnreachableError) as caught:
         solve(groups, least - 1.0)
     assert caught.value.least == pytest.approx(least)
+    assert f"the least is {caught.value.least:g}" in str(caught.value)
 
 
 @given(problems)
@@ -98,6 +99,14 @@ def test_what_the_multiplier_leaves_is_spent() -> None:
     ]
     # 7 / 2 goes before 10 / 3, which then does not fit; 0.1 / 1 does.
     assert solve(groups, 5.0) == (0, 1, 1)
+
+
+def test_what_is_left_buys_the_best_loss_per_cost() -> None:
+    """The best slope of all does not fit, and only one of the others does."""
+    large = [Option(0, 100), Option(50, 0)]
+    little, much = ([Option(0, loss), Option(5, 0)] for loss in (3, 6))
+    assert solve([large, little, much], 5.0) == (0, 0, 1)
+    assert solve([much, large, little], 5.0) == (1, 0, 0)
 
 
 def test_an_empty_group_is_refused() -> None:

@@ -30,7 +30,17 @@ def test_more_clips_and_less_spread_lower_the_bound() -> None:
     assert unseen_error([[0.1] * 200]) == pytest.approx(0.1, rel=0.2)
 
 
+@pytest.mark.parametrize(("clips", "student"), [(1, 1.943), (5, 1.812), (15, 1.725)])
+def test_it_is_the_end_of_a_prediction_interval(clips: int, student: float) -> None:
+    """Student's t from a table, at six degrees of freedom and one more for each further clip."""
+    freedom = 5 + clips
+    spread = USUAL_SPREAD * math.sqrt(6 / freedom)
+    expected = 0.1 * math.exp(student * spread * math.sqrt(1 + 1 / clips))
+    assert unseen_error([[0.1] * clips]) == pytest.approx(expected, rel=1e-3)
+
+
 def test_the_worst_timestep_decides_and_dense_ones_say_nothing() -> None:
+    assert unseen_error([[0.1, 0.1], [0.01, 0.01]]) > 0.1
     assert unseen_error([[0.1, 0.1], [0.01, 0.01]]) == unseen_error([[0.01, 0.01], [0.1, 0.1]])
     assert unseen_error([[0.1], [0.0]]) == unseen_error([[0.1]])
     assert unseen_error([[0.0], []]) == 0.0

@@ -48,10 +48,11 @@ def test_lists_of_the_same_pairs_are_proven(blocks: tuple[int, int], queries: in
     assert (partial.shape, full.shape) == (lists[0].shape, lists[2].shape)  # type: ignore[union-attr]
 
 
-def test_rows_that_see_themselves() -> None:
+@pytest.mark.parametrize("first", [60, 76], ids=["some", "one"])
+def test_rows_that_see_themselves(first: int) -> None:
     keys, rows, pairs = padding(1)
-    own = ~rows & torch.eye(77, dtype=torch.bool).any(-1)[:, None]
-    lists = lists_of(pairs | (torch.eye(77, dtype=torch.bool) & ~rows), 16, 8)
+    own = ~rows & (torch.arange(77) >= first)[:, None]
+    lists = lists_of(pairs | (torch.eye(77, dtype=torch.bool) & own), 16, 8)
     proven, seen, _, _ = listed_padding(keys, rows, own, None, *lists, 16, 8)
     assert bool(proven)
     assert torch.equal(seen, own)
@@ -103,6 +104,35 @@ def test_other_lists_are_not(change: str) -> None:
     proven, _, partial, _ = listed_padding(keys, rows, None, None, *lists, 16, 8)
     assert not bool(proven)
     assert torch.equal(partial, lists[0])
+
+
+@pytest.mark.parametrize("change", ["all", "order", "counts", "heads", "no heads"])
+def test_lists_of_one_row_stand_for_no_other_row(change: str) -> None:
+    """Every row of blocks has the same lists here, so what is read for all of them would fit."""
+    keys, rows, _ = padding(1, queries=80)
+    rows = torch.ones_like(rows)
+    lists = lists_of(rows & keys, 16, 8)
+    assert bool(listed_padding(keys, rows, None, None, *lists, 16, 8)[0])
+    partial, full = lists[:2], lists[2:]
+    if change in ("all", "counts"):
+        partial = partial[0][:, :, :1], partial[1]
+    if change in ("all", "order"):
+        partial = partial[0], partial[1][:, :, :1]
+    if change == "heads":
+        partial = partial[0].expand(-1, 2, -1), partial[1]
+    if change == "no heads":
+        partial = partial[0][0], partial[1][0]
+    proven, _, left, _ = listed_padding(keys, rows, None, None, *partial, *full, 16, 8)
+    assert not bool(proven)
+    assert torch.equal(left, partial[0])
+
+
+def test_rows_of_blocks_behind_the_queries_are_not_read() -> None:
+    keys, rows, pairs = padding()
+    longer = [torch.cat([t, t], 2) for t in lists_of(pairs, 16, 8) if t is not None]
+    proven, _, partial, full = listed_padding(keys, rows, None, None, *longer, 16, 8)
+    assert bool(proven)
+    assert (partial.shape, full.shape) == (longer[0].shape, longer[2].shape)
 
 
 def test_lists_of_another_mask_are_not() -> None:
