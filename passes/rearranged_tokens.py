@@ -79,7 +79,10 @@ def permuted(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
 def indexed(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
     if shape_of(node) is None:
         return None
-    dim, at, index = 0, 0, node.args[1]
+    dim, at = 0, 0
+    index: Any = node.args[1]
+    if operation(node) == "index":  # of ATen: None is a whole dimension there
+        index = tuple(slice(None) if entry is None else entry for entry in index)
     for entry in indices(entries(index, of_units=0), len(shape)):
         if entry is None:
             at += 1
@@ -104,6 +107,23 @@ def selected(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
     if dim != state.dim:
         return state
     return state_of(dim, _taken(state.vector, index, tokens_of(node, dim)))
+
+
+def narrowed(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
+    dim, start = args.take("dim"), args.take("start")
+    if not isinstance(dim, int):
+        return LOST
+    if dim % len(shape) != state.dim:
+        return state
+    if operation(node) == "slice":
+        stop, step = args.take("end"), args.take("step")
+    elif isinstance(start, int) and isinstance(length := args.take("length"), int):
+        # Up to the end, a negative start would stop at 0.
+        stop, step = None if start + length == 0 else start + length, 1
+    else:
+        return LOST
+    taken = _taken(state.vector, slice(start, stop, step), tokens_of(node, state.dim))
+    return state_of(state.dim, taken)
 
 
 def gathered(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
@@ -193,8 +213,8 @@ def rolled(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
 
 
 def padded(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
-    pads = args.take("pad")
-    if not isinstance(pads, (tuple, list)):
+    pads, mode = args.take("pad"), args.take("mode")
+    if not isinstance(pads, (tuple, list)) or mode not in (None, "constant"):
         return LOST
     place = 2 * (len(shape) - 1 - state.dim)
     if place >= len(pads):
@@ -217,6 +237,9 @@ REARRANGED: Mapping[str, Rule] = {
     **dict.fromkeys(_PERMUTATIONS, permuted),
     **dict.fromkeys(_SPLITS, split),
     "getitem": indexed,
+    "index": indexed,
+    "narrow": narrowed,
+    "slice": narrowed,
     "select": selected,
     "index_select": selected,
     **dict.fromkeys(_BY_INDEX, gathered),

@@ -2,15 +2,17 @@
 
 Text, audio and conditioning enter a model as inputs of their own and come to the video's tokens by
 `cat`, by index or by a mask. The analysis gives every input a stream and follows it: an operation
-on tokens keeps the streams of its tokens, and one that joins, cuts or reorders tokens does the same
-to their streams. Where an operation is not understood the streams are lost, never guessed. What
-conditions tokens (a timestep, positions) has fewer elements than they have and no stream.
+on every token by itself keeps their streams, and one that joins, cuts or reorders tokens does the
+same to their streams. Where an operation of PyTorch's is not understood the streams are lost, never
+guessed; one of another library (a quantised layer, a fused norm) that keeps the number of tokens is
+taken for one on every token. What conditions tokens (a timestep, positions) has fewer elements than
+they have and no stream.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +38,8 @@ from svg_ear_compile.passes.token_states import (
     tokens_of,
     weight,
 )
+from svg_ear_compile.passes.tokenwise import is_tokenwise
+from svg_ear_compile.passes.traced_tokens import traced_places
 from svg_ear_compile.passes.vectors import (
     FILLED,
     LEARNED,
@@ -175,6 +179,9 @@ class Streams:
             overlaid = self._overlaid(largest)
             if overlaid is not None:
                 return overlaid
+        mixed = [n for n in inputs if isinstance(self.one(n), Mixed)]
+        if mixed and not (is_tokenwise(node) and _agree(map(self.one, largest))):
+            return LOST
         chosen = max(largest, key=lambda n: weight(self.one(n)))  # the first of equal ones
         if weight(self.one(chosen)) == 0:
             # A small tensor of tokens on a large one of constants: what it holds is spread over it.
@@ -229,6 +236,22 @@ class Streams:
         return OTHER if state is FILLED else state
 
 
+def _agree(states: Iterable[State]) -> bool:
+    """False where one tensor has tokens of an input in other places than another tensor."""
+    mixed = [state for state in states if isinstance(state, Mixed)]
+    tokens = [{t for t in streams_of(s) if t.source and not is_condition(t)} for s in mixed]
+    vectors = [state.vector for state, of in zip(mixed, tokens, strict=True) if of]
+
+    def differ(one: Vector, other: Vector, source: Node | None) -> bool:
+        first, second = (traced_places(v, lambda t: t.source is source) for v in (one, other))
+        if first is None or second is None or len(first) != len(second):
+            return False  # one token may stand for all
+        return bool((first != second).any())
+
+    sources = {stream.source for of in tokens for stream in of}
+    return not any(differ(vectors[0], v, source) for v in vectors[1:] for source in sources)
+
+
 def _with_streams(state: Any, streams: frozenset[Stream]) -> Any:
     """A state; where it has just been lost, with the streams of what was read."""
     if isinstance(state, list):
@@ -274,18 +297,18 @@ def _but_for_filling(vector: Vector, found: Any) -> Any:
 
 
 def product(streams: Streams, node: Node, args: Arguments) -> State:
-    first = args.take("batch1") if operation(node) == "baddbmm" else args.take("self", "input")
-    if not isinstance(first, Node):
-        return LOST
-    shape = shape_of(first)
-    state = streams.one(first)
-    if state is None or state in (LEARNED, FILLED):
-        return streams.tokenwise(node)
-    if not isinstance(state, Mixed):
-        return state
-    if shape is None or state.dim == len(shape) - 1:
-        return LOST
-    return streams.like(node, first)
+    sides = args.take("batch1", "self", "input"), args.take("batch2", "mat2", "other")
+    for side, contracted in zip(sides, (-1, -2), strict=True):
+        state = streams.one(side)
+        if not isinstance(side, Node) or weight(state) == 0:
+            continue
+        if isinstance(state, Stream) and is_condition(state):
+            continue
+        if not isinstance(state, Mixed):
+            return state
+        of_sum = state.dim - len(shape_of(side) or ()) == contracted
+        return LOST if of_sum else streams.like(node, side)
+    return streams.tokenwise(node)
 
 
 def einsum(streams: Streams, node: Node, args: Arguments) -> State:

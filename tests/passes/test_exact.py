@@ -102,6 +102,19 @@ PACKED: dict[str, tuple[Callable[..., Tensor], str]] = {
         lambda m, x, t: torch.cat([torch.cat([x, t], 1), x.new_zeros(1, 7, WIDTH)], 1), "120:129",
     ),
     "flipped": (lambda m, x, t: torch.cat([x, t], 1).flip(1), "0:9"),
+    "narrowed": (lambda m, x, t: torch.cat([x, t], 1).narrow(1, 4, 121), "116:121"),
+    "narrowed from the end": (lambda m, x, t: torch.cat([x, t], 1).narrow(1, -125, 125), "116:125"),
+    "sliced by ATen": (
+        lambda m, x, t: torch.ops.aten.slice.Tensor(torch.cat([x, t], 1), 1, 4, 125), "116:121"
+    ),
+    "reordered by ATen": (
+        lambda m, x, t: torch.ops.aten.index.Tensor(
+            torch.cat([x, t], 1), [None, torch.arange(128, -1, -1)]
+        ), "an unknown number",
+    ),
+    "a product of features": (
+        lambda m, x, t: torch.bmm(torch.cat([x, t], 1), torch.eye(WIDTH)[None]), "120:129"
+    ),
     "rolled": (lambda m, x, t: torch.cat([x, t], 1).roll(4, 1), "0:4, 124:129"),
     "reordered": (
         lambda m, x, t: torch.cat([x, t], 1)[:, torch.arange(128, -1, -1)], "an unknown number"

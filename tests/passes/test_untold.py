@@ -20,6 +20,27 @@ def by_sample(x: Tensor, text: Tensor) -> Tensor:
     return packed
 
 
+# What keeps the number of tokens and moves them, in ways that are not followed.
+FLIP = torch.eye(VIDEO + TEXT).flip(0)
+REORDERED: dict[str, Callable[[Tensor], Tensor]] = {
+    "a permutation": lambda z: FLIP @ z,
+    "a product of three dimensions": lambda z: torch.bmm(FLIP[None], z),
+    "a product that adds": lambda z: torch.baddbmm(torch.zeros(1), FLIP[None], z),
+    "a contraction": lambda z: torch.tensordot(FLIP, z[0], 1)[None],
+    "fliplr": torch.fliplr,
+    "rot90": lambda z: torch.rot90(z, 2, (1, 2)),
+    "a sum": lambda z: z * 0 + z.flip(1),
+    "lerp": lambda z: torch.lerp(z, z.flip(1), 1.0),
+    "a Fourier transform": lambda z: torch.fft.fft(z, dim=1).real,
+    "sampling": lambda z: (
+        F.grid_sample(z.mT[..., None], torch.zeros(1, VIDEO + TEXT, 1, 2), align_corners=False)[
+            ..., 0
+        ].mT
+    ),
+    "circular padding": lambda z: F.pad(z.mT, (TEXT, 0), mode="circular").mT[:, :VIDEO],
+    "flat places": lambda z: z.take(torch.arange(z.numel()).view_as(z).flip(1)),
+}
+
 # What joins text to the video in places that only the values of masks and indices say.
 UNTOLD: dict[str, Callable[..., Tensor]] = {
     "by products with masks": lambda m, x, t: (
@@ -38,6 +59,10 @@ UNTOLD: dict[str, Callable[..., Tensor]] = {
     "by a product over tokens": lambda m, x, t: (
         torch.eye(VIDEO + TEXT).flip(0)[:VIDEO] @ torch.cat([x, t], 1)
     ),
+    **{
+        f"by {name}": lambda m, x, t, how=how: how(torch.cat([x, t], 1))
+        for name, how in REORDERED.items()
+    },
 }
 
 
