@@ -176,7 +176,8 @@ def updated_labels(
         regrouped: clusters of all keys for given centroids and labels, see `clustering.regrouped`.
 
     Returns:
-        labels (B, H_kv, N) int64 in [0, C + 1] and centroids (B, H_kv, C, D) float32.
+        labels (B, H_kv, N) int64 in [0, C + 1], which mean nothing for keys that are not clustered,
+        and centroids (B, H_kv, C, D) float32.
     """
     cache, centroids, labels, changed = update
     centroids = centroids.float()
@@ -208,11 +209,7 @@ def updated_labels(
     first = cache.turn * (count - cache.new) % tokens
     picked = order_of.roll(-first, 2).argsort(dim=-1, stable=True)[..., :count]
     picked = ((picked + first) % tokens).expand(-1, k.shape[1], -1)  # [B, H, M]
-    picked_kinds = None
-    if clustered is not None:
-        inside = clustered.expand(*k.shape[:3]).gather(2, picked)
-        picked_kinds = torch.where(inside, CLUSTERED, EXACT).to(torch.uint8)
-    found = kmeans(_taken(k, picked), picked_kinds, centroids, 1)
+    found = kmeans(_taken(k, picked), None, centroids, 1)
     return labels.scatter(2, picked, found.labels.long()), centroids
 
 

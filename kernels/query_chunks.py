@@ -55,11 +55,11 @@ def query_chunks(mask: Tensor, is_padding: Tensor) -> tuple[Tensor, Tensor]:
         N_k) bool, the keys that each chunk sees. There are no chunks if the mask is padding, has
         values that are neither kept nor left out, has more chunks, or a chunk that sees no keys.
     """
-    batch, heads, rows, tokens = mask.shape
+    batch, heads, _, tokens = mask.shape
     spans = torch.full((MOST_CHUNKS, 5), -1)
     # Not filled: nobody reads the keys of chunks that there are not.
     keys = mask.new_empty(batch, heads, MOST_CHUNKS, tokens, dtype=torch.bool)
-    starts = None if is_padding or rows < 2 or 0 in mask.shape else _starts(mask)
+    starts = None if is_padding or 0 in mask.shape else _starts(mask)
     if starts is None:
         return spans, keys
     count = len(starts)

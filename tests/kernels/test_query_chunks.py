@@ -59,12 +59,15 @@ def proof(mask: Tensor) -> tuple[Tensor, Tensor]:
 def reconstructed(mask: Tensor) -> Tensor:
     spans, keys = proof(mask)
     found = torch.zeros_like(mask, dtype=torch.bool)
+    before = torch.zeros_like(keys[:, :, 0])
     for number, chunk in enumerate(chunks_of(spans, mask.shape[2])):
         inside = keys[:, :, number]
         assert not inside[..., : chunk.keys.start].any()
         assert not inside[..., chunk.keys.stop :].any()
         assert chunk.sees_all == bool(inside[..., chunk.keys].all())
+        assert chunk.new == int((inside & ~before).sum(-1).max())
         found[:, :, chunk.queries] = inside.unsqueeze(2)
+        before = inside
     return found
 
 
@@ -95,6 +98,24 @@ NO_CHUNKS: dict[str, Callable[[], Tensor]] = {
 def test_other_masks_have_no_chunks(name: str) -> None:
     mask = NO_CHUNKS[name]()
     assert chunks_of(proof(mask.expand(2, 1, TOKENS, TOKENS))[0], TOKENS) == []
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        (torch.arange(TOKENS) < 50).expand(TOKENS, TOKENS),
+        torch.ones(1, TOKENS, dtype=torch.bool),
+        torch.ones(0, TOKENS, dtype=torch.bool),
+        torch.ones(TOKENS, 0, dtype=torch.bool),
+    ],
+    ids=["padding", "one query", "no queries", "no keys"],
+)
+def test_padding_and_empty_masks_are_not_looked_at(mask: Tensor) -> None:
+    bias = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+    for each in (mask, bias):
+        spans, keys = proof(each[None, None])
+        assert chunks_of(spans, mask.shape[0]) == []
+        assert keys.shape == (1, 1, MOST_CHUNKS, mask.shape[1])
 
 
 def test_one_entry_more_is_a_chunk_of_its_own() -> None:
