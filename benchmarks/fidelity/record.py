@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fidelity.frontier import Point
-from benchmarks.fidelity.grid import OURS, Cell
+from benchmarks.fidelity.grid import Cell
 from benchmarks.fidelity.rules import RULES, Rule
-from benchmarks.fidelity.times import KNOWN_DENSE_MS, KNOWN_RIVALS, WAN
+from benchmarks.fidelity.times import WAN
 from benchmarks.provenance import provenance
-
-_ALIKE = 0.05
-"""How far dense attention's time may differ for times of another device to be shown beside."""
 
 
 class Record:
@@ -98,14 +95,6 @@ def _timed_by(rule: str, of: dict[str, Any]) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def with_known_rivals(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of times; those of `KNOWN_RIVALS` are added to rows of a GPU that is as fast."""
-    dense = next((r["dense_ms"] for r in measured if r["shape"] == WAN and r["rule"] == OURS), 0.0)
-    own = any(RULES[row["rule"]].needs_kitchen for row in measured)
-    alike = abs(dense / KNOWN_DENSE_MS - 1) < _ALIKE
-    return measured + KNOWN_RIVALS if alike and not own else measured
-
-
 def read(folder: Path, times_path: Path | None = None) -> Evidence:
     """Everything that was measured into a folder, models in the order of their size.
 
@@ -119,7 +108,7 @@ def read(folder: Path, times_path: Path | None = None) -> Evidence:
     times_path = times_path or folder / "times.json"
     times = json.loads(times_path.read_text()) if times_path.exists() else None
     timed: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in with_known_rivals(times["rows"] if times else []):
+    for row in times["rows"] if times else []:
         if row["ms"] is not None:
             timed.setdefault(_timed_by(row["rule"], row), []).append(row)
     models: dict[str, dict[str, Any]] = {}

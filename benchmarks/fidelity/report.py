@@ -7,11 +7,13 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.fidelity.frontier import Point, derived, gain_of
-from benchmarks.fidelity.grid import CLUSTERS, DENSITIES, OURS, PAPER, WARM_UPS, Cell
+from benchmarks.fidelity.frontier import Point, beside_rivals, derived, gain_of
+from benchmarks.fidelity.grid import CLUSTERS, DENSITIES, OURS, PAPER, RIVALS, WARM_UPS, Cell
 from benchmarks.fidelity.record import Evidence
 from benchmarks.fidelity.rules import RULES
 from benchmarks.fidelity.scores import interval
+from benchmarks.fidelity.times import SHORTER, WAN
+from benchmarks.provenance import where
 
 
 def cells_table(evidence: Evidence) -> Table:
@@ -159,3 +161,47 @@ def _paired(paper: Point | None, ours: Point | None) -> str:
     gain = interval([a - b for a, b in zip(ours.psnr, paper.psnr, strict=True)])
     sign = "+" if gain.mean >= 0 else ""
     return f"{paper.mean_psnr:.1f} → {ours.mean_psnr:.1f} dB ({sign}{gain})"
+
+
+def rivals_table(evidences: Sequence[Evidence], times: dict[str, Any]) -> str:
+    """The default beside every measured way to use Sol-Attn, by shape, as Markdown.
+
+    Args:
+        evidences: each of one guidance.
+        times: the record of times; its shapes of published models and lengths are columns.
+    """
+    shapes = [WAN, *SHORTER]
+    sizes = {row["shape"]: row["dense_ms"] for row in times["rows"]}
+    lines = [
+        f"{where([times])}. Dense attention: "
+        + ", ".join(f"{sizes[shape]:.1f} ms ({shape})" for shape in shapes)
+        + ".",
+        "",
+        "| model, guidance | Sol-Attn | budget | its PSNR | "
+        + " | ".join(f"{shape}: its ms, ours at its PSNR" for shape in shapes)
+        + " | our PSNR in its time, less its |",
+        f"|---|---|---|---|{'---|' * len(shapes)}---|",
+    ]
+    for evidence in evidences:
+        for model, record in evidence.models.items():
+            points = [
+                p
+                for p in evidence.points
+                if p.cell.model == model and p.cell.warm_up == WARM_UPS[0]
+            ]
+            of = {shape: beside_rivals(points, shape) for shape in shapes}
+            scores = [p for p in points if p.cell.rule in RIVALS and WAN in p.ms]
+            for point, *rows in zip(scores, *of.values(), strict=True):
+                named = f"{model}, {record['settings']['guidance']:g}"
+                cells = [
+                    named, RULES[point.cell.rule].title, point.cell.budget,
+                    str(interval(point.psnr)), *(_in_time(row) for row in rows),
+                    "-" if rows[0]["gain"] is None else f"{gain_of(rows[0])} dB",
+                ]  # fmt: skip
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _in_time(row: dict[str, Any]) -> str:
+    ratio, bound = row["time_ratio"]
+    return f"{row['ms']:.1f}, {bound} {ratio * row['ms']:.1f} ({ratio:.2f}x)".replace("  ", " ")

@@ -1,8 +1,8 @@
 """Measured times of the attention operator at the shapes of the models and of Wan 14B at 720p.
 
 Sparse calls are those of `benchmarks.attention`: warm, everything included, and no time without a
-green gate. A model's own shape is timed on one of its captured calls. Sol-Attn's times are measured
-where its kernels run (`kitchen.py`); elsewhere those of `KNOWN_RIVALS` stand in.
+green gate. A model's own shape is timed on one of its captured calls, Sol-Attn where its kernels
+run (`kitchen.py`).
 """
 
 from __future__ import annotations
@@ -21,27 +21,11 @@ from benchmarks.attention.measure import measure_shape, time_ms
 from benchmarks.fidelity.grid import REDUCED, TIMED_CALLS, Cell
 from benchmarks.fidelity.kitchen import Kitchen
 from benchmarks.fidelity.rules import RULES
-from benchmarks.fidelity.sol import BLOCK
 
 WAN = "wan14b-720p"
 SHORTER = ("wan1.3b-480p", "sweep-16k")
 """Shapes at which the default and Sol-Attn's kernels are timed too."""
 _REPEATS = 5
-
-KNOWN_DENSE_MS = 205.1
-KNOWN_RIVALS = [
-    {"shape": WAN, "queries": BLOCK, "keys": BLOCK, "density": density, "tau": tau, "rule": rule,
-     "ms": ms}
-    for rule, density, tau, ms in (
-        ("kitchen_top_k", 0.1, 0.0, 44.3),
-        ("kitchen_top_k", 0.2, 0.0, 80.5),
-        ("kitchen_tau", 0.0, 1.0, 104.0),
-        ("kitchen_tau", 0.0, 2.0, 50.2),
-        ("kitchen_tokens", 0.1, 0.0, 59.4),
-    )
-]  # fmt: skip
-"""Rows of Sol-Attn measured elsewhere, by the wheel `comfy-kitchen` 0.2.40: one H100, on which
-dense attention of cuDNN takes `KNOWN_DENSE_MS`."""
 
 
 def measure_times(

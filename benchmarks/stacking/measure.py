@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 
 import svg_ear_compile
 from benchmarks.end_to_end.measure import seconds_of
@@ -95,8 +96,12 @@ def stacked(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """A neighbour's row: dense, sparse, and how far the sparse latents are from the dense ones."""
-    dense, reference = generation(size, neighbour, None, steps, device, dtype)
-    sparse, latents = generation(size, neighbour, options, steps, device, dtype)
+    settings = inductor.save_config()
+    try:
+        dense, reference = generation(size, neighbour, None, steps, device, dtype)
+        sparse, latents = generation(size, neighbour, options, steps, device, dtype)
+    finally:
+        inductor.load_config(settings)  # quantised layers change them for the whole process
     error = (latents - reference).square().mean().sqrt() / reference.square().mean().sqrt()
     return {
         "title": neighbour.title,

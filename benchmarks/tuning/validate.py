@@ -1,6 +1,6 @@
 """`python -m benchmarks.tuning.validate --record FILE --out FOLDER`: predicted and measured times.
 
-Predicts every row of a record of `python -m benchmarks.attention` from the calibration of its
+Predicts every row of a record of `python -m benchmarks.attention` from a calibration of its
 device: shapes, densities, forms and cluster counts that were not used to fit, on inputs of another
 generator. Writes every row as JSON and the plot of predicted against measured milliseconds. Needs
 no device.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.attention.inputs import plan_of
+from benchmarks.attention.profile import SHORTEST
 from benchmarks.attention.summary import dense_ms, rows_of
 from svg_ear_compile import plots
 from svg_ear_compile.cost_model import device_profile, latency
-from svg_ear_compile.cost_model.calibration import Calibration, Sample
+from svg_ear_compile.cost_model.calibration import Calibration, Sample, read
 from svg_ear_compile.cost_model.device import Device
 from svg_ear_compile.cost_model.fit import Comparison, shape_of
 
@@ -47,6 +48,8 @@ def compared(record: dict[str, Any], calibration: Calibration) -> list[tuple[str
     found = []
     for row in rows_of(record):
         if "samples_ms" not in row or row["form"] == "flex" or row["density"] >= 1:
+            continue
+        if record["cuda"] and row["size"][2] < SHORTEST:
             continue
         plan = plan_of(row["clusters"], row["form"], row["density"])
         batch, heads, tokens, head_dim = row["size"]
@@ -93,10 +96,17 @@ def main() -> None:
     """Compare and write; the table last."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, help="of another machine, as `save` writes it")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     record = json.loads(given.record.read_text())
-    known = calibration_for(record)
+    known = (
+        read(given.calibration, with_checksum=True)
+        if given.calibration
+        else calibration_for(record)
+    )
+    if known is None:
+        parser.error(f"{given.calibration} does not exist")
     rows = compared(record, known)
     found = summary([c for _, c in rows])
     given.out.mkdir(parents=True, exist_ok=True)
@@ -106,12 +116,16 @@ def main() -> None:
         "calibration_seconds": known.seconds,
         "summary": found,
         "rows": [
-            {"shape": name, "predicted_ms": c.op_ms, "predicted_dense_ms": c.dense_ms}
-            | asdict(c.sample)
+            {
+                "shape": name, "compensation": c.sample.compensation, "density": c.sample.density,
+                "q_clusters": c.sample.q_clusters, "k_clusters": c.sample.k_clusters,
+                "ms": c.sample.op_ms, "predicted_ms": c.op_ms,
+                "dense_ms": c.sample.dense_ms, "predicted_dense_ms": c.dense_ms,
+            }
             for name, c in rows
         ],
-    }
-    (given.out / "validate.json").write_text(json.dumps(written) + "\n")
+    }  # fmt: skip
+    (given.out / "validate.json").write_text(json.dumps(written, separators=(",", ":")) + "\n")
     title = f"{known.device.name}, calibrated in {known.seconds:.0f} s"
     plots.times([c for _, c in rows], title, given.out / "validate.png")
     table = Table(title=f"Predicted / measured ms ({title})")

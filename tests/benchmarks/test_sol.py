@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.fidelity import kitchen, record
+from benchmarks.fidelity import kitchen
 from benchmarks.fidelity.frontier import Point, derived
-from benchmarks.fidelity.grid import RIVALS, Cell, cells
+from benchmarks.fidelity.grid import Cell, cells
 from benchmarks.fidelity.report import derived_rows
 from benchmarks.fidelity.rules import RULES, Remembered, attention
 from benchmarks.fidelity.sol import BLOCK, SolAttn, cube_order
-from benchmarks.fidelity.times import KNOWN_RIVALS, WAN
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 GRID = (5, 9, 10)  # 450 tokens: seven blocks and two tokens; cubes are cut at every side
@@ -190,21 +189,10 @@ def test_the_rival_is_read_at_its_own_time() -> None:
     assert rows["PSNR over Sol-Attn, top-k 0.1 (40.0 ms, wan) in its time"] == "5.00 ± 0.00 dB"
 
 
-def test_known_times_stand_beside_a_gpu_as_fast() -> None:
-    ours = {"rule": "gaussian", "shape": WAN, "dense_ms": 203.6}
-    assert record.with_known_rivals([ours]) == [ours, *KNOWN_RIVALS]
-    assert record.with_known_rivals([ours | {"dense_ms": 400.0}]) == [ours | {"dense_ms": 400.0}]
-    assert record.with_known_rivals([]) == []
-    measured = [ours, {"rule": "kitchen_tau", "shape": WAN, "dense_ms": 203.6}]
-    assert record.with_known_rivals(measured) == measured
-
-
 def test_every_use_of_the_rival_is_measured() -> None:
     found = cells(["self"])
     budgets = {cell.budget for cell in found if cell.rule == "sol_tau"}
     assert budgets == {"tau1", "tau2"}
     assert {cell.rule for cell in found} == set(RULES)
-    timed = {(row["rule"], row["density"], row["tau"]) for row in KNOWN_RIVALS}
-    assert timed <= {(c.rule, c.density, c.tau) for c in found if c.rule in RIVALS}
     plan = next(c for c in found if c.budget == "tau2").plan(1000)
     assert (plan.routing, plan.threshold) == ("threshold", 2.0)
