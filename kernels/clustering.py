@@ -47,19 +47,21 @@ def cluster(
     of_queries, of_keys = None, None
     if plan.cluster_metric == "logits":
         of_queries, of_keys = logit_metrics(q, k, kinds)
-    iterations = plan.warm_iterations
+
+    def rounds_of(metric: Tensor | None) -> Rounds:
+        return lambda x, of_x, start, rounds: kmeans(x, of_x, start, rounds, metric).centroids
+
+    iterations = 1
     if centroids is not None:
-        q_start, k_start = centroids[0].to(q.dtype), centroids[1].to(k.dtype)
+        iterations, q_start = plan.warm_iterations, centroids[0].to(q.dtype)
     else:
-
-        def rounds_of(metric: Tensor | None) -> Rounds:
-            return lambda x, of_x, start, rounds: kmeans(x, of_x, start, rounds, metric).centroids
-
         q_start = cold_start(q, kinds.queries, q_clusters, plan, rounds_of(of_queries))
-        k_start = cold_start(k, kinds.keys, k_clusters, plan, rounds_of(of_keys))
-        iterations = 1
     queries = kmeans(q, kinds.queries, q_start, iterations, of_queries, query_tile)
     if update is None:
+        if centroids is not None:
+            k_start = centroids[1].to(k.dtype)
+        else:
+            k_start = cold_start(k, kinds.keys, k_clusters, plan, rounds_of(of_keys))
         return queries, kmeans(k, kinds.keys, k_start, iterations, of_keys), None
     labels, start = updated_labels(
         k, kinds.keys, k_clusters, update, plan,

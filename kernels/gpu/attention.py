@@ -287,21 +287,23 @@ def _clustered(
     of_queries, of_keys = None, None
     if plan.cluster_metric == "logits":
         of_queries, of_keys = logit_metrics(q, k, kinds, config)
-    iterations = plan.warm_iterations
+
+    def rounds_of(metric: Tensor | None) -> Rounds:
+        return lambda x, of_x, start, rounds: kmeans(
+            x, of_x, start, rounds, config, metric
+        ).centroids.unflatten(0, x.shape[:2])
+
+    iterations = 1
     if centroids is not None:
-        q_start, k_start = centroids
+        iterations, q_start = plan.warm_iterations, centroids[0]
     else:
-
-        def rounds_of(metric: Tensor | None) -> Rounds:
-            return lambda x, of_x, start, rounds: kmeans(
-                x, of_x, start, rounds, config, metric
-            ).centroids.unflatten(0, x.shape[:2])
-
         q_start = cold_start(q, kinds.queries, q_clusters, plan, rounds_of(of_queries))
-        k_start = cold_start(k, kinds.keys, k_clusters, plan, rounds_of(of_keys))
-        iterations = 1
     queries = kmeans(q, kinds.queries, q_start, iterations, config, of_queries, config.query_tile)
     if update is None:
+        if centroids is not None:
+            k_start = centroids[1]
+        else:
+            k_start = cold_start(k, kinds.keys, k_clusters, plan, rounds_of(of_keys))
         return queries, kmeans(k, kinds.keys, k_start, iterations, config, of_keys), None
     batch, heads = k.shape[:2]
     labels, start = updated_labels(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from attention_cases import CPU, FORMS, Form, Oracle, random_qkv
 from test_sparse_attention import check_output
 from torch import Tensor
 
-from svg_ear_compile.kernels import reference
+from svg_ear_compile.kernels import clustering, kept_clusters, reference
+from svg_ear_compile.kernels.clusters import cold_start
+from svg_ear_compile.kernels.gpu import attention as gpu_attention
 from svg_ear_compile.kernels.kept_clusters import (
     CachedKeys,
     KeptClusters,
@@ -197,3 +200,20 @@ def test_all_keys_have_their_turn() -> None:
         labels, centroids = later.keys.labels, later.keys.centroids
         found.append(later.excess.item())
     assert found[-1] < 0.1 * found[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_keys_whose_clusters_are_kept_are_not_clustered_from_scratch(
+    form: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[int] = []
+
+    def counted(x: Tensor, *given: Any) -> Tensor:
+        looked_at.append(x.shape[2])
+        return cold_start(x, *given)
+
+    for module in (clustering, gpu_attention, kept_clusters):
+        monkeypatch.setattr(module, "cold_start", counted)
+    second_call(form, ALL_CLUSTERED, True)
+    before = [NEW, OLD]  # queries and keys of the call that clusters them first
+    assert looked_at == [*before, NEW, NEW]  # queries, and new keys for clusters of their own
