@@ -86,6 +86,13 @@ def lengths(model: Model, valid: Tensor) -> Tensor:
     return row(torch.arange(TOKENS) < valid.sum(-1, keepdim=True))
 
 
+def cut(model: Model, valid: Tensor) -> Tensor:
+    """True everywhere by how it is made, and then written into."""
+    mask = torch.arange(TOKENS)[None, None, None, :] >= 0
+    mask[..., 40:] = False
+    return mask
+
+
 SHOWN: list[tuple[Make, Reason | None, bool]] = [
     (lambda m, valid: row(valid), None, False),
     (lengths, None, False),
@@ -93,6 +100,7 @@ SHOWN: list[tuple[Make, Reason | None, bool]] = [
     (lambda m, valid: row(valid).expand(-1, HEADS, TOKENS, -1), None, False),
     (added, None, True),
     (opened, None, True),
+    (cut, None, False),
     (causal, Reason.CAUSAL, False),
     (window, Reason.CAUSAL, False),
     (triangle, Reason.CAUSAL, False),
@@ -101,8 +109,8 @@ SHOWN: list[tuple[Make, Reason | None, bool]] = [
     (lambda m, valid: row(valid)[..., :1], Reason.MASK, False),
 ]
 NAMES = [
-    "row", "lengths", "square", "expanded", "added", "opened", "causal", "window", "triangle",
-    "learned", "projected", "no keys",
+    "row", "lengths", "square", "expanded", "added", "opened", "cut", "causal", "window",
+    "triangle", "learned", "projected", "no keys",
 ]  # fmt: skip
 
 
