@@ -125,9 +125,13 @@ class AttentionPlan:
         check_fields(self)
 
     def encode(self) -> str:
-        """JSON of the fields that differ from the defaults, keys in field order."""
+        """JSON of the fields that differ from the defaults, keys in field order, in single quotes.
+
+        Inductor's C++ wrapper writes it between double quotes as it is.
+        """
         default = asdict(_DEFAULT)
-        return json.dumps({k: v for k, v in asdict(self).items() if v != default[k]})
+        found = json.dumps({k: v for k, v in asdict(self).items() if v != default[k]})
+        return found.replace('"', "'")
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -139,7 +143,7 @@ class AttentionPlan:
         """
         known = {f.name for f in fields(AttentionPlan)}
         try:
-            given = json.loads(text)
+            given = json.loads(text.replace("'", '"'))
         except (ValueError, RecursionError) as error:
             raise InvalidValueError(f"plan must be JSON, got {shown(text)}") from error
         if not isinstance(given, dict) or not given.keys() <= known:

@@ -26,7 +26,7 @@ from svg_ear_compile.passes.joined_tokens import JOINED, PIXEL_RANK
 from svg_ear_compile.passes.memory import is_plain
 from svg_ear_compile.passes.operation import CASTS, COPIES, LINEAR, REARRANGEMENTS, operation
 from svg_ear_compile.passes.rearranged_tokens import REARRANGED
-from svg_ear_compile.passes.symbolic import hint, is_same, shape_of
+from svg_ear_compile.passes.symbolic import Size, hint, is_same, shape_of
 from svg_ear_compile.passes.token_states import (
     LOST,
     Lost,
@@ -206,18 +206,11 @@ class Streams:
 
     def like(self, node: Node, source: Node) -> Any:
         """The state of an operation's result whose tokens are those of one of its inputs."""
-        state = self.one(source)
+        state, before = self.one(source), shape_of(source)
         value = node.meta.get("example_value")
         if isinstance(value, (tuple, list)):
-            return [state if isinstance(state, Stream) else LOST for _ in value]
-        if not isinstance(state, Mixed):
-            return state
-        before, after = shape_of(source), shape_of(node)
-        if before is None or after is None:
-            return LOST
-        dim = len(after) - len(before) + state.dim
-        kept = dim >= 0 and is_same(after[dim], before[state.dim])
-        return Mixed(dim, state.vector) if kept else LOST
+            return [_kept(state, before, each) for each in value]
+        return _kept(state, before, value)
 
     def _projected(self, node: Node, source: Node) -> State:
         state = self.one(source)
@@ -234,6 +227,18 @@ class Streams:
         if isinstance(state, Stream) and state.source is not None:
             return replace(state, pixels=state.pixels or over_space, projected=True)
         return OTHER if state is FILLED else state
+
+
+def _kept(state: State, before: tuple[Size, ...] | None, value: object) -> State:
+    """The state of a result whose tokens are those of a tensor of this state and shape."""
+    if not isinstance(state, Mixed):
+        return state
+    after = value.shape if is_plain(value) else None
+    if before is None or after is None:
+        return LOST
+    dim = len(after) - len(before) + state.dim
+    kept = dim >= 0 and is_same(after[dim], before[state.dim])
+    return Mixed(dim, state.vector) if kept else LOST
 
 
 def _agree(states: Iterable[State]) -> bool:

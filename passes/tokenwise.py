@@ -12,14 +12,15 @@ from svg_ear_compile.passes.operation import CASTS, COPIES, aten_overloads, is_f
 
 # Statistics along any dimension, features in other numbers, the same elements in other memory.
 _KEEP_PLACES = frozenset({
-    "layer_norm", "rms_norm", "native_layer_norm", "group_norm", "native_group_norm", "batch_norm",
-    "instance_norm", "normalize", "softmax", "log_softmax", "softmin", "cumsum", "mean", "sum",
-    "amax", "amin", "max", "min", "var", "std", "norm", "vector_norm", "logsumexp",
-    "view_as_complex", "view_as_real", "real", "imag", "conj", "complex", "polar", "glu", "prelu",
-    "hardswish", "tanhshrink", "logsigmoid", "expand", "expand_as", "broadcast_to", "alias",
-    "detach", "lift_fresh", "data", "requires_grad", "cpu", "cuda", "fill", "zero",
-    "native_dropout", "feature_dropout", "alpha_dropout", "quantize_per_tensor", "dequantize",
-    "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine",
+    "layer_norm", "rms_norm", "native_layer_norm", "group_norm", "native_group_norm",
+    "batch_norm", "instance_norm", "normalize", "softmax", "log_softmax", "softmin", "cumsum",
+    "mean", "sum", "vector_norm", "amax", "amin", "max", "min", "var", "std", "var_mean",
+    "std_mean", "norm", "logsumexp", "view_as_complex", "view_as_real", "real", "imag", "conj",
+    "complex", "polar", "glu", "prelu", "hardswish", "tanhshrink", "logsigmoid", "expand",
+    "expand_as", "broadcast_to", "alias", "detach", "lift_fresh", "data", "requires_grad", "cpu",
+    "cuda", "fill", "zero", "native_dropout", "feature_dropout", "alpha_dropout",
+    "quantize_per_tensor", "dequantize", "fake_quantize_per_tensor_affine",
+    "fake_quantize_per_channel_affine",
 })  # fmt: skip
 
 

@@ -27,6 +27,7 @@ PLANS = st.builds(
 @given(plan=PLANS)
 def test_text_form_round_trips(plan: AttentionPlan) -> None:
     assert AttentionPlan.decode(plan.encode()) == plan
+    assert not {'"', "\\", "\n"} & set(plan.encode())  # it goes into C++ as it is
 
 
 def test_default_plan_is_an_empty_object() -> None:

@@ -112,6 +112,11 @@ PACKED: dict[str, tuple[Callable[..., Tensor], str]] = {
             torch.cat([x, t], 1), [None, torch.arange(128, -1, -1)]
         ), "an unknown number",
     ),
+    "normalised by ATen": (
+        lambda m, x, t: torch.native_layer_norm(
+            torch.cat([x, t], 1), (WIDTH,), None, None, 1e-5
+        )[0], "120:129",
+    ),
     "a product of features": (
         lambda m, x, t: torch.bmm(torch.cat([x, t], 1), torch.eye(WIDTH)[None]), "120:129"
     ),

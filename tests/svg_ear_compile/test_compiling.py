@@ -82,6 +82,17 @@ def test_modes_of_inductor_go_through(mode: str) -> None:
         torch.testing.assert_close(found, model(x, torch.tensor([500.0])), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_inductors_cpp_wrapper_calls_the_operator() -> None:
+    torch._dynamo.reset()
+    model, x = Stack(), torch.randn(1, TOKENS, WIDTH)
+    options = {"min_tokens": TOKENS, "density": 0.999999, "cpp_wrapper": True}
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="svg_ear", fullgraph=True, options=options)
+        found = compiled(x, torch.tensor([500.0]))
+        torch.testing.assert_close(found, model(x, torch.tensor([500.0])), rtol=1e-4, atol=1e-4)
+
+
 class Masked(nn.Module):
     """Blocks that are compiled one by one and share a square mask."""
 
