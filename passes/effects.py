@@ -69,8 +69,6 @@ def _by_schema(node: Node) -> list[Node] | None:
     overloads = aten_overloads(name)
     if not overloads:
         return None
-    if not any(overload._schema.is_mutable for overload in overloads):
-        return []
     return _nodes(g for overload in overloads for g in _given(node, overload))
 
 

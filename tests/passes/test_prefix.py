@@ -160,7 +160,14 @@ def test_a_mask_over_whole_chunks_leaves_out_nothing_or_proves_it(
         torch.testing.assert_close(out, module(*given), atol=1e-5, rtol=1e-4)
 
 
+def cut(q: Tensor, k: Tensor) -> Tensor:
+    mask = k[None] >= 0
+    mask[:, 3] = False
+    return mask
+
+
 FULL = {
+    "made of ones": lambda q, k: torch.ones(1, len(k), dtype=torch.bool),
     "ones": lambda q, k: torch.ones(NEW, OLD, dtype=torch.bool)[3:, 1:].all() | (k >= 0),
     "a place": lambda q, k: k[None] <= q[:, None] + 200,
     "both": lambda q, k: (k[None] < q[:, None] + 200) & (k >= 0),
@@ -171,9 +178,11 @@ NOT_FULL = {
     "one query": lambda q, k: k[None] <= q[:, None] + len(k) - 2,
     "rounded": lambda q, k: k[None] < (q[:, None] + 4096).half(),
     "equal": lambda q, k: k[None] != q[:, None] + 200,
+    "written into": cut,
 }
 
 EMPTY = {
+    "made of zeros": lambda q, k: torch.zeros(1, len(k), dtype=torch.bool),
     "turned": lambda q, k: ~(k[None] <= q[:, None] + 200),
     "one side": lambda q, k: (k[None] > q[:, None] + 200) & (k > 3),
     "both sides": lambda q, k: (k[None] > q[:, None] + 200) | (k < 0),
