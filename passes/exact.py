@@ -47,8 +47,8 @@ def exact_tokens(streams: Streams, call: Call) -> ExactTokens:
     in_one_piece = len(found) == 1 and not video.pixels
     if keys is not None:
         of_keys = {part.stream for part in leaves(keys)}
-        if found.isdisjoint(of_keys):
-            return NOTHING_EXACT  # they come into the graph apart: nothing shows what is video
+        if found.isdisjoint(of_keys):  # they come into the graph apart: nothing shows what is video
+            return ExactTokens(in_one_piece=True)
         found |= of_keys
     exact = frozenset(s for s in found if _is_exact(s, video))
     queries, keys = (

@@ -21,8 +21,8 @@ class ExactTokens:
         streams: the streams whose tokens are exact.
         origin: where they come from, in words; "" where there are none.
         guessed: the graph does not prove it.
-        in_one_piece: all tokens come from one input of the graph, which is no clip: what was joined
-            before does not show.
+        in_one_piece: all tokens come from one input of the graph, which is no clip, or queries and
+            keys from one each: what was joined before does not show.
         untold: names of streams whose tokens would be exact, were their places known.
     """
 

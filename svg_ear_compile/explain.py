@@ -31,6 +31,7 @@ from svg_ear_compile.passes.drawing import (
     surroundings_before,
 )
 from svg_ear_compile.passes.find import find_sites
+from svg_ear_compile.passes.site import Role
 from svg_ear_compile.planning import GraphReport, SiteReport, rewrite_graph
 from svg_ear_compile.settings import Settings
 from svg_ear_compile.tracing import run_once
@@ -126,12 +127,13 @@ class Explanation:
                 f"{self.unseen} attention calls ran outside of all graphs, where no backend sees "
                 "them: remove the graph breaks."
             )
-        later = [site for graph in self.graphs[1:] for site in graph.sites]
-        if self.breaks and any(site.is_sparse and site.in_one_piece for site in later):
+        later = [site for graph in self.graphs[1:] for site in graph.sites if self.breaks]
+        alone = [site for site in self.sites if site.role == Role.UNKNOWN.value]
+        if any(site.is_sparse and site.in_one_piece for site in [*later, *alone]):
             lines.append(
-                "After a graph break, tokens reach some sparse calls in one piece. Text that was "
-                "joined to the video before is clustered with it, unless the option exact_tokens "
-                "names it or the break goes."
+                "Tokens reach some sparse calls in one piece. Text that was joined to the video "
+                "before, ahead of a graph break or outside of what is compiled, is clustered with "
+                "it, unless the option exact_tokens names it."
             )
         for found in self.breaks:
             lines.append(f"Graph break, {found.count} times: {found.reason}")

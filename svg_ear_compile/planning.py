@@ -44,7 +44,8 @@ class SiteReport:
         exact: numbers of queries and of keys that are always exact, None where not known.
         places: where exact keys are (queries, where all keys are clustered), as "0:9, 201:205".
         origin: where exact tokens come from, in words.
-        in_one_piece: all tokens come from one input of the graph, so that text does not show.
+        in_one_piece: all tokens come from one input of the graph, or queries and keys from one
+            each, so that text does not show.
         dtype: dtype of the output. device: type of its device.
         plan: the plan of a sparse site, else None.
         clusters: (Qc, Kc) of a sparse site, else None.

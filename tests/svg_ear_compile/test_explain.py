@@ -72,6 +72,34 @@ def test_text_that_was_joined_before_a_graph_break_is_told_of(
     assert [site.places for site in found.sites] == ["" if warned else f"{TOKENS}:{TOKENS + 9}"]
 
 
+@pytest.mark.parametrize("projected", [False, True])
+def test_text_that_was_joined_before_the_attention_is_compiled_is_told_of(projected: bool) -> None:
+    weight = torch.nn.Parameter(torch.eye(32))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if projected:
+            q, k, v = q @ weight, q @ weight, q @ weight
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    found = explain(attend, *torch.randn(3, 1, 2, 73, 32), options={"min_tokens": 64})
+    assert found.sparse == 1
+    assert ("in one piece" in str(found)) is not projected
+
+
+def test_text_that_was_joined_before_a_break_behind_the_projections_is_told_of() -> None:
+    qkv = torch.nn.Linear(32, 96)
+
+    def attend(x: Tensor, text: Tensor) -> Tensor:
+        q, k, v = qkv(torch.cat([x, text], 1))[:, None].chunk(3, -1)
+        torch._dynamo.graph_break()
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    x, text = torch.randn(1, 73, 32), torch.randn(1, 9, 32)
+    found = explain(attend, x, text, options={"min_tokens": 64})
+    assert found.sparse == 1
+    assert "in one piece" in str(found)
+
+
 def test_text_in_places_that_are_not_known_has_a_sentence() -> None:
     model, (x, _) = stack()
 
