@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attention import cache, chunks, heads, launches, likeness
-from benchmarks.attention.summary import cold_ms, dense_ms, reused_speedup, rows_of, summary_table
+from benchmarks.attention.summary import (
+    Row,
+    cold_ms,
+    dense_ms,
+    reused_speedup,
+    rows_of,
+    summary_table,
+)
 from benchmarks.context_parallel import report, ring_error
 from benchmarks.end_to_end.report import forward_seconds, forward_table, generation_table
 from benchmarks.fidelity import schedules
@@ -120,44 +127,55 @@ def compile_time_table(record: Record) -> str:
 
 
 def attention_table(record: Record) -> str:
-    """Measured rows of the attention benchmark; rows whose gate failed say so."""
-    lines = [
-        f"{where([record])}. Matrix product {record['roofs']['tflops']:.0f} TFLOP/s, copy "
-        f"{record['roofs']['gb_per_second']:.0f} GB/s.",
-        "",
-        summary_table(record),
-        "",
-        "| shape (B × H × N × D) | clusters (mean sizes) | form | density | dense ms "
-        "| recomputed ms | speed-up, recomputed | attend, useful TFLOP/s (of dense) "
-        "| all other stages, of dense | extra memory of Q+K+V+O | error |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows_of(record):
+    """Rows of the attention benchmark with default plans."""
+    roofs, rows = record["roofs"], [row for row in rows_of(record) if _is_default(row)]
+    return "\n\n".join(
+        [
+            f"{where([record])}. Matrix product {roofs['tflops']:.0f} TFLOP/s, copy "
+            f"{roofs['gb_per_second']:.0f} GB/s.",
+            _attention_rows(rows),
+        ]
+    )
+
+
+def other_attention_table(record: Record) -> str:
+    """The summary at the paper's clusters, and the rows of other plans and of FlexAttention."""
+    rows = [row for row in rows_of(record) if not _is_default(row)]
+    parts = f"{where([record])}.", summary_table(record), _attention_rows(rows, "clusters", "form")
+    return "\n\n".join(parts)
+
+
+def _is_default(row: Row) -> bool:
+    return (row["clusters"], row["form"]) == ("default", OURS)
+
+
+def _attention_rows(rows: Sequence[Row], *named: str) -> str:
+    """Measured rows with these of their attributes; rows whose gate failed say so.
+
+    Args:
+        rows: of an attention record.
+        named: attributes in which they differ, beside shape and density.
+    """
+    headings = (
+        "shape", "B×H×N×D", *named, "density", "ms, dense → recomputed", "recomputed", "reused",
+        "cold", "attend's rate", "other stages", "extra memory", "error",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for row in rows:
         dense = dense_ms(row)
-        clusters = row["clusters"]
-        if "q_sizes" in row:
-            clusters += f" ({row['q_sizes'][0]:.0f} / {row['k_sizes'][0]:.0f})"
-        shape = f"{row['shape']} ({' × '.join(map(str, row['size']))})"
-        cells = [shape, clusters, row["form"], f"{row['density']:g}", f"{dense:.1f}"]
-        if "samples_ms" not in row:
-            cells += [f"gate failed ({row['gate']:.1e})", *[""] * 5]
-        else:
-            others = rate = memory = ""
-            if "stages_ms" in row:
-                rate = f"{row['useful_tflops']:.0f} ({row['attend_over_dense_rate']:.2f})"
-                others = f"{row['other_stages_over_dense']:.1%}"
-                memory = f"{row['extra_memory']:.2f}"
-            elif "useful_tflops" in row:
-                rate = f"{row['useful_tflops']:.0f}"
+        size = "×".join(map(str, row["size"]))
+        cells = [row["shape"], size, *(row[name] for name in named), f"{row['density']:g}"]
+        if "samples_ms" in row:
             ms = statistics.median(row["samples_ms"])
-            beside = []
-            if "reused_samples_ms" in row:
-                beside.append(f"reused {reused_speedup(row):.2f}x")
-            if "cold_samples_ms" in row:
-                beside.append(f"cold {dense / cold_ms(row):.2f}x")
-            speedups = f"{row['speedup']:.2f}x" + (f" ({', '.join(beside)})" if beside else "")
-            cells += [f"{ms:.1f}", speedups, rate, others, memory]
-            cells.append(f"{row['error']:.3f}")
+            cells += [f"{dense:.1f} → {ms:.1f}", f"{row['speedup']:.2f}x"]
+            cells.append(f"{reused_speedup(row):.2f}x" if "reused_samples_ms" in row else "")
+            cells.append(f"{dense / cold_ms(row):.2f}x" if "cold_samples_ms" in row else "")
+            staged = "stages_ms" in row
+            cells.append(f"{row['attend_over_dense_rate']:.2f}" if staged else "")
+            cells.append(f"{row['other_stages_over_dense']:.1%}" if staged else "")
+            cells += [f"{row['extra_memory']:.2f}" if staged else "", f"{row['error']:.3f}"]
+        else:
+            cells += [f"{dense:.1f}, gate failed ({row['gate']:.1e})", *[""] * 7]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -334,6 +352,7 @@ def tables() -> dict[str, Table]:
         "long-sequences": lambda folder: long_sequences_table(),
         "long-lists": lambda folder: long_lists_table(),
         "attention": lambda folder: attention_table(attention),
+        "attention-others": lambda folder: other_attention_table(attention),
         "end-to-end": lambda folder: forward_table(forwards),
         "generation": lambda folder: generation_table(generations),
         "pictures": lambda folder: pictures_table(FIDELITY / "guidance-5"),

@@ -16,6 +16,7 @@ from benchmarks.attention.summary import rows_of
 from svg_ear_compile.cost_model.device import Device
 from svg_ear_compile.cost_model.stages import STAGES, Amount, AttentionShape, sparse_amounts
 from svg_ear_compile.kernels.gpu.launch import HOPPER
+from svg_ear_compile.kernels.plan import AttentionPlan
 
 _COLOURS = dict(
     zip(
@@ -24,6 +25,7 @@ _COLOURS = dict(
         strict=True,
     )
 )
+_DEFAULT_FORM = AttentionPlan.compensation
 # The cost model's stage that a measured stage carries out.
 _AMOUNTS = {"assign": "cluster"} | {stage: stage for stage in STAGES["cuda"][1:]}
 
@@ -33,8 +35,11 @@ def write_plots(record: dict[str, Any], folder: Path) -> list[Path]:
     timed = [row for row in rows_of(record) if "samples_ms" in row]
     staged = [row for row in timed if "stages_ms" in row]
     made = []
+    default = [r for r in staged if (r["clusters"], r["form"]) == ("default", _DEFAULT_FORM)]
+    if default:
+        made.append(_stages(default, folder))
     if staged:
-        made += [_stages(staged, folder), _roofline(staged, record["roofs"], folder)]
+        made.append(_roofline(staged, record["roofs"], folder))
     sweep = [
         row
         for row in timed
@@ -51,10 +56,10 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def _stages(rows: list[dict[str, Any]], folder: Path) -> Path:
-    """Where the time goes: a bar for each row, as a fraction of the dense time."""
+    """Where the time of default plans goes: a bar for each row, as a fraction of dense time."""
     figure = Figure(figsize=(9, 1 + 0.28 * len(rows)), layout="constrained")
     axis: Axes = figure.subplots()
-    names = [f"{r['shape']}  {r['clusters']}  {r['form']}  {r['density']:g}" for r in rows]
+    names = [f"{r['shape']}  {r['density']:g}" for r in rows]
     left = [0.0] * len(rows)
     for stage in _COLOURS:
         dense = [statistics.median(r["dense_samples_ms"][r["dense_backend"]]) for r in rows]

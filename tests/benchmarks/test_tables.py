@@ -53,7 +53,9 @@ def test_calls_that_reuse_blocks_stand_beside_the_others() -> None:
         "device": "a GPU", "versions": {"torch": "2", "triton": "3"}, "cuda": "13", "commit": "c",
         "roofs": {"tflops": 700.0, "gb_per_second": 4000.0}, "rows": [reused],
     }  # fmt: skip
-    assert "| 2.86x (reused 4.00x, cold 2.00x) |" in tables.attention_table(record)
+    assert "| 2.86x | 4.00x | 2.00x |" in tables.other_attention_table(record)
+    default = {**reused, "clusters": "default", "form": "gaussian", "stages_ms": {}}
+    assert "| 0.80 | 7.0% | 0.40 | 0.100 |" in tables.attention_table({**record, "rows": [default]})
 
 
 def test_a_row_whose_gate_failed_is_not_measured() -> None:
