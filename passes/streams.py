@@ -12,7 +12,7 @@ they have and no stream.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,20 +26,21 @@ from svg_ear_compile.passes.joined_tokens import JOINED, PIXEL_RANK
 from svg_ear_compile.passes.memory import is_plain
 from svg_ear_compile.passes.operation import CASTS, COPIES, LINEAR, REARRANGEMENTS, operation
 from svg_ear_compile.passes.rearranged_tokens import REARRANGED
-from svg_ear_compile.passes.symbolic import Size, hint, is_same, shape_of
+from svg_ear_compile.passes.symbolic import hint, shape_of
 from svg_ear_compile.passes.token_states import (
     LOST,
     Lost,
     Mixed,
     State,
+    agree,
     is_condition,
+    kept_by,
     state_of,
     streams_of,
     tokens_of,
     weight,
 )
 from svg_ear_compile.passes.tokenwise import is_tokenwise
-from svg_ear_compile.passes.traced_tokens import traced_places
 from svg_ear_compile.passes.vectors import (
     FILLED,
     LEARNED,
@@ -180,7 +181,7 @@ class Streams:
             if overlaid is not None:
                 return overlaid
         mixed = [n for n in inputs if isinstance(self.one(n), Mixed)]
-        if mixed and not (is_tokenwise(node) and _agree(map(self.one, largest))):
+        if mixed and not (is_tokenwise(node) and agree(map(self.one, largest))):
             return LOST
         chosen = max(largest, key=lambda n: weight(self.one(n)))  # the first of equal ones
         if weight(self.one(chosen)) == 0:
@@ -209,8 +210,8 @@ class Streams:
         state, before = self.one(source), shape_of(source)
         value = node.meta.get("example_value")
         if isinstance(value, (tuple, list)):
-            return [_kept(state, before, each) for each in value]
-        return _kept(state, before, value)
+            return [kept_by(state, before, each) for each in value]
+        return kept_by(state, before, value)
 
     def _projected(self, node: Node, source: Node) -> State:
         state = self.one(source)
@@ -227,34 +228,6 @@ class Streams:
         if isinstance(state, Stream) and state.source is not None:
             return replace(state, pixels=state.pixels or over_space, projected=True)
         return OTHER if state is FILLED else state
-
-
-def _kept(state: State, before: tuple[Size, ...] | None, value: object) -> State:
-    """The state of a result whose tokens are those of a tensor of this state and shape."""
-    if not isinstance(state, Mixed):
-        return state
-    after = value.shape if is_plain(value) else None
-    if before is None or after is None:
-        return LOST
-    dim = len(after) - len(before) + state.dim
-    kept = dim >= 0 and is_same(after[dim], before[state.dim])
-    return Mixed(dim, state.vector) if kept else LOST
-
-
-def _agree(states: Iterable[State]) -> bool:
-    """False where one tensor has tokens of an input in other places than another tensor."""
-    mixed = [state for state in states if isinstance(state, Mixed)]
-    tokens = [{t for t in streams_of(s) if t.source and not is_condition(t)} for s in mixed]
-    vectors = [state.vector for state, of in zip(mixed, tokens, strict=True) if of]
-
-    def differ(one: Vector, other: Vector, source: Node | None) -> bool:
-        first, second = (traced_places(v, lambda t: t.source is source) for v in (one, other))
-        if first is None or second is None or len(first) != len(second):
-            return False  # one token may stand for all
-        return bool((first != second).any())
-
-    sources = {stream.source for of in tokens for stream in of}
-    return not any(differ(vectors[0], v, source) for v in vectors[1:] for source in sources)
 
 
 def _with_streams(state: Any, streams: frozenset[Stream]) -> Any:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch.fx import Node
 
-from svg_ear_compile.passes.symbolic import shape_of
+from svg_ear_compile.passes.memory import is_plain
+from svg_ear_compile.passes.symbolic import Size, is_same, shape_of
+from svg_ear_compile.passes.traced_tokens import traced_places
 from svg_ear_compile.passes.vectors import FILLED, LEARNED, Stream, TokenCount, Vector, leaves
 
 _MOST_PARTS = 64  # of a vector: cuts inside of parts, one after the other, would add up
@@ -79,3 +82,31 @@ def is_condition(stream: Stream) -> bool:
     return (
         stream.source is not None and len(shape_of(stream.source) or ()) < 3 and not stream.pixels
     )
+
+
+def kept_by(state: State, before: tuple[Size, ...] | None, value: object) -> State:
+    """The state of a result whose tokens are those of a tensor of this state and shape."""
+    if not isinstance(state, Mixed):
+        return state
+    after = value.shape if is_plain(value) else None
+    if before is None or after is None:
+        return LOST
+    dim = len(after) - len(before) + state.dim
+    kept = dim >= 0 and is_same(after[dim], before[state.dim])
+    return Mixed(dim, state.vector) if kept else LOST
+
+
+def agree(states: Iterable[State]) -> bool:
+    """False where one tensor has tokens of an input in other places than another tensor."""
+    mixed = [state for state in states if isinstance(state, Mixed)]
+    tokens = [{t for t in streams_of(s) if t.source and not is_condition(t)} for s in mixed]
+    vectors = [state.vector for state, of in zip(mixed, tokens, strict=True) if of]
+
+    def differ(one: Vector, other: Vector, source: Node | None) -> bool:
+        first, second = (traced_places(v, lambda t: t.source is source) for v in (one, other))
+        if first is None or second is None or len(first) != len(second):
+            return False  # one token may stand for all
+        return bool((first != second).any())
+
+    sources = {stream.source for of in tokens for stream in of}
+    return not any(differ(vectors[0], v, source) for v in vectors[1:] for source in sources)
