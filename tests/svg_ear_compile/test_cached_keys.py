@@ -212,6 +212,19 @@ def test_padding_and_exact_tokens_move_with_the_cache(video: Video) -> None:
     assert stream.counts == (1, 0, 0, 2)
 
 
+def test_clusters_are_kept_for_a_call_of_their_shape_and_device(video: Video) -> None:
+    stream = Stream()
+    stream.attend(*chunk(video, 5))
+    memory, cpu = stream.memory, torch.device("cpu")
+    assert memory.k_centroids is not None
+    batch, heads, clusters, dim = memory.k_centroids.shape
+    for more in (0, 1):
+        assert memory.kept_clusters(PLAN, (batch, heads, clusters + more, dim), cpu) is not None
+    assert memory.kept_clusters(PLAN, (batch, heads, clusters - 1, dim), cpu) is None
+    assert memory.kept_clusters(PLAN, (batch, heads + 1, clusters, dim), cpu) is None
+    assert memory.kept_clusters(PLAN, (batch, heads, clusters, dim), torch.device("meta")) is None
+
+
 def test_labels_that_are_remembered_twice_are_held_once(video: Video) -> None:
     stream = Stream()
     q, k, v = chunk(video, 3)

@@ -188,6 +188,9 @@ def test_what_proves_that_a_forward_goes_on_with_a_video(
     assert goes_on(half, request, slice(1, 2)) == found[0]
     assert not goes_on(half, request, slice(0, 1))
     assert not goes_on(Memory(), request, rows)
+    assert memory.identities is not None
+    elsewhere = Memory(identities=memory.identities.to("meta"))
+    assert not goes_on(elsewhere, request, rows)
 
 
 ONE_STEP, CLEANED = (600.0,), (600.0, 0.0)
