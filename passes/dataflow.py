@@ -6,6 +6,7 @@ ancestor of the query it becomes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import networkx as nx
@@ -173,8 +174,17 @@ class Dataflow:
 
     def sharing(self, node: Node) -> list[Node]:
         """Every node whose tensor lies in memory of the node's."""
-        memory = self._memory_of([node])
-        return [other for other in self.position if memory & self._memory_of([other])]
+        found = dict.fromkeys(n for m in self._memory_of([node]) for n in self._nodes_in[m])
+        return sorted(found, key=self.position.__getitem__)
+
+    @functools.cached_property
+    def _nodes_in(self) -> dict[int, list[Node]]:
+        """The nodes whose tensors lie in a memory, by its name."""
+        found: dict[int, list[Node]] = {}
+        for node in self.position:
+            for memory in self._memory_of([node]):
+                found.setdefault(memory, []).append(node)
+        return found
 
     def sources(self, node: Node) -> Iterator[Node]:
         """The nodes whose data the node reads."""

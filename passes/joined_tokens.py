@@ -233,11 +233,6 @@ def copied(streams: Streams, node: Node, args: Arguments) -> State:
         _set(streams, into.args[0], into.args[1], values)  # a view of the tensor
     elif isinstance(into, Node) and operation(into) == "narrow":
         _set_narrow(streams, into, values)
-    for other in streams.flow.sharing(into):
-        known = streams.of.get(other)
-        viewed = isinstance(into, Node) and other in into.args[:1]
-        if other is not into and not viewed and known not in (None, FILLED, state):
-            streams.of[other] = LOST
     streams.of[into] = state
     return state
 

@@ -80,10 +80,14 @@ class Streams:
         self.flow = flow
         self.of: dict[Node, Any] = {}
         for node in flow.position:
-            read = [*values_read(node), *flow.written(node)]
-            streams = frozenset(s for n in read for s in streams_of(self.one(n)))
+            written = flow.written(node)
+            streams = frozenset(
+                s for n in (*values_read(node), *written) for s in streams_of(self.one(n))
+            )
+            views = {n: self.one(n) for into in written for n in flow.sharing(into) if n in self.of}
             self.of[node] = self._state(node)
-            for found in (node, *flow.written(node)):
+            self._spread(node, views)
+            for found in (node, *written, *views):
                 self.of[found] = _with_streams(self.of[found], streams)
 
     def along(self, node: Node, dim: int) -> Vector | None:
@@ -107,6 +111,23 @@ class Streams:
         """The state of a tensor; of several in one value it is lost."""
         state = self.of.get(node) if isinstance(node, Node) else None
         return LOST if isinstance(state, list) else state
+
+    def _spread(self, node: Node, views: Mapping[Node, State]) -> None:
+        """After a write: what lies in the same memory may hold tokens that it did not have.
+
+        Args:
+            node: writes, and has its state.
+            views: what lies in the memory, with the states before. What the rule of the operation
+                has changed is known.
+        """
+        for into in views.keys() & self.flow.written(node):
+            now = streams_of(self.one(into)) | streams_of(self.one(node))
+            new = {s for s in now - streams_of(views[into]) if s.source and not is_condition(s)}
+            for other, before in views.items():
+                if new and before is not None and self.one(other) == before:
+                    whole = other is into and shape_of(node) == shape_of(into)
+                    lost = Lost(streams_of(before) | new)
+                    self.of[other] = self.one(node) if whole else lost
 
     def _state(self, node: Node) -> Any:
         if node.op in ("placeholder", "get_attr"):

@@ -41,6 +41,26 @@ REORDERED: dict[str, Callable[[Tensor], Tensor]] = {
     "flat places": lambda z: z.take(torch.arange(z.numel()).view_as(z).flip(1)),
 }
 
+# Text that is written into a tensor through what shows a part of it.
+WRITTEN: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "steps": lambda z, t: z[:, : 6 * TEXT : 6].copy_(t),
+    "a part of a part": lambda z, t: z[:, ::2][:, :TEXT].copy_(t),
+    "a token": lambda z, t: z.select(1, 3).copy_(t[:, 0]),
+    "a window": lambda z, t: z.unfold(1, TEXT, TEXT)[:, 1].copy_(t.mT),
+    "a view": lambda z, t: z.view(1, -1, 3, WIDTH)[:, :TEXT, 1].copy_(t),
+    "a transpose": lambda z, t: z.mT[..., :TEXT].copy_(t.mT),
+    "a chunk": lambda z, t: z.chunk(3, 1)[0][:, :TEXT].copy_(t),
+    "a transpose by index": lambda z, t: z.mT.__setitem__((..., slice(TEXT)), t.mT),
+}
+
+
+def joined_by(write: Callable[[Tensor, Tensor], object], x: Tensor, text: Tensor) -> Tensor:
+    """Patches in front of as many zeros as there are words, written into."""
+    packed = torch.cat([x, x.new_zeros(1, TEXT, WIDTH)], 1)
+    write(packed, text)
+    return packed
+
+
 # What joins text to the video in places that only the values of masks and indices say.
 UNTOLD: dict[str, Callable[..., Tensor]] = {
     "by products with masks": lambda m, x, t: (
@@ -62,6 +82,10 @@ UNTOLD: dict[str, Callable[..., Tensor]] = {
     **{
         f"by {name}": lambda m, x, t, how=how: how(torch.cat([x, t], 1))
         for name, how in REORDERED.items()
+    },
+    **{
+        f"through {name}": lambda m, x, t, how=how: joined_by(how, x, t)
+        for name, how in WRITTEN.items()
     },
 }
 
