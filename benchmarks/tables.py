@@ -22,6 +22,7 @@ from benchmarks.attention.summary import (
     Row,
     cold_ms,
     dense_ms,
+    is_default,
     reused_speedup,
     rows_of,
     summary_table,
@@ -130,7 +131,7 @@ def compile_time_table(record: Record) -> str:
 
 def attention_table(record: Record) -> str:
     """Rows of the attention benchmark with default plans."""
-    roofs, rows = record["roofs"], [row for row in rows_of(record) if _is_default(row)]
+    roofs, rows = record["roofs"], [row for row in rows_of(record) if is_default(row)]
     return "\n\n".join(
         [
             f"{where([record])}. Matrix product {roofs['tflops']:.0f} TFLOP/s, copy "
@@ -142,13 +143,9 @@ def attention_table(record: Record) -> str:
 
 def other_attention_table(record: Record) -> str:
     """The summary at the paper's clusters, and the rows of other plans and of FlexAttention."""
-    rows = [row for row in rows_of(record) if not _is_default(row)]
+    rows = [row for row in rows_of(record) if not is_default(row)]
     parts = f"{where([record])}.", summary_table(record), _attention_rows(rows, "clusters", "form")
     return "\n\n".join(parts)
-
-
-def _is_default(row: Row) -> bool:
-    return (row["clusters"], row["form"]) == ("default", OURS)
 
 
 def _attention_rows(rows: Sequence[Row], *named: str) -> str:
@@ -295,9 +292,7 @@ def expectations_table(
     calls = {
         row["shape"]: row
         for row in rows_of(attention)
-        if (row["clusters"], row["form"]) == ("default", OURS)
-        and row["density"] == _README_DENSITY
-        and "samples_ms" in row
+        if is_default(row) and row["density"] == _README_DENSITY and "samples_ms" in row
     }
     forward = _pairs(forwards, forward_seconds)
     peaks = _pairs(forwards, lambda row: row["peak_bytes"] / 2**30)

@@ -120,7 +120,7 @@ class Streams:
             views: what lies in the memory, with the states before. What the rule of the operation
                 has changed is known.
         """
-        for into in views.keys() & self.flow.written(node):
+        for into in (n for n in self.flow.written(node) if n in views):
             now = streams_of(self.one(into)) | streams_of(self.one(node))
             new = {s for s in now - streams_of(views[into]) if s.source and not is_condition(s)}
             for other, before in views.items():

@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.attention.inputs import plan_of
 from benchmarks.attention.measure import STAGE_NAMES
-from benchmarks.attention.summary import rows_of
+from benchmarks.attention.summary import is_default, rows_of
 from svg_ear_compile.cost_model.device import Device
 from svg_ear_compile.cost_model.stages import STAGES, Amount, AttentionShape, sparse_amounts
 from svg_ear_compile.kernels.gpu.launch import HOPPER
-from svg_ear_compile.kernels.plan import AttentionPlan
 
 _COLOURS = dict(
     zip(
@@ -25,7 +24,6 @@ _COLOURS = dict(
         strict=True,
     )
 )
-_DEFAULT_FORM = AttentionPlan.compensation
 # The cost model's stage that a measured stage carries out.
 _AMOUNTS = {"assign": "cluster"} | {stage: stage for stage in STAGES["cuda"][1:]}
 
@@ -35,9 +33,8 @@ def write_plots(record: dict[str, Any], folder: Path) -> list[Path]:
     timed = [row for row in rows_of(record) if "samples_ms" in row]
     staged = [row for row in timed if "stages_ms" in row]
     made = []
-    default = [r for r in staged if (r["clusters"], r["form"]) == ("default", _DEFAULT_FORM)]
-    if default:
-        made.append(_stages(default, folder))
+    if any(map(is_default, staged)):
+        made.append(_stages([row for row in staged if is_default(row)], folder))
     if staged:
         made.append(_roofline(staged, record["roofs"], folder))
     sweep = [

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.attention.inputs import PAPERS_CLUSTERS
+from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.kernels.removed import REMOVED
 
 Row = dict[str, Any]
@@ -21,6 +22,11 @@ _NOT_MEASURED = "not measured"
 def rows_of(record: dict[str, Any]) -> list[Row]:
     """The rows of a record but those of forms that the operator had once."""
     return [row for row in record["rows"] if row["form"] not in REMOVED]
+
+
+def is_default(row: Row) -> bool:
+    """True for a row of the plan that a user has without options, but for its density."""
+    return (row["clusters"], row["form"]) == ("default", AttentionPlan.compensation)
 
 
 def summary_table(record: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -144,38 +143,42 @@ def generation(
     recommends: a whole model takes minutes. Without dense steps the density has its default
     schedule.
     """
-    seconds = math.nan
-    latents = torch.empty(0)
     few_layers = size.with_layers((2,) * len(size.layers))
-    runs = ((few_layers, 3, min(1, dense_steps)), (size, steps, dense_steps))
-    for run_size, run_steps, run_dense in runs:
-        torch.compiler.reset()
-        gc.collect()  # the model of the run before, which is as large
-        model = run_size.build(device, dtype)
-        model.compile_repeated_blocks(backend=backend, options=options or None, fullgraph=True)
-        session = None
-        if backend == "svg_ear":
-            session = svg_ear_compile.bind(model, dense_steps=run_dense, steps=run_steps)
-
-        def run(model: nn.Module = model, steps: int = run_steps) -> None:
-            nonlocal latents
-            latents = sample(model, size, steps, device, dtype)
-
-        seconds = seconds_of(run, device)
-        reused: list[float] = []
-        if session is not None:
-            fractions = (layer.reused_fraction for layer in session.report())
-            reused = [fraction for fraction in fractions if fraction is not None]
-            session.close()
+    _sampled(few_layers, backend, options, 3, min(1, dense_steps), device, dtype)
     return {
         "backend": backend,
         "options": options,
         "steps": steps,
         "dense_steps": dense_steps if backend == "svg_ear" else steps,
-        "seconds": seconds,
-        "reused": reused,
-        "finite": bool(latents.isfinite().all()),
+        **_sampled(size, backend, options, steps, dense_steps, device, dtype),
     }
+
+
+def _sampled(
+    size: Size, backend: str, options: dict[str, Any], steps: int, dense_steps: int, device: str,
+    dtype: torch.dtype,
+) -> dict[str, Any]:  # fmt: skip
+    """Seconds of one sampling loop, fractions of reused calls, and whether all is finite."""
+    torch.compiler.reset()
+    gc.collect()  # the model of the loop before
+    model = size.build(device, dtype)
+    model.compile_repeated_blocks(backend=backend, options=options or None, fullgraph=True)
+    session = None
+    if backend == "svg_ear":
+        session = svg_ear_compile.bind(model, dense_steps=dense_steps, steps=steps)
+    latents = torch.empty(0)
+
+    def run() -> None:
+        nonlocal latents
+        latents = sample(model, size, steps, device, dtype)
+
+    seconds = seconds_of(run, device)
+    reused: list[float] = []
+    if session is not None:
+        fractions = (layer.reused_fraction for layer in session.report())
+        reused = [fraction for fraction in fractions if fraction is not None]
+        session.close()
+    return {"seconds": seconds, "reused": reused, "finite": bool(latents.isfinite().all())}
 
 
 @torch.no_grad()

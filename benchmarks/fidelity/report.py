@@ -204,4 +204,5 @@ def rivals_table(evidences: Sequence[Evidence], times: dict[str, Any]) -> str:
 
 def _in_time(row: dict[str, Any]) -> str:
     ratio, bound = row["time_ratio"]
-    return f"{row['ms']:.1f}, {bound} {ratio * row['ms']:.1f} ({ratio:.2f}x)".replace("  ", " ")
+    ours = f"{bound} {ratio * row['ms']:.1f}".strip()
+    return f"{row['ms']:.1f}, {ours} ({ratio:.2f}x)"

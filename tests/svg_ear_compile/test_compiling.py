@@ -71,22 +71,19 @@ def test_one_graph_decides_by_the_length_of_each_call() -> None:
             assert torch.allclose(found, model(x, timestep), rtol=1e-4, atol=1e-4) == (not sparse)
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
-def test_modes_of_inductor_go_through(mode: str) -> None:
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"mode": "default"},
+        {"mode": "reduce-overhead"},
+        {"mode": "max-autotune-no-cudagraphs"},
+        pytest.param({"cpp_wrapper": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_modes_and_options_of_inductor_go_through(option: dict[str, Any]) -> None:
     torch._dynamo.reset()
     model, x = Stack(), torch.randn(1, TOKENS, WIDTH)
-    options = {"min_tokens": TOKENS, "density": 0.999999, "mode": mode}
-    with torch.no_grad():
-        compiled = torch.compile(model, backend="svg_ear", fullgraph=True, options=options)
-        found = compiled(x, torch.tensor([500.0]))
-        torch.testing.assert_close(found, model(x, torch.tensor([500.0])), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_inductors_cpp_wrapper_calls_the_operator() -> None:
-    torch._dynamo.reset()
-    model, x = Stack(), torch.randn(1, TOKENS, WIDTH)
-    options = {"min_tokens": TOKENS, "density": 0.999999, "cpp_wrapper": True}
+    options = {"min_tokens": TOKENS, "density": 0.999999, **option}
     with torch.no_grad():
         compiled = torch.compile(model, backend="svg_ear", fullgraph=True, options=options)
         found = compiled(x, torch.tensor([500.0]))
