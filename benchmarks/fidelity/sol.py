@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -145,6 +146,7 @@ def above_deviations(score: Tensor, query: Tensor, keys: Tensor, tau: float) -> 
     return score > score.mean(1, keepdim=True) + tau * deviation[:, None]
 
 
+@cache  # every call of every step asks, and the sort is the CPU's
 def cube_order(grid: Grid) -> Tensor:
     """(N,) int64 places of the tokens of a grid, cube by cube; cubes at the far sides are cut."""
     axes = [torch.arange(n) for n in grid]
