@@ -62,7 +62,11 @@ def fold(q, k, v, bias, acc, total, largest, to_log2, BIASED: tl.constexpr):
         weight = tl.exp2(logit * to_log2 - now[:, None])
     rescale = tl.exp2(largest - shift)
     total = total * rescale + tl.sum(weight, 1)
-    acc = tl.dot(weight.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+    if v.dtype == tl.float32:
+        # Tile by tile: sums that run through all keys would lose more than float32 has to.
+        acc = tl.fma(acc, rescale[:, None], tl.dot(weight, v, input_precision="ieee"))
+    else:
+        acc = tl.dot(weight.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
     return acc, total, now
 
 
