@@ -1,7 +1,8 @@
-"""Hypothesis profiles; where Triton kernels run; compilation without Inductor."""
+"""Hypothesis profiles; where Triton kernels run; compilation without Inductor, and its cost."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -58,6 +59,14 @@ def _said_before_is_forgotten() -> None:
         summary.say_once.cache_clear()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _guards_are_not_timed() -> Iterator[None]:
+    """Dynamo flushes the processor's caches for every graph, to log how long its guards take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch._dynamo.guards.profile_guard_manager", lambda *_: 0.0, raising=False)
+        yield
+
+
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each graph runs as the pass leaves it; no session is left active."""
@@ -79,6 +88,18 @@ def through_aot(monkeypatch: pytest.MonkeyPatch) -> None:
 
     torch.compiler.reset()
     leave_inductor_out(monkeypatch.setattr)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays, and Dynamo collects what a compilation left."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
+def pytest_unconfigure() -> None:
+    """Libraries that look for leaks at the end see what was frozen."""
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter_caches import remember_promotions, remember_types
+from interpreter_caches import look_for_no_overflow, remember_promotions, remember_types
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
@@ -71,4 +71,5 @@ def interpreter_that_remembers() -> Iterator[None]:
         patch.setattr(interpreter.GridExecutor, "__call__", launch_afresh)
         remember_types(patch)
         remember_promotions(patch)
+        look_for_no_overflow(patch)
         yield

@@ -1,12 +1,14 @@
-"""What Triton's interpreter computes again in every operation, remembered.
+"""What Triton's interpreter computes again in every operation, or for nothing, left out.
 
 An operation on a tile takes a hundred microseconds there, most of which go to making the same few
-types, shapes and promotions anew. Everything here gives what Triton gives, twice as fast.
+types, shapes and promotions anew. Everything here gives what Triton gives, in a fraction of the
+time.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,3 +76,16 @@ def remember_promotions(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(TritonSemantic, "computation_type_impl", functools.cache(promote))
     patch.setattr(TritonSemantic, "cast", cast_what_differs)
     patch.setattr(TritonSemantic, "broadcast_impl_value", broadcast_what_differs)
+
+
+def look_for_no_overflow(patch: pytest.MonkeyPatch) -> None:
+    """Sums and products of integers are computed once.
+
+    The interpreter computes each a second time in 64 bits and compares it with the limits of its
+    type. It reports what it finds in its debug mode alone.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
