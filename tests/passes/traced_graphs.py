@@ -41,18 +41,21 @@ def sites_of(fn: Callable[..., Any], *args: Any) -> list[AttentionSite]:
 
 class Rewriting:
     """A backend that rewrites every site that has no reason to stay dense, then runs AOT eager,
-    or the graph itself."""
+    or the graph itself, which `graph` keeps."""
 
     def __init__(self, plan: AttentionPlan = ALL_BLOCKS, aot: bool = True) -> None:
         self.plan = plan
         self.aot = aot
+        self.graph: GraphModule | None = None
+        self.sites: list[AttentionSite] = []
         self.calls = 0
         self.rewritten = 0
         self.reasons: list[Reason] = []
 
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self.calls += 1
-        sites = find_sites(gm)
+        self.graph, sites = gm, find_sites(gm)
+        self.sites += sites
         self.reasons += [site.reason for site in sites if site.reason is not None]
         planned = [(site, self.plan) for site in sites if site.reason is None]
         self.rewritten += len(rewrite(gm, planned))
