@@ -31,9 +31,9 @@ from benchmarks.context_parallel import report, ring_error
 from benchmarks.end_to_end.report import forward_seconds, forward_table, generation_table
 from benchmarks.fidelity import schedules
 from benchmarks.fidelity.frontier import Point
-from benchmarks.fidelity.grid import CLUSTERS, OURS, PAPER, WARM_UPS
+from benchmarks.fidelity.grid import OURS, PAPER, RIVALS, WARM_UPS
 from benchmarks.fidelity.record import read
-from benchmarks.fidelity.report import markdown_table, paired_table, rivals_table
+from benchmarks.fidelity.report import markdown_table, paired_table, rivals_summary, rivals_table
 from benchmarks.fidelity.rules import RULES
 from benchmarks.fidelity.sol import BLOCK
 from benchmarks.fidelity.times import WAN
@@ -72,8 +72,13 @@ _MODELS = {
     "CogVideoX 5B": "cogvideox-5b",
 }
 _README_DENSITY = 0.2
-_BESIDE = ((OURS, 0.2), (OURS, 0.1), ("sol_top_k", 0.1), (PAPER, 0.2))  # of the README's pictures
-_TRAINED = {"self": "PSNR, video alone", "joint": "PSNR, text and video in one attention"}
+_SOL = "kitchen_top_k_cubes"
+_BESIDE = ((OURS, 0.2), (OURS, 0.1), (_SOL, 0.2), (_SOL, 0.1), (PAPER, 0.2))  # README's pictures
+_TRAINED = {
+    "self": "PSNR, video alone",
+    "joint": "PSNR, text and video in one attention",
+    "third": "PSNR, films",
+}
 _CLUSTERS = (256, 64)  # mean tokens of a query and of a key cluster, by default at Wan's shape
 
 
@@ -267,7 +272,8 @@ def pictures_table(records: Path) -> str:
             cell = point.cell
             asked = (cell.rule, cell.density, cell.warm_up) == (rule, density, WARM_UPS[0])
             # The default's clusters at Wan's shape, for rules that have clusters.
-            if asked and (cell.queries, cell.keys) in (CLUSTERS[-1], (BLOCK, BLOCK)):
+            tokens = (BLOCK, BLOCK) if rule in RIVALS else _CLUSTERS
+            if asked and (cell.queries, cell.keys) == tokens:
                 found[cell.model] = point
         ms = next((p.ms[WAN] for p in found.values() if WAN in p.ms), None)
         pictures = [f"{found[n].mean_psnr:.1f} dB" if n in found else "" for n in names]
@@ -364,6 +370,7 @@ def tables() -> dict[str, Table]:
         "fidelity": lambda folder: fidelity_section(FIDELITY, folder),
         "paired": lambda folder: paired_table(pictures),
         "rivals": lambda folder: rivals_table(pictures, times),
+        "rivals-summary": lambda folder: rivals_summary(pictures, times),
         "context-parallel": lambda folder: report.section(RESULTS / "nvidia-h200", folder),
         "ring-error": lambda folder: ring_error.section(RESULTS / "cpu" / "ring"),
         "compile-time": lambda folder: compile_time_table(compile_time),

@@ -21,13 +21,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markdown import Markdown
 
 from benchmarks.attention.inputs import Inputs, inputs_of
 from benchmarks.fidelity import kitchen
 from benchmarks.fidelity.grid import OURS, Cell, cells
 from benchmarks.fidelity.plots import write_frontier
 from benchmarks.fidelity.record import Record, read
-from benchmarks.fidelity.report import cells_table, derived_table
+from benchmarks.fidelity.report import cells_table, derived_table, rivals_table
 from benchmarks.fidelity.rules import RULES
 from benchmarks.fidelity.scores import interval, score_clips
 from benchmarks.fidelity.subject import Subject
@@ -212,6 +213,8 @@ def report(out: Path) -> None:
     console = Console(width=170, soft_wrap=True)
     console.print(cells_table(evidence))
     console.print(derived_table(evidence))
+    if set(evidence.shapes).issuperset((WAN, *SHORTER)):
+        console.print(Markdown(rivals_table([evidence], evidence.times)))
 
 
 def main() -> None:

@@ -110,9 +110,8 @@ def derived(points: Sequence[Point], shapes: Sequence[str]) -> dict[str, Any]:
         its own. ``equal_time``: by shape, the gain at the times at which the paper's frontier has
         its points; ``time_ratio``: by shape, the time of Gaussian compensation at the PSNR that
         the paper's rule has at density 0.2 (the best of its clusters) over the least time that the
-        paper's rule has it in. ``rivals``: by shape, `beside_rivals`. Interpolated in the logarithm
-        of time or density. Ratios come as (value, bound): ``"over"`` or ``"under"`` where the PSNR
-        lies outside of what was measured.
+        paper's rule has it in. Interpolated in the logarithm of time or density. Ratios come as
+        (value, bound): ``"over"`` or ``"under"`` where the PSNR lies outside of what was measured.
     """
     points = [p for p in points if p.cell.warm_up == WARM_UPS[0]]
     dropping = density_curve(points, DROPPING)
@@ -150,7 +149,6 @@ def derived(points: Sequence[Point], shapes: Sequence[str]) -> dict[str, Any]:
         "equal_density": equal_density,
         "equal_time": equal_time,
         "time_ratio": time_ratio,
-        "rivals": {shape: beside_rivals(points, shape) for shape in shapes},
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -67,14 +68,6 @@ def derived_rows(found: dict[str, Any], shape: str) -> list[tuple[str, str]]:
         (f"operator time at the paper's PSNR at density 0.2, over the paper's ({shape})",
          _bounded(ratio, ".2f")),
     ]  # fmt: skip
-    for rival in found["rivals"].get(shape, []):
-        named = f"{RULES[rival['rule']].title} {rival['budget']} ({rival['ms']:.1f} ms, {shape})"
-        gain = "-" if rival["gain"] is None else f"{gain_of(rival)} dB"
-        rows += [
-            (f"PSNR over {named} in its time", gain),
-            (f"operator time at the PSNR of {named}, over its",
-             _bounded(rival["time_ratio"], ".2f")),
-        ]  # fmt: skip
     return rows
 
 
@@ -170,18 +163,62 @@ def rivals_table(evidences: Sequence[Evidence], times: dict[str, Any]) -> str:
         evidences: each of one guidance.
         times: the record of times; its shapes of published models and lengths are columns.
     """
-    shapes = [WAN, *SHORTER]
-    sizes = {row["shape"]: row["dense_ms"] for row in times["rows"]}
     lines = [
-        f"{where([times])}. Dense attention: "
-        + ", ".join(f"{sizes[shape]:.1f} ms ({shape})" for shape in shapes)
-        + ".",
-        "",
         "| model, guidance | Sol-Attn | budget | its PSNR | "
-        + " | ".join(f"{shape}: its ms, ours at its PSNR" for shape in shapes)
+        + " | ".join(f"{shape}: its ms, ours at its PSNR" for shape in _RIVAL_SHAPES)
         + " | our PSNR in its time, less its |",
-        f"|---|---|---|---|{'---|' * len(shapes)}---|",
+        f"|---|---|---|---|{'---|' * len(_RIVAL_SHAPES)}---|",
     ]
+    for named, _, pairs in _beside(evidences):
+        for point, rows in pairs:
+            cells = [
+                named, RULES[point.cell.rule].title, point.cell.budget, str(interval(point.psnr)),
+                *(_in_time(row) for row in rows),
+                "-" if rows[0]["gain"] is None else f"{gain_of(rows[0])} dB",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([_dense_times(times), "", *lines])
+
+
+def rivals_summary(evidences: Sequence[Evidence], times: dict[str, Any]) -> str:
+    """`rivals_table` in a row for each model and guidance; arguments as there."""
+    lines = [
+        "| model, guidance | tokens | ways "
+        "| our PSNR in its time, less its: least / median / most | "
+        + " | ".join(f"{s}: our time at its PSNR over its, median / most" for s in _RIVAL_SHAPES)
+        + " |",
+        f"|---|---|---|---|{'---|' * len(_RIVAL_SHAPES)}",
+    ]
+    for named, tokens, pairs in _beside(evidences):
+        gains = [gain_of(rows[0]).mean for _, rows in pairs if rows[0]["gain"] is not None]
+        if not gains:
+            continue
+        ratios = zip(*([row["time_ratio"][0] for row in rows] for _, rows in pairs), strict=True)
+        cells = [
+            named, f"{tokens:,}", str(len(pairs)),
+            " / ".join(f"{x:+.1f}" for x in (min(gains), median(gains), max(gains))) + " dB",
+            *(f"{median(of_shape):.2f}x / {max(of_shape):.2f}x" for of_shape in ratios),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([_dense_times(times), "", *lines])
+
+
+_RIVAL_SHAPES = (WAN, *SHORTER)
+
+
+def _dense_times(times: dict[str, Any]) -> str:
+    sizes = {row["shape"]: row["dense_ms"] for row in times["rows"]}
+    each = ", ".join(f"{sizes[shape]:.1f} ms ({shape})" for shape in _RIVAL_SHAPES)
+    return f"{where([times])}. Dense attention: {each}."
+
+
+def _beside(
+    evidences: Sequence[Evidence],
+) -> Iterator[tuple[str, int, list[tuple[Point, list[dict[str, Any]]]]]]:
+    """Of each model and guidance: its name, its tokens, and Sol-Attn's points with ours.
+
+    Beside a point stands its row of `frontier.beside_rivals` for each of `_RIVAL_SHAPES`.
+    """
     for evidence in evidences:
         for model, record in evidence.models.items():
             points = [
@@ -189,17 +226,10 @@ def rivals_table(evidences: Sequence[Evidence], times: dict[str, Any]) -> str:
                 for p in evidence.points
                 if p.cell.model == model and p.cell.warm_up == WARM_UPS[0]
             ]
-            of = {shape: beside_rivals(points, shape) for shape in shapes}
+            of = [beside_rivals(points, shape) for shape in _RIVAL_SHAPES]
             scores = [p for p in points if p.cell.rule in RIVALS and WAN in p.ms]
-            for point, *rows in zip(scores, *of.values(), strict=True):
-                named = f"{model}, {record['settings']['guidance']:g}"
-                cells = [
-                    named, RULES[point.cell.rule].title, point.cell.budget,
-                    str(interval(point.psnr)), *(_in_time(row) for row in rows),
-                    "-" if rows[0]["gain"] is None else f"{gain_of(rows[0])} dB",
-                ]  # fmt: skip
-                lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            pairs = [(p, list(rows)) for p, *rows in zip(scores, *of, strict=True)]
+            yield f"{model}, {record['settings']['guidance']:g}", record["model"]["tokens"], pairs
 
 
 def _in_time(row: dict[str, Any]) -> str:

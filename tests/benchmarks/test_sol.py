@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from itertools import product
 from types import ModuleType
@@ -14,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.fidelity import kitchen
-from benchmarks.fidelity.frontier import Point, derived
+from benchmarks.fidelity.frontier import Point, beside_rivals
 from benchmarks.fidelity.grid import Cell, cells
-from benchmarks.fidelity.report import derived_rows
+from benchmarks.fidelity.record import Evidence
+from benchmarks.fidelity.report import rivals_summary, rivals_table
 from benchmarks.fidelity.rules import RULES, Remembered, attention
 from benchmarks.fidelity.sol import BLOCK, SolAttn, cube_order
+from benchmarks.fidelity.times import SHORTER, WAN
 from svg_ear_compile.kernels.plan import AttentionPlan
 
 GRID = (5, 9, 10)  # 450 tokens: seven blocks and two tokens; cubes are cut at every side
@@ -177,16 +180,37 @@ def test_the_rival_is_read_at_its_own_time() -> None:
         point("sol_tau", (31.0, 35.0), 100.0),
         point("sol_tokens", (30.0, 30.0), 10.0),
     ]
-    found = derived(points, ["wan"])["rivals"]["wan"]
-    by_rule = {row["rule"]: row for row in found}
+    by_rule = {row["rule"]: row for row in beside_rivals(points, "wan")}
     assert by_rule["sol_top_k"]["gain"]["mean"] == pytest.approx((29 - 24 + 38 - 33) / 2)
     assert by_rule["sol_top_k"]["gain"]["high"] == pytest.approx(5)  # paired: both gain the same
     assert by_rule["sol_top_k"]["time_ratio"] == (pytest.approx(0.5), "under")
     assert by_rule["sol_tau"]["gain"]["mean"] == pytest.approx(2)  # the last point, in less time
     assert by_rule["sol_tau"]["time_ratio"] == (pytest.approx(20 * 4 ** (1 / 3) / 100), "")
     assert by_rule["sol_tokens"]["gain"] is None
-    rows = dict(derived_rows(derived(points, ["wan"]), "wan"))
-    assert rows["PSNR over Sol-Attn, top-k 0.1 (40.0 ms, wan) in its time"] == "5.00 ± 0.00 dB"
+
+
+def test_rivals_are_summed_up_in_a_row_for_each_model_and_guidance() -> None:
+    shapes = (WAN, *SHORTER)
+
+    def timed(rule: str, scores: tuple[float, float], ms: float, density: float) -> Point:
+        return replace(point(rule, scores, ms, density), ms=dict.fromkeys(shapes, ms))
+
+    points = [
+        timed("gaussian", (28.0, 36.0), 20.0, 0.05),
+        timed("gaussian", (30.0, 40.0), 80.0, 0.2),
+        timed("sol_top_k", (24.0, 33.0), 40.0, 0.1),
+        timed("sol_top_k", (28.0, 36.0), 80.0, 0.2),
+        timed("sol_tokens", (30.0, 30.0), 10.0, 0.05),
+    ]
+    model = {"settings": {"guidance": 5.0}, "model": {"tokens": 6912}}
+    rows = [{"shape": shape, "dense_ms": 204.0} for shape in shapes]
+    times = {"device": "a GPU", "cuda": None, "versions": {"torch": "2"}, "rows": rows}
+    evidence = Evidence({"self": model}, times, points)
+    text = rivals_summary([evidence], times)
+    ratios = "0.50x / 2.00x"  # the third way's picture, 30 dB, takes "under" 20 ms of its 10
+    each = " | ".join([ratios] * 3)
+    assert f"| self, 5 | 6,912 | 3 | +3.0 / +4.0 / +5.0 dB | {each} |" in text
+    assert len(rivals_table([evidence], times).splitlines()) == 4 + 3
 
 
 def test_every_use_of_the_rival_is_measured() -> None:
