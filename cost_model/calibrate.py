@@ -217,14 +217,20 @@ def within_time(
         if case.call_class in refused:
             continue
         if case.call_class not in begun:
-            if not watch.has_time_for_class(
-                other for other in cases if other.needed and other.call_class == case.call_class
-            ):
+            needed = [c for c in cases if c.needed and c.call_class == case.call_class]
+            if not watch.has_time_for_all(needed, watch.compilation):
                 refused.add(case.call_class)
                 continue
             begun.add(case.call_class)
             watch.say(f"{case}: kernels are compiled")
-            measured.compile(*case.call_class, _forms(cases, case.call_class))
+            for form in _forms(cases, case.call_class):
+                measured.compile(*case.call_class, [form])
+                # The kernels of the first class may have been compiled long ago, these not.
+                if not watch.has_time_for_all(needed):
+                    refused.add(case.call_class)
+                    break
+            if case.call_class in refused:
+                continue
         indispensable = case.needed and case.call_class == first
         if not (indispensable or watch.has_time_for(case.tokens)):
             continue
@@ -289,10 +295,10 @@ class _Watch:
         """Whether a call of so many tokens is expected to be measured in time."""
         return self.passed + self._expected(tokens) <= self._seconds
 
-    def has_time_for_class(self, cases: Iterable[Case]) -> bool:
-        """Whether a class is expected to be compiled and its cases to be measured in time."""
+    def has_time_for_all(self, cases: Iterable[Case], compilation: float = 0.0) -> bool:
+        """Whether these are expected to be measured in time, after seconds of compilation."""
         measuring = sum(self._expected(case.tokens) for case in cases)
-        return self.passed + self.compilation + measuring <= self._seconds
+        return self.passed + compilation + measuring <= self._seconds
 
     def _expected(self, tokens: int) -> float:
         """Seconds as of the longest measurement of the nearest length."""

@@ -44,6 +44,7 @@ class Simulated:
 
     Args:
         compilation: seconds to compile the kernels of one form.
+        compiled: head dims whose kernels are compiled already.
         overhead: seconds of a measurement whose calls take no time.
         slower: times as long as `TRUTH` that all calls take.
         busy_after: seconds after which all other work takes ten times as long.
@@ -55,8 +56,10 @@ class Simulated:
         overhead: float = 0.8,
         slower: float = 1.0,
         busy_after: float = 1e9,
+        compiled: tuple[int, ...] = (),
     ) -> None:
         self.clock = 0.0
+        self._compiled = compiled
         self._compilation, self._overhead, self._slower = compilation, overhead, slower
         self._busy_after = busy_after
         self._length = 0
@@ -70,7 +73,8 @@ class Simulated:
         self.clock += seconds * (10.0 if self.clock > self._busy_after else 1.0)
 
     def compile(self, dtype: str, head_dim: int, plans: Iterable[AttentionPlan]) -> None:
-        self._spend(self._compilation * len(list(plans)))
+        if head_dim not in self._compiled:
+            self._spend(self._compilation * len(list(plans)))
 
     def roofs(self, dtypes: Iterable[str]) -> Roofs:
         rates = {name: TRUTH.roofs.flops[name] for name in dtypes}
@@ -131,6 +135,13 @@ def test_a_slow_compiler_leaves_the_second_class_out_and_scales_its_prior() -> N
     assert abs(guess.dense_ms / guess.sample.dense_ms - 1) < 0.3
 
 
+def test_a_second_class_that_alone_has_to_be_compiled_is_left_in_time() -> None:
+    found = Simulated(compilation=9.0, compiled=(128,)).run()
+    assert found.seconds <= SECONDS + 9.0  # one form at most
+    assert {sample.head_dim for sample in found.samples} == {128}
+    assert is_exact(found, 128)
+
+
 def test_what_the_fit_needs_is_measured_however_long_it_takes() -> None:
     for device in (Simulated(compilation=40.0), Simulated(slower=100.0), Simulated(busy_after=3.0)):
         found = device.run()
@@ -141,7 +152,7 @@ def test_what_the_fit_needs_is_measured_however_long_it_takes() -> None:
 
 def test_a_class_that_was_begun_and_not_ended_is_scaled() -> None:
     whole = Simulated().run()
-    device = Simulated(busy_after=17.0)
+    device = Simulated(busy_after=19.0)
     found = device.run()
     counts = [sum(s.head_dim == 64 and s.fitted for s in each.samples) for each in (whole, found)]
     assert 0 < counts[1] < 6 <= counts[0]
