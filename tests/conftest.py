@@ -17,6 +17,13 @@ from hypothesis import HealthCheck, Phase, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# pytest listens to every logger that does not propagate, and PyTorch writes a full trace of each
+# compilation (graphs as text, stacks, timings) as soon as somebody listens to this one.
+if "TORCH_TRACE" not in os.environ:
+    trace = logging.getLogger("torch.__trace")
+    trace.handlers.clear()
+    trace.propagate = True
+
 # A process that a test starts imports this tree, whatever is installed.
 inherited = filter(None, [os.environ.get("PYTHONPATH")])
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *inherited])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,11 @@ COMPILE = """
 import torch
 torch.compile(torch.nn.Linear(4, 4), backend="svg_ear", options={"density": 0.5})
 """
+RUN = """
+with torch.no_grad():
+    assert torch.compile(torch.nn.Flatten(), backend="svg_ear")(torch.ones(2, 4)).shape == (2, 4)
+assert "svg_ear_compile" in sys.modules
+"""
 COMPARE = """
 import torch, svg_ear_compile, importlib.metadata
 print([e.name for e in importlib.metadata.entry_points(group="torch_dynamo_backends")])
@@ -181,11 +187,14 @@ def test_a_clone_that_is_not_installed_imports_and_registers_the_backend(clone, 
     assert "UserWarning" not in said
 
 
-@pytest.mark.parametrize("first", ["", "import svg_ear_compile"], ids=["compile", "import"])
+@pytest.mark.parametrize(
+    "first", [COMPILE + RUN, "import svg_ear_compile" + COMPILE], ids=["compile", "import"]
+)
 def test_an_installed_package_is_registered_by_its_entry_point_alone(
     wheel, others, tmp_path, first
 ) -> None:
-    said = python(first + COMPILE + COMPARE, path=[wheel, others], cwd=tmp_path)
+    """Where it is imported before, and where a model is compiled and run without."""
+    said = python(first + COMPARE, path=[wheel, others], cwd=tmp_path)
     assert "svg_ear" in said.splitlines()[0]
     assert str(wheel / "svg_ear_compile") in said
 
@@ -223,16 +232,15 @@ def test_another_release_warns_once_with_its_version(minor, patch, recwarn) -> N
     assert release(minor, patch) in str(warning.message)
 
 
-def test_an_untried_release_imports_with_one_warning(others, clone) -> None:
-    code = """
-import runpy, torch
-torch.__version__ = torch.torch_version.TorchVersion("9.9.1")
-sys.argv = ["svg-ear", "--version"]
-runpy.run_module("svg_ear_compile", run_name="__main__", alter_sys=True)
-"""
-    said = python(code, path=[clone, others], cwd=clone)
-    assert f"svg-ear {svg_ear_compile.__version__}, torch 9.9.1\n" in said
-    assert said.count("this is 9.9.1") == 1
+def test_an_untried_release_imports_with_one_warning(monkeypatch, capsys, recwarn) -> None:
+    """The package is imported anew by its command; what it is made of is there already."""
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("9.9.1"))
+    monkeypatch.delitem(sys.modules, "svg_ear_compile")
+    monkeypatch.setattr(sys, "argv", ["svg-ear", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("svg_ear_compile", run_name="__main__", alter_sys=True)
+    assert f"svg-ear {svg_ear_compile.__version__}, torch 9.9.1\n" in capsys.readouterr().out
+    assert sum("this is 9.9.1" in str(warning.message) for warning in recwarn) == 1
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no repository, as in an sdist")

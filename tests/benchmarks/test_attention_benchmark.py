@@ -26,21 +26,24 @@ def tiny(text: int = 0) -> Inputs:
     return Inputs("tiny", *tensors, text)
 
 
-@pytest.mark.parametrize("text", [0, 9])
-def test_rows_of_a_shape(text: int) -> None:
+@pytest.mark.parametrize(
+    ("text", "flex"), [(0, False), pytest.param(9, True, marks=pytest.mark.slow)]
+)
+def test_rows_of_a_shape(text: int, flex: bool) -> None:
     said: list[str] = []
     forms = ["gaussian", "centroid"]
-    rows = measure.measure_shape(tiny(text), [0.2], forms, ["default", "4/9"], 2, True, said.append)
-    assert [row["form"] for row in rows] == ["gaussian", "flex", "centroid"] * 2
+    rows = measure.measure_shape(tiny(text), [0.2], forms, ["default", "4/9"], 2, flex, said.append)
+    assert [row["form"] for row in rows] == ["gaussian", *["flex"] * flex, "centroid"] * 2
+    assert len(said) == 1 + len(rows)
     for row in rows:
         assert row["gate"] < 1e-2
         assert len(row["samples_ms"]) == 2
         assert 0 < row["error"] < 1
         assert row["speedup"] > 0
     assert all(0.2 <= row["density_reached"] < 0.5 for row in rows if row["form"] != "flex")
-    assert rows[1]["waste"] > 1
-    assert rows[1]["computed_tflops"] == pytest.approx(rows[1]["useful_tflops"] * rows[1]["waste"])
-    assert len(said) == 7
+    for row in (row for row in rows if row["form"] == "flex"):
+        assert row["waste"] > 1
+        assert row["computed_tflops"] == pytest.approx(row["useful_tflops"] * row["waste"])
 
 
 def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,7 +181,7 @@ def test_device_decides_what_the_command_line_leaves_open():
     assert mixed.compensations == ("centroid",)
 
 
-def test_whole_demo_on_a_tiny_model(tmp_path, monkeypatch):
+def test_whole_demo_on_a_tiny_model(tmp_path, monkeypatch, through_aot):
     config = VideoDiTConfig(
         class_names=LABELS,
         camera_fields=CAMERA_FIELDS,

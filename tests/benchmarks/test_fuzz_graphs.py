@@ -224,7 +224,10 @@ FAULTS: list[tuple[Callable[[Monkey], None], dict[str, str]]] = [
     (_lists_are_never_written, {"write": "foreach"}),
     (_sites_read_what_was_replaced, {"near": "attention_of_attention"}),
     (_only_positional_arguments_are_known, {"form": "matmul", "scale": "divided"}),
-    (_repeated_masks_keep_their_batch, {"form": "sdpa_positional", "mask": "halves_repeated"}),
+    (
+        _repeated_masks_keep_their_batch,
+        {"form": "sdpa_positional", "mask": "halves_repeated", "write": "bool"},
+    ),
     (_outputs_have_strides_of_their_own, {"near": "output_viewed"}),
     (_ragged_sizes_are_read, {"near": "jagged"}),
     (_any_tensor_is_plain, {"near": "transformed"}),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -41,33 +38,6 @@ def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
 def operators(gm: GraphModule) -> int:
     target = torch.ops.svg_ear.attention.default
     return len(gm.graph.find_nodes(op="call_function", target=target))
-
-
-def run_python(code: str, cache: Path) -> str:
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parent,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-ENTRY_POINT = """
-import sys, torch
-model = torch.nn.Linear(4, 4)
-with torch.no_grad():
-    out = torch.compile(model, backend="svg_ear")(torch.ones(2, 4))
-assert "svg_ear_compile" in sys.modules
-print(out.shape)
-"""
-
-
-def test_the_entry_point_works_where_the_package_was_never_imported(tmp_path: Path) -> None:
-    assert "[2, 4]" in run_python(ENTRY_POINT, tmp_path)
 
 
 def print_cache_hits(density: float) -> None:

@@ -62,8 +62,12 @@ def test_the_function_is_the_packages_and_its_folder_a_package():
     assert callable(run)
 
 
-@pytest.mark.parametrize("make", [tiny_dit, tiny_wan], ids=["dit", "wan"])
-def test_a_real_pipeline_dense_and_sparse(make, tmp_path):
+@pytest.mark.parametrize(
+    ("make", "compiler"), [(tiny_dit, "inductor"), (tiny_wan, "through_aot")], ids=["dit", "wan"]
+)
+def test_a_real_pipeline_dense_and_sparse(make, compiler, tmp_path, request):
+    if compiler == "through_aot":
+        request.getfixturevalue(compiler)
     made = make()
     pipeline = made[0] if isinstance(made, tuple) else made
     half = {"density": 0.3, **SPARSE}
@@ -74,7 +78,7 @@ def test_a_real_pipeline_dense_and_sparse(make, tmp_path):
     sparse, equal = (found.clips[setting.name][0, 3] for setting in found.settings)
     assert 0.2 < sparse.density < 0.6
     assert 10 < sparse.figures.psnr < math.inf
-    # Density 1 is what Inductor alone gives.
+    # Density 1 is what the compiler alone gives.
     assert equal.density is None
     assert equal.figures.psnr == math.inf
     assert equal.repeat_psnr == math.inf

@@ -149,7 +149,7 @@ def assert_the_same_compiled(model: nn.Module, inputs: Any, kwargs: dict[str, An
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_fused_projections_are_read_like_separate_ones() -> None:
+def test_fused_projections_are_read_like_separate_ones(through_aot: None) -> None:
     model, inputs, kwargs = wan()
     apart = explain(model, *inputs, options={"min_tokens": 64}, **kwargs)
     model.fuse_qkv_projections()
@@ -159,7 +159,7 @@ def test_fused_projections_are_read_like_separate_ones() -> None:
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_adapters_are_seen_through(merged: bool) -> None:
+def test_adapters_are_seen_through(merged: bool, through_aot: None) -> None:
     from peft import LoraConfig
 
     torch.manual_seed(0)

@@ -161,7 +161,7 @@ def run(model: Any) -> Tensor:
 @pytest.mark.parametrize("projection", [nn.Linear, Matmul, Einsum, Int8, Float8, Custom])
 def test_a_layer_is_told_by_what_is_inside_of_it(projection: Any, regional: bool) -> None:
     made = (lambda: nn.Linear(WIDTH, WIDTH)) if projection is nn.Linear else projection
-    inductor = projection in (Int8, Float8)
+    inductor = (projection, regional) in ((Int8, True), (Float8, False))
     model, session = session_of(Model(made), regional, {"blocks.1.attn1": 1.0}, inductor)
     with session:
         run(model)
