@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
-import numpy as np
-
-from svg_ear_compile.passes.traced_tokens import traced_count, traced_places
+from svg_ear_compile.passes.runs import Runs
+from svg_ear_compile.passes.traced_tokens import traced_count, traced_runs
 from svg_ear_compile.passes.vectors import Stream, Vector
 
 _MOST_SPANS = 3
@@ -51,7 +51,7 @@ class ExactTokens:
     def spans(self) -> tuple[str, str]:
         """Places of exact queries and keys while tracing, as "0:9, 201:205"; "" for none."""
         queries, keys = (
-            "" if vector is None else _spans(vector, traced_places(vector, self.is_exact), self)
+            "" if vector is None else _spans(vector, traced_runs(vector, self.is_exact), self)
             for vector in (self.queries, self.keys)
         )
         return queries, keys
@@ -60,17 +60,17 @@ class ExactTokens:
 NOTHING_EXACT = ExactTokens()
 
 
-def _spans(vector: Vector, places: np.ndarray | None, exact: ExactTokens) -> str:
+def _spans(vector: Vector, runs: Runs[bool] | None, exact: ExactTokens) -> str:
     count = traced_count(vector, exact.is_exact)
-    if places is None:
+    if runs is None:
         return "an unknown number" if count is None else f"{count} by index"
-    found = spans_of(places)
+    found = _true_spans(runs)
     if len(found) > _MOST_SPANS:
         return f"{count} in {len(found)} spans"
     return ", ".join(f"{start}:{stop}" for start, stop in found)
 
 
-def spans_of(places: np.ndarray) -> list[tuple[int, int]]:
-    """Start and stop of every run of True in places (N,) bool."""
-    edges = np.flatnonzero(np.diff(places.astype(np.int8), prepend=0, append=0))
-    return [(start, stop) for start, stop in edges.reshape(-1, 2).tolist()]
+def _true_spans(runs: Runs[bool]) -> list[tuple[int, int]]:
+    """Start and stop of every run of True."""
+    stops = itertools.accumulate(count for _, count in runs)
+    return [(stop - n, stop) for (held, n), stop in zip(runs, stops, strict=True) if held]

@@ -9,26 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import forward_ad
 from torch.fx import GraphModule, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from svg_ear_compile.kernels.op import DTYPES
 from svg_ear_compile.kernels.plan import HEAD_DIMS
-from svg_ear_compile.passes.dataflow import Dataflow, projected_input
+from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.exact import exact_tokens
 from svg_ear_compile.passes.exact_places import NOTHING_EXACT
 from svg_ear_compile.passes.folding import Axes, folds, role_in_clip
 from svg_ear_compile.passes.handwritten import read_handwritten
+from svg_ear_compile.passes.layer_parameters import LayerParameters
 from svg_ear_compile.passes.mask import judge_mask
 from svg_ear_compile.passes.media import carries_media
 from svg_ear_compile.passes.memory import is_plain
-from svg_ear_compile.passes.module_path import (
-    innermost,
-    layer_path,
-    module_path,
-    owner_path,
-    root_of,
-    source_of,
-)
+from svg_ear_compile.passes.module_path import layer_path
 from svg_ear_compile.passes.operators import is_kernel, may_be_kernel, read_kernel
 from svg_ear_compile.passes.role import TokenSources, projected
 from svg_ear_compile.passes.sdpa import (
@@ -53,7 +46,12 @@ def find_sites(gm: GraphModule) -> list[AttentionSite]:
     flow = Dataflow(gm)
     calls = _calls(gm, flow)
     describe = _Describer(
-        flow, Streams(flow), folds(flow), carries_media(flow), _is_transformed(gm)
+        flow,
+        Streams(flow),
+        LayerParameters(flow),
+        folds(flow),
+        carries_media(flow),
+        _is_transformed(gm),
     )
     seen: Counter[str] = Counter()
     sites = []
@@ -122,6 +120,7 @@ class _Describer:
 
     flow: Dataflow
     streams: Streams
+    parameters: LayerParameters
     axes: dict[Node, Axes]
     media: dict[Node, bool]
     transformed: bool
@@ -181,7 +180,7 @@ class _Describer:
             name=name,
             call=call,
             layer=layer,
-            layer_parameter=_layer_parameter(flow, call.q.node, first, call.node),
+            layer_parameter=self.parameters.of(call.q.node, first, call.node),
             role=Role.JOINT if role is Role.SELF and exact.queries is not None else role,
             exact=exact,
             q_shape=q_shape,
@@ -242,40 +241,3 @@ def _fit(q: tuple[Size, ...], k: tuple[Size, ...], v: tuple[Size, ...]) -> bool:
     if [kv_batch, kv_heads, k_tokens] != values or kv_batch != batch:
         return False
     return heads == kv_heads or bool(heads and kv_heads and heads % kv_heads == 0)
-
-
-def _layer_parameter(flow: Dataflow, q: Node, reader: Node, call: Node) -> Node | None:
-    """A parameter or buffer inside of the module that attends: it tells layers of one graph apart.
-
-    One outside proves nothing: data of an earlier layer reaches q, too. The nearest projection's is
-    taken first; a norm's on the way may be shared by all layers, whose session then goes by order.
-    """
-    inside = _inside(innermost(call), call)
-    for node in flow.backward(q, lambda n: projected_input(n) is not None, reader):
-        if projected_input(node) is not None:
-            for source in node.all_input_nodes:
-                if source in inside:
-                    return source
-    near = [n for n in flow.backward(q, lambda n: n in inside, reader) if n in inside]
-    return next(iter([*near, *inside]), None)
-
-
-def _inside(layer: str, call: Node) -> list[Node]:
-    """Parameters, then buffers, inside of the module at this path, in the graph of its call."""
-    path, root = module_path(layer), root_of(layer)
-    found = []
-    for node in call.graph.nodes:
-        if node.op in ("placeholder", "get_attr") and _is_plain_state(node):
-            # Exported models say no variable; of another one, the same path is another module.
-            same = root == "" or root_of(source_of(node)) in ("", root)
-            if same and f"{owner_path(node)}.".startswith(f"{path}." if path else ""):
-                found.append(node)
-    return sorted(found, key=lambda n: not isinstance(n.meta["example_value"], torch.nn.Parameter))
-
-
-def _is_plain_state(node: Node) -> bool:
-    """A parameter or buffer that any operator takes: subclasses refuse those unknown to them."""
-    value = node.meta.get("example_value")
-    if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value):
-        return False
-    return isinstance(value, torch.nn.Parameter) or "_buffers" in source_of(node)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from svg_ear_compile.passes.memory import is_plain
+from svg_ear_compile.passes.runs import length
 from svg_ear_compile.passes.symbolic import Size, is_same, shape_of
-from svg_ear_compile.passes.traced_tokens import traced_places
+from svg_ear_compile.passes.traced_tokens import traced_runs
 from svg_ear_compile.passes.vectors import FILLED, LEARNED, Stream, TokenCount, Vector, leaves
 
 _MOST_PARTS = 64  # of a vector: cuts inside of parts, one after the other, would add up
@@ -103,10 +104,10 @@ def agree(states: Iterable[State]) -> bool:
     vectors = [state.vector for state, of in zip(mixed, tokens, strict=True) if of]
 
     def differ(one: Vector, other: Vector, source: Node | None) -> bool:
-        first, second = (traced_places(v, lambda t: t.source is source) for v in (one, other))
-        if first is None or second is None or len(first) != len(second):
+        first, second = (traced_runs(v, lambda t: t.source is source) for v in (one, other))
+        if first is None or second is None or length(first) != length(second):
             return False  # one token may stand for all
-        return bool((first != second).any())
+        return first != second
 
     sources = {stream.source for of in tokens for stream in of}
     return not any(differ(vectors[0], v, source) for v in vectors[1:] for source in sources)

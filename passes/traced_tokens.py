@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 from torch.fx import Node
 
+from svg_ear_compile.passes.runs import Runs, merged, rolled, sliced, written
 from svg_ear_compile.passes.symbolic import hint
 from svg_ear_compile.passes.vectors import (
     Chosen,
@@ -25,58 +25,54 @@ from svg_ear_compile.passes.vectors import (
 )
 
 
-def traced_places(vector: Vector, holds: Callable[[Stream], bool]) -> np.ndarray | None:
+def traced_runs(vector: Vector, holds: Callable[[Stream], bool]) -> Runs[bool] | None:
     """For the traced lengths, whether the stream of each token holds; None where that is unknown.
 
     Args:
         vector: N tokens.
         holds: which streams are asked for.
-
-    Returns:
-        (N,) bool.
     """
     if isinstance(vector, Part):
         count = vector.count if isinstance(vector.count, int) else vector.count.traced
-        return None if count is None else np.full(count, holds(vector.stream))
+        return None if count is None else merged([(holds(vector.stream), count)])
     if isinstance(vector, Joined):
-        parts = [traced_places(part, holds) for part in vector.parts]
+        parts = [traced_runs(part, holds) for part in vector.parts]
         known = [part for part in parts if part is not None]
-        return np.concatenate(known) if len(known) == len(parts) else None
+        return merged(run for part in known for run in part) if len(known) == len(parts) else None
     if isinstance(vector, Placed):
-        into, what = traced_places(vector.into, holds), traced_places(vector.what, holds)
+        into, what = traced_runs(vector.into, holds), traced_runs(vector.what, holds)
         if into is None or what is None:
             return None
-        if len({*into.tolist(), *what.tolist()}) <= 1:  # wherever it is placed
+        if len({held for held, _ in (*into, *what)}) <= 1:  # wherever it is placed
             return into
-        where = None if isinstance(vector.at, Node) else _slice(*vector.at, None)
-        if where is None or len(into[where]) != len(what):
-            return None
-        into[where] = what
-        return into
+        bounds = None if isinstance(vector.at, Node) else _bounds(*vector.at)
+        return None if bounds is None else written(into, *bounds, what)
     alike = one_answer(vector, holds)
     if isinstance(vector, (Cut, Taken)) and alike is not None and vector.count is not None:
         count = hint(size_of(vector))
-        return None if count is None else np.full(count, alike)
+        return None if count is None else merged([(alike, count)])
     if isinstance(vector, Chosen):  # where they are the same, the mask does not matter
-        one, other = traced_places(vector.one, holds), traced_places(vector.other, holds)
-        same = one is not None and other is not None and np.array_equal(one, other)
-        return one if same else None
-    inside = traced_places(vector.of, holds)
+        one, other = traced_runs(vector.one, holds), traced_runs(vector.other, holds)
+        return one if one == other else None
+    inside = traced_runs(vector.of, holds)
     if inside is None:
         return None
     if isinstance(vector, Flipped):
-        return inside[::-1].copy()
+        return inside[::-1]
     if isinstance(vector, Rolled):
-        return np.roll(inside, vector.shift) if isinstance(vector.shift, int) else None
+        return rolled(inside, vector.shift) if isinstance(vector.shift, int) else None
     if isinstance(vector, Cut):
-        where = _slice(vector.start, vector.stop, vector.step)
-        return None if where is None else inside[where].copy()
+        bounds = _bounds(vector.start, vector.stop)
+        return None if bounds is None else sliced(inside, *bounds, vector.step)
     return None
 
 
-def _slice(start: int | Node | None, stop: int | Node | None, step: int | None) -> slice | None:
-    bounds = [_traced_bound(bound) for bound in (start, stop)]
-    return None if "unknown" in bounds else slice(bounds[0], bounds[1], step)
+def _bounds(
+    start: int | Node | None, stop: int | Node | None
+) -> tuple[int | None, int | None] | None:
+    """Bounds of a slice for the traced lengths; None where one is unknown."""
+    first, last = _traced_bound(start), _traced_bound(stop)
+    return None if isinstance(first, str) or isinstance(last, str) else (first, last)
 
 
 def _traced_bound(bound: int | Node | None) -> int | str | None:
@@ -91,9 +87,9 @@ def traced_count(vector: Vector, holds: Callable[[Stream], bool]) -> int | None:
 
     What is written by index counts as written to places of its own.
     """
-    places = traced_places(vector, holds)
-    if places is not None:
-        return int(places.sum())
+    runs = traced_runs(vector, holds)
+    if runs is not None:
+        return sum(count for held, count in runs if held)
     if isinstance(vector, Placed):
         counts = [_traced_count_left(vector, holds), traced_count(vector.what, holds)]
     elif isinstance(vector, Joined):

@@ -8,15 +8,14 @@ the index tensors of every call.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import NoneType
 
-import numpy as np
 import torch
 from torch.fx import Node
 
+from svg_ear_compile.passes.runs import Runs, length, merged, side_by_side, sliced, written
 from svg_ear_compile.passes.symbolic import Size, hint, is_same
 
 
@@ -197,14 +196,10 @@ def cut(
             if count is not None and isinstance(found, (Part, Cut, Taken)):
                 return replace(found, count=count)
             return found
-    fixed = all(bound is None or isinstance(bound, int) for bound in (start, stop))
-    parts = [atom for atom in atoms if isinstance(atom, Part) and isinstance(atom.count, int)]
-    if fixed and len(parts) == len(atoms):
-        owner = np.repeat(np.arange(len(parts)), np.array(sizes))[slice(start, stop, step)]
-        edges = np.flatnonzero(np.diff(owner, prepend=-1, append=-1))
-        return joined(
-            Part(int(b - a), parts[owner[a]].stream) for a, b in itertools.pairwise(edges)
-        )
+    if isinstance(start, (int, NoneType)) and isinstance(stop, (int, NoneType)):
+        runs = _runs(vector)
+        if runs is not None:
+            return _vector_of(sliced(runs, start, stop, step))
     ends = [bound for bound in (start, stop) if not isinstance(bound, (int, Node, NoneType))]
     return None if ends or count is None else Cut(vector, start, stop, step, count)  # type: ignore[arg-type]
 
@@ -239,39 +234,34 @@ def size_of(vector: Vector) -> Size:
 
 def overlay(one: Vector, other: Vector) -> Vector | None:
     """Each token of the vector that has no filling there; None where both have none, or unknown."""
-    runs = [_runs(vector) for vector in (one, other)]
-    if runs[0] is None or runs[1] is None:
+    first, second = _runs(one), _runs(other)
+    if first is None or second is None or length(first) != length(second):
         return None
-    streams = [[s for s, count in of for _ in range(count)] for of in (runs[0], runs[1])]
-    if len(streams[0]) != len(streams[1]):
+    pairs = list(side_by_side(first, second))
+    if any(FILLED not in pair for *pair, _ in pairs):
         return None
-    found = []
-    for first, second in zip(*streams, strict=True):
-        if FILLED not in (first, second):
-            return None
-        found.append(first if second == FILLED else second)
-    return joined(Part(len(list(run)), stream) for stream, run in itertools.groupby(found))
+    return _vector_of(merged((b if a == FILLED else a, count) for a, b, count in pairs))
 
 
-def _runs(vector: Vector) -> list[tuple[Stream, int]] | None:
-    """Streams and their numbers of tokens, one after the other; None where a number is symbolic."""
+def _vector_of(runs: Runs[Stream]) -> Vector:
+    return joined(Part(count, stream) for stream, count in runs)
+
+
+def _runs(vector: Vector) -> Runs[Stream] | None:
+    """The streams of a vector; None where a number of tokens is symbolic."""
     if isinstance(vector, Part):
-        return [(vector.stream, vector.count)] if isinstance(vector.count, int) else None
+        count = vector.count
+        return merged([(vector.stream, count)]) if isinstance(count, int) else None
     if isinstance(vector, Joined):
         parts = [_runs(part) for part in vector.parts]
-        return None if None in parts else [run for part in parts if part for run in part]
+        return None if None in parts else merged(run for part in parts if part for run in part)
     if not isinstance(vector, Placed) or isinstance(vector.at, Node):
         return None
     into, what = _runs(vector.into), _runs(vector.what)
     start, stop = vector.at
     if into is None or what is None or isinstance(start, Node) or isinstance(stop, Node):
         return None
-    places = [s for s, count in into for _ in range(count)]
-    written = [s for s, count in what for _ in range(count)]
-    if len(places[start:stop]) != len(written):
-        return None
-    places[start:stop] = written
-    return [(stream, len(list(run))) for stream, run in itertools.groupby(places)]
+    return written(into, start, stop, what)
 
 
 def _pieces(vector: Vector) -> Iterator[Vector]:

@@ -18,7 +18,6 @@ from svg_ear_compile.kernels.checked import (
     shown,
 )
 from svg_ear_compile.passes.exact import fits
-from svg_ear_compile.passes.exact_places import spans_of
 from svg_ear_compile.settings import exact_spans
 
 TokenFunction = Callable[[Mapping[str, Any]], object]
@@ -119,7 +118,7 @@ def named_tokens(function: TokenFunction, inputs: Mapping[str, Any]) -> NamedTok
                 f"{tuple(named.shape)}"
             )
         mask = (named if named.dim() == 1 else named.any(0)).cpu().numpy()
-        return NamedTokens(tuple(spans_of(mask)), len(mask))
+        return NamedTokens(_of_indices(np.flatnonzero(mask)), len(mask))
     if named.is_floating_point() or named.is_complex():
         raise InvalidTypeError(
             f"exact_tokens must return a bool mask or integer indices, got a tensor of "
