@@ -237,15 +237,16 @@ def regrouped(x: Tensor, kinds: Tensor | None, centroids: Tensor, labels: Tensor
 
     Args:
         x: (B, H, N, D).
-        kinds: see `kmeans`. A token that was padding in the earlier step and takes part now becomes
-            always exact, and so does one that is of that kind only now.
+        kinds: see `kmeans`; without kinds all tokens take part. A token that was padding in the
+            earlier step and takes part now becomes always exact, and so does one that is of that
+            kind only now.
         centroids: (B, H, C, D) of the earlier step, which empty clusters keep.
         labels: (B, H, N) integer, of the earlier step.
     """
     clusters = centroids.shape[2]
-    labels = labels.long()
+    labels = labels.long().clamp(max=clusters)
     if kinds is not None:
-        labels = torch.where(kinds == EXACT, clusters, labels.clamp(max=clusters))
+        labels = torch.where(kinds == EXACT, clusters, labels)
         labels = torch.where(kinds == PADDING, clusters + 1, labels)
     means, sizes = cluster_means(x, labels, clusters)
     return Clusters(labels, torch.where(sizes.unsqueeze(-1) > 0, means, centroids), sizes)

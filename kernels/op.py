@@ -97,6 +97,7 @@ def attention(
         k.shape[2] if clustered_keys is None else min(clustered_keys, k.shape[2]),
     )
     is_padding = padding_proven is None or bool(padding_proven)
+    known_rows = padding_rows if is_padding else None  # else they mean nothing
     is_costly = compiled.is_dense_for(*clustered)
     pays_kept = cached_keys and not compiled.is_dense_for(*clustered, keeps_clusters=True)
     request = CallRequest(
@@ -123,13 +124,13 @@ def attention(
             mask = key_mask if otherwise is not None else attn_mask
             out, lse = dense_attention(q, k, v, mask, terms.scale, return_lse)
             # A square mask masks rows itself. Where a mask is known as padding, it masks keys.
-            rows = padding_rows if padding_proven is None or otherwise is not None else None
+            rows = known_rows if padding_proven is None or otherwise is not None else None
         else:
-            (out, lse), rows, mask = sparse, padding_rows, key_mask
+            (out, lse), rows, mask = sparse, known_rows, key_mask
         if rows is not None:
             _leave_out(out, lse, rows)
         if averages_empty_rows and mask is not None:
-            _average_empty_rows(out, v, mask, padding_rows)
+            _average_empty_rows(out, v, mask, known_rows)
     return out, lse
 
 

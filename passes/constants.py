@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from svg_ear_compile.passes.arguments import arguments
 from svg_ear_compile.passes.dataflow import Dataflow
-from svg_ear_compile.passes.operation import CASTS, operation
+from svg_ear_compile.passes.operation import CASTS, operation, reinterprets
 
 # What is made of a number, and the parameter that holds it.
 _FILLED = {
@@ -64,6 +64,8 @@ def _constant(node: Node, flow: Dataflow, depth: int) -> Tensor | None:
     elif name in _ARITHMETIC:
         return _computed(node, made, flow, depth)
     if isinstance(given, Node):
+        if reinterprets(node):
+            return None
         constant = _constant(given, flow, depth + 1)
         return None if constant is None else constant.to(made.dtype)
     return torch.tensor(given).to(made.dtype) if _is_number(given) else None

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from svg_ear_compile.passes.memory import fake_mode_of, is_plain
 from svg_ear_compile.passes.operation import aten_overloads, is_builtin, operation
+from svg_ear_compile.passes.symbolic import expression
 
 
 class Effects:
@@ -123,7 +124,9 @@ def _key(node: Node, tensors: list[Node]) -> object:
         value = argument.meta.get("example_value")
         place = tensors.index(argument) if argument in tensors else -1
         if isinstance(value, Tensor):
-            return place, str(value.dtype), value.dim()
+            # Whether `reshape` gives a view or a copy depends on the strides.
+            layout = [expression(n) for n in (*value.shape, *value.stride())]
+            return place, str(value.dtype), str(value.device), layout
         return place, str(type(value))
 
     return node.op, node.target, repr(map_arg((node.args, dict(node.kwargs)), described))

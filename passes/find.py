@@ -64,7 +64,10 @@ def find_sites(gm: GraphModule) -> list[AttentionSite]:
 
 
 def _calls(gm: GraphModule, flow: Dataflow) -> list[Call]:
-    """Every attention call once: some have several nodes that it can be told by."""
+    """Every attention call once, in the order of execution.
+
+    Some have several nodes that it can be told by, which may stand between those of another call.
+    """
     found: dict[Node, Call] = {}
     for node in _nodes(gm):
         call = _read(node, flow)
@@ -74,7 +77,7 @@ def _calls(gm: GraphModule, flow: Dataflow) -> list[Call]:
             found.setdefault(call.node, call)
         else:  # what is read beside it says more than what is not
             found[call.node] = call
-    return list(found.values())
+    return sorted(found.values(), key=lambda call: flow.position[call.node])
 
 
 def _nodes(gm: GraphModule) -> Iterator[Node]:

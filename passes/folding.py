@@ -128,7 +128,9 @@ def _like(before: Axes, shape: tuple[int, ...]) -> Axes:
 def _order(name: str, args: Arguments, rank: int) -> Sequence[int] | None:
     """Which dimension each one of a permuted tensor was; None where that is not known."""
     order = list(range(rank))
-    if name in ("mT", "t", "T"):
+    if name == "T":
+        return order[::-1]
+    if name in ("mT", "t"):
         return [*order[:-2], *order[:-3:-1]] if rank >= 2 else order
     if name == "permute":
         dims = args.take("dims")

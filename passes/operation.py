@@ -77,6 +77,14 @@ def name_of(target: object) -> str:
     return ""
 
 
+def reinterprets(node: Node) -> bool:
+    """True for a view of another dtype, `x.view(torch.int16)`: other numbers in the same bits."""
+    if operation(node) != "view" or not node.all_input_nodes:
+        return False
+    viewed, view = (n.meta.get("example_value") for n in (node.all_input_nodes[0], node))
+    return getattr(viewed, "dtype", None) != getattr(view, "dtype", None)
+
+
 def is_builtin(target: object) -> bool:
     """True for a function of PyTorch's or Python's that is not itself written in Python."""
     return name_of(target) != "" and not inspect.isfunction(target)

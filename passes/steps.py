@@ -12,7 +12,7 @@ from torch.fx import Node
 from svg_ear_compile.passes.arguments import Arguments, arguments
 from svg_ear_compile.passes.constants import number
 from svg_ear_compile.passes.dataflow import Dataflow
-from svg_ear_compile.passes.operation import CASTS, operation
+from svg_ear_compile.passes.operation import CASTS, operation, reinterprets
 from svg_ear_compile.passes.site import Reason
 from svg_ear_compile.passes.symbolic import Size, expression, is_same, is_symbol, shape_of
 
@@ -237,7 +237,7 @@ def reshaped(given: Given) -> Step | None:
     if operation(given.node) not in _RESHAPES or given.args.take("self") is not given.scores:
         return None
     before, after = (shape_of(n) for n in (given.scores, given.node))
-    if before is None or after is None:
+    if before is None or after is None or reinterprets(given.node):
         return None
     given.args.take_all(except_for="out")
     same = [expression(n) for n in before] == [expression(n) for n in after]

@@ -126,7 +126,8 @@ class AccelerationReport:
         if self.early is None or not self.early.count:
             return steps
         first = "the first" if self.early.count == 1 else f"the first {self.early.count}"
-        return f"{steps}, {first} at up to {self.early.factor:g} times the density of the others"
+        most = max(self.early.factors())
+        return f"{steps}, {first} at up to {most:g} times the density of the others"
 
 
 def _mean_density(layers: Sequence[LayerReport]) -> float | None:

@@ -62,7 +62,7 @@ def uncounted(groups: int, tokens: int, clusters: int, device: torch.device) -> 
 def count_labels_kernel(
     given_ptr,  # (G, N) any integer
     kind_ptr,  # (B|1, H|1, N) uint8, see `kernels.kinds`
-    label_ptr,  # (G, N) int32, out where RELABEL
+    label_ptr,  # (G, N) int32, out
     count_ptr,  # (G, P, C + 2) int32, out
     stride_kb,
     stride_kh,
@@ -72,12 +72,11 @@ def count_labels_kernel(
     clusters,
     chunk,  # tokens of one part, a multiple of BLOCK_N
     BLOCK_N: tl.constexpr,
-    RELABEL: tl.constexpr,
     HAS_KINDS: tl.constexpr,
     IS_PADDING: tl.constexpr,
     IS_EXACT: tl.constexpr,
 ):
-    """Number of tokens of each label in one part; labels of tokens whose kind has changed."""
+    """Labels of tokens whose kind may have changed, and the number of each in one part."""
     part = tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
     b, h = g // heads, g % heads
@@ -91,13 +90,13 @@ def count_labels_kernel(
         token = first + n
         there = token < tokens
         label = tl.load(given_ptr + g * tokens + token, mask=there, other=0).to(tl.int32)
+        label = tl.minimum(label, clusters)
         if HAS_KINDS:
             kind_row = kind_ptr + b * stride_kb + h * stride_kh + token.to(tl.int64) * stride_kn
             kind = tl.load(kind_row, mask=there, other=0)
-            label = tl.where(kind == IS_EXACT, clusters, tl.minimum(label, clusters))
+            label = tl.where(kind == IS_EXACT, clusters, label)
             label = tl.where(kind == IS_PADDING, clusters + 1, label)
-        if RELABEL:
-            tl.store(label_ptr + g * tokens + token, label, mask=there)
+        tl.store(label_ptr + g * tokens + token, label, mask=there)
         tl.atomic_add(count_row + label, 1, mask=there, sem="relaxed")
 
 
@@ -167,20 +166,19 @@ def sort_by_label(
         heads: H, of which G is a multiple.
         kinds: (B|1, H|1, N) uint8; tokens that are always exact or padding get the labels of
             these, whatever their labels were, and padding that takes part now is always exact.
-            None leaves all labels as they are.
+            None is for no padding. Not read with `counts`.
         counts: of these labels, if they are int32 and stay as they are; None counts them.
     """
     groups, tokens = labels.shape
     found = labels
     if counts is None:
-        if kinds is not None or labels.dtype != torch.int32:
-            found = torch.empty_like(labels, dtype=torch.int32)
+        found = torch.empty_like(labels, dtype=torch.int32)
         counts = uncounted(groups, tokens, clusters, labels.device)
         count_labels_kernel[(counts.table.shape[1], groups)](
             labels, labels if kinds is None else kinds, found, counts.table,
             *((0, 0, 0) if kinds is None else token_strides(kinds)),
             heads, tokens, clusters, counts.chunk,
-            BLOCK_N=_BLOCK, RELABEL=found is not labels, HAS_KINDS=kinds is not None,
+            BLOCK_N=_BLOCK, HAS_KINDS=kinds is not None,
             IS_PADDING=PADDING, IS_EXACT=EXACT, num_warps=4, num_stages=1,
         )  # fmt: skip
     order, following = torch.empty_like(found), torch.empty_like(counts.table)

@@ -231,6 +231,20 @@ def test_a_filled_row_without_keys_is_the_mean_of_all_values(device: str) -> Non
     torch.testing.assert_close(out, one_row, rtol=1e-4, atol=1e-5)
 
 
+def test_a_long_mask_that_is_no_padding_says_nothing_of_rows() -> None:
+    """The proof ends before the last rows are read."""
+    tokens = 4300
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, tokens, 32, generator=generator)
+    square = torch.rand(1, 1, tokens, tokens, generator=generator) < 0.5
+    square[..., -1, :] = False
+    wanted = (32**-0.5 * q @ k.mT).masked_fill(~square, -1e9).softmax(-1) @ v
+    out, _ = attention(
+        q, k, v, square, None, *key_padding(square), plan=ALL_BLOCKS, averages_empty_rows=True
+    )  # fmt: skip
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_proof_comes_whole() -> None:
     q, k, v = qkv("cpu")
     keys, rows = parts(1, 2, 1, "cpu")

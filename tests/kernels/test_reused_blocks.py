@@ -118,6 +118,19 @@ def test_the_same_tokens_give_the_same_output(form: Form, routing: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_padding_of_an_earlier_step_takes_part_where_there_is_no_mask(form: Form) -> None:
+    q, k, v = random_qkv(0, 2, (4, 2), (61, 45), 32, F32, form.device)
+    plan = AttentionPlan(density=0.3, q_clusters=3, k_clusters=7)
+    mask = torch.arange(45, device=form.device).expand(2, 1, 1, 45) < 40
+    first = form(q, k, v, plan, kinds=token_kinds(mask))
+    centroids = (first.queries.centroids, first.keys.centroids)
+    got = form(q, k, v, plan, centroids=centroids, blocks=first.blocks, return_lse=True)
+    assert (got.keys.labels[..., 40:] == 7).all()
+    assert torch.equal(got.keys.labels[..., :40], first.keys.labels[..., :40])
+    check_output(Oracle.of(form, q, k, v, plan, 32**-0.5, got), got)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_mask_counts_as_it_is_now(form: Form) -> None:
     q, k, v = random_qkv(0, 2, (4, 2), (61, 45), 32, F32, form.device)
     plan = AttentionPlan(density=0.3, q_clusters=3, k_clusters=7)

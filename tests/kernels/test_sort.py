@@ -22,7 +22,7 @@ def test_the_order_is_that_of_a_stable_sort(device: str, tokens: int, clusters: 
     from svg_ear_compile.kernels.gpu.sort import sort_by_label
 
     generator = torch.Generator().manual_seed(tokens)
-    labels = torch.randint(clusters + 2, (3, tokens), generator=generator, dtype=torch.int32)
+    labels = torch.randint(clusters + 1, (3, tokens), generator=generator, dtype=torch.int32)
     labels[2] = 0
     found = sort_by_label(labels.to(device), clusters, 3)
     ranked, order = labels.sort(dim=-1, stable=True)
@@ -39,7 +39,7 @@ def test_the_order_of_a_long_video_is_that_of_a_stable_sort() -> None:
 
     generator = torch.Generator("cuda").manual_seed(0)
     labels = torch.randint(
-        1184, (40, 75_601), generator=generator, dtype=torch.int32, device="cuda"
+        1183, (40, 75_601), generator=generator, dtype=torch.int32, device="cuda"
     )
     labels[1] = labels[1].sort().values  # neighbours are in one cluster
     wanted = labels.sort(dim=-1, stable=True).indices.int()
@@ -55,6 +55,7 @@ def test_tokens_of_a_new_kind_get_its_label(device: str) -> None:
     kinds = torch.full((1, 2, 6), CLUSTERED, dtype=torch.uint8, device=device)
     kinds[0, 0, :2] = EXACT
     kinds[0, 1, 4] = kinds[0, 0, 2] = PADDING
+    assert sort_by_label(labels, 2, 2).labels.tolist() == [[0, 2, 2, 1, 2, 0], [1, 1, 0, 0, 2, 2]]
     found = sort_by_label(labels, 2, 2, kinds)
     assert found.labels.tolist() == [[2, 2, 3, 1, 2, 0], [1, 1, 0, 0, 3, 2]]
     assert found.order.tolist() == [[5, 3, 0, 1, 4, 2], [2, 3, 0, 1, 5, 4]]

@@ -63,6 +63,10 @@ CONSTANTS: Cases = {
     "made in steps": (of_scores(lambda s: s / torch.sqrt(torch.tensor(9.0)) * torch.ones(())), 1),
     "one element": (of_scores(lambda s: s * torch.tensor([0.7]) * s.new_tensor(1.5)), 1),
     "rounded by its dtype": (of_scores(lambda s: s * torch.full((), 2.9).long().float()), 1),
+    "bits of a number": (
+        of_scores(lambda s: s * torch.full((1,), 2, dtype=torch.int32).view(torch.float32)),
+        Reason.SCALE,
+    ),
     "two numbers": (
         of_scores(lambda s: s * torch.tensor([[0.3], [0.4]])[:, :, None]), Reason.SCALE
     ),

@@ -251,6 +251,33 @@ def transposed_turned(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
     return weights @ v
 
 
+@torch.compiler.allow_in_graph
+def add_flat(x: Tensor) -> Tensor:
+    """Writes into x where `reshape` is a view."""
+    x.reshape(-1).add_(1.0)
+    return x.sum()
+
+
+def written_by_one_of_two_equal_calls(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    q = q.contiguous()
+    copied = add_flat(q.mT)
+    logits = scores(q, k)
+    written = add_flat(q)
+    return attend(logits, v) + copied + written
+
+
+def interleaved(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    bias = (valid[:, None, None] + torch.zeros(1, 1, TOKENS, 1) - 1) * 1e9
+    first, second = (scores(x, k) + bias for x in (q, k))
+    ours, other = first.softmax(-1), second.softmax(-1)
+    later = other @ v
+    return ours @ v + 2 * later
+
+
+LATER: Cases = {
+    "the softmax that comes first": (interleaved, 2),
+    "of two equal calls, one writes": (written_by_one_of_two_equal_calls, Reason.WRITTEN),
+}
 ANEW: Cases = {
     "output": (lambda q, k, v, m: sdpa(q, k, v).unsqueeze_(0), Reason.WRITTEN),
     "output, written by hand": (
@@ -264,6 +291,7 @@ ANEW: Cases = {
     "a transposed operand": (transposed_turned, Reason.WRITTEN),
 }
 KINDS = {
+    "later": LATER,
     "in another shape": ANEW,
     "out": OUT, "writes": WRITES, "writes into scores": SCORES, "shared masks": SHARED, "fed": FED,
     "viewed": VIEWED,
