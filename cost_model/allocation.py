@@ -31,11 +31,14 @@ _FRONTIER = 12
 _HALVINGS = 40
 
 
+_Name = Literal["target_speedup", "max_error", "density"]
+
+
 @dataclass(frozen=True)
 class Objective:
     """Objective of a budget: a speed-up of a whole forward, a largest error, or a mean density."""
 
-    name: Literal["target_speedup", "max_error", "density"]
+    name: _Name
     value: float
 
     @classmethod
@@ -48,13 +51,14 @@ class Objective:
             ValueError: none or several arguments are given, or one is out of its range.
             TypeError: the argument is no number.
         """
-        if density is not None and target_speedup is None and max_error is None:
-            return cls("density", checked("density", density, float))
-        if max_error is not None and target_speedup is None and density is None:
-            return cls("max_error", checked("max_error", max_error, float))
-        if target_speedup is not None and max_error is None and density is None:
-            return cls("target_speedup", checked("target_speedup", target_speedup, float))
-        raise ValueError("give one of target_speedup, max_error and density")
+        named: dict[_Name, float | None] = {
+            "target_speedup": target_speedup, "max_error": max_error, "density": density,
+        }  # fmt: skip
+        given = [(name, value) for name, value in named.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError("give one of target_speedup, max_error and density")
+        ((name, value),) = given
+        return cls(name, checked(name, value, float))
 
     def __post_init__(self) -> None:
         low = 1.0 if self.name == "target_speedup" else 0.0
@@ -250,7 +254,7 @@ class AllocationProblem:
         slots = [(layer, phase) for phase in range(self.phases) for layer in self.layers]
         groups = self._groups(slots, self._time)
         allowed = self.attention_ms(allocation)
-        return knapsack.evaluate(groups, [0] * len(groups), allowed).multiplier
+        return knapsack.multiplier(groups, allowed)
 
     def thresholds(
         self, allocation: Allocation, seen: Mapping[tuple[str, int], tuple[float, float]]

@@ -3,8 +3,9 @@
 The error of an attention output follows a law fitted to the attention of one small video DiT (2,304
 tokens, head dim 64; script `benchmarks/tuning/local_error.py`, record
 `benchmarks/results/cpu/local_error.json`). The error of the model's output follows from it by the
-ratio of that model's median layer (`benchmarks/results/cpu/sensitivity.json`). Layers of the same
-model differ from the median by factors of two to fifteen, and other models may differ more. The
+ratio of that model's median layer (`benchmarks/results/cpu/sensitivity.json`). One call
+is off the law by a factor of 1.4, typically. Layers of the same model differ from the median by
+factors of two to fifteen, and other models may differ more. The
 estimate is good for ranking plans and promises no quality; `svg-ear tune` measures the error.
 """
 
@@ -16,10 +17,6 @@ from dataclasses import dataclass
 from svg_ear_compile.kernels.plan import AttentionPlan, Compensation
 
 BASIS = "default curve of another model, not measured on this one"
-
-SPREAD = math.exp(0.36)
-"""Typical factor between the error of one call and the law: differences of level between calls,
-and residuals of the fit, together."""
 
 MODEL_ERROR_RATIO = 0.095
 """Relative error of the model's output over the relative error of the attention output of the one

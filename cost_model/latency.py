@@ -111,7 +111,13 @@ def pays(
 ) -> bool:
     """Whether the plan is predicted to be faster than dense attention.
 
-    Uncertainty counts against it. Clusters are cold, because unbound models have no warm start.
+    Uncertainty counts against it.
+
+    Args:
+        shape, plan: the call.
+        calibration: of its device.
+        start: where its clusters come from. Unbound models have no warm start, so that what pays
+            without a session has to pay cold.
     """
     if calibration.uncertainty is None:
         return False

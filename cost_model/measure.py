@@ -91,13 +91,13 @@ def measure(
     """
     clock = Clock(q.device)
     batch, heads, tokens, head_dim = q.shape
-    sparse_attention = captured_attention(q.device)
+    captured = captured_attention(q.device)
     kinds = exact_at_ends(q, k, 0, text)
-    cold = sparse_attention(q, k, v, plan, kinds=kinds)
+    cold = captured(q, k, v, plan, kinds=kinds)
     warm = (cold.queries.centroids, cold.keys.centroids)
 
     def call() -> object:
-        return sparse_attention(q, k, v, plan, kinds=kinds, centroids=warm)
+        return captured(q, k, v, plan, kinds=kinds, centroids=warm)
 
     op_ms = clock.ms(call)
     stages = stages_ms(clock, call, plan) if clock.on_gpu else {"sparse": op_ms}

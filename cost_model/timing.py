@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svg_ear_compile.cost_model.calibration import Roofs
-from svg_ear_compile.kernels.op import dense_attention
+from svg_ear_compile.kernels.dense import dense_attention
 
 _PATIENCE_MS = 1500.0  # for the repeats of one call; there are two of them at least
 # An idle GPU has a clock up to a fifth higher than one that was busy for so long.

@@ -157,18 +157,14 @@ def get(name: str) -> Implementation:
     return _REGISTERED[name]
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, name: str | None = None) -> Implementation:
-    """The implementation that serves a call: the requested one, else the first that supports it.
-
-    Args:
-        q, k, v: tensors of the call.
-        name: the requested implementation; no other is tried.
+def choose(q: Tensor, k: Tensor, v: Tensor) -> Implementation:
+    """The implementation that serves a call of these tensors: the first that supports it.
 
     Raises:
-        ValueError: the requested implementation does not support the call, or none does.
+        ValueError: none does.
     """
     refused: list[str] = []
-    for candidate in _PREFERRED.get(q.device.type, ("cpu",)) if name is None else (name,):
+    for candidate in _PREFERRED.get(q.device.type, ("cpu",)):
         found = get(candidate)
         why = found.unsupported(q, k, v)
         if why is None:

@@ -176,10 +176,10 @@ def _bind(
             bound[parameter.name], positional = tuple(positional), []  # x.permute(0, 2, 1)
             continue
         bound[parameter.name] = positional.pop(0)
-    known = {p.name: p for p in parameters}
+    names = {p.name for p in parameters}
     for name, value in kwargs.items():
-        parameter_name = name if name in known else _NAMES.get(name, name)
-        if parameter_name not in known or parameter_name in bound:
+        parameter_name = name if name in names else _NAMES.get(name, name)
+        if parameter_name not in names or parameter_name in bound:
             return None
         bound[parameter_name] = value
     if any(p.default is _MISSING and p.name not in bound for p in parameters):

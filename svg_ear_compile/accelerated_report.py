@@ -42,9 +42,8 @@ class ModelReport:
     @property
     def reused_fraction(self) -> float | None:
         """Fraction of the sparse calls that reused clusters, None if there was none."""
-        reused = sum(layer.reused for layer in self.layers)
-        calls = reused + sum(layer.cold + layer.recomputed + layer.kept for layer in self.layers)
-        return reused / calls if calls else None
+        calls = sum(layer.sparse_calls for layer in self.layers)
+        return sum(layer.reused for layer in self.layers) / calls if calls else None
 
     def __str__(self) -> str:
         if not self.called:

@@ -64,10 +64,14 @@ class LayerReport:
     kept: int = 0
 
     @property
+    def sparse_calls(self) -> int:
+        """Number of sparse calls, wherever their clusters came from."""
+        return self.cold + self.recomputed + self.reused + self.kept
+
+    @property
     def reused_fraction(self) -> float | None:
         """Fraction of the sparse calls that reused clusters; None if every call was dense."""
-        calls = self.cold + self.recomputed + self.reused + self.kept
-        return self.reused / calls if calls else None
+        return self.reused / self.sparse_calls if self.sparse_calls else None
 
 
 class BoundModel:

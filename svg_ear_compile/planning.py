@@ -186,10 +186,16 @@ def rewrite_graph(
         return GraphReport()
     if settings.budget is not None:
         refuse_foreign(settings.budget, found)
-    sites = [_with_given_tokens(site, settings, exact_length) for site in found]
-    decided = decide_sites(sites, non_attention, settings)
-    plans = [plan_site(*pair, settings) for pair in zip(sites, decided, strict=True)]
-    notes = [_note(site, settings, exact_length) for site in found]
+    try:
+        sites = [_with_given_tokens(site, settings, exact_length) for site in found]
+        decided = decide_sites(sites, non_attention, settings)
+        plans = [plan_site(*pair, settings) for pair in zip(sites, decided, strict=True)]
+        notes = [_note(site, settings, exact_length) for site in found]
+    except ValueError:  # the options do not fit the model
+        raise
+    except Exception as fault:  # as above
+        _warn_of(fault)
+        return GraphReport()
     planned = [(s, plan) for s, plan in zip(sites, plans, strict=True) if plan is not None]
     if planned:
         untouched = {module: _copied(module.graph) for module in _graph_modules(gm)}

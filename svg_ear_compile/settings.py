@@ -98,6 +98,10 @@ class Settings:
             if mode is not None:
                 raise InvalidValueError("mode is given twice: as an argument and in options")
             mode = given.pop("mode")
+        # None stands for the default, as wrappers pass it on.
+        for key in ("density", *_OBJECTIVES, "exact_tokens"):
+            if given.get(key, key) is None:
+                del given[key]
         _check_objectives(given)
         inductor = _mode(mode)
         plan: dict[str, Any] = {}

@@ -22,7 +22,7 @@ from svg_ear_compile.settings import Settings
 
 log = logging.getLogger(__name__)
 
-LONG_TOKENS = 16_384
+LONG_TOKENS = 10_240
 """Fewest tokens of long attention: on the fastest GPU that was measured, fewer are faster dense."""
 
 NEVER_SPARSE = frozenset(

@@ -28,12 +28,13 @@ def test_a_cpu_call_is_served_by_the_cpus_and_the_choice_is_logged_once(
     ]
 
 
-def test_an_implementation_that_is_asked_for_never_falls_back() -> None:
+def test_a_call_that_nobody_serves_names_what_each_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = random_qkv(0, 1, (2, 2), (61, 61), 64, torch.float16, "cpu")
+    monkeypatch.setitem(registry._PREFERRED, "cpu", ("hopper",))
     with pytest.raises(ValueError, match=r"serves this call \(hopper: needs sm_90"):
-        registry.choose(q, k, v, "hopper")
+        registry.choose(q, k, v)
     with pytest.raises(ValueError, match="no implementation 'blackwell'; there are cpu, hopper"):
-        registry.choose(q, k, v, "blackwell")
+        registry.get("blackwell")
 
 
 @needs_interpreter

@@ -64,7 +64,7 @@ def broken_half_way(rewrite: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("place", ["find_sites", "rewrite", "half way"])
+@pytest.mark.parametrize("place", ["find_sites", "decide_sites", "rewrite", "half way"])
 def test_a_fault_leaves_the_graph_to_inductor_with_one_warning(
     place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
