@@ -54,6 +54,12 @@ def twice_all(xs: list[torch.Tensor]) -> None:
     for x in xs:
         x.mul_(2)
 """
+_BY_LAYOUT = """
+@torch.compiler.allow_in_graph
+def flat_twice(x: torch.Tensor) -> torch.Tensor:
+    x.reshape(-1).mul_(2)  # writes into x where this is a view
+    return x.sum()
+"""
 _KERNEL = """
 @torch.library.custom_op("svg_ear_fuzz::attend", mutates_args=())
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -537,7 +543,8 @@ class _Writer:
             made.append(f"(torch.rand({queries}, {keys}) < 0.7) | (torch.arange({keys}) == 0)")
         lines = [
             _HEADER.format(title=f"Case {self.name}: {self._title()}", dtype=self.choices["dtype"]),
-            _OPERATORS if "twice" in text else "",
+            _OPERATORS if re.search(r"\btwice", text) else "",
+            _BY_LAYOUT if "flat_twice" in text else "",
             _KERNEL if "svg_ear_fuzz.attend" in text else "",
             _PACKED if "flash_fwd" in text else "",
             "class Model(nn.Module):",

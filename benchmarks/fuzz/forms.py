@@ -382,6 +382,8 @@ SCALES: dict[str, tuple[str, ...]] = {
         "s = s / torch.tensor(3.9, dtype=torch.int32)", "s = s * torch.full((), 1.9).long()",
         "s = s * torch.full((1, 1), 0.3, dtype=torch.bool)",
         "s = s * torch.full_like(s, 0.2999, dtype=torch.bfloat16)",
+        "s = s * torch.full((1,), 2, dtype=torch.int32).view(torch.float32)",
+        "s = s * torch.ones(1, dtype=torch.int16).view(torch.float16)",
     ),
     "of_length": (
         "s = s * n ** -0.25", "s = s / math.sqrt(n)", "s = s * (math.log(n) / 5)", "s = s / n",

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,14 @@ from torch._functorch import eager_transforms
 from torch.fx import GraphModule
 
 from benchmarks.fuzz.case import Case
+from svg_ear_compile.kernels import padding, query_chunks
 from svg_ear_compile.planning import rewrite_graph
 from svg_ear_compile.settings import Settings
 
 Outcome = Literal["right", "left", "missed", "wrong", "crashed", "invalid"]
+
+_ROWS_AT_A_TIME = 16
+"""Rows of a mask that are read at a time: few, so that short ones are read as long ones are."""
 
 SETTINGS = {
     density: Settings.parse({"density": density, "min_tokens": 1}) for density in (1.0, 0.999999)
@@ -132,6 +137,8 @@ def judge(case: Case) -> Verdict:
         uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
         with (
             uncached,
+            mock.patch.object(padding, "_ROWS_AT_A_TIME", _ROWS_AT_A_TIME),
+            mock.patch.object(query_chunks, "_ROWS_AT_A_TIME", _ROWS_AT_A_TIME),
             warnings.catch_warnings(),
             torch.no_grad(),
             contextlib.redirect_stderr(io.StringIO()),

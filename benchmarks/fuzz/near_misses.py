@@ -293,6 +293,16 @@ NEAR_MISSES: dict[str, NearMiss] = {
         f"o = {_ATTEND}(q.double(), k.double(), v.double()).to(DTYPE)",
         "o = (q @ k.mT * 0.2).softmax(-1).bfloat16() @ v.bfloat16()",
     ), expect="equal"),
+    "interleaved": NearMiss("whole", (
+        "s, t = q @ k.mT * 0.3, q @ (k * 0.5).mT\nw, u = s.softmax(-1), t.softmax(-1)\n"
+        "extra = u @ v\no = w @ v",
+        "bias = torch.zeros(n, m).masked_fill(~allowed, -1e9).to(DTYPE)\n"
+        "s, t = q @ k.mT + bias, q @ k.mT * 0.2 + bias\nw, u = s.softmax(-1), t.softmax(-1)\n"
+        "extra = u @ v\no = w @ v",
+        "s, t = (q @ k.mT * c for c in (0.3, 0.1))\n"
+        "s, t = (x.masked_fill(~allowed, -1e4) for x in (s, t))\n"
+        "w, u = s.softmax(-1), t.softmax(-1)\nextra = u @ v\no = w @ v",
+    ), expect="reason", dims="bhqk", calls=2),
     "tied": NearMiss("whole", (
         "o = (q @ q.mT * 0.2).softmax(-1) @ q", "o = (k @ k.mT * 0.2).softmax(-1) @ v",
         "o = (q @ k.mT * 0.2).softmax(-1) @ k", f"o = {_ATTEND}(q, q, q)",
@@ -340,7 +350,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
         "o = o.contiguous().view(b, -1)", "o = OUT.view(b * %(h)d, n, %(d)d)",
         "o = OUT.view(b, -1)", "o = OUT.view(-1)", "o = OUT.view(b, %(h)d, -1)",
         "o = OUT.view(b, %(h)d, n * %(d)d, 1).squeeze(-1)", "o = OUT.mT.view(b, %(h)d, %(d)d, n)",
-        "o = OUT.as_strided((9,), (1,))", "o = OUT.view(-1, %(d)d)[3:]",
+        "o = OUT.as_strided((99,), (1,))", "o = OUT.view(-1, %(d)d)[3:]",
         "o = OUT.view(torch.int16) if DTYPE == torch.float16 else OUT", "o = OUT.squeeze()",
         "o = OUT.ravel()", "o = OUT\no = o.view(o.shape[0], -1).t()",
     ), expect="reason", calls=1),

@@ -109,6 +109,7 @@ WRITES: dict[str, tuple[str, ...]] = {
         "torch.ops.aten.neg_.default(T)",
     ),
     "triangle": ("T.tril_()", "T.triu_(1)", "torch.tril(T, out=T)"),
+    "by_layout": ("extra = flat_twice(T.mT) + flat_twice(T)", "extra = flat_twice(T)"),
     "custom_operator": ("twice(T)", "twice_all([T, T.new_zeros(2)])"),
     "no_schema": (
         "with torch.no_grad():\n    T.mul_(2)", "for t in T.unbind(0):\n    t.neg_()",

@@ -166,6 +166,23 @@ def _sites_read_what_was_replaced(monkey: Monkey) -> None:
     monkey.setattr(rewriting._Rewriter, "_now", lambda _, node: node)
 
 
+def _writes_are_told_by_rank(monkey: Monkey) -> None:
+    def of_rank(node: Node, tensors: list[Node]) -> object:
+        values = [n.meta.get("example_value") for n in node.all_input_nodes]
+        return node.target, [getattr(value, "ndim", None) for value in values]
+
+    monkey.setattr(effects, "_key", of_rank)
+
+
+def _sites_are_in_the_order_of_their_softmaxes(monkey: Monkey) -> None:
+    def by_softmax(gm: Any, flow: dataflow.Dataflow) -> Any:
+        places = {call: flow.position[call.node.all_input_nodes[0]] for call in found(gm, flow)}
+        return sorted(places, key=places.__getitem__)
+
+    found = find._calls
+    monkey.setattr(find, "_calls", by_softmax)
+
+
 def _only_positional_arguments_are_known(monkey: Monkey) -> None:
     def positional(node: Node) -> Any:
         assert node.args or "input" not in node.kwargs, "tuple index out of range"
@@ -222,6 +239,8 @@ FAULTS: list[tuple[Callable[[Monkey], None], dict[str, str]]] = [
     (_no_view_shares_memory, {"write": "ravel"}),
     (_no_view_shares_memory, {"near": "shared_mask_written"}),
     (_lists_are_never_written, {"write": "foreach"}),
+    (_writes_are_told_by_rank, {"write": "by_layout"}),
+    (_sites_are_in_the_order_of_their_softmaxes, {"near": "interleaved"}),
     (_sites_read_what_was_replaced, {"near": "attention_of_attention"}),
     (_only_positional_arguments_are_known, {"form": "matmul", "scale": "divided"}),
     (
