@@ -74,6 +74,7 @@ class Dataflow:
         self._written: dict[Node, list[Node]] = {}
         self._writers: dict[int, list[Node]] = {}
         self._viewed_anew: set[int] = set()
+        self._projections: dict[Node, frozenset[Node]] = {}
         self._add(gm)
         for module in gm.modules():
             if isinstance(module, GraphModule):
@@ -212,6 +213,33 @@ class Dataflow:
                     seen.add(source)
                     queue.append(source)
 
+    def projections(self, start: Node, reader: Node) -> frozenset[Node]:
+        """The first projection on every path back from `start` as `reader` sees it.
+
+        Embeddings and products are passed: RoPE tables are made of them.
+        """
+        starts = (start, *self.writes_before(start, reader))
+        return frozenset().union(*map(self._projections_of, starts))
+
+    def _projections_of(self, start: Node) -> frozenset[Node]:
+        """The same, found once for each node: in some models no projection is near."""
+        known = self._projections
+        walked = list(self.backward(start, lambda n: n in known or is_projection(n)))
+        for node in sorted(walked, key=self.position.__getitem__):
+            if node in known:
+                continue
+            if is_projection(node):
+                known[node] = frozenset({node})
+                continue
+            sources = list(self.sources(node))
+            if not known.keys() >= {
+                *sources
+            }:  # a child graph that is called again reads later ones
+                return frozenset(n for n in self.backward(start, is_projection) if is_projection(n))
+            parts = {known[source] for source in sources}
+            known[node] = parts.pop() if len(parts) == 1 else frozenset().union(*parts)
+        return known[start]
+
     def writes_before(self, tensor: Node, reader: Node) -> list[Node]:
         """Nodes that write into the memory of `tensor` before `reader` runs, itself left out."""
         end = self.position[reader]
@@ -267,6 +295,11 @@ def projected_input(node: Node) -> Node | None:
     else:
         return None
     return found if isinstance(found, Node) else None
+
+
+def is_projection(node: Node) -> bool:
+    """True for a linear layer or convolution."""
+    return projected_input(node) is not None
 
 
 _PRODUCTS = frozenset({"matmul", "mm", "bmm", "einsum"})

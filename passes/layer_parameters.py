@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from svg_ear_compile.passes.dataflow import Dataflow, projected_input
+from svg_ear_compile.passes.dataflow import Dataflow, is_projection
 from svg_ear_compile.passes.module_path import (
     innermost,
     module_path,
@@ -45,11 +45,13 @@ class LayerParameters:
         inside = self._of_layer(call)
         if not inside:
             return None
-        for node in self.flow.backward(q, lambda n: projected_input(n) is not None, reader):
-            if projected_input(node) is not None:
-                for source in node.all_input_nodes:
-                    if source in inside:
-                        return source
+        projections = self.flow.projections(q, reader)
+        if any(source in inside for node in projections for source in node.all_input_nodes):
+            for node in self.flow.backward(q, is_projection, reader):
+                if node in projections:
+                    for source in node.all_input_nodes:
+                        if source in inside:
+                            return source
         near = self.flow.backward(q, inside.__contains__, reader)
         return next((node for node in near if node in inside), next(iter(inside)))
 

@@ -22,15 +22,8 @@ _NEAR = 48
 
 
 def projected(flow: Dataflow, start: Node, reader: Node) -> frozenset[Node]:
-    """The activations whose projections reach `start` as `reader` sees it.
-
-    Walks back to the first linear layer or convolution on every path. Embeddings and products are
-    passed: RoPE tables are made of them.
-    """
-    found = (
-        projected_input(node)
-        for node in flow.backward(start, lambda n: projected_input(n) is not None, reader)
-    )
+    """The activations whose projections reach `start` as `reader` sees it."""
+    found = map(projected_input, flow.projections(start, reader))
     return frozenset(source for source in found if source is not None)
 
 

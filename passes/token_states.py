@@ -12,7 +12,15 @@ from svg_ear_compile.passes.memory import is_plain
 from svg_ear_compile.passes.runs import length
 from svg_ear_compile.passes.symbolic import Size, is_same, shape_of
 from svg_ear_compile.passes.traced_tokens import traced_runs
-from svg_ear_compile.passes.vectors import FILLED, LEARNED, Stream, TokenCount, Vector, leaves
+from svg_ear_compile.passes.vectors import (
+    FILLED,
+    LEARNED,
+    Stream,
+    TokenCount,
+    Vector,
+    leaves,
+    simplest,
+)
 
 _MOST_PARTS = 64  # of a vector: cuts inside of parts, one after the other, would add up
 
@@ -45,6 +53,7 @@ def state_of(dim: int, vector: Vector | None) -> State:
     """The state of tokens along `dim`: one stream where all tokens are of it."""
     if vector is None:
         return LOST
+    vector = simplest(vector)  # what is written again and again has no parts that nothing shows
     parts = list(itertools.islice(leaves(vector), _MOST_PARTS))
     streams = {part.stream for part in parts}
     if len(streams) == 1:

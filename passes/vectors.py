@@ -243,6 +243,12 @@ def overlay(one: Vector, other: Vector) -> Vector | None:
     return _vector_of(merged((b if a == FILLED else a, count) for a, b, count in pairs))
 
 
+def simplest(vector: Vector) -> Vector:
+    """The same tokens in as few parts as possible, where all numbers of tokens are known."""
+    runs = _runs(vector)
+    return _vector_of(runs) if runs else vector
+
+
 def _vector_of(runs: Runs[Stream]) -> Vector:
     return joined(Part(count, stream) for stream, count in runs)
 
