@@ -21,7 +21,15 @@ from svg_ear_compile.passes.rearranged_tokens import (
     is_sequence,
 )
 from svg_ear_compile.passes.symbolic import Size, hint, hints_of, is_same, shape_of
-from svg_ear_compile.passes.token_states import LOST, Lost, Mixed, State, state_of, weight
+from svg_ear_compile.passes.token_states import (
+    LOST,
+    Lost,
+    Mixed,
+    State,
+    is_of_an_input,
+    state_of,
+    weight,
+)
 from svg_ear_compile.passes.unrotated import put_back_bare, rotated_from_a_place
 from svg_ear_compile.passes.vectors import (
     FILLED,
@@ -127,7 +135,10 @@ def placed(streams: Streams, node: Node, args: Arguments) -> State:
         index = index_along(index, dim % max(rank, 1), rank) if whole else None
     held = streams.one(base)
     if name.endswith("_add") and not _has_filling(held):
-        return held  # what is added to tokens, such as their timestep, makes no others of them
+        if not (isinstance(held, Stream) and is_of_an_input(new := streams.one(values))):
+            return held  # what is added to tokens, such as their timestep, makes no others of them
+        # Some places of one stream may be filling.
+        return held if new.source is held.source else _and_in_place(streams, node, base, LOST)
     state = _write(streams, base, dim, index, values)
     return _and_in_place(streams, node, base, state)
 

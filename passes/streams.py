@@ -21,10 +21,11 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from svg_ear_compile.passes.arguments import Arguments, arguments
+from svg_ear_compile.passes.contracted_tokens import CONTRACTED
 from svg_ear_compile.passes.dataflow import Dataflow, projected_input, values_read
 from svg_ear_compile.passes.joined_tokens import JOINED, PIXEL_RANK
 from svg_ear_compile.passes.memory import is_plain
-from svg_ear_compile.passes.operation import CASTS, COPIES, LINEAR, REARRANGEMENTS, operation
+from svg_ear_compile.passes.operation import CASTS, COPIES, REARRANGEMENTS, operation
 from svg_ear_compile.passes.rearranged_tokens import REARRANGED
 from svg_ear_compile.passes.symbolic import hint, shape_of
 from svg_ear_compile.passes.token_states import (
@@ -34,6 +35,7 @@ from svg_ear_compile.passes.token_states import (
     State,
     agree,
     is_condition,
+    is_of_an_input,
     kept_by,
     state_of,
     streams_of,
@@ -46,13 +48,11 @@ from svg_ear_compile.passes.vectors import (
     LEARNED,
     OTHER,
     STORED,
-    Chosen,
-    Joined,
     Part,
-    Placed,
     Stream,
     Taken,
     Vector,
+    changed,
     leaves,
     overlay,
 )
@@ -62,8 +62,10 @@ _CONSTANTS = frozenset({
     "full_like", "empty", "new_empty", "empty_like",
 })  # fmt: skip
 _OVER_SPACE = frozenset({"conv2d", "conv3d"})
-_PRODUCTS = frozenset({"matmul", "bmm", "mm", "baddbmm"})
-_SUMS = frozenset({"add", "sub", "where", "maximum"})
+_SUMS = frozenset({"add", "sub"})
+_CHOICES = frozenset({"where", "maximum"})
+_CHANNELS = {"linear": -1, "addmm": -1, "conv1d": -2}
+_SCALES = frozenset({"mul_", "div_"})
 _NEGATIONS = frozenset({"sub", "rsub", "neg", "add"})  # 1 - mask
 _DEEPEST_MASK = 8
 _MANY = 1 << 20  # stands for a length that is not known while tracing
@@ -122,12 +124,29 @@ class Streams:
         """
         for into in (n for n in self.flow.written(node) if n in views):
             now = streams_of(self.one(into)) | streams_of(self.one(node))
-            new = {s for s in now - streams_of(views[into]) if s.source and not is_condition(s)}
+            new = self._new(now, views[into])
             for other, before in views.items():
                 if new and before is not None and self.one(other) == before:
                     whole = other is into and shape_of(node) == shape_of(into)
                     lost = Lost(streams_of(before) | new)
                     self.of[other] = self.one(node) if whole else lost
+            # A part of one stream may be filling: what is added to it may be all that it holds.
+            added = self._new(self._added(node, into), views[into])
+            held = [n for n, before in views.items() if isinstance(before, Stream)] if added else []
+            for other in held:
+                if self.one(other) == views[other] and _numel(other) > _numel(into):
+                    self.of[other] = Lost(added | streams_of(views[other]))
+
+    def _new(self, streams: frozenset[Stream], before: State) -> frozenset[Stream]:
+        """Tokens of inputs among the streams that a tensor did not have before."""
+        return frozenset(s for s in streams - streams_of(before) if is_of_an_input(s))
+
+    def _added(self, node: Node, into: Node) -> frozenset[Stream]:
+        """The streams of as many tokens as there are in what a node adds to."""
+        if operation(node) in _SCALES:
+            return frozenset()
+        read = [n for n in values_read(node) if n is not into and _numel(n) == _numel(into)]
+        return frozenset(s for n in read for s in streams_of(self.one(n)))
 
     def _state(self, node: Node) -> Any:
         if node.op in ("placeholder", "get_attr"):
@@ -197,8 +216,9 @@ class Streams:
             return FILLED if operation(node) in _CONSTANTS else None
         sizes = {n: _numel(n) for n in inputs}
         largest = [n for n in inputs if sizes[n] == max(sizes.values())]
-        if operation(node).rstrip("_") in _SUMS:
-            overlaid = self._overlaid(largest)
+        name = operation(node).rstrip("_")
+        if name in _SUMS | _CHOICES:
+            overlaid = self._overlaid(largest, summed=name in _SUMS)
             if overlaid is not None:
                 return overlaid
         mixed = [n for n in inputs if isinstance(self.one(n), Mixed)]
@@ -212,7 +232,7 @@ class Streams:
                 return others[0] if isinstance(others[0], Stream) else LOST
         return self.like(node, chosen)
 
-    def _overlaid(self, nodes: list[Node]) -> State:
+    def _overlaid(self, nodes: list[Node], summed: bool) -> State:
         """Tokens that have filling in each other's places, as a sum joins them; None for others."""
         states = [s for s in map(self.one, nodes) if isinstance(s, Mixed)]
         ranks = {len(shape_of(n) or ()) for n in nodes}
@@ -222,6 +242,11 @@ class Streams:
                 found = overlay(*(s.vector for s in states))
                 if found is not None:
                     return state_of(states[0].dim, found)
+        wholes = [s for s in map(self.one, nodes) if is_of_an_input(s)]
+        if summed and len(states) == 1 == len(wholes) and len(nodes) == 2 == len(ranks) + 1:
+            whole = wholes[0]
+            vector = changed(states[0].vector, lambda s: whole if s == FILLED else s)
+            return state_of(states[0].dim, vector)
         sources = {s.source for n in nodes for s in streams_of(self.one(n)) if not is_condition(s)}
         # Masks that are known at run time alone say which of them a token is.
         return LOST if len(sources - {None}) > 1 and any(map(_is_masked, nodes)) else None
@@ -242,10 +267,12 @@ class Streams:
                 streams = [part.stream for part in leaves(state.vector) if part.stream.source]
                 return replace(streams[0], pixels=True, projected=True) if streams else LOST
             shape = shape_of(source)
-            if shape is None or (operation(node) in LINEAR and state.dim == len(shape) - 1):
+            if shape is None or state.dim - len(shape) == _CHANNELS.get(operation(node)):
                 return LOST
             kept = self.like(node, source)
-            return Mixed(kept.dim, _projected(kept.vector)) if isinstance(kept, Mixed) else LOST
+            if not isinstance(kept, Mixed):
+                return LOST
+            return Mixed(kept.dim, changed(kept.vector, _projected))
         if isinstance(state, Stream) and state.source is not None:
             return replace(state, pixels=state.pixels or over_space, projected=True)
         return OTHER if state is FILLED else state
@@ -295,37 +322,6 @@ def _but_for_filling(vector: Vector, found: Any) -> Any:
     return streams.pop() if isinstance(found, Lost) and len(streams) == 1 else found
 
 
-def product(streams: Streams, node: Node, args: Arguments) -> State:
-    sides = args.take("batch1", "self", "input"), args.take("batch2", "mat2", "other")
-    for side, contracted in zip(sides, (-1, -2), strict=True):
-        state = streams.one(side)
-        if not isinstance(side, Node) or weight(state) == 0:
-            continue
-        if isinstance(state, Stream) and is_condition(state):
-            continue
-        if not isinstance(state, Mixed):
-            return state
-        of_sum = state.dim - len(shape_of(side) or ()) == contracted
-        return LOST if of_sum else streams.like(node, side)
-    return streams.tokenwise(node)
-
-
-def einsum(streams: Streams, node: Node, args: Arguments) -> State:
-    equation, *rest = node.args
-    operands = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
-    if not isinstance(equation, str) or "->" not in equation or "." in equation:
-        return LOST
-    terms, result = equation.replace(" ", "").split("->")
-    for term, operand in zip(terms.split(","), operands, strict=False):
-        state = streams.one(operand)
-        if isinstance(state, Mixed):
-            letter = term[state.dim]
-            return Mixed(result.index(letter), state.vector) if letter in result else LOST
-        if isinstance(state, Stream) and state not in (LEARNED, FILLED):
-            return state
-    return streams.tokenwise(node)
-
-
 def embedded(streams: Streams, node: Node, args: Arguments) -> State:
     tensors = node.all_input_nodes
     ids = [n for n in tensors if not _is_floating(n)]
@@ -345,27 +341,17 @@ def attended(streams: Streams, node: Node, args: Arguments) -> State:
 
 _RULES: Mapping[str, Callable[[Streams, Node, Any], Any]] = {
     **JOINED,
-    **dict.fromkeys(_PRODUCTS, product),
-    "einsum": einsum,
+    **CONTRACTED,
     "embedding": embedded,
     "scaled_dot_product_attention": attended,
 }
 
 
-def _projected(vector: Vector) -> Vector:
-    """The vector after a projection of every token."""
-    if isinstance(vector, Part):
-        stream = vector.stream
-        made = stream if stream.source is None else replace(stream, projected=True)
-        made = LEARNED if stream == STORED else made
-        return replace(vector, stream=made)
-    if isinstance(vector, Joined):
-        return Joined(tuple(_projected(part) for part in vector.parts))
-    if isinstance(vector, Placed):
-        return replace(vector, into=_projected(vector.into), what=_projected(vector.what))
-    if isinstance(vector, Chosen):
-        return replace(vector, one=_projected(vector.one), other=_projected(vector.other))
-    return replace(vector, of=_projected(vector.of))
+def _projected(stream: Stream) -> Stream:
+    """What a projection makes of each token."""
+    if stream == STORED:
+        return LEARNED
+    return stream if stream.source is None else replace(stream, projected=True)
 
 
 def _is_floating(node: Node) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from torch.fx import Node
 
@@ -92,6 +93,11 @@ def is_condition(stream: Stream) -> bool:
     return (
         stream.source is not None and len(shape_of(stream.source) or ()) < 3 and not stream.pixels
     )
+
+
+def is_of_an_input(state: State) -> TypeGuard[Stream]:
+    """True for tokens of one input, which condition no others."""
+    return isinstance(state, Stream) and state.source is not None and not is_condition(state)
 
 
 def kept_by(state: State, before: tuple[Size, ...] | None, value: object) -> State:

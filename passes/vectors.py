@@ -243,6 +243,21 @@ def overlay(one: Vector, other: Vector) -> Vector | None:
     return _vector_of(merged((b if a == FILLED else a, count) for a, b, count in pairs))
 
 
+def changed(vector: Vector, change: Callable[[Stream], Stream]) -> Vector:
+    """The vector with other streams in the same places."""
+    if isinstance(vector, Part):
+        return replace(vector, stream=change(vector.stream))
+    if isinstance(vector, Joined):
+        return joined(changed(part, change) for part in vector.parts)
+    if isinstance(vector, Placed):
+        into, what = changed(vector.into, change), changed(vector.what, change)
+        return replace(vector, into=into, what=what)
+    if isinstance(vector, Chosen):
+        one, other = changed(vector.one, change), changed(vector.other, change)
+        return replace(vector, one=one, other=other)
+    return replace(vector, of=changed(vector.of, change))
+
+
 def simplest(vector: Vector) -> Vector:
     """The same tokens in as few parts as possible, where all numbers of tokens are known."""
     runs = _runs(vector)
