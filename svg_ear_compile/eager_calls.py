@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -56,3 +57,14 @@ class CountingAttention(TorchFunctionMode):
         alike = (self._stages.get(x) for x in given if x.numel() == out.numel())
         before = next((stage for stage in alike if stage is not None), None)
         return "weights" if before is not None and name in _SOFTMAXES else before
+
+
+class CallingFromPython(TorchDispatchMode):
+    """Calls the operators of TorchScript from Python, where `CountingAttention` sees them."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **(kwargs or {}))

@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
-from svg_ear_compile.eager_calls import CountingAttention
+from svg_ear_compile.eager_calls import CallingFromPython, CountingAttention
 from svg_ear_compile.explained import entry, grouped, wrapped
 from svg_ear_compile.given_models import check_callable
 from svg_ear_compile.kernels.checked import printable
@@ -204,11 +205,17 @@ def explain(
     breaks = [_break(*item) for item in _Counted.now().since(before).items()]
     unseen = 0
     if breaks:
-        with torch.no_grad(), CountingAttention() as counted:
+        scripted = CallingFromPython() if _has_scripts(target) else nullcontext()
+        with torch.no_grad(), CountingAttention() as counted, scripted:
             torch.compiler.disable(eager)(*args, **kwargs)
         unseen = counted.calls - in_graphs
     name = type(target).__name__ if isinstance(target, nn.Module) else ""
     return Explanation(graphs, breaks, unseen, name)
+
+
+def _has_scripts(model: Callable[..., Any]) -> bool:
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(isinstance(module, torch.jit.ScriptModule) for module in modules)
 
 
 def _settings(

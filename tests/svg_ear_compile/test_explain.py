@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformer_models import TOKENS, stack, wan
 
@@ -175,6 +175,34 @@ def test_attention_is_counted_wherever_dynamo_leaves_it(
     found = explain(model, *torch.randn(3, 1, 2, TOKENS, 32))
     assert (found.unseen, len(found.sites)) == (calls, 2)
     assert any(named in b.reason for b in found.breaks)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(64, 192)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(1, -1, 3, 2, 32).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = torch.softmax(q @ k.transpose(-1, -2) * 0.2, -1)
+        out = F.scaled_dot_product_attention(q, k, v) + weights @ v
+        return out.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_attention_inside_of_torch_script_is_counted_and_stays_as_it_is(how: str) -> None:
+    x = torch.randn(1, 63, 64)
+    script = torch.jit.script if how == "script" else lambda m: torch.jit.trace(m, x)
+    model = nn.Sequential(Attention(), script(Attention())).eval()
+    torch._dynamo.reset()
+    found = explain(model, x)
+    assert found.unseen + len(found.sites) == 4
+    assert found.unseen >= 2
+    assert found.breaks
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="svg_ear", options={"density": 1.0})
+        torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_what_dynamo_traces_in_another_way_is_no_break() -> None:
