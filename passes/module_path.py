@@ -9,6 +9,10 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import Node
 
 _VARIABLE = re.compile(r"[LG]\['([^']*)'\]")
+_STRING = r"(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")"
+# Names of modules that are no names of Python's.
+_GETATTR = re.compile(rf"getattr\(((?:[^()'\"]|{_STRING})*), ({_STRING})\)")
+_NAME = re.compile(rf"\[({_STRING})\]|\[(\d+)\]|\.?([^.\[\]]+)")
 _ARGUMENT = re.compile(r"\[(?:'[^']*'|\d+)\]")
 _CELLS = re.compile(r"(\.__closure__\[\d+\]\.cell_contents)*")
 # How Python reaches a module from its method, maybe one that a hook or a decorator has wrapped.
@@ -31,7 +35,7 @@ def owner_path(parameter: Node) -> str:
 def innermost(node: Node) -> str:
     """How Python reaches the innermost module that made the node; "" for a function."""
     stack = node.meta.get("nn_module_stack")
-    return str(list(stack.values())[-1][0]) if stack else ""
+    return by_subscripts(str(list(stack.values())[-1][0])) if stack else ""
 
 
 def source_of(node: Node) -> str:
@@ -39,7 +43,14 @@ def source_of(node: Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     if source is None:
         return str(node.target)  # an attribute of the graph module, of exported models
-    return str(source.name() if callable(source.name) else source.name)
+    return by_subscripts(str(source.name() if callable(source.name) else source.name))
+
+
+def by_subscripts(source: str) -> str:
+    """A source with ``x['name']`` for ``getattr(x, 'name')``."""
+    while (found := _GETATTR.sub(r"\1[\2]", source)) != source:
+        source = found
+    return source
 
 
 def root_of(source: str) -> str:
@@ -63,9 +74,14 @@ def root_of(source: str) -> str:
 def module_path(source: str) -> str:
     """The path that is left when what only says how Python reaches the model is taken away."""
     source = source.removeprefix(root_of(source))
-    names = re.findall(r"\['([^']+)'\]|\[(\d+)\]|\.?([^.\[\]]+)", source)
-    parts = ".".join(name for match in names for name in match if name)
+    parts = ".".join(_read(text or name) or place for text, place, name in _NAME.findall(source))
     return ".".join(part for part in _METHOD.sub("", parts).split(".") if part not in _WRAPPING)
+
+
+def _read(text: str) -> str:
+    """A name as Dynamo writes it, with quotes or taken out of single ones."""
+    plain = text[1:-1] if text[:1] in ("'", '"') else text
+    return plain.encode("latin-1", "backslashreplace").decode("unicode_escape")
 
 
 def _gathered_arguments() -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import Node
 
-from svg_ear_compile.passes.module_path import root_of
+from svg_ear_compile.passes.module_path import by_subscripts, root_of
 
 _RUNS = itertools.count()
 _RUNS_ONCE: ContextVar[bool] = ContextVar("svg_ear_runs_once", default=False)
@@ -86,7 +86,7 @@ def traced_module(node: Node) -> nn.Module | None:
         node: a node of the graph that a backend was just given.
     """
     stack = node.meta.get("nn_module_stack") or {"": ("L['self']", None)}
-    root = root_of(next(iter(stack.values()))[0])
+    root = root_of(by_subscripts(next(iter(stack.values()))[0]))
     try:
         found: Any = InstructionTranslator.current_tx().output.local_scope
     except AttributeError:  # Dynamo traces nothing now: the graph was traced before

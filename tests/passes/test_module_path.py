@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +75,19 @@ def read(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Reading:
 
 
 PATHS = ["blocks.0", "blocks.1"]
+
+
+NAMES = ['a"b', "c'd", "e\\f", "g h", "two\nlines", "[0]", "L['self']", "(x, y)", "層", "é—"]
+
+
+def test_a_layer_of_any_name_has_its_path() -> None:
+    model = Model()
+    for name in NAMES:
+        model.blocks.add_module(name, copy.deepcopy(model.blocks[0]))
+    found = read(model, X)
+    assert found.layers == [*PATHS, *(f"blocks.{name}" for name in NAMES)]
+    assert {*found.layers} <= {name for name, _ in model.named_modules()}
+    assert all(made is model for made in found.models)
 
 
 MODEL = Model()
