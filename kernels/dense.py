@@ -17,7 +17,8 @@ def dense_attention(
     mask = attn_mask
     if mask is not None and mask.shape[1] not in (1, q.shape[1]):
         mask = mask.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    if mask is not None and mask.is_floating_point():
+    # PyTorch takes float32 beside narrower queries, and adds it as it is.
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32):
         mask = mask.to(q.dtype)
     lse = empty_lse(q, return_lse)
     if return_lse:

@@ -112,7 +112,8 @@ def attention(
     chunks = [] if chunk_spans is None else chunks_of(chunk_spans, q.shape[2])
     asked = [request_of(chunk, i, request) for i, chunk in enumerate(chunks)]
     # Masked attention is faster than a call for each of many chunks that are dense all the same.
-    by_chunk = bool(chunks) and (attn_mask is None or any(not r.dense_only for r in asked))
+    pays_by_chunk = attn_mask is None or any(not r.dense_only for r in asked)
+    by_chunk = bool(chunks) and pays_by_chunk and q.numel() > 0
     with on_device(q.device):
         if by_chunk:
             assert chunk_keys is not None

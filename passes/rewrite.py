@@ -20,7 +20,6 @@ from svg_ear_compile.passes.block_proof import BlockProofs, left_to_flex
 from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.effects import Effects
 from svg_ear_compile.passes.exact_nodes import ExactNodes
-from svg_ear_compile.passes.exact_places import ExactTokens
 from svg_ear_compile.passes.fake_runs import run_on_fakes
 from svg_ear_compile.passes.module_path import owner_path
 from svg_ear_compile.passes.site import AttentionSite, EmptyRow, Mask, Operand, Role
@@ -93,7 +92,8 @@ class _Rewriter:
         self.proofs: dict[tuple[Mask, Graph], _Proof] = {}
         self.listed = None if flow is None else BlockProofs(flow, self._now)
         self.exact: dict[
-            tuple[Graph, Vector, frozenset[Stream]], tuple[Node, int | Node | None]
+            tuple[Graph, Vector, frozenset[Stream], torch.device | None],
+            tuple[Node, int | Node | None],
         ] = {}
 
     def rewrite(self, site: AttentionSite, plan: AttentionPlan) -> Node:
@@ -124,7 +124,7 @@ class _Rewriter:
                 if proof.heard is not None:  # a product, since NaN must stay
                     q = graph.call_function(operator.mul, (q, proof.heard))
             exact = [
-                self._exact(graph, x, vector, site.exact)
+                self._exact(graph, x, vector, site)
                 for x, vector in ((q, site.exact.queries), (k, site.exact.keys))
             ]
             padding = (*mask[1:], None, None, None)[:3]
@@ -205,7 +205,7 @@ class _Rewriter:
             return known
         heard = None
         if mask.added:
-            kept = self._bias(graph, mask, site.dtype)
+            kept = self._bias(graph, mask, site)
             if mask.absorbing is not None:
                 kept, heard = _without_offset(graph, kept, mask.absorbing)
         else:
@@ -222,11 +222,12 @@ class _Rewriter:
         self.proofs[mask, graph] = _Proof(old, (kept, *parts), tuple(chunks), heard)
         return self.proofs[mask, graph]
 
-    def _bias(self, graph: Graph, mask: Mask, dtype: torch.dtype | None) -> Node:
+    def _bias(self, graph: Graph, mask: Mask, site: AttentionSite) -> Node:
         """What a mask adds to the logits, as a float."""
         node = self._in_order(graph, mask.tensor, "bhqk")
         held = mask.tensor.node.meta["example_value"].dtype
-        wanted = mask.rounded or (held if held.is_floating_point else dtype)
+        is_kept = held.is_floating_point and not _is_autocast(site)
+        wanted = mask.rounded or (held if is_kept else site.dtype)
         if held != wanted:
             node = graph.call_method("to", (node, wanted))
         if mask.factor != 1.0:
@@ -270,14 +271,14 @@ class _Rewriter:
         return node if same else graph.call_method("to", (node, dtype))
 
     def _exact(
-        self, graph: Graph, x: Node, vector: Vector | None, exact: ExactTokens
+        self, graph: Graph, x: Node, vector: Vector | None, site: AttentionSite
     ) -> tuple[Node | None, int | Node | None]:
         """Which tokens of x (B, H, N, D) are exact, (1, N) bool, and how many are not."""
         if vector is None:
             return None, None
-        key = (graph, vector, exact.streams)
+        key = (graph, vector, site.exact.streams, site.device)
         if key not in self.exact:
-            made = ExactNodes(graph, x, self._now, exact)
+            made = ExactNodes(graph, x, self._now, site.exact)
             tokens = graph.call_function(torch.ops.aten.sym_size.int, (x, 2))
             self.exact[key] = made.places(vector), made.clustered(vector, tokens)
         return self.exact[key]
@@ -299,6 +300,13 @@ class _Rewriter:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return False
         return not self.effects.written(node) and not node.is_impure()
+
+
+def _is_autocast(site: AttentionSite) -> bool:
+    """True where PyTorch casts all operands of an attention, its mask too."""
+    assert site.device is not None
+    operands = [operand.node.meta["example_value"].dtype for operand in (site.call.q, site.call.k)]
+    return torch.is_autocast_enabled(site.device.type) or site.dtype not in operands
 
 
 def _in_dims(graph: Graph, out: Node, held: str, dims: str) -> Node:

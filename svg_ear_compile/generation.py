@@ -280,11 +280,15 @@ class Generation:
             raise RuntimeError(
                 f"generation {self.name!r} runs in another thread than this attention call"
             )
-        if request.part is None or request.part.number == 0:
-            forward.calls[request.site] += 1
+        is_first = request.part is None or request.part.number == 0
+        forward.calls[request.site] += is_first
         path, identity = self._models[forward.model].locate(
             request.layer, request.layer_owner, request.site, forward.calls[request.site] - 1
         )
+        # A block that is compiled by itself and called again attends to other tokens.
+        forward.times[path, request.site] += is_first
+        if (time := forward.times[path, request.site]) > 1:
+            request = replace(request, site=f"{request.site}, call {time}")
         if request.cached_keys and not forward.has_met_cache:
             forward.has_met_cache = True
             if not forward.dense:
@@ -346,8 +350,8 @@ class Generation:
         self._start_again(index, is_proven=True)
         entered = self._enter(forward.model, forward.timestep, forward.latents)
         return replace(
-            entered, calls=forward.calls, order=forward.order, named=forward.named,
-            has_met_cache=True,
+            entered, calls=forward.calls, times=forward.times, order=forward.order,
+            named=forward.named, has_met_cache=True,
         )  # fmt: skip
 
     def _first_memory(

@@ -97,6 +97,7 @@ class Forward:
         thread: identifier of the thread that runs it.
         early: early steps of its generation, None if it has none.
         calls: number of calls so far, by site.
+        times: the same by layer path and site.
         order: layer path to position in the order of execution.
         has_met_cache: it has made a call with cached keys.
         named: exact tokens that a function named in it, None for those that the graph shows.
@@ -112,6 +113,7 @@ class Forward:
     thread: int
     early: EarlySteps | None
     calls: Counter[str] = field(default_factory=Counter)
+    times: Counter[tuple[str, str]] = field(default_factory=Counter)
     order: dict[str, int] = field(default_factory=dict)
     has_met_cache: bool = False
     named: NamedTokens | None = None

@@ -193,6 +193,23 @@ def test_density_one_is_bitwise_sdpa_whatever_is_remembered(
     assert torch.equal(attention(q, k, v, mask, plan=DENSE.encode())[0], wanted)
 
 
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@DEVICES
+def test_a_float32_mask_beside_narrower_queries_is_not_rounded(
+    device: str, dtype: torch.dtype, return_lse: bool
+) -> None:
+    q, k, v = qkv(device, (4, 4), (61, 45), dtype)
+    mask = 300 + 8 * torch.randn(2, 1, 61, 45, device=device)
+    mask[:, :, 5] = torch.finfo(torch.float32).min  # in float16 this would be -inf
+    proof = torch.ops.svg_ear.key_padding(mask)
+    found, lse = attention(q, k, v, mask, None, *proof, plan=PLAN.encode(), return_lse=return_lse)
+    assert torch.equal(found, F.scaled_dot_product_attention(q, k, v, mask))
+    logits = (q.double() @ k.double().mT) * 32**-0.5 + mask
+    if return_lse:
+        torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=1e-2, atol=0.05)
+
+
 @given(seed=SEEDS, masked=st.booleans())
 @DEVICES
 def test_density_one_log_sum_exp(device: str, seed: int, masked: bool) -> None:

@@ -256,3 +256,11 @@ def test_chunks_that_are_not_those_of_the_call_are_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match="chunk_"):
             attention(q, k, v, **wrong)
+
+
+def test_chunks_of_no_sample_are_no_error() -> None:
+    mask = MASKS["all chunks before"]()[None, None]
+    q, k, v = torch.randn(3, 0, 2, TOKENS, 32)
+    plan = AttentionPlan(density=0.3, min_chunk_tokens=1).encode()
+    out, _ = attention(q, k, v, mask, None, *key_padding(mask), None, None, *proof(mask), plan=plan)
+    assert out.shape == q.shape

@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from joined_stack import TEXT, TEXT_AT, VIDEO, VIDEO_AT, WIDTH, Stack, attend, inputs
 from torch import Tensor, nn
-from traced_graphs import Rewriting, graphs_of, run_rewritten, sites_of
+from traced_graphs import ALL_BLOCKS, Rewriting, graphs_of, run_rewritten, sites_of
 
 from svg_ear_compile.capture import CapturedCall, capture_attention
 from svg_ear_compile.kernels import registry
 from svg_ear_compile.kernels.kinds import EXACT, TokenKinds
 from svg_ear_compile.passes.exact import given_tokens
 from svg_ear_compile.passes.find import find_sites
+from svg_ear_compile.passes.rewrite import rewrite
 from svg_ear_compile.passes.site import AttentionSite, Role
 
 
@@ -396,3 +397,23 @@ def test_text_cut_at_a_length_that_a_mask_says() -> None:
     assert backend.rewritten == 2
     with torch.no_grad():
         torch.testing.assert_close(out, module(*inputs(), mask), atol=1e-5, rtol=1e-4)
+
+
+def test_exact_tokens_lie_on_the_device_of_each_call() -> None:
+    """A model that goes on on another device in the middle of its graph."""
+
+    class Halves(Stack):
+        def forward(self, video: Tensor, text: Tensor, *more: Tensor) -> Tensor:
+            x = self.pack(self, self.patches(video), self.words(text))
+            x = x + attend(self.to_q(x), self.to_k(x), self.to_v(x))
+            x = x.to("meta")
+            return x + attend(x * 2, x * 3, x)
+
+    module = Halves(lambda module, x, text: torch.cat([text, x], 1))
+    (graph,) = graphs_of(module, *inputs())
+    sites = find_sites(graph)
+    assert [str(site.device) for site in sites] == ["cpu", "meta"]
+    calls = rewrite(graph, [(site, ALL_BLOCKS) for site in sites])
+    exact = [call.args[0].args[8:10] for call in calls]  # type: ignore[union-attr]
+    assert all(node is not None for pair in exact for node in pair)
+    assert not set(exact[0]) & set(exact[1])

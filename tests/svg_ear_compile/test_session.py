@@ -127,6 +127,33 @@ def test_each_branch_and_layer_has_its_own_memory(calls: list[Any]) -> None:
     assert memories[:4] == memories[4:]
 
 
+class Windows(nn.Module):
+    """A block that is compiled by itself and called for each of some windows of the tokens."""
+
+    def __init__(self, windows: int) -> None:
+        super().__init__()
+        self.windows, self.block = windows, shared(1).blocks[0]
+
+    def forward(self, hidden_states: Tensor, timestep: Any) -> Tensor:
+        return torch.cat([self.block(part) for part in hidden_states.chunk(self.windows, 1)], 1)
+
+
+def test_a_block_that_is_called_again_in_a_forward_remembers_each_call_alone() -> None:
+    """What a window gets is what it gets by itself, in each step and guidance branch."""
+    inputs, timesteps = [latents(seed) for seed in (3, 4)], (900, 900, 800, 800)
+    alone = []
+    for x in inputs:
+        model = Windows(1)
+        with bind(model):
+            alone.append([model(x, timestep) for timestep in timesteps])
+    model = Windows(2)
+    with bind(model) as session:
+        together = [model(torch.cat(inputs, 1), timestep) for timestep in timesteps]
+        assert len(session.report()) == 1
+    for found, wanted in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.equal(found, torch.cat(wanted, 1))
+
+
 def test_a_constant_timestep_does_not_gather_memory() -> None:
     model = shared(1)
     with bind(model) as session:
