@@ -8,11 +8,14 @@ each result to the source. Without a source a call runs as compiled, and nothing
 
 from __future__ import annotations
 
+import functools
+import string
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+from urllib.parse import quote, unquote
 
 import torch
 from torch import Tensor
@@ -23,6 +26,8 @@ from svg_ear_compile.kernels.plan import AttentionPlan
 
 if TYPE_CHECKING:
     from svg_ear_compile.kernels.gpu.captured_graphs import CapturedGraphs
+
+_SAFE = "".join(c for c in string.printable if c.isprintable() and c not in '"%?\\')
 
 
 class Part(NamedTuple):
@@ -38,6 +43,20 @@ class Part(NamedTuple):
     queries: slice
     keys: slice
     whole: tuple[int, int]
+
+
+def quoted(name: str) -> str:
+    """A name of a layer as an argument of the operator.
+
+    Inductor's C++ wrapper writes it between double quotes as it is.
+    """
+    return quote(name, safe=_SAFE, errors="surrogatepass")
+
+
+@functools.lru_cache(maxsize=4096)
+def unquoted(name: str) -> str:
+    """The name that `quoted` wrote."""
+    return unquote(name, errors="surrogatepass")
 
 
 @dataclass(frozen=True, eq=False)

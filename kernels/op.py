@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from svg_ear_compile.kernels.by_chunk import attention_by_chunk, request_of
-from svg_ear_compile.kernels.call import CallRequest, ExactTokens
+from svg_ear_compile.kernels.call import CallRequest, ExactTokens, unquoted
 from svg_ear_compile.kernels.dense import dense_attention, empty_lse
 from svg_ear_compile.kernels.device_guard import on_device
 from svg_ear_compile.kernels.plan import HEAD_DIMS, AttentionPlan
@@ -69,7 +69,7 @@ def attention(
         otherwise, otherwise_lse: (B, H, N_q, D) and (B, H, N_q) float32, base 2, instead of
             `attn_mask`: output and log-sum-exp of a call whose mask is not padding.
         plan: `AttentionPlan.encode` of the plan.
-        site: name of the call in its graph.
+        site: name of the call in its graph, see `call.quoted`.
         layer_owner: path of the module that holds `layer`, relative to the compiled module.
         scale: logit scale, 1/sqrt(D) by default.
         clustered_queries, clustered_keys: numbers of queries and keys that are not always exact, by
@@ -101,7 +101,8 @@ def attention(
     is_costly = compiled.is_dense_for(*clustered)
     pays_kept = cached_keys and not compiled.is_dense_for(*clustered, keeps_clusters=True)
     request = CallRequest(
-        layer, layer_owner, site, compiled, tuple(q.shape), tuple(k.shape), clustered, q.device,
+        layer, unquoted(layer_owner), unquoted(site), compiled, tuple(q.shape), tuple(k.shape),
+        clustered, q.device,
         dense_only=(is_costly and not pays_kept) or q.numel() == 0 or not is_padding,
         only_kept=is_costly,
         cached_keys=cached_keys,

@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 import svg_ear_compile.kernels.op
 import svg_ear_compile.kernels.padding
 import svg_ear_compile.kernels.query_chunks  # noqa: F401
+from svg_ear_compile.kernels.call import quoted
 from svg_ear_compile.kernels.plan import AttentionPlan
 from svg_ear_compile.passes.block_proof import BlockProofs, left_to_flex
 from svg_ear_compile.passes.dataflow import Dataflow
@@ -133,13 +134,14 @@ class _Rewriter:
             for symbol, divides in call.symbols:  # an operator's number would be one for the graph
                 of = operator.truediv if divides else operator.mul
                 q = graph.call_function(of, (q, self._now(symbol)))
+            owner = site.layer_parameter
             done = graph.call_function(
                 torch.ops.svg_ear.attention.default,
-                (q, k, v, mask[0], site.layer_parameter, *padding, *tokens, *chunks),
+                (q, k, v, mask[0], owner, *padding, *tokens, *chunks),
                 {
                     "plan": plan.encode(),
-                    "site": site.name,
-                    "layer_owner": owner_path(site.layer_parameter) if site.layer_parameter else "",
+                    "site": quoted(site.name),
+                    "layer_owner": quoted(owner_path(owner)) if owner else "",
                     "scale": scale,
                     "clustered_queries": exact[0][1],
                     "clustered_keys": exact[1][1],

@@ -90,6 +90,35 @@ def test_modes_and_options_of_inductor_go_through(option: dict[str, Any]) -> Non
         torch.testing.assert_close(found, model(x, torch.tensor([500.0])), rtol=1e-4, atol=1e-4)
 
 
+class Named(nn.Module):
+    """Layers whose names hold what stands for itself in no C++ string."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ('a"b', "c\\d", "two\nlines", "100%s", "what??/", "層"):
+            self.add_module(name, MaskedBlock())
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        for block in self.children():
+            x = block(x, None)
+        return x * timestep
+
+
+@pytest.mark.parametrize(
+    "wrapper", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["python", "C++"]
+)
+def test_layers_may_have_any_name(wrapper: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = Named().eval(), torch.randn(1, TOKENS, WIDTH)
+    options = {"min_tokens": TOKENS, "density": 0.999999, "cpp_wrapper": wrapper}
+    compiled = torch.compile(model, backend="svg_ear", fullgraph=True, options=options)
+    with torch.no_grad(), svg_ear_compile.bind(compiled) as session:
+        given = x, torch.tensor([0.5])
+        torch.testing.assert_close(compiled(*given), model(*given), rtol=1e-4, atol=1e-4)
+        assert [layer.path for layer in session.report()] == [n for n, _ in model.named_children()]
+
+
 class Masked(nn.Module):
     """Blocks that are compiled one by one and share a square mask."""
 
@@ -108,7 +137,7 @@ class MaskedBlock(nn.Module):
         super().__init__()
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return x + out.transpose(1, 2).flatten(2)
