@@ -115,7 +115,7 @@ class Accelerated:
         self._warn_of_changes()
         dense_steps = self._dense_steps_of(call)
         with self._generation() as generation:
-            said = Announced(call.steps, dense_steps, call.prompts, self._rises)
+            said = Announced(call.steps, dense_steps, call.videos, self._rises)
             with generation.call(said):
                 graphs, started = _graphs_compiled(), time.perf_counter()
                 yield
@@ -246,7 +246,7 @@ def accelerate(
 
     Finds every model that is called with a timestep, compiles its repeated blocks where its class
     names them and the whole model otherwise, in place, and binds all of them to one session. Each
-    call of the pipeline is one generation: its number of steps and of prompts are read from its
+    call of the pipeline is one generation: its number of steps and of videos are read from its
     arguments, and what the session remembers is freed at its end. Calls in several threads get
     generations of their own.
 

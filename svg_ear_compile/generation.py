@@ -264,10 +264,7 @@ class Generation:
         )
         if dense:
             state.dense_steps.add(state.clock.step)
-        in_batch, reference = 1, None
-        if not dense:  # dense forwards reuse nothing: latents need no comparison
-            in_batch = state.branches.in_batch(model, latents)
-            reference = state.branches.reference_of(model, index, latents)
+        in_batch, reference = state.branches.place(model, index, latents, dense)
         return Forward(
             model, index, timestep, dense, reference, in_batch, latents, thread,
             self.early_steps,

@@ -31,16 +31,22 @@ _DETECTED_COUNTS = (2, 3)  # branches along a batch
 
 @dataclass(frozen=True)
 class Latents:
-    """The latents of a forward: one tensor, or one tensor for each video."""
+    """The latents of a forward.
+
+    Attributes:
+        tensors: one tensor with a batch, or, if `listed`, one tensor for each video.
+        listed: the model got a list, which may have one entry.
+    """
 
     tensors: tuple[Tensor, ...] = ()
+    listed: bool = False
 
     @property
     def batch(self) -> int:
         """Number of videos, each guidance branch counted."""
-        if len(self.tensors) == 1 and self.tensors[0].dim():
-            return self.tensors[0].shape[0]
-        return max(1, len(self.tensors))
+        if self.listed:
+            return len(self.tensors)
+        return self.tensors[0].shape[0] if self.tensors and self.tensors[0].dim() else 1
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -48,14 +54,14 @@ class Latents:
         if not self.tensors:
             return ()
         first = self.tensors[0]
-        return (first.shape[1:] if len(self.tensors) == 1 else first.shape, first.device)
+        return (first.shape if self.listed else first.shape[1:], first.device)
 
     def parts(self, count: int) -> list[Latents]:
         """The batch in `count` equal parts."""
         size = self.batch // count
-        if len(self.tensors) == 1:
-            return [Latents((part,)) for part in self.tensors[0].split(size)]
-        return [Latents(self.tensors[i * size : (i + 1) * size]) for i in range(count)]
+        if self.listed:
+            return [Latents(self.tensors[i * size :][:size], True) for i in range(count)]
+        return [Latents((part,)) for part in self.tensors[0].split(size)]
 
     def equal(self, other: Latents) -> bool:
         """Whether all values are equal; waits for the device."""
@@ -66,7 +72,7 @@ class Latents:
 
     def copy(self) -> Latents:
         """The same values, whatever becomes of the tensors."""
-        return Latents(tuple(tensor.detach().clone() for tensor in self.tensors))
+        return Latents(tuple(tensor.detach().clone() for tensor in self.tensors), self.listed)
 
     def nbytes(self) -> int:
         """Bytes of the tensors."""
@@ -85,15 +91,19 @@ def find_latents(given: Mapping[str, Any], name: str | None) -> Latents:
         ValueError: the declared argument is missing or holds no tensor.
     """
     if name is not None:
-        found = _floats(given.get(name))
-        if not found:
+        found = _latents(given.get(name))
+        if not found.tensors:
             raise ValueError(f"the model was called without the latents {name!r}")
-        return Latents(found)
+        return found
     for known in LATENT_NAMES:
-        if found := _floats(given.get(known)):
-            return Latents(found)
+        if (found := _latents(given.get(known))).tensors:
+            return found
     tensors = _floats(list(given.values()))
     return Latents((max(tensors, key=Tensor.numel),)) if tensors else Latents()
+
+
+def _latents(value: object) -> Latents:
+    return Latents(_floats(value), listed=not isinstance(value, Tensor))
 
 
 def _floats(value: object) -> tuple[Tensor, ...]:
@@ -152,27 +162,34 @@ class Branches:
     references: dict[tuple[int, int], Latents] = field(default_factory=dict)
     stream: torch.cuda.Stream | None = None
 
-    def in_batch(self, model: int, latents: Latents) -> int:
-        """Number of branches along the batch of a forward; waits for the device to detect it."""
-        batch = latents.batch
-        self.largest[model] = max(batch, self.largest.get(model, 1))
-        if self.guidance.layout == "sequential":
+    def place(
+        self, model: int, forward: int, latents: Latents, dense: bool
+    ) -> tuple[int, int | None]:
+        """Number of branches along the batch of a forward, and its reference branch, if any.
+
+        Waits for the device to detect an undeclared layout. Dense forwards reuse nothing: their
+        latents need no comparison.
+        """
+        self.largest[model] = max(latents.batch, self.largest.get(model, 1))
+        if dense:
+            return 1, None
+        return self._in_batch(model, latents), self._reference_of(model, forward, latents)
+
+    def _in_batch(self, model: int, latents: Latents) -> int:
+        batch, layout = latents.batch, self.guidance.layout
+        if layout == "sequential" or (layout == "batched" and batch < self.largest[model]):
             return 1
-        if self.guidance.layout == "batched":
-            count = self.guidance.count
-            return count if batch == self.largest[model] and batch % count == 0 else 1
-        for count in _DETECTED_COUNTS:
-            if batch % (count * self.videos) == 0:
+        for count in (self.guidance.count,) if layout == "batched" else _DETECTED_COUNTS:
+            if batch and batch % (count * self.videos) == 0:
                 first, *others = latents.parts(count)
-                if all(first.equal(other) for other in others):
+                if layout == "batched" or all(first.equal(other) for other in others):
                     return count
         return 1
 
-    def reference_of(self, model: int, forward: int, latents: Latents) -> int | None:
+    def _reference_of(self, model: int, forward: int, latents: Latents) -> int | None:
         """Index of the forward at this timestep that is the reference branch of this forward.
 
-        None if this forward is a reference branch. Waits for the device to detect an undeclared
-        layout.
+        None if this forward is a reference branch.
         """
         if self.guidance.layout == "batched":
             return None

@@ -7,7 +7,7 @@ A call of one pipeline object is watched by giving that object a class of its ow
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from svg_ear_compile.layers import TIMESTEP_NAMES, inner_of
 
 _USUAL_NAMES = ("transformer", "transformer_2")
+_VIDEOS_PER_PROMPT = ("num_videos_per_prompt", "num_images_per_prompt")
 _GIVEN_STEPS = ("timesteps", "sigmas")  # a list of steps takes precedence over their number
 
 
@@ -27,11 +28,11 @@ class PipelineCall:
 
     Attributes:
         steps: number of denoising steps, None if the call does not tell.
-        prompts: least number of videos that differ from each other, 1 if the call does not tell.
+        videos: number of videos that differ from each other, 1 if the call does not tell.
     """
 
     steps: int | None = None
-    prompts: int = 1
+    videos: int = 1
 
 
 def denoisers(pipeline: object, timestep: str | None) -> dict[str, nn.Module]:
@@ -71,7 +72,7 @@ def timesteps_rise(pipeline: object) -> bool:
 def read_call(pipeline: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PipelineCall:
     """What a call of `pipeline` with these arguments asks for."""
     given = {**_defaults(pipeline), **_named(pipeline, args, kwargs)}
-    return PipelineCall(_steps(given), _prompts(given))
+    return PipelineCall(_steps(given), _videos(given))
 
 
 def _named(pipeline: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,8 +99,8 @@ def _defaults(pipeline: Any) -> dict[str, Any]:
 def _steps(given: Mapping[str, Any]) -> int | None:
     steps = given.get("num_inference_steps")
     for name in _GIVEN_STEPS:
-        if isinstance(given.get(name), Sized):
-            steps = len(given[name])
+        if (length := _length(given.get(name))) is not None:
+            steps = length
     if isinstance(steps, bool) or not isinstance(steps, int):
         return None
     strength = given.get("strength")  # video to video skips the first steps
@@ -108,12 +109,25 @@ def _steps(given: Mapping[str, Any]) -> int | None:
     return steps
 
 
-def _prompts(given: Mapping[str, Any]) -> int:
-    for name in ("latents", "prompt_embeds"):
-        if isinstance(given.get(name), Tensor) and given[name].dim():
-            return max(1, given[name].shape[0])
-    prompt = given.get("prompt")
-    return max(1, len(prompt)) if isinstance(prompt, (list, tuple)) else 1
+def _length(value: object) -> int | None:
+    """The length of a list, an array or a tensor; None of what has none."""
+    try:
+        return len(value)  # type: ignore[arg-type]
+    except TypeError:  # arrays and tensors without dimensions have the method, too
+        return None
+
+
+def _videos(given: Mapping[str, Any]) -> int:
+    latents, embeds, prompt = (given.get(n) for n in ("latents", "prompt_embeds", "prompt"))
+    if isinstance(latents, Tensor) and latents.dim():  # of all videos
+        return max(1, latents.shape[0])
+    prompts = 1
+    if isinstance(embeds, (Tensor, list, tuple)):
+        prompts = _length(embeds) or 1
+    elif isinstance(prompt, (list, tuple)):
+        prompts = len(prompt) or 1
+    asked = [given.get(name) for name in _VIDEOS_PER_PROMPT]
+    return prompts * max([1, *(number for number in asked if isinstance(number, int))])
 
 
 class CallWatch:

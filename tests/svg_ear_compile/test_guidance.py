@@ -13,6 +13,7 @@ from session_models import (
     HEADS,
     TOKENS,
     Attention,
+    Block,
     densities,
     latents,
     shared,
@@ -21,7 +22,7 @@ from session_models import (
 from torch import Tensor, nn
 
 from svg_ear_compile import Session, bind
-from svg_ear_compile.guidance import MAX_BRANCHES, Guidance, find_latents
+from svg_ear_compile.guidance import MAX_BRANCHES, Branches, Guidance, Latents, find_latents
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -228,6 +229,61 @@ def test_a_declared_batch_is_not_compared() -> None:
         assert session.report()[0].cold == 1
         model(latents(0), 700.0)  # and forwards in turns are no branches
         assert session.report()[0].cold == 2
+
+
+@pytest.mark.parametrize("dense_steps", [0, 1])
+def test_a_declared_batch_without_guidance_has_no_followers(
+    dense_steps: int, calls: list[Any]
+) -> None:
+    """The batch with guidance is known from dense steps, too."""
+    model, videos = whole(1), latents(batch=2)
+    with bind(model, guidance="batched", dense_steps=dense_steps):
+        model(torch.cat([videos, videos]), 900.0)
+        calls.clear()
+        model(videos, 800.0)
+    assert [call.follows for call in calls] == [False]
+
+
+@pytest.mark.parametrize("layout", [None, "batched"])
+def test_videos_that_a_call_announces_are_no_branches(layout: Any) -> None:
+    """Without guidance from the first step on, only the call tells videos from branches."""
+    branches = Branches(Guidance(layout), videos=2)
+    same = latents().repeat(4, 1, 1)
+    assert branches.place(0, 0, Latents((same[:2],)), dense=False) == (1, None)
+    assert branches.place(0, 1, Latents((same,)), dense=False)[0] == 2
+    assert branches.place(0, 2, Latents((same[:0],)), dense=False)[0] == 1
+
+
+class Listed(nn.Module):
+    """Takes a list with one video each, as Wan's own code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block("block.attn1")
+
+    def forward(self, x: list[Tensor], t: float) -> list[Tensor]:
+        return list(self.block(torch.stack(x)).unbind(0))
+
+
+@pytest.mark.parametrize("layout", [None, "batched"])
+def test_a_list_of_one_video_goes_on_where_guidance_is_switched_off(
+    layout: Any, calls: list[Any]
+) -> None:
+    model = Listed().requires_grad_(False)
+    with bind(model, guidance=layout, dense_steps=2) as session:
+        for step, videos in enumerate((2, 2, 2, 1, 1)):
+            model([latents(step)[0]] * videos, 900.0 - step)
+            assert session.step == step
+    assert densities(calls) == [1.0, 1.0] + [0.3] * 4
+
+
+def test_the_entries_of_a_list_are_its_batch() -> None:
+    one = torch.zeros(16, 3, 4)  # 16 channels
+    found = find_latents({"x": [one]}, None)
+    assert (found.batch, found.kind) == (1, find_latents({"x": (one, one)}, None).kind)
+    assert found.copy().batch == 1
+    assert [part.tensors for part in find_latents({"x": [one]}, "x").parts(1)] == [(one,)]
+    assert find_latents({"x": one}, None).batch == 16
 
 
 def test_declared_turns_are_not_compared() -> None:

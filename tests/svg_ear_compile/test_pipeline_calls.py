@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import tiny_pipelines as tiny
 import torch
@@ -43,7 +44,8 @@ class Pipeline:
         timesteps: list[int] | None = None,
         strength: float = 1.0,
         latents: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | list[torch.Tensor] | None = None,
+        num_videos_per_prompt: int | None = 1,
         **others: Any,
     ) -> str:
         self.heard.append(prompt)
@@ -53,7 +55,7 @@ class Pipeline:
 
 
 @pytest.mark.parametrize(
-    ("args", "kwargs", "steps", "prompts"),
+    ("args", "kwargs", "steps", "videos"),
     [
         (("a",), {}, 30, 1),
         (("a", 8), {}, 8, 1),
@@ -64,14 +66,22 @@ class Pipeline:
         ((), {"strength": 0.5}, 15, 1),
         ((), {"latents": torch.zeros(4, 2, 3)}, 30, 4),
         ((), {"prompt_embeds": torch.zeros(2, 7, 3)}, 30, 2),
+        ((), {"prompt_embeds": [torch.zeros(7, 3), torch.zeros(5, 3)]}, 30, 2),
+        (("a",), {"num_videos_per_prompt": 2}, 30, 2),
+        ((["a", "b"],), {"num_videos_per_prompt": 3}, 30, 6),
+        ((["a", "b"],), {"num_videos_per_prompt": None}, 30, 2),
+        ((), {"prompt_embeds": torch.zeros(2, 7, 3), "num_images_per_prompt": 2}, 30, 4),
+        ((), {"latents": torch.zeros(4, 2, 3), "num_videos_per_prompt": 2}, 30, 4),
+        (("a",), {"timesteps": torch.tensor(3.0)}, 30, 1),  # refused by the pipeline
+        (("a",), {"sigmas": np.array(0.5)}, 30, 1),
         ((), {"num_inference_steps": None}, None, 1),
-        (("a", 8, 9, 10, 11, 12, 13), {"prompt": "twice"}, 30, 1),  # refused by the pipeline
+        (("a", 8, 9, 10, 11, 12, 13, 14), {"prompt": "twice"}, 30, 1),  # refused by the pipeline
     ],
 )
-def test_steps_and_prompts_are_read_from_a_call(
-    args: Any, kwargs: Any, steps: int | None, prompts: int
+def test_steps_and_videos_are_read_from_a_call(
+    args: Any, kwargs: Any, steps: int | None, videos: int
 ) -> None:
-    assert read_call(Pipeline(), args, kwargs) == PipelineCall(steps, prompts)
+    assert read_call(Pipeline(), args, kwargs) == PipelineCall(steps, videos)
 
 
 def test_defaults_of_modular_pipelines_stand_in_their_blocks() -> None:
