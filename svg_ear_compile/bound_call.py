@@ -62,7 +62,7 @@ class BoundCall:
             return self.call(*args, **kwargs)
         with self.session._current().running(self.model, args, kwargs) as layers:
             output = self.call(*args, **kwargs)
-        if not self.ran:
+        if layers is not None and not self.ran:
             self.ran = True
             self._check_first(layers)
         return output

@@ -190,11 +190,12 @@ class Generation:
     @contextmanager
     def running(
         self, model: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Iterator[Collection[str]]:
+    ) -> Iterator[Collection[str] | None]:
         """Act as the source of attention calls while one forward of a model runs.
 
         Returns:
-            In the with statement, the layers that have made calls so far.
+            In the with statement, the layers that have made calls so far. None for an empty batch,
+            which is no step of any video.
 
         Raises:
             RuntimeError: another thread runs a forward, or another thread started the generation.
@@ -208,7 +209,10 @@ class Generation:
             )
         outer = self._forward
         try:
-            timestep, latents = self._models[model].read(args, kwargs)
+            timestep, latents = self._models[model].read(args, kwargs, self._ascending())
+            if timestep is None or not latents.batch:
+                yield None
+                return
             named = self._models[model].named_tokens(args, kwargs)
             self._forward = self._begin(model, timestep, latents)
             self._forward.named = named

@@ -19,7 +19,11 @@ from svg_ear_compile.kernels.checked import checked
 
 Layout = Literal["batched", "sequential"]
 
-LATENT_NAMES = ("hidden_states", "latents", "latent_model_input", "noisy_latents", "sample", "x")
+LATENT_NAMES = (
+    "hidden_states", "latents", "latent_model_input", "noisy_latents", "sample", "x",
+    "noisy_image_or_video", "noisy_model_input", "noisy_input", "noisy", "x_t", "z_t", "z",
+    "x_B_C_T_H_W", "latent", "img", "video",
+)  # fmt: skip
 """Names under which the arguments of a model are searched for its latents, in this order."""
 
 MAX_BRANCHES = 8
@@ -84,8 +88,7 @@ def find_latents(given: Mapping[str, Any], name: str | None) -> Latents:
 
     Args:
         given: argument names to values.
-        name: the declared one. Otherwise the first of `LATENT_NAMES` that holds floating-point
-            tensors, otherwise the floating-point tensor with the most elements.
+        name: the declared one. Otherwise the first of `latents_arguments`.
 
     Raises:
         ValueError: the declared argument is missing or holds no tensor.
@@ -95,11 +98,21 @@ def find_latents(given: Mapping[str, Any], name: str | None) -> Latents:
         if not found.tensors:
             raise ValueError(f"the model was called without the latents {name!r}")
         return found
-    for known in LATENT_NAMES:
-        if (found := _latents(given.get(known))).tensors:
-            return found
-    tensors = _floats(list(given.values()))
-    return Latents((max(tensors, key=Tensor.numel),)) if tensors else Latents()
+    return next((_latents(given[taken]) for taken in latents_arguments(given)), Latents())
+
+
+def latents_arguments(given: Mapping[str, Any]) -> list[str]:
+    """Names of the arguments that may hold the latents, the likeliest first.
+
+    One name if `LATENT_NAMES` has it. Otherwise all arguments with floating-point tensors of three
+    dimensions or more (or else of the most) in the order of the signature, in which latents come
+    first. Sizes say nothing: text may be larger than a video.
+    """
+    floats = {name: tensors for name, value in given.items() if (tensors := _floats(value))}
+    if known := next((name for name in LATENT_NAMES if name in floats), None):
+        return [known]
+    dims = {name: min(3, max(t.dim() for t in tensors)) for name, tensors in floats.items()}
+    return [name for name in dims if dims[name] == max(dims.values())]
 
 
 def _latents(value: object) -> Latents:

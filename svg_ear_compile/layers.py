@@ -7,15 +7,17 @@ passed to each attention call; its identity survives compilation and tells the l
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from svg_ear_compile.guidance import Latents, find_latents
+from svg_ear_compile.guidance import Latents, find_latents, latents_arguments
 from svg_ear_compile.kernels.checked import checked
 from svg_ear_compile.named_tokens import (
     NamedTokens,
@@ -23,6 +25,8 @@ from svg_ear_compile.named_tokens import (
     check_function,
     named_tokens,
 )
+
+log = logging.getLogger(__name__)
 
 Identity = Literal["parameter", "order"]
 
@@ -105,6 +109,7 @@ class BoundModel:
         self.ordered: dict[tuple[str, int], str] = {}
         self.signature = inspect.signature(inner.forward)
         self.latents = latents
+        self.has_said_latents = False
         parameters = self.signature.parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.timestep = next(
@@ -133,8 +138,12 @@ class BoundModel:
         self.paths = {_clean(path) for path, _ in inner.named_modules()}
         self.owners = _owners(inner)
 
-    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[float, Latents]:
+    def read(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], ascending: bool
+    ) -> tuple[float | None, Latents]:
         """Timestep and latents of a forward; waits for the device of the timestep.
+
+        The timestep is that of its noisiest token or video, None of an empty batch.
 
         Raises:
             ValueError: the timestep or the declared latents are missing.
@@ -145,8 +154,27 @@ class BoundModel:
             raise ValueError(
                 f"a bound {type(self.module).__name__} was called without {self.timestep!r}"
             )
-        timestep = float(value.max() if isinstance(value, Tensor) else value)
-        return timestep, find_latents(given, self.latents)
+        latents = self._find_latents(given)
+        if not isinstance(value, Tensor):
+            return float(value), latents
+        if not value.numel():
+            return None, latents
+        return float(value.min() if ascending else value.max()), latents
+
+    def _find_latents(self, given: Mapping[str, Any]) -> Latents:
+        if self.latents is None and not self.has_said_latents:
+            names = latents_arguments(given)
+            if len(names) > 1:
+                self.has_said_latents = True
+                log.warning(
+                    "the latents of this %s, by which guidance branches are told, are taken to be "
+                    "%r, the first of its arguments %s. If another one holds the noisy video, name "
+                    "it with latents=...",
+                    type(inner_of(self.module)).__name__,
+                    names[0],
+                    tuple(names),
+                )
+        return find_latents(given, self.latents)
 
     def named_tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> NamedTokens | None:
         """The exact tokens that the function names for a forward; None without a function.
@@ -161,7 +189,10 @@ class BoundModel:
     def later(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], fraction: float
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with a timestep lower by a fraction of itself, at least by one unit."""
+        """The arguments with a timestep lower by a fraction of itself.
+
+        Integers move by a unit for each hundredth, zeros by the fraction of a unit.
+        """
         bound = self.signature.bind_partial(*args, **kwargs)
         given = bound.arguments
         if self.timestep not in given:  # part of **kwargs
@@ -170,7 +201,12 @@ class BoundModel:
         integral = isinstance(value, int) or (
             isinstance(value, Tensor) and not value.is_floating_point()
         )
-        moved = value - round(100 * fraction) if integral else value * (1 - fraction)
+        if integral:
+            moved = value - round(100 * fraction)
+        elif isinstance(value, Tensor):
+            moved = torch.where(value == 0, -fraction, value * (1 - fraction))
+        else:
+            moved = value * (1 - fraction) or -fraction
         given[self.timestep] = moved
         return bound.args, bound.kwargs
 

@@ -153,8 +153,15 @@ class Session:
     def timestep_of(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], model: int = 0
     ) -> float:
-        """The timestep among the arguments of a forward of a bound model."""
-        return self._models[model].read(args, kwargs)[0]
+        """The timestep among the arguments of a forward of a bound model.
+
+        Raises:
+            ValueError: it is missing or empty.
+        """
+        timestep, _ = self._models[model].read(args, kwargs, self._plans.ascending)
+        if timestep is None:
+            raise ValueError("the timestep of an empty batch says nothing")
+        return timestep
 
     def later(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], fraction: float, model: int = 0
@@ -284,8 +291,9 @@ def bind(
     off, does not start one. All clusters are dropped at the start, so the same seed gives the same
     bits. Generations that take turns need names, see `Session.generation`.
 
-    The timestep is the largest value of the timestep argument. Steps whose timesteps are equal
-    when the model gets them (rounded to bfloat16, for example) count as one step. Reading the
+    The timestep is the noisiest value of the timestep argument: the largest, or the smallest of
+    ascending ones. A forward of an empty batch belongs to no generation. Steps whose timesteps are
+    equal when the model gets them (rounded to bfloat16, for example) count as one step. Reading the
     timestep and comparing latents costs one wait for the device in each forward.
 
     Guidance branches of a video have equal latents. The first is the reference branch; the others
@@ -316,7 +324,8 @@ def bind(
             timestep. By default both are detected by comparing latents.
         branches: number of branches of a declared layout, 2 by default.
         latents: name of the argument that holds the noisy video. By default the first argument of
-            `guidance.LATENT_NAMES`, else the largest floating-point tensor.
+            `guidance.LATENT_NAMES`, else the first with a floating-point tensor of three
+            dimensions or more, which a warning names if there are several.
         exact_tokens: a function from the arguments of a forward, by name, to the tokens that are
             exact in it, called once in each forward: see `named_tokens.TokenFunction`. A sequence
             that they do not fit goes by its graph.

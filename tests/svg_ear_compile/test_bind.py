@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 from session_models import (
+    DIM,
+    HEADS,
+    TOKENS,
     Model,
     densities,
     in_place,
@@ -234,3 +237,30 @@ def test_former_names_are_warned_of() -> None:
     with pytest.warns(DeprecationWarning, match="unbind is called close now"):
         bind(model).unbind()
     assert "_compiled_call_impl" not in model.__dict__
+
+
+@pytest.mark.parametrize("ascending", [False, True])
+def test_the_noisiest_token_tells_the_step(ascending: bool) -> None:
+    """The first frame of an image-to-video model is clean from the start."""
+    model = whole(1)
+    with bind(model, ascending=ascending) as session:
+        for step, noise in enumerate((0.9, 0.7, 0.2)):
+            timesteps = torch.tensor([0.0, noise])
+            model(latents(step), 1 - timesteps if ascending else timesteps)
+            assert session.step == step
+
+
+@pytest.mark.parametrize("guidance", [None, "batched"])
+@pytest.mark.parametrize("timestep", [800.0, torch.zeros(0)])
+def test_a_forward_of_an_empty_batch_is_no_step(
+    timestep: Any, guidance: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = whole(1)
+    with bind(model, guidance=guidance) as session:
+        for kept in (None, 0):
+            assert model(latents()[:0], timestep).shape == (0, TOKENS, HEADS * DIM)
+            assert session.step == kept
+            model(latents(), 900.0)
+        with pytest.raises(ValueError, match="empty batch"):
+            session.timestep_of((latents(), torch.zeros(0)), {})
+    assert "no sparse attention" not in caplog.text

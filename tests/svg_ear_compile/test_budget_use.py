@@ -100,6 +100,24 @@ def test_layers_that_the_budget_does_not_know_keep_the_compiled_plan(
     ]
 
 
+@pytest.mark.parametrize("ascending", [False, True])
+@pytest.mark.parametrize(
+    "timestep",
+    [
+        0.0, torch.tensor(0.0), torch.tensor([0.0, 1.0]), 0, 0.5, torch.tensor([0.5]),
+        torch.zeros(1, dtype=torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_later_steps_have_timesteps_of_their_own(timestep: Any, ascending: bool) -> None:
+    _, model, x = compiled()
+    with bind(model, ascending=ascending) as session:
+        found = [
+            session.timestep_of(*session.later((x,), {"timestep": timestep}, 0.01 * turn))
+            for turn in range(3)
+        ]
+    assert found == sorted(set(found), reverse=not ascending)
+
+
 @pytest.mark.parametrize("timestep", [torch.tensor([800.0]), torch.tensor([800]), 800])
 def test_a_later_step_continues_the_generation(timestep: Any) -> None:
     _, model, x = compiled()

@@ -181,9 +181,53 @@ def test_latents_need_not_be_the_first_input(batched: bool, declared: str | None
         assert reused(session) == [0.5]
 
 
-def test_latents_are_found_by_name_then_by_size() -> None:
+class KnownName(nn.Module):
+    """A model whose text comes first, with the argument names of Flux's own code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn1 = Attention("attn1")
+
+    def forward(self, txt: Tensor, img: Tensor, timesteps: Tensor) -> Tensor:
+        return self.attn1(img) + txt.mean()
+
+
+class UnknownName(KnownName):
+    """A model whose video comes first, under a name of its own."""
+
+    def forward(self, mask: Tensor, noised: Tensor, txt: Tensor, timesteps: Tensor) -> Tensor:
+        return self.attn1(noised) + txt.mean()
+
+
+@pytest.mark.parametrize("build", [KnownName, UnknownName])
+def test_text_larger_than_the_video_is_not_taken_for_the_latents(
+    build: type[KnownName], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, text = build().requires_grad_(False), torch.zeros(1, 512, 99)
+
+    def step(timestep: float, video: Tensor, text: Tensor) -> None:
+        given = [text, video] if build is KnownName else [torch.ones(len(video), 9), video, text]
+        model(*given, torch.full((len(video),), timestep))
+
+    with bind(model) as session:
+        step(900.0, latents(batch=2), text.expand(2, -1, -1))
+        assert reused(session) == [0.0]
+        session.reset()
+        for timestep in (900.0, 800.0):
+            step(timestep, latents(), text)
+            step(timestep, latents(), text[:, :77])
+        assert (session.step, reused(session)) == (1, [0.5])
+    said = [r.getMessage() for r in caplog.records if "latents of this" in r.getMessage()]
+    assert len(said) == (build is UnknownName)
+    assert all("'noised', the first of its arguments ('noised', 'txt')" in line for line in said)
+
+
+def test_latents_are_found_by_name_then_by_dimensions_then_by_order() -> None:
     small, large, ids = torch.zeros(1, 2), torch.zeros(1, 9), torch.zeros(99, dtype=torch.int64)
-    assert find_latents({"a": small, "b": large, "ids": ids}, None).tensors == (large,)
+    video, text = torch.zeros(1, 2, 3, 2, 2), torch.zeros(1, 9, 64)
+    assert find_latents({"a": large, "b": video, "c": text}, None).tensors == (video,)
+    assert find_latents({"a": large, "b": [video, video], "c": text}, None).batch == 2
+    assert find_latents({"ids": ids, "a": small, "b": large}, None).tensors == (small,)
     assert find_latents({"a": large, "x": small}, None).tensors == (small,)
     assert find_latents({"a": large, "x": small}, "a").tensors == (large,)
     assert find_latents({"x": ids, "b": small}, None).tensors == (small,)
