@@ -18,11 +18,12 @@ def fingerprint_of(module: nn.Module) -> Fingerprint:
         ".".join(part for part in name.split(".") if part != "_orig_mod"): tuple(parameter.shape)
         for name, parameter in inner.named_parameters()
     }
-    return fingerprint(type(inner).__name__, _config(inner), shapes)
+    return fingerprint(type(inner).__name__, config_of(inner), shapes)
 
 
-def _config(module: nn.Module) -> dict[str, Any] | None:
-    config: Any = getattr(module, "config", None)
+def config_of(holder: object) -> dict[str, Any] | None:
+    """The configuration of a module, a scheduler or a pipeline; None if it has none."""
+    config: Any = getattr(holder, "config", None)
     if is_dataclass(config) and not isinstance(config, type):
         return asdict(config)
     if hasattr(config, "to_dict"):

@@ -53,12 +53,17 @@ def denoisers(pipeline: object, timestep: str | None) -> dict[str, nn.Module]:
 
 def models_of(pipeline: object) -> dict[str, nn.Module]:
     """All models that a pipeline holds by name."""
+    return {n: each for n, each in held_by(pipeline).items() if isinstance(each, nn.Module)}
+
+
+def held_by(pipeline: object) -> dict[str, Any]:
+    """Everything that a pipeline holds by name: models, a scheduler, its attributes."""
     held = getattr(pipeline, "components", None)  # diffusers
     if not isinstance(held, Mapping):
         held = dict(getattr(pipeline, "__dict__", {}))
         # May be properties, or attributes of the class.
         held |= {name: getattr(pipeline, name, None) for name in _USUAL_NAMES}
-    return {name: module for name, module in held.items() if isinstance(module, nn.Module)}
+    return dict(held)
 
 
 def timesteps_rise(pipeline: object) -> bool:

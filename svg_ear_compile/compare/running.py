@@ -16,6 +16,7 @@ from torch import nn
 from svg_ear_compile.compare.comparison import FORMAT, Clip, Comparison, Key
 from svg_ear_compile.compare.figures import figures_of, psnr
 from svg_ear_compile.compare.folder import Folder, make_folder
+from svg_ear_compile.compare.identity import identity_of
 from svg_ear_compile.compare.page import page_of
 from svg_ear_compile.compare.pipeline import Generated, Pipeline, check_make
 from svg_ear_compile.compare.setting import DENSE, Setting
@@ -52,6 +53,7 @@ def run(
             "seeds": list(seeds),
             "settings": [setting.to_json() for setting in settings],
             **dict(conditions),
+            **identity_of(pipeline, settings),
         },
     )
     keys = [(prompt, seed) for seed in seeds for prompt in range(len(prompts))]
@@ -162,7 +164,7 @@ def _check(prompts: Sequence[str], seeds: tuple[int, ...], floor_db: float, fps:
 
 
 def _conditions(pipeline: Pipeline) -> tuple[tuple[str, str], ...]:
-    """What changes the figures of a comparison, as (name, value)."""
+    """What the page says of how the figures were made, as (name, value)."""
     models = {
         name: f"{type(module).__name__}, {_dtypes(module)}"
         for name, module in pipeline.modules.items()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
 from typing import Any
 
-from svg_ear_compile.kernels.checked import shown
+from svg_ear_compile.kernels.checked import InvalidTypeError, shown
 from svg_ear_compile.settings import Settings
 
 DENSE_NAME = "dense"
@@ -31,8 +32,12 @@ class Setting:
     dense_steps: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """The setting as plain JSON values."""
-        options = None if self.options is None else dict(self.options)
+        """The setting as plain JSON values.
+
+        Raises:
+            TypeError: the value of an option is none; the message names the option.
+        """
+        options = None if self.options is None else _plain("options", self.options)
         return {"name": self.name, "options": options, "dense_steps": self.dense_steps}
 
     def arguments(self) -> dict[str, Any]:
@@ -96,4 +101,20 @@ def _setting(given: Mapping[str, Any], dense_steps: int, shared: Sequence[str]) 
     if not isinstance(name, str) or not name.strip():
         raise TypeError(f"the name of a setting must be text, got {name!r:.80}")
     Settings.parse(options)
-    return Setting(name.strip(), options, steps)
+    setting = Setting(name.strip(), options, steps)
+    setting.to_json()  # raises for what no folder of clips can tell from another value
+    return setting
+
+
+def _plain(name: str, value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(str(key), each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, each) for each in value]
+    if isinstance(value, (Path, slice)):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise InvalidTypeError(f"compare cannot write down the option {name}, got {shown(value)}")
