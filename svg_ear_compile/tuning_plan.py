@@ -89,9 +89,11 @@ class Trial:
 
     @property
     def key(self) -> str:
+        """Its key in a checkpoint, of which no two trials share one."""
         choice = self.choice
         clusters = f"{choice.q_clusters}/{choice.k_clusters}"
-        return f"{self.layer} {choice.density:g} {clusters} {choice.compensation} {self.call}"
+        density = float(choice.density)  # in full: densities may differ in any digit
+        return f"{self.layer} {density!r} {clusters} {choice.compensation} {self.call}"
 
 
 def sites_of(model: nn.Module, call: ModelCall) -> tuple[tuple[str, AttentionShape], ...]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -24,6 +26,7 @@ from svg_ear_compile.cost_model.margin import unseen_error
 from svg_ear_compile.cost_model.prior import prior
 from svg_ear_compile.cost_model.stages import STAGES, AttentionShape
 from svg_ear_compile.cost_model.threshold import routing_threshold
+from svg_ear_compile.tuning_plan import Trial
 
 QUICK = TuningSettings(densities=(0.1, 0.3), compiler="eager", cluster_sizes=((32, 16),))
 
@@ -156,6 +159,16 @@ def test_measurements_of_other_inputs_are_not_taken_over(tmp_path: Path) -> None
     costs: list[tuning.Cost] = []
     tune(model, other, density=0.3, settings=QUICK, checkpoint=path, on_cost=costs.append)
     assert costs[0].finished == 0
+
+
+def test_trials_of_densities_that_are_close_share_no_measurement() -> None:
+    close = [0.3333333, 0.3333334, math.nextafter(0.3333334, 1)]
+    trials = [Trial("a", Choice(density, None, None, "gaussian"), 0) for density in close]
+    assert len({trial.key for trial in trials}) == len(trials)
+    # What earlier versions wrote for few digits is still read, however the number is typed.
+    for density in (0.05, np.float64(0.05)):
+        choice = Choice(density, None, 8, "centroid")
+        assert Trial("a.b", choice, 3).key == "a.b 0.05 None/8 centroid 3"
 
 
 def test_a_checkpoint_keeps_apart_what_differs(tmp_path: Path) -> None:
