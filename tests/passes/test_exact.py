@@ -1,4 +1,7 @@
-"""Which tokens are found to be exact, by where they come from and not by how many they are."""
+"""Which tokens are found to be exact, by where they come from and not by how many they are.
+
+Longer than 400 lines: one case after the other of one question.
+"""
 
 from __future__ import annotations
 
