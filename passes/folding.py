@@ -7,23 +7,18 @@ of every tensor is made of is followed forward through the graph, once for all a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
 
-from svg_ear_compile.passes.arguments import Arguments, arguments
 from svg_ear_compile.passes.dataflow import Dataflow, is_weight
 from svg_ear_compile.passes.letters import regroup
-from svg_ear_compile.passes.operation import operation
+from svg_ear_compile.passes.operation import RESHAPES, operation
+from svg_ear_compile.passes.permutations import permutation
 from svg_ear_compile.passes.site import Role
 from svg_ear_compile.passes.symbolic import hint, hints_of, shape_of
 
-_RESHAPES = frozenset({
-    "view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", "view_as",
-    "reshape_as", "squeeze_", "unsqueeze_",
-})  # fmt: skip
-_PERMUTATIONS = frozenset({"transpose", "permute", "mT", "movedim", "t", "T"})
+_RESHAPES = RESHAPES | {"squeeze_", "unsqueeze_"}
 
 
 @dataclass(frozen=True)
@@ -93,11 +88,9 @@ def _axes(node: Node, shape: tuple[int, ...], flow: Dataflow, found: dict[Node, 
         pieces = [axis for group in before for axis in group]
         groups = regroup(pieces, shape, lambda axis: axis.extent, _Axis.apart)
         return _like(before, shape) if groups is None else tuple(map(tuple, groups))
-    if name in _PERMUTATIONS:
-        args = arguments(node)
-        order = None if args is None else _order(name, args, len(before))
-        if order is not None:
-            return tuple(before[dim] for dim in order)
+    order = permutation(node)
+    if order is not None and len(order) == len(before):
+        return tuple(before[dim] for dim in order)
     return _like(before, shape)
 
 
@@ -123,31 +116,6 @@ def _like(before: Axes, shape: tuple[int, ...]) -> Axes:
             where = old[0].place if old else (dim,)
             axes.append((_Axis(size, where, is_batch=dim == 0),))
     return tuple(axes)
-
-
-def _order(name: str, args: Arguments, rank: int) -> Sequence[int] | None:
-    """Which dimension each one of a permuted tensor was; None where that is not known."""
-    order = list(range(rank))
-    if name == "T":
-        return order[::-1]
-    if name in ("mT", "t"):
-        return [*order[:-2], *order[:-3:-1]] if rank >= 2 else order
-    if name == "permute":
-        dims = args.take("dims")
-        whole = isinstance(dims, (list, tuple)) and all(isinstance(d, int) for d in dims)
-        return [d % rank for d in dims] if whole and len(dims) == rank else None
-    if name == "transpose":
-        first, second = args.take("dim0"), args.take("dim1")
-        if not isinstance(first, int) or not isinstance(second, int):
-            return None
-        order[first], order[second] = order[second], order[first]
-        return order
-    source, destination = args.take("source"), args.take("destination")
-    if not isinstance(source, int) or not isinstance(destination, int):
-        return None
-    moved = order.pop(source % rank)
-    order.insert(destination % rank, moved)
-    return order
 
 
 def role_in_clip(source: Node, tokens: int | None, axes: dict[Node, Axes]) -> Role | None:

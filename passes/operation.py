@@ -43,6 +43,12 @@ _IN_PLACE_OPERATORS = {
     "ipow": "pow_",
 }
 
+RESHAPES = frozenset({
+    "view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", "view_as",
+    "reshape_as",
+})  # fmt: skip
+"""The same elements in the same order in another shape; `view(dtype)` is told by `reinterprets`."""
+
 
 def operation(node: Node) -> str:
     """Name of the tensor operation that a node calls, "" for anything else.

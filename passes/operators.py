@@ -23,7 +23,7 @@ from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.operation import is_foreign, operation
 from svg_ear_compile.passes.packed import equal_sequences
 from svg_ear_compile.passes.site import Call, Mask, Operand, Reason, Size
-from svg_ear_compile.passes.symbolic import hint, is_same, shape_of
+from svg_ear_compile.passes.symbolic import hint, is_same, rank_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,14 @@ def read_kernel(node: Node, flow: Dataflow) -> Call | None:
     is_plain = _changes_nothing_else(args)
     if is_plain and is_packed and not dims:
         return _left(node, [q, k, v], Reason.PACKED if is_causal is False else Reason.CAUSAL)
-    is_plain = is_plain and len(dims) == _rank(q) == _rank(k) == _rank(v)
+    is_plain = is_plain and len(dims) == rank_of(q) == rank_of(k) == rank_of(v)
     if not is_plain or not isinstance(mask, (Node, type(None))):
         return _left(node, [q, k, v])
     of_q, of_k, of_v = (Operand(tensor, dims, batch=batch) for tensor in (q, k, v))
+    mask_dims = "" if mask is None else "bhqk"[max(0, 4 - rank_of(mask)) :]
     call = Call(
         node, (node,), of_q, of_k, of_v, out_dims=dims,
-        mask=None if mask is None else Mask(Operand(mask, "bhqk"[-_rank(mask):]), added=True),
+        mask=None if mask is None else Mask(Operand(mask, mask_dims), added=True),
         scale=scale, dropout_p=0.0 if dropout is None else dropout,
         is_causal=is_causal,
     )  # fmt: skip
@@ -176,7 +177,7 @@ def _layout(
     if layout is not None:
         return False, (_LAYOUTS.get(str(layout), ""), 1)
     # xformers takes tensors without heads, too.
-    bare = kernel is _XFORMERS and _rank(tensors[0]) == 3
+    bare = kernel is _XFORMERS and rank_of(tensors[0]) == 3
     return False, ("bnd" if bare else kernel.dims, 1)
 
 
@@ -212,7 +213,7 @@ def _with_results(call: Call, kernel: _Kernel) -> Call:
         return call
     (lse,) = lses
     packed = {"phd": "hp", "nhd": "hn"}
-    letters = packed.get(call.out_dims) or kernel.lse[: max(_rank(lse), 3)]
+    letters = packed.get(call.out_dims) or kernel.lse[: max(rank_of(lse), 3)]
     held = Operand(lse, letters, batch=call.q.batch)
     before = any(user < out for user in lse.users)  # would read it before it is there
     if call.mask is not None or before or not is_lse(held, call):
@@ -237,9 +238,9 @@ def _left(node: Node, tensors: list[Node], reason: Reason = Reason.KERNEL) -> Ca
     """
     q, k, v = tensors[:3]
     dims = ""
-    if _rank(q) == _rank(k) == _rank(v) == 3:
+    if rank_of(q) == rank_of(k) == rank_of(v) == 3:
         dims = "nhd"
-    elif _rank(q) == _rank(k) == _rank(v) == 4:
+    elif rank_of(q) == rank_of(k) == rank_of(v) == 4:
         _, heads, tokens, _ = (hint(size) or 0 for size in shape_of(q) or ())
         dims = "bhnd" if heads <= tokens else "bnhd"
     of_q, of_k, of_v = (Operand(tensor, dims) for tensor in (q, k, v))
@@ -284,7 +285,3 @@ def _tensors(node: Node) -> list[Node]:
 
 def _is_float(node: Node) -> bool:
     return bool(node.meta["example_value"].dtype.is_floating_point)
-
-
-def _rank(node: Node) -> int:
-    return len(shape_of(node) or ())

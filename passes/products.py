@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from string import ascii_letters
 
-from torch import Tensor
 from torch.fx import Node
 from torch.nn import Parameter
 
 from svg_ear_compile.passes.arguments import Arguments
 from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.site import Reason
-from svg_ear_compile.passes.symbolic import hints_of
+from svg_ear_compile.passes.symbolic import hints_of, rank_of
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ def matmul(node: Node, args: Arguments) -> Product | None:
         left, right = right, left
     if not isinstance(left, Node) or not isinstance(right, Node):
         return None
-    rank = _rank(left)
-    if rank < 2 or _rank(right) != rank:
+    rank = rank_of(left)
+    if rank < 2 or rank_of(right) != rank:
         return None
     batch = "uvwxyz"[: rank - 2]
     return Product(left, right, f"{batch}ad", f"{batch}dc", f"{batch}ac")
@@ -89,7 +88,7 @@ def einsum(node: Node, args: Arguments) -> Product | None:
         return None
     if len(operands) != 2 or not all(isinstance(n, Node) for n in operands):
         return None
-    equation = _without_ellipsis(equation.replace(" ", ""), [_rank(n) for n in operands])
+    equation = _without_ellipsis(equation.replace(" ", ""), [rank_of(n) for n in operands])
     inputs, arrow, out = equation.partition("->")
     terms = inputs.split(",")
     if not arrow or "." in equation or len(terms) != 2:
@@ -122,8 +121,3 @@ def baddbmm(node: Node, args: Arguments) -> Product | None:
     return Product(
         left, right, "uad", "udc", "uac", float(alpha), added if beta == 1 else None
     )  # beta 0: what `added` holds is not even read
-
-
-def _rank(node: Node) -> int:
-    value = node.meta.get("example_value")
-    return value.dim() if isinstance(value, Tensor) else -1

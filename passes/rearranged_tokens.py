@@ -11,10 +11,10 @@ from typing import Any, TypeGuard
 
 import torch
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
 from svg_ear_compile.passes.arguments import Arguments
-from svg_ear_compile.passes.operation import CASTS, COPIES, operation
+from svg_ear_compile.passes.operation import CASTS, COPIES, RESHAPES, operation
+from svg_ear_compile.passes.permutations import PERMUTATIONS, permutation
 from svg_ear_compile.passes.symbolic import Size, hint, hints_of, is_same, shape_of
 from svg_ear_compile.passes.token_states import LOST, Mixed, State, state_of, tokens_of
 from svg_ear_compile.passes.vectors import (
@@ -61,19 +61,8 @@ def _row_by_row(state: Mixed, before: Shape, after: Shape) -> State:
 
 
 def permuted(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
-    """The same call on a tensor whose extents tell its dimensions apart."""
-    marker = torch.empty(tuple(range(2, 2 + len(shape))), device="meta")
-    source = args.take("self")
-    given = [marker if a is source else a for a in node.args]
-    kwargs = {k: marker if a is source else a for k, a in node.kwargs.items()}
-    if any(isinstance(a, Node) for a in tree_leaves((given, kwargs))):
-        return LOST
-    target: Any = node.target
-    if node.op == "call_method":
-        moved = getattr(given[0], target)(*given[1:], **kwargs)
-    else:
-        moved = target(*given, **kwargs)
-    return Mixed(list(moved.shape).index(2 + state.dim), state.vector)
+    order = permutation(node)
+    return LOST if order is None else Mixed(order.index(state.dim), state.vector)
 
 
 def indexed(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
@@ -225,16 +214,11 @@ def padded(node: Node, args: Arguments, state: Mixed, shape: Shape) -> State:
     return state_of(state.dim, joined((Part(before, FILLED), state.vector, Part(after, FILLED))))
 
 
-_RESHAPES = frozenset({
-    "view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", "view_as",
-    "reshape_as",
-})  # fmt: skip
-_PERMUTATIONS = frozenset({"transpose", "permute", "movedim", "moveaxis", "mT", "T", "t"})
 _BY_INDEX = frozenset({"gather", "take_along_dim"})
 _SPLITS = frozenset({"chunk", "split", "split_with_sizes", "tensor_split", "unbind"})
 REARRANGED: Mapping[str, Rule] = {
-    **dict.fromkeys(_RESHAPES, reshaped),
-    **dict.fromkeys(_PERMUTATIONS, permuted),
+    **dict.fromkeys(RESHAPES, reshaped),
+    **dict.fromkeys(PERMUTATIONS, permuted),
     **dict.fromkeys(_SPLITS, split),
     "getitem": indexed,
     "index": indexed,

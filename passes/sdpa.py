@@ -21,7 +21,7 @@ from svg_ear_compile.passes.dataflow import Dataflow
 from svg_ear_compile.passes.operation import operation
 from svg_ear_compile.passes.operators import is_lse
 from svg_ear_compile.passes.site import Call, Mask, Operand, Reason
-from svg_ear_compile.passes.symbolic import is_same, known
+from svg_ear_compile.passes.symbolic import is_same, known, rank_of
 
 SDPA_TARGETS = frozenset(
     {
@@ -57,7 +57,7 @@ def read_sdpa(node: Node) -> Call | None:
         return None
     given: dict[str, Any] = {**dict(zip(_POSITIONAL, node.args, strict=False)), **node.kwargs}
     tensors = [given[name] for name in ("query", "key", "value")]
-    q, k, v = (Operand(tensor, _BY_RANK.get(_rank(tensor), "")) for tensor in tensors)
+    q, k, v = (Operand(tensor, _BY_RANK.get(rank_of(tensor), "")) for tensor in tensors)
     mask = given.get("attn_mask")
     return Call(
         node,
@@ -78,12 +78,7 @@ def _mask(node: Node, dims: str) -> Mask:
     pairs = dims.replace("nd", "qk")
     value = node.meta.get("example_value")
     added = not isinstance(value, torch.Tensor) or value.dtype != torch.bool
-    return Mask(Operand(node, pairs[max(0, len(pairs) - _rank(node)) :]), added=added)
-
-
-def _rank(node: Node) -> int:
-    value = node.meta.get("example_value")
-    return value.dim() if isinstance(value, torch.Tensor) else 0
+    return Mask(Operand(node, pairs[max(0, len(pairs) - rank_of(node)) :]), added=added)
 
 
 def read_flex(node: Node, flow: Dataflow) -> Call | None:

@@ -12,9 +12,10 @@ from torch.fx import Node
 from svg_ear_compile.passes.arguments import Arguments, arguments
 from svg_ear_compile.passes.constants import number
 from svg_ear_compile.passes.dataflow import Dataflow
-from svg_ear_compile.passes.operation import CASTS, operation, reinterprets
+from svg_ear_compile.passes.operation import CASTS, RESHAPES, operation, reinterprets
+from svg_ear_compile.passes.permutations import permutation
 from svg_ear_compile.passes.site import Reason
-from svg_ear_compile.passes.symbolic import Size, expression, is_same, is_symbol, shape_of
+from svg_ear_compile.passes.symbolic import Size, expression, is_same, is_symbol, rank_of, shape_of
 
 _LARGEST_SHIFT = 30.0
 """A larger number added to every logit rounds them: what eager computes then is another thing."""
@@ -93,11 +94,6 @@ def keeps_shape(node: Node, scores: Node, step: Step) -> bool:
     )
 
 
-def _rank(node: Node) -> int:
-    value = node.meta.get("example_value")
-    return value.dim() if isinstance(value, Tensor) else -1
-
-
 def scale(given: Given) -> Step | None:
     name = operation(given.node).rstrip("_")
     if name not in ("mul", "div", "neg", "add"):
@@ -136,7 +132,7 @@ def _added(other: object, sign: float, flow: Dataflow) -> Step | None:
     shift = number(other, flow)
     if shift is not None:
         return Step(shift=sign * shift) if abs(shift) <= _LARGEST_SHIFT else None
-    return Step(added=other, sign=sign) if isinstance(other, Node) and _rank(other) >= 0 else None
+    return Step(added=other, sign=sign) if isinstance(other, Node) and rank_of(other) >= 0 else None
 
 
 def added_by_product(added: Node, flow: Dataflow) -> Step:
@@ -213,28 +209,18 @@ _ALIASES = frozenset({"clone", "detach", "alias", "lift_fresh", "data", "expand"
 
 
 def transposed(given: Given) -> Step | None:
-    name, rank = operation(given.node), _rank(given.scores)
-    if name not in ("transpose", "permute", "mT") or given.args.take("self") is not given.scores:
+    if given.args.take("self") is not given.scores:
         return None
-    order = list(range(rank))
-    if name == "transpose":
-        first, second = given.args.take("dim0"), given.args.take("dim1")
-        if not isinstance(first, int) or not isinstance(second, int):
-            return None
-        order[first], order[second] = order[second], order[first]
-    elif name == "permute":
-        dims = given.args.take("dims")
-        if not isinstance(dims, (list, tuple)) or not all(isinstance(d, int) for d in dims):
-            return None
-        order = [d % rank for d in dims]
-    else:
-        order[-2:] = order[:-3:-1]
-    return Step(order=tuple(order)) if sorted(order) == list(range(rank)) else None
+    order = permutation(given.node)
+    if order is None:
+        return None
+    given.args.take_all(except_for="out")
+    return Step(order=order)
 
 
 def reshaped(given: Given) -> Step | None:
     """The same elements in the same order in another shape, which says all."""
-    if operation(given.node) not in _RESHAPES or given.args.take("self") is not given.scores:
+    if operation(given.node) not in RESHAPES or given.args.take("self") is not given.scores:
         return None
     before, after = (shape_of(n) for n in (given.scores, given.node))
     if before is None or after is None or reinterprets(given.node):
@@ -242,12 +228,6 @@ def reshaped(given: Given) -> Step | None:
     given.args.take_all(except_for="out")
     same = [expression(n) for n in before] == [expression(n) for n in after]
     return Step() if same else Step(shape=after)
-
-
-_RESHAPES = frozenset({
-    "view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", "view_as",
-    "reshape_as",
-})  # fmt: skip
 
 
 def is_softmax(node: Node) -> bool:
@@ -276,7 +256,7 @@ class Softmax:
 
 def read_softmax(node: Node) -> Softmax | None:
     """The softmax that a node computes, alone or with the exponential after it; None if unknown."""
-    name, args, rank = operation(node), arguments(node), _rank(node)
+    name, args, rank = operation(node), arguments(node), rank_of(node)
     if name not in ("softmax", "_safe_softmax", "log_softmax") or args is None:
         return None
     data, dim = args.take("self"), args.take("dim")
@@ -316,7 +296,7 @@ def rows_without_keys(given: Given) -> Step | None:
         return None
     if not isinstance(dim, int) or keepdim is not True:
         return None
-    return Step(emptied=(scores, dim % _rank(given.scores)), beside=tuple(found))
+    return Step(emptied=(scores, dim % rank_of(given.scores)), beside=tuple(found))
 
 
 def _chain(node: object, names: tuple[str, ...]) -> list[Node] | None:

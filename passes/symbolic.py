@@ -75,6 +75,12 @@ def shape_of(node: Node) -> tuple[Size, ...] | None:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
+def rank_of(node: Node) -> int:
+    """Number of dimensions of the node's tensor, -1 for another value."""
+    shape = shape_of(node)
+    return -1 if shape is None else len(shape)
+
+
 def hints_of(node: Node) -> tuple[int | None, ...]:
     """The traced shape of the node's tensor, () for another value."""
     return tuple(hint(size) for size in shape_of(node) or ())

@@ -230,6 +230,10 @@ KEYWORDS: Cases = {
     "swapaxes": (
         lambda q, k, v, m: torch.swapaxes((k @ q.mT).softmax(-2), axis0=2, axis1=3) @ v, 1
     ),
+    "movedim": (lambda q, k, v, m: (k @ q.mT).softmax(-2).movedim(source=-1, destination=2) @ v, 1),
+    "moveaxis": (
+        lambda q, k, v, m: torch.moveaxis((k @ q.mT).softmax(-2), (3, 2), (-2, -1)) @ v, 1
+    ),
     "masked_fill": (
         lambda q, k, v, m: attend(
             torch.masked_fill(input=scores(q, k), mask=~row(m), value=-INF), v

@@ -30,6 +30,11 @@ def frames_first(x: Tensor, frames: int) -> Tensor:
     return x.reshape(b, frames, -1, c).movedim(1, 0).reshape(-1, x.shape[1] // frames, c)
 
 
+def places_first(x: Tensor, frames: int) -> Tensor:
+    b, _, c = x.shape
+    return torch.moveaxis(x.reshape(b, frames, -1, c), (-2, 1), (0, 2)).reshape(-1, frames, c)
+
+
 def frames_apart(x: Tensor, frames: int) -> Tensor:
     return x.view(x.shape[0] * frames, -1, x.shape[2])
 
@@ -66,6 +71,7 @@ class Folded(nn.Module):
         (by_permute, Role.TEMPORAL),
         (by_transpose, Role.TEMPORAL),
         (frames_first, Role.SPATIAL),
+        (places_first, Role.TEMPORAL),
         (frames_apart, Role.SPATIAL),
         (from_latents, Role.SPATIAL),
     ],
