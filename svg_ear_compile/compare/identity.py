@@ -26,6 +26,7 @@ _RUNS = 64
 """Runs of so many adjacent elements are read of a large weight, and as many runs."""
 
 _PRINTED = (bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device)
+_OnDisk = dict[int, tuple[str, str]]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -65,26 +66,33 @@ def weights_digest(model: nn.Module) -> str:
     """Digest of a model's fingerprint, and of a sample of each parameter and persistent buffer.
 
     At most 4,096 elements of each are read, bit by bit, where they lie: on any device, in the parts
-    of a quantised tensor, or in the map to which accelerate offloads. So it takes about a second
-    for 14 B parameters. It misses a change of other elements of a large weight, and every change
-    of weights that are nowhere in memory: those that diffusers offloads to disk, or on ``meta``.
+    of a quantised tensor, in the map to which accelerate offloads, or in diffusers' files. So it
+    takes about a second for 14 B parameters in memory. It misses a change of other elements of a
+    large weight, and every change of weights that are on ``meta`` and nowhere else.
     """
     parts = [json.dumps(asdict(fingerprint_of(model)))]
+    on_disk = _on_disk(model)
     for path, module in sorted(model.named_modules()):
         own = {**module._parameters, **module._buffers}
-        on_disk = _lies_on_disk(module)
         for name, held in sorted(own.items()):
             if held is None or name in module._non_persistent_buffers_set:
                 continue
-            for tensor in _parts(_found(module, name, held)):
+            for tensor in _parts(_found(module, name, held, on_disk)):
                 parts.append(f"{path}.{name} {tensor.dtype} {tuple(tensor.shape)}")
-                if not (tensor.is_meta or on_disk):
+                if not tensor.is_meta:
                     parts.append(_hashed(_bits(tensor, _RUNS * _RUNS)))
     return _hashed("\n".join(parts))
 
 
-def _found(module: nn.Module, name: str, held: Tensor) -> Tensor:
-    """The weight itself, where accelerate offloads it and a module holds one on ``meta``."""
+def _found(module: nn.Module, name: str, held: Tensor, on_disk: _OnDisk) -> Tensor:
+    """The weight itself, where a module holds another tensor in place of one that is offloaded."""
+    path, key = on_disk.get(id(held), ("", ""))
+    if path and Path(path).is_file():
+        from safetensors import safe_open  # diffusers wrote the file with it
+
+        with safe_open(path, "pt") as file:
+            written: Tensor = file.get_tensor(key)
+            return written
     hook = getattr(module, "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):
         kept = getattr(each, "weights_map", None)
@@ -93,11 +101,19 @@ def _found(module: nn.Module, name: str, held: Tensor) -> Tensor:
     return held
 
 
-def _lies_on_disk(module: nn.Module) -> bool:
-    """Whether diffusers keeps the weights in a file, and unwritten memory in their place."""
-    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-    group = getattr(hooks.get("group_offloading"), "group", None)
-    return getattr(group, "offload_to_disk_path", None) is not None
+def _on_disk(model: nn.Module) -> _OnDisk:
+    """File and key by identity of each weight that diffusers offloads to disk.
+
+    The memory of such a weight was written by nobody.
+    """
+    found: _OnDisk = {}
+    for module in model.modules():
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        group: Any = getattr(hooks.get("group_offloading"), "group", None)
+        if getattr(group, "offload_to_disk_path", None) is not None:
+            keys = group.tensor_to_key.items()
+            found |= {id(each): (group.safetensors_file_path, key) for each, key in keys}
+    return found
 
 
 def _argument(name: str, value: Any) -> str:

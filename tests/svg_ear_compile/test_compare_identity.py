@@ -5,12 +5,12 @@ import json
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers.hooks import apply_group_offloading
 from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -205,16 +205,25 @@ def test_weights_that_accelerate_offloads_are_read_where_they_lie():
     assert digests[0] != digests[1]
 
 
-def test_weights_that_lie_nowhere_or_on_disk_are_told_by_their_shapes():
-    digests = set()
+def test_weights_that_diffusers_offloads_to_disk_are_read_there(tmp_path):
+    digests = []
     for seed in (0, 1):
-        model = Scaled(seed)
-        group = SimpleNamespace(offload_to_disk_path="there")
-        hook = SimpleNamespace(group=group)
-        model.inner._diffusers_hook = SimpleNamespace(hooks={"group_offloading": hook})
-        digests.add(weights_digest(model))
-    assert len(digests) == 1
-    assert digests == {weights_digest(Scaled(2).to("meta"))}
+        model = nn.Sequential(nn.ModuleList([Scaled(seed), Scaled(seed + 2)]))
+        plain, cpu = weights_digest(model), torch.device("cpu")
+        apply_group_offloading(
+            model, cpu, cpu, offload_type="block_level", num_blocks_per_group=1,
+            offload_to_disk_path=str(tmp_path / str(seed)),
+        )  # fmt: skip
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)  # memory that nobody wrote
+        assert weights_digest(model) == plain
+        digests.append(plain)
+    assert digests[0] != digests[1]
+
+
+def test_weights_that_are_nowhere_are_told_by_their_shapes():
+    nowhere = [weights_digest(Scaled(seed).to("meta")) for seed in (0, 1)]
+    assert nowhere[0] == nowhere[1] != weights_digest(Scaled(0))
 
 
 def test_quantised_weights_are_read_part_by_part():
