@@ -12,6 +12,7 @@ import networkx as nx
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from svg_ear_compile.kernels.call import unquoted
 from svg_ear_compile.passes.dataflow import Dataflow, projected_input
 from svg_ear_compile.passes.operation import REARRANGEMENTS, operation
 from svg_ear_compile.passes.site import AttentionSite
@@ -62,7 +63,7 @@ def surroundings_after(gm: GraphModule) -> dict[str, Surroundings]:
     flow = Dataflow(gm)
     graphs: list[Graph] = [m.graph for m in gm.modules() if isinstance(m, GraphModule)]
     calls = [n for graph in graphs for n in graph.nodes if n.target in _OURS and "site" in n.kwargs]
-    return {str(call.kwargs["site"]): _around(flow, call, set()) for call in calls}
+    return {unquoted(str(call.kwargs["site"])): _around(flow, call, set()) for call in calls}
 
 
 def _around(flow: Dataflow, call: Node, steps: set[Node]) -> Surroundings:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Interpreter
 from torch.utils._pytree import tree_map
 
 from svg_ear_compile.given_models import check_module
+from svg_ear_compile.kernels.call import unquoted
 from svg_ear_compile.kernels.checked import InvalidTypeError, InvalidValueError, shown
 from svg_ear_compile.kernels.clusters import Result
 from svg_ear_compile.kernels.device_guard import on_device
@@ -137,7 +138,7 @@ class _CapturingInterpreter(Interpreter):
             if proven is not None:
                 mask = keys
             if proven is None or bool(proven):
-                layer, scale = kwargs["site"].partition("#")[0], kwargs["scale"]
+                layer, scale = unquoted(kwargs["site"]).partition("#")[0], kwargs["scale"]
                 scale = q.shape[3] ** -0.5 if scale is None else scale
                 counts = kwargs["clustered_queries"], kwargs["clustered_keys"]
                 clustered = None if None in counts else counts

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformer_models import TOKENS
+from transformer_models import TOKENS, odd_stack
 
+from svg_ear_compile.capture import capture_attention
 from svg_ear_compile.cli import main
 from svg_ear_compile.cost_model import measure as measuring
 
@@ -27,6 +28,14 @@ def test_keys_with_paths_markup_and_control_characters_are_shown_and_drawn(
     out = capsys.readouterr().out
     assert "[bold]x[/bold]" in out
     assert all(line.isprintable() for line in out.splitlines())
+
+
+def test_calls_of_a_layer_with_an_odd_name_are_captured_under_it() -> None:
+    model, inputs = odd_stack()
+    names: list[str] = []
+    capture_attention(model, inputs, {}, lambda call: names.append(call.layer))
+    (key,) = model.blocks
+    assert names == [f"blocks.{key}"]
 
 
 @pytest.mark.parametrize(
