@@ -3,10 +3,10 @@
 The error of an attention output follows a law fitted to the attention of one small video DiT (2,304
 tokens, head dim 64; script `benchmarks/tuning/local_error.py`, record
 `benchmarks/results/cpu/local_error.json`). The error of the model's output follows from it by the
-ratio of that model's median layer (`benchmarks/results/cpu/sensitivity.json`). One call
-is off the law by a factor of 1.4, typically. Layers of the same model differ from the median by
-factors of two to fifteen, and other models may differ more. The
-estimate is good for ranking plans and promises no quality; `svg-ear tune` measures the error.
+ratio of that model's median layer (`benchmarks/results/cpu/sensitivity.json`). One call is off the
+law by a factor of 1.4, typically. Layers of the same model differ from the median by factors of two
+to fifteen, and other models may differ more. The estimate is good for ranking plans and promises no
+quality; `svg-ear tune` measures the error.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ A call of one pipeline object is watched by giving that object a class of its ow
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -116,8 +116,10 @@ def _steps(given: Mapping[str, Any]) -> int | None:
 
 def _length(value: object) -> int | None:
     """The length of a list, an array or a tensor; None of what has none."""
+    if not isinstance(value, Sized):
+        return None
     try:
-        return len(value)  # type: ignore[arg-type]
+        return len(value)
     except TypeError:  # arrays and tensors without dimensions have the method, too
         return None
 
